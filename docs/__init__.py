@@ -1,0 +1,1 @@
+"""Documentation, and the check that its examples run."""

@@ -1,0 +1,181 @@
+"""Runs a graph on axes instead of tensors (abstract interpretation): who must change together, and what cannot.
+
+requires: a captured graph, `node.meta["val"]` on every node.
+ensures:  every parameter axis of an understood operator is unified; what an unknown operator touches is pinned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+import fxgrow.ops  # noqa: F401  (enters the rules)
+from fxgrow._axes import Axis, Dims, Size, fixed, is_fixed, length, measured, multiplicity, pin, resolve
+from fxgrow._records import Reason
+from fxgrow._runtime import guard
+from fxgrow.ops.registry import Context, Structure, Unsupported, find_rule
+
+
+def analyse(gm: fx.GraphModule) -> Structure:
+    """Evaluates every node of `gm` on axes."""
+    structure = Structure()
+    env: dict[fx.Node, Any] = structure.outputs
+    for node in gm.graph.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
+        context = Context(structure, gm, node)
+        env[node] = _evaluate(context, args, kwargs)
+    for size, axis, why in structure.checks:
+        _check(size, axis, why)
+    _pin_frozen(gm, structure)
+    return structure
+
+
+def _evaluate(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    node = ctx.node
+    if node.op == "placeholder":
+        return _fixed(ctx.value, ctx.reason("input", "a dimension of the model's input"))
+    if node.op == "get_attr":
+        return ctx.dims_of(str(node.target), ctx.value) if _is_state(ctx.gm, node) else _fixed(ctx.value)
+    if node.op == "output":
+        for axis in _axes(args):
+            pin(axis, ctx.reason("output", "a dimension of the model's output"))
+        return args
+    if node.target is guard:
+        for size in measured(args):
+            for axis in size.axes:
+                pin(axis, ctx.reason("branch", "the model's code branches on this size"))
+        return None
+    if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(ctx.value)):
+        return _number(ctx, args, kwargs)
+    if not any(not is_fixed(a) for a in _axes((args, kwargs))) and not _writes(ctx):
+        reasons = [s.reason for a in _axes((args, kwargs)) for s in a if s.reason]
+        # what was computed from an input is no input any more, but an unknown operator stays the reason
+        return _fixed(ctx.value, next((r for r in reasons if r.code != "input"), None))
+    return _apply(ctx, args, kwargs)
+
+
+def _apply(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    rule = find_rule(ctx.node, ctx.module)
+    what = _name(ctx)
+    try:
+        if rule is None:
+            raise Unsupported(f"{what} is not described by any rule")
+        out = rule(ctx, *args, **kwargs)
+        _agree(ctx, out)
+    except (Unsupported, TypeError, IndexError, KeyError, ValueError) as refusal:
+        code = refusal.code if isinstance(refusal, Unsupported) else "operator"
+        text = str(refusal) if isinstance(refusal, Unsupported) else f"{what}: {refusal}"
+        why = ctx.reason(code, text)
+        for axis in _axes((args, kwargs)):
+            pin(axis, why)
+        for size in measured((args, kwargs)):
+            for axis in size.axes:
+                pin(axis, why)
+        return _fixed(ctx.value, why)
+    return out
+
+
+def _agree(ctx: Context, out: Any) -> None:
+    """A rule is believed only if its axes have the lengths of the real output."""
+    expected = [tuple(v.shape) for v in pytree.tree_leaves(ctx.value) if isinstance(v, torch.Tensor)]
+    found = [
+        tuple(length(a) for a in d)
+        for d in pytree.tree_leaves(out, is_leaf=lambda x: isinstance(x, Dims))
+        if isinstance(d, Dims)
+    ]
+    if expected != found:
+        raise Unsupported(f"{_name(ctx)}: the rule expected shapes {found}, found {expected}")
+
+
+def _number(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Shape arithmetic, evaluated; a result that cannot be followed back to its axes becomes an opaque size."""
+    node = ctx.node
+    tensors = list(_axes((args, kwargs)))
+    out = ctx.value
+    try:
+        if tensors:
+            rule = find_rule(node, ctx.module)
+            out = rule(ctx, *args, **kwargs) if rule is not None else out
+        elif node.op == "call_function":
+            out = node.target(*args, **kwargs)  # type: ignore[operator]
+        elif node.op == "call_method":
+            out = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    except Exception:  # what cannot be evaluated on sizes is opaque, below
+        out = ctx.value
+    sources = [(c, a) for s in measured((args, kwargs)) for c, a in s.terms]
+    if not sources and node.target not in _RANK and not any(measured(out)):
+        sources = [(Fraction(1), a) for a in tensors if not is_fixed(a)]
+    if not sources or any(True for _ in measured(out)):
+        return out
+    if isinstance(out, int):
+        return Size.make(int(out), Fraction(0), sources, opaque=True)
+    if isinstance(out, float):
+        # such as 1/sqrt(d): it would change what is computed, and nothing says how
+        for _, axis in sources:
+            pin(axis, ctx.reason("size", "its size is used as a number"))
+    return out
+
+
+#: what these say of a tensor does not depend on its sizes
+_RANK = frozenset({"dim", "ndimension", "is_floating_point", "is_complex", "get_device", "element_size", "is_contiguous"})
+
+
+def _check(size: Size, axis: Axis, why: Reason) -> None:
+    """A computed size must be the same linear form as the axis it is used for."""
+    if size.form() != (_entries(axis), dict(multiplicity(axis))):
+        for a in (*size.axes, axis):
+            pin(a, why)
+
+
+def _entries(axis: Axis) -> Fraction:
+    return Fraction(sum(s.inner for s in resolve(axis) if s.var is None))
+
+
+def _pin_frozen(gm: fx.GraphModule, structure: Structure) -> None:
+    """A frozen weight cannot learn what new units would need, and may not be changed."""
+    for p in structure.projections:
+        weight = _lookup(gm, p.weight)
+        if not weight.requires_grad:
+            why = Reason("frozen", p.node.name, f"{p.weight} is frozen (requires_grad=False)")
+            pin(p.writes, why)
+            pin(p.reads, why)
+
+
+def _lookup(gm: fx.GraphModule, name: str) -> torch.Tensor:
+    module, _, leaf = name.rpartition(".")
+    tensor: torch.Tensor = getattr(gm.get_submodule(module), leaf)
+    return tensor
+
+
+def _is_state(gm: fx.GraphModule, node: fx.Node) -> bool:
+    """A parameter or buffer, as opposed to `training` flags and submodules."""
+    module, _, leaf = str(node.target).rpartition(".")
+    owner = gm.get_submodule(module)
+    return leaf in owner._parameters or leaf in owner._buffers
+
+
+def _writes(ctx: Context) -> bool:
+    """Whether this node may own weights that start a new axis."""
+    return ctx.module is not None and next(ctx.module.parameters(), None) is not None
+
+
+def _name(ctx: Context) -> str:
+    if ctx.module is not None:
+        return type(ctx.module).__name__
+    return ctx.node.target if isinstance(ctx.node.target, str) else getattr(ctx.node.target, "__name__", "?")
+
+
+def _axes(value: Any) -> Iterator[Axis]:
+    """Every axis of every `Dims` in a nested value."""
+    for leaf in pytree.tree_leaves(value, is_leaf=lambda x: isinstance(x, Dims)):
+        if isinstance(leaf, Dims):
+            yield from leaf
+
+
+def _fixed(value: Any, why: Reason | None = None) -> Any:
+    return pytree.tree_map_only(torch.Tensor, lambda t: Dims(fixed(n, why) for n in t.shape), value)

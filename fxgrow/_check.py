@@ -1,0 +1,88 @@
+"""Proof after every rewrite: shapes are what the axes say, and a function-preserving growth preserves the function."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
+from torch.utils import _pytree as pytree
+
+from fxgrow._errors import RewriteError
+
+#: largest relative difference of outputs that rounding explains, per dtype
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+
+class _ShapeProp(fx.Interpreter):
+    """`torch.fx.passes.shape_prop.ShapeProp` on fake tensors, keeping `node.meta["val"]`."""
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        n.meta["val"] = value
+        if isinstance(value, Tensor):
+            n.meta["tensor_meta"] = _extract_tensor_metadata(value)
+        return value
+
+
+def check_shapes(gm: fx.GraphModule, expected: Mapping[fx.Node, tuple[int, ...]]) -> None:
+    """Runs `gm` on fake tensors, refreshes the nodes' metadata, and compares it with the expected shapes.
+
+    Raises:
+        RewriteError: the graph does not run any more, or a shape differs.
+    """
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    inputs = pytree.tree_map_only(
+        Tensor,
+        lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device),
+        [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"],
+    )
+    try:
+        with mode, torch.no_grad():
+            fresh = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t), inputs)
+            _ShapeProp(gm).run(*fresh, enable_io_processing=False)
+    except Exception as error:
+        raise RewriteError(f"The rewritten graph does not run: {error}. Nothing was changed.") from error
+    for node, shape in expected.items():
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and tuple(value.shape) != shape:
+            raise RewriteError(
+                f"Node {node.name!r} ({node.target}) has shape {tuple(value.shape)} after the rewrite, expected "
+                f"{shape}. Nothing was changed; please report the model."
+            )
+
+
+@torch.no_grad()
+def outputs(gm: fx.GraphModule, inputs: tuple[Any, ...]) -> list[Tensor]:
+    """The tensors `gm` returns in eval mode, with modes and random state as before."""
+    modes = [(m, m.training) for m in gm.modules()]
+    gm.eval()
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            out = gm(*inputs)
+    finally:
+        for m, training in modes:
+            m.training = training
+    return [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+
+
+def check_function(old: fx.GraphModule, new: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
+    """Compares two graphs on the example inputs, in eval mode.
+
+    Raises:
+        RewriteError: the outputs differ by more than rounding explains.
+    """
+    for a, b in zip(outputs(old, inputs), outputs(new, inputs), strict=True):
+        if not a.is_floating_point():
+            continue
+        scale = float(a.abs().max()) if a.numel() else 0.0
+        error = float((a - b).abs().max()) if a.numel() else 0.0
+        if not error <= TOLERANCE.get(a.dtype, 1e-4) * max(scale, 1e-30):
+            raise RewriteError(
+                f"The widened graph should compute the same function, but its output differs by {error:.3g} "
+                f"(largest output {scale:.3g}). Nothing was changed; please report the model."
+            )

@@ -1,0 +1,38 @@
+"""Everything fxgrow raises on purpose: what was found, where, and what to do."""
+
+
+class FxgrowError(Exception):
+    """Base class of all fxgrow errors.
+
+    Example:
+        >>> import torch, fxgrow
+        >>> try:
+        ...     fxgrow.widen(torch.nn.Linear(2, 2), (torch.zeros(1, 2),), {"nowhere": 1})
+        ... except fxgrow.FxgrowError as error:
+        ...     print(type(error).__name__)
+        PlanError
+    """
+
+
+class CaptureError(FxgrowError):
+    """The model could not be traced into a graph."""
+
+
+class ProfileError(FxgrowError):
+    """The data, the loss or the model's state do not allow a profile."""
+
+
+class PlanError(FxgrowError):
+    """A budget, a width name or a number of units that cannot be met."""
+
+
+class RewriteError(FxgrowError):
+    """A rewritten graph failed its checks; nothing was returned."""
+
+
+class ExportError(FxgrowError):
+    """The ONNX file could not be written, or disagrees with the module."""
+
+
+class MissingExtraError(FxgrowError, ImportError):
+    """An optional package is not installed."""

@@ -1,0 +1,263 @@
+"""The rewrite: a deep copy of the graph in which some widths have more units.
+
+requires: a captured graph and, per width, a number of units that is a multiple of its step.
+ensures:  old entries keep their values (shifted only by the index map), names stay, the graph lints and its shapes
+          are what the axes say.
+
+Every parameter is rewritten alike: its axes say where old entries go and where new ones appear. Left alone, new rows
+of a producer are random, new columns of a consumer are zero and followers are the identity, so the function stays.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxgrow._analyse import analyse
+from fxgrow._axes import Axis, Dims, Var, length, resolve
+from fxgrow._check import check_shapes
+from fxgrow._errors import PlanError
+from fxgrow._widths import Hidden, hidden
+from fxgrow.ops.registry import Structure
+
+
+@dataclass
+class Values:
+    """What new and old entries become, where the defaults are not wanted.
+
+    Attributes:
+        new: per parameter and width, the new slices along the width's dimension, in the order of their positions;
+            the other dimensions have their old sizes.
+        delta: per parameter, what is added to its old entries.
+        corner: whether new rows of a producer read the new units of other widths (random) or not (zero).
+    """
+
+    new: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    delta: dict[str, Tensor] = field(default_factory=dict)
+    corner: bool = True
+
+
+@dataclass(frozen=True)
+class Growth:
+    """How one axis grows: where its old entries go, and where each width's new ones appear."""
+
+    size: int
+    old: Tensor
+    new: dict[Var, Tensor]
+
+
+def rewrite(
+    gm: fx.GraphModule,
+    additions: Mapping[str, int],
+    values: Values | None = None,
+    generator: torch.Generator | None = None,
+) -> tuple[fx.GraphModule, dict[str, tuple[Tensor | None, ...]]]:
+    """Returns the wider copy, and for each parameter that grew the new positions of its old entries."""
+    grown = copy_graph(gm)
+    structure = analyse(grown)
+    found = {h.width.name: h for h in hidden(structure)}
+    grow = _units(found, additions)
+    names = {h.var: name for name, h in found.items()}
+    values = values or Values()
+    index: dict[str, tuple[Tensor | None, ...]] = {}
+    replaced: dict[int, Tensor] = {}
+    for name, dims in structure.parameters.items():
+        old = lookup(grown, name)
+        plan = [_extend(axis, grow) for axis in dims]
+        changed = any(g.new for g in plan)
+        if not changed and name not in values.delta:
+            continue
+        new = _fill(name, old.detach(), dims, plan, structure, values, names, generator)
+        if changed:
+            index[name] = tuple(g.old if g.new else None for g in plan)
+        replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+    _replace(grown, replaced)
+    lengths = _lengths(structure, grow)
+    _write_constants(grown, structure, grow)
+    grown.graph.lint()
+    grown.recompile()
+    check_shapes(grown, lengths)
+    return grown, index
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A deep copy without gradients and without the record of earlier growth."""
+    record = gm.meta.pop("fxgrow", None)
+    try:
+        out = copy.deepcopy(gm)
+    finally:
+        if record is not None:
+            gm.meta["fxgrow"] = record
+    for p in out.parameters():
+        p.grad = None
+    return out
+
+
+def _units(found: Mapping[str, Hidden], additions: Mapping[str, int]) -> dict[Var, int]:
+    grow: dict[Var, int] = {}
+    for name, k in additions.items():
+        h = require_free(found, name)
+        if k < 0 or k % h.width.step:
+            raise PlanError(
+                f"{k} units for width {name!r}: it grows by positive multiples of its step {h.width.step}; "
+                f"try {max(h.width.step, math.ceil(max(k, 1) / h.width.step) * h.width.step)}."
+            )
+        if k:
+            grow[h.var] = k // h.width.step
+    return grow
+
+
+def require_free(found: Mapping[str, Hidden], name: str) -> Hidden:
+    """The width of that name, or an error that says what there is, or why it is pinned."""
+    if name not in found:
+        free = [n for n, h in found.items() if h.width.pinned is None]
+        raise PlanError(
+            f"There is no width named {name!r}. Widths are named after their first producer; free ones here: "
+            f"{', '.join(free[:8]) or 'none'}{' ...' if len(free) > 8 else ''}."
+        )
+    h = found[name]
+    if h.width.pinned is not None:
+        raise PlanError(f"Width {name!r} cannot change: {h.width.pinned}.")
+    return h
+
+
+def _extend(axis: Axis, grow: Mapping[Var, int]) -> Growth:
+    """New entries stand at the end of each of their width's segments."""
+    old: list[Tensor] = []
+    new: dict[Var, list[Tensor]] = {}
+    at = 0
+    for s in resolve(axis):
+        old.append(torch.arange(at, at + s.length))
+        at += s.length
+        if s.var is not None and grow.get(s.var):
+            n = grow[s.var] * s.inner
+            new.setdefault(s.var, []).append(torch.arange(at, at + n))
+            at += n
+    return Growth(at, torch.cat(old) if old else torch.arange(0), {v: torch.cat(i) for v, i in new.items()})
+
+
+def _fill(
+    name: str,
+    old: Tensor,
+    dims: Dims,
+    plan: list[Growth],
+    structure: Structure,
+    values: Values,
+    names: Mapping[Var, str],
+    generator: torch.Generator | None,
+) -> Tensor:
+    uses = [p for p in structure.projections if p.weight == name]
+    biases = any(p.bias == name for p in structure.projections)
+    shape = [g.size for g in plan]
+    if uses:
+        new = _random(shape, uses[0].out_dim, old, generator)
+    elif biases:
+        new = old.new_zeros(shape)
+    elif structure.fills.get(name) == "random":
+        new = _random(shape, 0, old, generator)
+    else:
+        new = old.new_full(shape, _follower_fill(structure.fills.get(name, "mean"), old))
+    for p in uses:
+        # whoever read the width before must not see the new units
+        _zero(new, plan, p.in_dim, p.out_dim, corner=not values.corner)
+    for width, given in values.new.get(name, {}).items():
+        for dim, g in enumerate(plan):
+            for var, positions in g.new.items():
+                if names[var] == width:
+                    _scatter(new, plan, dim, positions, given.to(old))
+    whole = [g.old for g in plan]
+    delta = values.delta.get(name)
+    new[torch.meshgrid(*whole, indexing="ij")] = old if delta is None else old + delta.to(old)
+    return new
+
+
+def _follower_fill(fill: float | str, old: Tensor) -> float:
+    if not isinstance(fill, str):
+        return fill
+    return float(old.double().mean()) if old.is_floating_point() and old.numel() else 0.0
+
+
+def _random(shape: list[int], out_dim: int, old: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Kaiming-normal rows for the new fan-in (He et al. 2015, eq. 10)."""
+    fan_in = max(1, math.prod(shape) // max(1, shape[out_dim]))
+    new = torch.randn(shape, generator=generator, dtype=torch.promote_types(old.dtype, torch.float32))
+    return (new * math.sqrt(2 / fan_in)).to(old)
+
+
+def _zero(new: Tensor, plan: list[Growth], in_dim: int, out_dim: int, corner: bool) -> None:
+    for positions in plan[in_dim].new.values():
+        positions = positions.to(new.device)
+        columns = new.index_select(in_dim, positions)
+        rows = torch.arange(plan[out_dim].size) if corner else plan[out_dim].old
+        if in_dim == out_dim:
+            columns.zero_()
+        else:
+            columns.index_fill_(out_dim, rows.to(new.device), 0)
+        new.index_copy_(in_dim, positions, columns)
+
+
+def _scatter(new: Tensor, plan: list[Growth], dim: int, positions: Tensor, given: Tensor) -> None:
+    where = [positions if d == dim else g.old for d, g in enumerate(plan)]
+    grid = [w.to(new.device) for w in torch.meshgrid(*where, indexing="ij")]
+    new[tuple(grid)] = given.reshape(grid[0].shape)
+
+
+def lookup(gm: nn.Module, name: str) -> Tensor:
+    module, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(gm.get_submodule(module), leaf)
+    return tensor
+
+
+def _replace(gm: nn.Module, replaced: Mapping[int, Tensor]) -> None:
+    """Every place that holds an old tensor holds the new one: tied parameters stay tied."""
+    for module in gm.modules():
+        for store in (module._parameters, module._buffers):
+            for leaf, tensor in list(store.items()):
+                if tensor is not None and id(tensor) in replaced:
+                    store[leaf] = replaced[id(tensor)]  # type: ignore[assignment]
+
+
+def _new_length(axis: Axis, grow: Mapping[Var, int]) -> int:
+    return length(axis) + sum(grow.get(s.var, 0) * s.inner for s in resolve(axis) if s.var is not None)
+
+
+def _lengths(structure: Structure, grow: Mapping[Var, int]) -> dict[fx.Node, tuple[int, ...]]:
+    return {
+        node: tuple(_new_length(a, grow) for a in dims)
+        for node, dims in structure.outputs.items()
+        if isinstance(dims, Dims)
+    }
+
+
+def _write_constants(gm: fx.GraphModule, structure: Structure, grow: Mapping[Var, int]) -> None:
+    done: set[Any] = set()
+    for c in structure.constants:
+        n = _new_length(c.axis, grow)
+        target, path = c.where
+        if isinstance(target, str):
+            setattr(gm.get_submodule(target), path[0], n)
+        elif (target, path) not in done and n != length(c.axis):
+            done.add((target, path))
+            _set_argument(target, path, n)
+
+
+def _set_argument(node: fx.Node, path: tuple[Any, ...], value: int) -> None:
+    first, *rest = path
+    if isinstance(first, str):
+        node.kwargs = {**node.kwargs, first: _with(node.kwargs[first], rest, value)}
+    else:
+        node.args = tuple(_with(a, rest, value) if i == first else a for i, a in enumerate(node.args))
+
+
+def _with(argument: Any, path: list[Any], value: int) -> Any:
+    if not path:
+        return value
+    items = list(argument)
+    items[path[0]] = _with(items[path[0]], path[1:], value)
+    return type(argument)(items) if type(argument) in (list, tuple) else tuple(items)

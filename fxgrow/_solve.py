@@ -1,0 +1,322 @@
+"""From second moments to new units: factors, the whitened SVD, the best update and the refit.
+
+Matrices are sums or means; nothing here depends on which, beyond the scale of what comes out. Every ridge
+and every threshold is relative, so that scaling the loss scales the results and changes no decision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from fxgrow._errors import ProfileError
+from fxgrow._moments import gram
+
+EXACT = 600  # up to so many rows or columns, all singular values are computed
+SWEEPS = 12  # applications of the operator above that
+OVERSAMPLING = 8
+DROP = 1e-6  # singular values below this part of the largest are dropped: such units have no variance
+
+
+class Factor(Protocol):
+    """A factored symmetric positive semi-definite matrix A + eps I = L L^T of size P."""
+
+    def solve(self, right: Tensor) -> Tensor:
+        """(A + eps I)^-1 X for X of ``[P, c]``; the pseudo-inverse where it is singular."""
+
+    def whiten(self, right: Tensor) -> Tensor:
+        """L^-1 X: ``[r, c]``, r the rank."""
+
+    def unwhiten(self, right: Tensor) -> Tensor:
+        """L^-T X for X of ``[r, c]``: ``[P, c]``."""
+
+
+@dataclass(frozen=True)
+class Cholesky:
+    """A positive definite matrix by its lower triangle ``[P, P]``."""
+
+    lower: Tensor
+
+    def solve(self, right: Tensor) -> Tensor:
+        """See `Factor.solve`."""
+        return torch.cholesky_solve(right, self.lower)
+
+    def whiten(self, right: Tensor) -> Tensor:
+        """See `Factor.whiten`."""
+        return torch.linalg.solve_triangular(self.lower, right, upper=False)
+
+    def unwhiten(self, right: Tensor) -> Tensor:
+        """See `Factor.unwhiten`."""
+        return torch.linalg.solve_triangular(self.lower.mT, right, upper=True)
+
+
+@dataclass(frozen=True)
+class Spectral:
+    """A singular matrix by the eigenvectors ``[P, r]`` and roots ``[r]`` of its eigenvalues that count."""
+
+    vectors: Tensor
+    roots: Tensor
+
+    def solve(self, right: Tensor) -> Tensor:
+        """See `Factor.solve`."""
+        return self.unwhiten(self.whiten(right))
+
+    def whiten(self, right: Tensor) -> Tensor:
+        """See `Factor.whiten`."""
+        return (self.vectors.mT @ right) / self.roots[:, None]
+
+    def unwhiten(self, right: Tensor) -> Tensor:
+        """See `Factor.unwhiten`."""
+        return self.vectors @ (right / self.roots[:, None])
+
+
+@dataclass(frozen=True)
+class Dual:
+    """scale * rows^T rows + eps I with fewer rows than features, by the factored ``[m, m]`` Gram of the rows.
+
+    (A + eps)^-1 = (1 - rows^T (rows rows^T + eps / scale)^-1 rows) / eps (Woodbury). It can only solve.
+    """
+
+    rows: Tensor
+    inner: Factor
+    eps: float
+
+    def solve(self, right: Tensor) -> Tensor:
+        """See `Factor.solve`."""
+        return (right - self.rows.mT @ self.inner.solve(self.rows @ right)) / self.eps
+
+    def whiten(self, right: Tensor) -> Tensor:
+        """Not available.
+
+        Raises:
+            NotImplementedError: always; a root would cost the P x P matrix that the dual avoids.
+        """
+        raise NotImplementedError("a dual factor has no root: use solve")
+
+    unwhiten = whiten
+
+
+def factor(
+    A: Tensor | None = None, rows: Tensor | None = None, scale: float = 1.0, ridge: float = 0.0
+) -> Factor:
+    """Factor A + eps I, eps = ridge * trace(A) / P.
+
+    Cholesky where it is safe. A matrix that is singular to working precision (with ``ridge=0``: too few samples, a
+    dead feature) gets the eigen-decomposition and acts as its pseudo-inverse.
+
+    Args:
+        A: symmetric positive semi-definite ``[P, P]``.
+        rows: instead of A: ``[m, P]``, A = scale * rows^T rows. With m < P and a ridge, the m x m dual is factored.
+        scale: see ``rows``.
+        ridge: relative ridge.
+
+    Raises:
+        ProfileError: neither or both of A and rows are given, or they hold NaN or infinity.
+    """
+    if (A is None) == (rows is None):
+        raise ProfileError("give the matrix A or the rows it is made of, one of the two")
+    if rows is not None:
+        if rows.shape[0] < rows.shape[1] and ridge > 0:
+            eps = ridge * scale * rows.square().sum().item() / rows.shape[1]
+            if eps > 0:
+                inner = gram(rows.mT)
+                inner.diagonal().add_(eps / scale)
+                return Dual(rows, _factored(inner), eps)
+        A = gram(rows) * scale
+    assert A is not None  # for the type checker: one of the two was given
+    A = A.clone() if rows is None else A
+    A.diagonal().add_(ridge * A.diagonal().mean())
+    return _factored(A)
+
+
+def _factored(A: Tensor) -> Factor:
+    if not bool(torch.isfinite(A).all()):
+        raise ProfileError(
+            f"a second moment of size {A.shape[0]} holds NaN or infinity: look for non-finite activations or gradients"
+        )
+    noise = A.shape[0] * torch.finfo(A.dtype).eps
+    lower, failed = torch.linalg.cholesky_ex(A)
+    pivots = lower.diagonal().square()
+    # A pivot at rounding level is noise that the inverse would blow up.
+    if not failed and bool((pivots > noise * A.diagonal()).all()):
+        return Cholesky(lower)
+    values, vectors = torch.linalg.eigh(A)
+    keep = values > noise * values[-1].clamp_min(0)
+    return Spectral(vectors[:, keep], values[keep].sqrt())
+
+
+@dataclass(frozen=True)
+class Units:
+    """New units, best first.
+
+    Attributes:
+        alpha: ``[P, k]`` incoming weights.
+        omega: per consumer, ``[k, taps, O]`` outgoing weights.
+        values: ``[r]`` singular values, r >= k: all that count where all were computed, else the first k.
+    """
+
+    alpha: Tensor
+    omega: list[Tensor]
+    values: Tensor
+
+
+def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int) -> Units:
+    """The k best units: SVD of S^(-1/2) N G^(-1/2) = U diag(lambda) W^T over all blocks of columns.
+
+    alpha_k = sqrt(lambda_k) S^(-1/2) u_k and omega_k = sqrt(lambda_k) G^(-1/2) w_k (Verbockhaven et al. 2024,
+    proposition 3.2, where G is the identity). Any root gives the same units, so no S^(-1/2) is formed:
+    alpha solves N G^-1 N^T alpha = lambda^2 S alpha.
+
+    Args:
+        blocks: per consumer ``[P, taps, O]``, the matrix N = E[b V^T] after the projection.
+        s: factor of S.
+        g: per consumer the factor of its G ``[O, O]``, None for the identity.
+        k: largest number of units.
+
+    Returns:
+        At most k units: singular values up to 1e-6 of the largest are dropped. The sign of a unit makes the entry of
+        alpha with the largest magnitude positive; the outcome is the same at every call.
+
+    Raises:
+        ProfileError: N holds NaN or infinity.
+    """
+    if not all(bool(torch.isfinite(block).all()) for block in blocks):
+        raise ProfileError("the moment of inputs and gradients holds NaN or infinity: look for a non-finite loss")
+    white = [_whiten_columns(block, g[i] if g else None) for i, block in enumerate(blocks)]
+    matrix = torch.cat([w.flatten(1) for w in white], 1)
+    if isinstance(s, Dual):
+        alpha, right, values = _by_columns(matrix, s, k)
+    elif min(matrix.shape) <= EXACT:
+        u, values, wt = torch.linalg.svd(s.whiten(matrix), full_matrices=False)
+        values = values[values > DROP * values[:1]]
+        found = min(k, len(values))
+        alpha, right = s.unwhiten(u[:, :found]) * values[:found].sqrt(), wt[:found].mT
+    else:
+        alpha, right, values = _by_columns(matrix, s, k)
+    sign = alpha.gather(0, alpha.abs().argmax(0, keepdim=True)).sign() if alpha.numel() else alpha.new_ones(1, 0)
+    right = right * sign * values[: alpha.shape[1]].sqrt()
+    omega = []
+    for i, (w, part) in enumerate(zip(white, right.split([w[0].numel() for w in white]), strict=True)):
+        part = part.mT.unflatten(1, w.shape[1:])
+        omega.append(_on_columns(part, g[i].unwhiten) if g else part.contiguous())
+    return Units(alpha * sign, omega, values)
+
+
+def _whiten_columns(block: Tensor, g: Factor | None) -> Tensor:
+    return _on_columns(block, g.whiten) if g else block
+
+
+def _on_columns(block: Tensor, apply: object) -> Tensor:
+    flat = block.flatten(0, 1).mT
+    return apply(flat).mT.reshape(*block.shape[:2], -1)  # type: ignore[operator, no-any-return]
+
+
+def _by_columns(matrix: Tensor, s: Factor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Top singular triples from S^-1 alone, as eigenvectors of N^T S^-1 N ``[c, c]``.
+
+    With many columns by a block Krylov space (Musco and Musco 2015, algorithm 2): the block subspace
+    iteration that keeps what it has seen, which costs the same products and converges in far fewer.
+    """
+    columns = matrix.shape[1]
+
+    def operate(x: Tensor) -> Tensor:
+        return matrix.mT @ s.solve(matrix @ x)
+
+    width = min(k + OVERSAMPLING, columns)
+    if columns <= EXACT or width * SWEEPS >= columns:
+        product = matrix.mT @ s.solve(matrix)
+        squares, vectors = torch.linalg.eigh((product + product.mT) / 2)
+    else:
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(columns, width, generator=generator, dtype=torch.float64).to(matrix)
+        x = torch.linalg.qr(x).Q
+        basis, images = x, operate(x)
+        for _ in range(SWEEPS - 1):
+            x = images[:, -width:]
+            for _ in range(2):  # once is not enough in floating point
+                x = torch.linalg.qr(x - basis @ (basis.mT @ x)).Q
+            basis, images = torch.cat([basis, x], 1), torch.cat([images, operate(x)], 1)
+        small = basis.mT @ images
+        squares, vectors = torch.linalg.eigh((small + small.mT) / 2)
+        squares, vectors = squares[-k:], basis @ vectors[:, -k:]
+    squares, vectors = squares.flip(0), vectors.flip(1)
+    # Squared, rounding hides more of the tail than DROP does.
+    noise = max(DROP**2, columns * torch.finfo(matrix.dtype).eps)
+    values = squares[squares > noise * squares[:1].clamp_min(0)].sqrt()
+    found = min(k, len(values))
+    right = vectors[:, :found]
+    return s.solve(matrix @ right) / values[:found].sqrt(), right, values
+
+
+def best_update(M: Tensor, vh: Tensor, ridge: float = 0.0) -> Tensor:
+    """The best move of the weights that exist, dW* = E[V h^T] (M + eps)^-1 (Verbockhaven et al. 2024, proposition 3.1).
+
+    Args:
+        M: E[h h^T], ``[H, H]``.
+        vh: E[V h^T], ``[O, H]``.
+        ridge: relative ridge on M.
+
+    Returns:
+        ``[O, H]``.
+    """
+    return factor(M, ridge=ridge).solve(vh.mT).mT
+
+
+def bottleneck(vv_trace: float, vh: Tensor, m_factor: Factor) -> float:
+    """Expressivity bottleneck E|V|^2 - tr(E[V h^T] M^-1 E[h V^T]) (Verbockhaven et al. 2024, definition 2.3).
+
+    Args:
+        vv_trace: E|V|^2.
+        vh: E[V h^T], ``[O, H]``.
+        m_factor: factor of M = E[h h^T].
+
+    Returns:
+        What no move of the existing weights can express, not negative.
+    """
+    return max(0.0, float(vv_trace) - (vh * m_factor.solve(vh.mT).mT).sum().item())
+
+
+def refit(M: Tensor, vz: Tensor, G: Tensor, ridge: float, g_ridge: float = 0.1) -> Tensor:
+    """Outgoing weights and dW together, fitted on what the new units really output.
+
+    W = (G / mean eigenvalue + g_ridge)^-1 E[V [h, z]^T] (M + eps)^-1: ridge least squares of V on [h, z], preconditioned
+    by the output-side Fisher matrix.
+
+    Args:
+        M: E[[h, z] [h, z]^T], ``[H + K, H + K]``.
+        vz: E[V [h, z]^T], ``[O, H + K]``.
+        G: E[V V^T], ``[O, O]``.
+        ridge: relative ridge on M.
+        g_ridge: ridge on G, relative to its mean eigenvalue.
+
+    Returns:
+        ``[O, H + K]``: the first H columns move the weights that exist, the rest are the new units' outgoing weights.
+    """
+    fitted = best_update(M, vz, ridge)
+    mean = G.diagonal().mean()
+    if not mean > 0:  # no gradient reaches the consumer: there is nothing to fit
+        return torch.zeros_like(fitted)
+    return factor(G / mean + g_ridge * torch.eye(len(G), dtype=G.dtype, device=G.device)).solve(fitted)
+
+
+def quadratic(W: Tensor, vz: Tensor, M: Tensor, G: Tensor) -> tuple[float, float]:
+    """First and second order of the loss along d = W [h, z]: s = E[V . d] and q = E[d^T G d].
+
+    Args:
+        W: ``[O, H + K]``.
+        vz: E[V [h, z]^T], ``[O, H + K]``.
+        M: E[[h, z] [h, z]^T], ``[H + K, H + K]``.
+        G: E[V V^T], ``[O, O]``, the curvature on the output side (empirical Fisher).
+
+    Returns:
+        (s, q); moving by gamma d lowers the loss by about gamma s - gamma^2 q / 2.
+    """
+    return (W * vz).sum().item(), ((G @ W) * (W @ M)).sum().item()
+
+
+def decrease(s: float, q: float) -> tuple[float, float]:
+    """Predicted decrease p = max(s, 0)^2 / (2 q) and the scale gamma = s / q that reaches it (0, 0 without curvature)."""
+    return (max(s, 0.0) ** 2 / (2 * q), s / q) if q > 0 else (0.0, 0.0)

@@ -1,0 +1,97 @@
+"""Reductions, contractions and orderings along axes: what is summed over cannot change, the other axes pass."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from fxgrow._axes import Axis, Dims, fixed
+from fxgrow.ops.pointwise import broadcast
+from fxgrow.ops.registry import Context, Unsupported, op
+
+_REDUCE = "mean sum prod amax amin std var norm logsumexp median any all argmax argmin nansum nanmean".split()
+_ALONG = "softmax log_softmax softmin cumsum cumprod sort argsort flip roll gumbel_softmax".split()
+
+
+def _forms(names: list[str]) -> list[Any]:
+    return [*names, *(f for n in names for s in (torch, F) if (f := getattr(s, n, None)) is not None)]
+
+
+@op(*_forms(_REDUCE))
+def reduce(ctx: Context, input: Dims, dim: Any = None, keepdim: bool = False, *args: Any, **kwargs: Any) -> Any:
+    dim = kwargs.get("axis", dim)
+    if isinstance(dim, torch.dtype):
+        dim = None
+    if ctx.node.target in ("norm", torch.norm):
+        # the second argument of norm is the order
+        dim, keepdim = kwargs.get("dim"), bool(kwargs.get("keepdim", False))
+    dims = range(len(input)) if dim is None else [dim] if isinstance(dim, int) else dim
+    over = {d % len(input) for d in dims}
+    for d in over:
+        ctx.pin(input[d], "reduce", "summed or compared over the whole axis")
+    kept = Dims(fixed(1) if i in over else a for i, a in enumerate(input) if keepdim or i not in over)
+    return pytree.tree_map_only(torch.Tensor, lambda t: kept, ctx.value)
+
+
+@op(*_forms(_ALONG), nn.Softmax, nn.LogSoftmax, nn.Softmin)
+def along(ctx: Context, input: Dims, *args: Any, **kwargs: Any) -> Any:
+    """Changes values along an axis and keeps its shape."""
+    at = 1 if ctx.node.target in ("roll", torch.roll) else 0
+    first = args[at] if len(args) > at else getattr(ctx.module, "dim", None)
+    dim = kwargs.get("dim", kwargs.get("dims", first))
+    dims = range(len(input)) if dim is None else [dim] if isinstance(dim, int) else dim
+    for d in dims:
+        ctx.pin(input[d], "reduce", "every entry depends on the whole axis")
+    return pytree.tree_map_only(torch.Tensor, lambda t: input, ctx.value)
+
+
+@op(nn.Softmax2d)
+def softmax2d(ctx: Context, x: Dims) -> Dims:
+    ctx.pin(x[-3], "reduce", "every entry depends on the whole axis")
+    return x
+
+
+def _contract(ctx: Context, a: Axis, b: Axis) -> None:
+    ctx.same(a, b)
+    ctx.pin(a, "reduce", "summed over in a product of two activations")
+
+
+@op(torch.matmul, torch.bmm, torch.mm, operator.matmul, "matmul", "bmm", "mm", "__matmul__")
+def matmul(ctx: Context, a: Dims, b: Dims) -> Dims:
+    if len(a) < 2 or len(b) < 2:
+        raise Unsupported("product with a vector")
+    _contract(ctx, a[-1], b[-2])
+    return Dims((*broadcast(ctx, Dims(a[:-2] or (fixed(1),)), Dims(b[:-2] or (fixed(1),)))[-len(ctx.shape) + 2 :], a[-2], b[-1])[-len(ctx.shape):])
+
+
+@op(torch.einsum, "torch.functional.einsum")
+def einsum(ctx: Context, equation: str, *operands: Any) -> Dims:
+    tensors = list(operands[0]) if len(operands) == 1 and not isinstance(operands[0], Dims) else list(operands)
+    if "." in equation or "->" not in equation:
+        raise Unsupported(f"einsum {equation!r}: only explicit letters and an arrow are described")
+    terms, out = equation.replace(" ", "").split("->")
+    axes: dict[str, Axis] = {}
+    for term, t in zip(terms.split(","), tensors, strict=True):
+        for letter, axis in zip(term, t, strict=True):
+            if letter in axes:
+                ctx.same(axes[letter], axis)
+            else:
+                axes[letter] = axis
+    for letter in axes.keys() - set(out):
+        ctx.pin(axes[letter], "reduce", f"summed over ({letter!r} in {equation!r})")
+    return Dims(axes[letter] for letter in out)
+
+
+@op(F.scaled_dot_product_attention)
+def attention(ctx: Context, query: Dims, key: Dims, value: Dims, attn_mask: Any = None, *a: Any, **k: Any) -> Dims:
+    _contract(ctx, query[-1], key[-1])
+    ctx.pin(key[-2], "reduce", "attention is normalised over the keys")
+    ctx.pin(query[-2], "reduce", "attention is normalised over the keys")
+    ctx.fix(attn_mask if isinstance(attn_mask, Dims) else ())
+    batch = broadcast(ctx, Dims(query[:-2]), Dims(key[:-2]), Dims(value[:-2]))
+    return Dims((*batch, query[-2], value[-1]))

@@ -1,0 +1,241 @@
+"""The one place that knows operators: a table from targets to rules, and what a rule may say.
+
+A rule is called with a `Context` and the node's arguments, tensors replaced by their `Dims`, sizes by `Size`. It returns
+the `Dims` of the output and says, through the context, which axes must agree, which weights write or read a width,
+and which constants of the graph hold a size. That is all that widths, statistics and surgery know of an operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxgrow._axes import (
+    Axis,
+    Dims,
+    Size,
+    Var,
+    axis_of,
+    length,
+    measured,
+    pin,
+    unify,
+)
+from fxgrow._records import Reason
+
+Rule = Callable[..., Any]
+_RULES: dict[Any, Rule] = {}
+
+
+class Unsupported(Exception):
+    """A rule's refusal: what flows in is pinned with this code and message, and stays as it is."""
+
+    def __init__(self, message: str, code: str = "operator") -> None:
+        super().__init__(message)
+        self.code = code
+
+
+def op(*targets: Any) -> Callable[[Rule], Rule]:
+    """Enters a rule for module types, functions, method names (`"view"`) or dotted names of functions.
+
+    Args:
+        targets: what the rule describes. A dotted name (`"torchvision.ops.stochastic_depth"`) avoids an import.
+
+    Returns:
+        A decorator that leaves the rule unchanged.
+    """
+
+    def enter(rule: Rule) -> Rule:
+        for target in targets:
+            _RULES[target] = rule
+        return rule
+
+    return enter
+
+
+def find_rule(node: fx.Node, module: nn.Module | None) -> Rule | None:
+    if module is not None:
+        return _RULES.get(type(module))
+    if node.op == "call_method":
+        return _RULES.get(node.target)
+    return _RULES.get(node.target) or _RULES.get(
+        f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', '')}"
+    )
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One use of a weight that writes one axis and reads another: a linear layer or a convolution.
+
+    `kernel`, `stride`, `dilation` and `padding` have one entry per spatial dimension (none for a linear layer).
+    """
+
+    node: fx.Node
+    source: fx.Node
+    weight: str
+    bias: str | None
+    out_dim: int
+    in_dim: int
+    writes: Axis
+    reads: Axis
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+    #: False for grouped and transposed convolutions, whose statistics are not sliding windows of one map
+    plain: bool = True
+
+
+@dataclass
+class Constant:
+    """A size written into the graph or a module, and the axis it is the length of."""
+
+    where: tuple[str, tuple[Any, ...]] | tuple[fx.Node, tuple[Any, ...]]
+    axis: Axis
+
+
+@dataclass
+class Structure:
+    """What running a graph on axes finds out."""
+
+    parameters: dict[str, Dims] = field(default_factory=dict)
+    projections: list[Projection] = field(default_factory=list)
+    fills: dict[str, float | str] = field(default_factory=dict)
+    constants: list[Constant] = field(default_factory=list)
+    outputs: dict[fx.Node, Any] = field(default_factory=dict)
+    checks: list[tuple[Size, Axis, Reason]] = field(default_factory=list)
+    aliases: dict[int, str] = field(default_factory=dict)
+
+
+class Context:
+    """What a rule may ask and say about the node it describes."""
+
+    def __init__(self, structure: Structure, gm: fx.GraphModule, node: fx.Node) -> None:
+        self.structure = structure
+        self.gm = gm
+        self.node = node
+        self.module: Any = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        self.value = node.meta.get("val")
+
+    # -- asking
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The output's shape at the example inputs."""
+        return tuple(self.value.shape)
+
+    def reason(self, code: str, message: str) -> Reason:
+        return Reason(code, self.node.name, message)
+
+    def parameter(self, name: str) -> Dims | None:
+        """The axes of a parameter or buffer of this node's module; None where the module has none."""
+        tensor = getattr(self.module, name, None)
+        if not isinstance(tensor, torch.Tensor):
+            return None
+        return self.dims_of(f"{self.node.target}.{name}", tensor)
+
+    def dims_of(self, name: str, tensor: torch.Tensor) -> Dims:
+        """One `Dims` per stored tensor, so that tied and shared parameters share their axes."""
+        name = self.structure.aliases.setdefault(id(tensor), name)
+        if name not in self.structure.parameters:
+            self.structure.parameters[name] = Dims.of((axis_of(Var(n)) for n in tensor.shape), name)
+        return self.structure.parameters[name]
+
+    # -- saying
+
+    def same(self, a: Axis, b: Axis, message: str = "must keep the same number of entries") -> None:
+        """Two axes that always have the same units."""
+        if length(a) != length(b):
+            raise Unsupported(f"expected {length(b)} entries, found {length(a)}")
+        unify(a, b, self.reason("size", message))
+
+    def pin(self, axis: Axis, code: str, message: str) -> Axis:
+        """An axis that cannot change here; returns it."""
+        pin(axis, self.reason(code, message))
+        return axis
+
+    def fix(self, axes: Sequence[Axis], message: str = "is a fixed size") -> None:
+        for axis in axes:
+            self.pin(axis, "size", message)
+
+    def fill(self, parameter: Dims | None, value: float | str) -> None:
+        """New entries of a follower's parameter: a number, "random", or (where nothing is said) "mean" of the old."""
+        if parameter is not None and parameter.parameter is not None:
+            self.structure.fills[parameter.parameter] = value
+
+    def project(
+        self, weight: Dims, bias: Dims | None, out: Axis, *, out_dim: int = 0, in_dim: int = 1, **window: Any
+    ) -> None:
+        """This node's weight writes axis `out` (its `out_dim`) and reads its `in_dim`."""
+        if bias is not None:
+            self.same(bias[0], out)
+        if weight.parameter is None:
+            raise Unsupported("the weight is computed in the graph, not a parameter")
+        self.structure.projections.append(
+            Projection(
+                node=self.node,
+                source=self.node.all_input_nodes[0],
+                weight=weight.parameter,
+                bias=None if bias is None else bias.parameter,
+                out_dim=out_dim,
+                in_dim=in_dim,
+                writes=weight[out_dim],
+                reads=weight[in_dim],
+                **window,
+            )
+        )
+
+    def attribute(self, name: str, axis: Axis) -> None:
+        """An attribute of the module that is the length of `axis` (`in_features`, `groups`)."""
+        if isinstance(getattr(self.module, name, None), int):
+            self.structure.constants.append(Constant((str(self.node.target), (name,)), axis))
+
+    def size_argument(self, value: Any, axis: Axis, *path: Any) -> None:
+        """An argument (at `path` in the node's args or kwargs) that must be the length of `axis`.
+
+        A literal is rewritten when the axis grows; a computed size is checked to follow by itself.
+        """
+        if isinstance(value, Size):
+            self.structure.checks.append(
+                (value, axis, self.reason("size", "a computed size does not follow the width"))
+            )
+        elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            if isinstance(_at(self.node, path), fx.Node):
+                # a computed size that measures no width: the axis may not change
+                if int(value) == length(axis):
+                    self.structure.checks.append(
+                        (_constant(value), axis, self.reason("size", "a computed size does not follow the width"))
+                    )
+            else:
+                self.structure.constants.append(Constant((self.node, path), axis))
+
+    def used_as_number(self, value: Any) -> None:
+        """Sizes that end in anything but a shape: what they measure cannot change."""
+        for size in measured(value):
+            for axis in size.axes:
+                self.pin(axis, "size", "its size is used as a number")
+
+
+def _constant(value: int) -> Size:
+    size = Size(value)
+    size.const, size.terms, size.opaque = Fraction(int(value)), (), False
+    return size
+
+
+def _at(node: fx.Node, path: tuple[Any, ...]) -> Any:
+    """The raw argument of `node` at `path`: an index into args or a name in kwargs, then indices into it."""
+    if not path:
+        return None
+    first, *rest = path
+    value = node.kwargs.get(first) if isinstance(first, str) else node.args[first]
+    for i in rest:
+        if isinstance(value, fx.Node):
+            return value
+        value = value[i]
+    return value
+

@@ -1,0 +1,33 @@
+"""What holds for every test: few threads, a fixed seed, a torchvision that imports."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import pytest
+import torch
+
+from fxgrow._torchvision import import_torchvision
+
+# Plots are written to files, never shown.
+os.environ.setdefault("MPLBACKEND", "Agg")
+# Under xdist each worker is a process; together they share the cores.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
+
+if importlib.util.find_spec("torchvision") is not None:
+    import_torchvision()
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where there is no CUDA device."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu") is not None:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
