@@ -1,0 +1,45 @@
+"""fxgrow: makes any PyTorch network wider where it needs it, while it learns."""
+
+from fxgrow._capture import capture
+from fxgrow._errors import (
+    CaptureError,
+    ExportError,
+    FxgrowError,
+    MissingExtraError,
+    PlanError,
+    ProfileError,
+    RewriteError,
+)
+from fxgrow._export import export_onnx
+from fxgrow._grow import Growth, apply, grow, widen
+from fxgrow._plan import Plan, plan
+from fxgrow._profile import Bottleneck, Profile, profile
+from fxgrow._records import Reason, Width
+from fxgrow._widths import widths
+from fxgrow.ops import op
+
+__version__ = "0.1.0"
+__all__ = [
+    "Bottleneck",
+    "CaptureError",
+    "ExportError",
+    "FxgrowError",
+    "Growth",
+    "MissingExtraError",
+    "Plan",
+    "PlanError",
+    "Profile",
+    "ProfileError",
+    "Reason",
+    "RewriteError",
+    "Width",
+    "apply",
+    "capture",
+    "export_onnx",
+    "grow",
+    "op",
+    "plan",
+    "profile",
+    "widen",
+    "widths",
+]

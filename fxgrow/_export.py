@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxgrow._errors import ExportError, MissingExtraError
+from fxgrow._errors import ExportError, FxgrowError, MissingExtraError
 
 ExampleInputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 
@@ -164,8 +164,13 @@ def _without_guards(module: nn.Module) -> nn.Module:
     for part in module.modules():
         if isinstance(part, fx.GraphModule):
             guards = [node for node in part.graph.nodes if _is_guard(node)]
-            for node in reversed(guards):
-                part.graph.erase_node(node)
+            for guard in reversed(guards):
+                looked_at = guard.all_input_nodes
+                part.graph.erase_node(guard)
+                for node in looked_at:
+                    # Left alone, bool(size > 1) would fix the size as surely as the guard did.
+                    if node.target in (bool, int, float) and not node.users:
+                        part.graph.erase_node(node)
             if guards:
                 part.recompile()
     return module
@@ -183,11 +188,13 @@ def _reference(module: nn.Module, case: _Case) -> list[Tensor]:
         with torch.no_grad(), _quiet():
             return _tensors(module(*case.args, **case.kwargs))
     except Exception as error:
-        advice = "the example's sizes are the only ones it takes: pass dynamic_batch=False"
-        raise ExportError(
-            f"the module itself fails {case.where}: {_first_lines(error)}; "
-            + (advice if case.repeated else "pass example_inputs that it accepts, on its device")
-        ) from error
+        if case.repeated:
+            advice = "; where only the example's batch size is possible, pass dynamic_batch=False"
+        elif isinstance(error, FxgrowError):  # it says itself what to do
+            advice = ""
+        else:
+            advice = "; pass example_inputs that it accepts, on its device"
+        raise ExportError(f"the module itself fails {case.where}: {_first_lines(error)}{advice}") from error
 
 
 def _to_onnx(module: nn.Module, inputs: _Inputs, opset: int | None) -> torch.onnx.ONNXProgram:

@@ -19,7 +19,7 @@ STATIC_METHODS = {
     "dim", "ndimension", "is_floating_point", "is_complex", "is_signed", "is_contiguous", "get_device",
     "element_size", "is_inference", "is_conj", "is_neg",
 }  # fmt: skip
-_INPLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor", "lshift", "rshift")
+_INPLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor")
 
 
 class ValueProxy(fx.Proxy):
@@ -68,7 +68,7 @@ class ValueProxy(fx.Proxy):
     def __len__(self) -> int:
         if isinstance(self.carried, torch.Size):
             return len(self.carried)  # the number of dimensions is static
-        with self.tracer.quiet():
+        with self.tracer.runner.quiet():
             len(self.carried)  # raises for what has no length
         length = self.tracer.create_proxy("call_function", len, (self,), {})
         return int(length)
@@ -76,7 +76,7 @@ class ValueProxy(fx.Proxy):
     def __iter__(self) -> Iterator[Any]:
         frame = sys._getframe(1)
         fixed = isinstance(self.carried, torch.Size) or _unpacks(frame.f_code, frame.f_lasti)
-        with self.tracer.quiet():
+        with self.tracer.runner.quiet():
             length = len(self.carried)
         # `a, b = x.chunk(2)` checks the number by itself; a loop needs to be told when it changes.
         return iter([self[i] for i in range(length if fixed else len(self))])
@@ -108,13 +108,14 @@ class ValueProxy(fx.Proxy):
 
     def __getattr__(self, name: str) -> Any:
         tracer = self.tracer
-        with tracer.quiet():
+        with tracer.runner.quiet():
             value = getattr(self.carried, name)
         if callable(value) and not isinstance(value, torch.Tensor):
             return _method(self, name)
         if isinstance(value, (torch.Tensor, torch.Size, torch.device)):
             return tracer.create_proxy("call_function", getattr, (self, name), {})
-        if isinstance(value, (bool, int, float, complex)) and not isinstance(self.carried, (torch.Tensor, torch.device)):
+        number = isinstance(value, (bool, int, float, complex))
+        if number and not isinstance(self.carried, (torch.Tensor, torch.device)):
             return tracer.create_proxy("call_function", getattr, (self, name), {})
         return value
 
@@ -122,7 +123,7 @@ class ValueProxy(fx.Proxy):
 def _method(proxy: ValueProxy, name: str) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         if name in STATIC_METHODS:
-            with proxy.tracer.quiet():
+            with proxy.tracer.runner.quiet():
                 return getattr(proxy.carried, name)(*args, **kwargs)
         return proxy.tracer.create_proxy("call_method", name, (proxy, *args), kwargs)
 
@@ -139,6 +140,7 @@ def _inplace(name: str) -> Callable[..., Any]:
     return method
 
 
+INPLACE = {getattr(operator, f"i{_name.rstrip('_')}") for _name in _INPLACE}
 for _name in _INPLACE:
     setattr(ValueProxy, f"__i{_name.rstrip('_')}__", _inplace(_name))
 

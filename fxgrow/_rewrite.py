@@ -32,19 +32,19 @@ class Values:
     """What new and old entries become, where the defaults are not wanted.
 
     Attributes:
-        new: per parameter and width, the new slices along the width's dimension, in the order of their positions;
-            the other dimensions have their old sizes.
+        new: per parameter, by width and dimension, the new slices along that dimension in the order of their
+            positions; the other dimensions have their old sizes.
         delta: per parameter, what is added to its old entries.
         corner: whether new rows of a producer read the new units of other widths (random) or not (zero).
     """
 
-    new: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    new: dict[str, dict[tuple[str, int], Tensor]] = field(default_factory=dict)
     delta: dict[str, Tensor] = field(default_factory=dict)
     corner: bool = True
 
 
 @dataclass(frozen=True)
-class Growth:
+class Extended:
     """How one axis grows: where its old entries go, and where each width's new ones appear."""
 
     size: int
@@ -62,14 +62,14 @@ def rewrite(
     grown = copy_graph(gm)
     structure = analyse(grown)
     found = {h.width.name: h for h in hidden(structure)}
-    grow = _units(found, additions)
+    grow = units_of(found, additions)
     names = {h.var: name for name, h in found.items()}
     values = values or Values()
     index: dict[str, tuple[Tensor | None, ...]] = {}
     replaced: dict[int, Tensor] = {}
     for name, dims in structure.parameters.items():
         old = lookup(grown, name)
-        plan = [_extend(axis, grow) for axis in dims]
+        plan = [extend(axis, grow) for axis in dims]
         changed = any(g.new for g in plan)
         if not changed and name not in values.delta:
             continue
@@ -99,7 +99,7 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     return out
 
 
-def _units(found: Mapping[str, Hidden], additions: Mapping[str, int]) -> dict[Var, int]:
+def units_of(found: Mapping[str, Hidden], additions: Mapping[str, int]) -> dict[Var, int]:
     grow: dict[Var, int] = {}
     for name, k in additions.items():
         h = require_free(found, name)
@@ -127,7 +127,7 @@ def require_free(found: Mapping[str, Hidden], name: str) -> Hidden:
     return h
 
 
-def _extend(axis: Axis, grow: Mapping[Var, int]) -> Growth:
+def extend(axis: Axis, grow: Mapping[Var, int]) -> Extended:
     """New entries stand at the end of each of their width's segments."""
     old: list[Tensor] = []
     new: dict[Var, list[Tensor]] = {}
@@ -139,14 +139,14 @@ def _extend(axis: Axis, grow: Mapping[Var, int]) -> Growth:
             n = grow[s.var] * s.inner
             new.setdefault(s.var, []).append(torch.arange(at, at + n))
             at += n
-    return Growth(at, torch.cat(old) if old else torch.arange(0), {v: torch.cat(i) for v, i in new.items()})
+    return Extended(at, torch.cat(old) if old else torch.arange(0), {v: torch.cat(i) for v, i in new.items()})
 
 
 def _fill(
     name: str,
     old: Tensor,
     dims: Dims,
-    plan: list[Growth],
+    plan: list[Extended],
     structure: Structure,
     values: Values,
     names: Mapping[Var, str],
@@ -154,43 +154,39 @@ def _fill(
 ) -> Tensor:
     uses = [p for p in structure.projections if p.weight == name]
     biases = any(p.bias == name for p in structure.projections)
-    shape = [g.size for g in plan]
-    if uses:
-        new = _random(shape, uses[0].out_dim, old, generator)
-    elif biases:
-        new = old.new_zeros(shape)
-    elif structure.fills.get(name) == "random":
-        new = _random(shape, 0, old, generator)
-    else:
-        new = old.new_full(shape, _follower_fill(structure.fills.get(name, "mean"), old))
+    fill = 0.0 if uses or biases else structure.fills.get(name, "mean")
+    new = old.new_full([g.size for g in plan], _constant_fill(fill, old))
+    if uses or fill == "random":
+        _random_rows(new, plan, uses[0].out_dim if uses else 0, generator)
     for p in uses:
         # whoever read the width before must not see the new units
         _zero(new, plan, p.in_dim, p.out_dim, corner=not values.corner)
-    for width, given in values.new.get(name, {}).items():
-        for dim, g in enumerate(plan):
-            for var, positions in g.new.items():
-                if names[var] == width:
-                    _scatter(new, plan, dim, positions, given.to(old))
-    whole = [g.old for g in plan]
+    for (width, dim), given in values.new.get(name, {}).items():
+        for var, positions in plan[dim].new.items():
+            if names[var] == width:
+                where = [positions if d == dim else other.old for d, other in enumerate(plan)]
+                _put(new, where, given.to(old))
     delta = values.delta.get(name)
-    new[torch.meshgrid(*whole, indexing="ij")] = old if delta is None else old + delta.to(old)
+    _put(new, [g.old for g in plan], old if delta is None else old + delta.to(old))
     return new
 
 
-def _follower_fill(fill: float | str, old: Tensor) -> float:
+def _constant_fill(fill: float | str, old: Tensor) -> float:
     if not isinstance(fill, str):
         return fill
     return float(old.double().mean()) if old.is_floating_point() and old.numel() else 0.0
 
 
-def _random(shape: list[int], out_dim: int, old: Tensor, generator: torch.Generator | None) -> Tensor:
+def _random_rows(new: Tensor, plan: list[Extended], out_dim: int, generator: torch.Generator | None) -> None:
     """Kaiming-normal rows for the new fan-in (He et al. 2015, eq. 10)."""
-    fan_in = max(1, math.prod(shape) // max(1, shape[out_dim]))
-    new = torch.randn(shape, generator=generator, dtype=torch.promote_types(old.dtype, torch.float32))
-    return (new * math.sqrt(2 / fan_in)).to(old)
+    std = math.sqrt(2 / max(1, new.numel() // max(1, new.shape[out_dim])))
+    for rows in plan[out_dim].new.values():
+        shape = [len(rows) if d == out_dim else n for d, n in enumerate(new.shape)]
+        drawn = torch.randn(shape, generator=generator, dtype=torch.promote_types(new.dtype, torch.float32))
+        new.index_copy_(out_dim, rows.to(new.device), (drawn * std).to(new))
 
 
-def _zero(new: Tensor, plan: list[Growth], in_dim: int, out_dim: int, corner: bool) -> None:
+def _zero(new: Tensor, plan: list[Extended], in_dim: int, out_dim: int, corner: bool) -> None:
     for positions in plan[in_dim].new.values():
         positions = positions.to(new.device)
         columns = new.index_select(in_dim, positions)
@@ -202,10 +198,17 @@ def _zero(new: Tensor, plan: list[Growth], in_dim: int, out_dim: int, corner: bo
         new.index_copy_(in_dim, positions, columns)
 
 
-def _scatter(new: Tensor, plan: list[Growth], dim: int, positions: Tensor, given: Tensor) -> None:
-    where = [positions if d == dim else g.old for d, g in enumerate(plan)]
-    grid = [w.to(new.device) for w in torch.meshgrid(*where, indexing="ij")]
-    new[tuple(grid)] = given.reshape(grid[0].shape)
+def _put(new: Tensor, where: list[Tensor], value: Tensor, dim: int = 0) -> None:
+    """`new[ix_(*where)] = value`, dimension by dimension, skipping those that are taken whole."""
+    while dim < new.dim() and len(where[dim]) == new.shape[dim]:
+        dim += 1
+    if dim == new.dim():
+        new.copy_(value.reshape(new.shape))
+        return
+    index = where[dim].to(new.device)
+    part = new.index_select(dim, index)
+    _put(part, where, value, dim + 1)
+    new.index_copy_(dim, index, part)
 
 
 def lookup(gm: nn.Module, name: str) -> Tensor:

@@ -82,3 +82,15 @@ def set_grad_enabled(enabled: bool) -> bool:
     before = torch.is_grad_enabled()
     torch._C._set_grad_enabled(bool(enabled))
     return before
+
+
+@functools.cache
+def function_call(cls: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The ``apply`` of an autograd function, as a plain function that a graph can call by name."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return cls.apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+    call.__name__ = call.__qualname__ = f"{cls.__qualname__}.apply"
+    call.__module__ = cls.__module__
+    return call

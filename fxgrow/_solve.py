@@ -6,6 +6,7 @@ and every threshold is relative, so that scaling the loss scales the results and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fxgrow._errors import ProfileError
-from fxgrow._moments import gram
+from fxgrow._moments import accumulating, gram
 
 EXACT = 600  # up to so many rows or columns, all singular values are computed
 SWEEPS = 12  # applications of the operator above that
@@ -42,15 +43,18 @@ class Cholesky:
 
     def solve(self, right: Tensor) -> Tensor:
         """See `Factor.solve`."""
-        return torch.cholesky_solve(right, self.lower)
+        solution: Tensor = torch.cholesky_solve(right, self.lower)
+        return solution
 
     def whiten(self, right: Tensor) -> Tensor:
         """See `Factor.whiten`."""
-        return torch.linalg.solve_triangular(self.lower, right, upper=False)
+        solution: Tensor = torch.linalg.solve_triangular(self.lower, right, upper=False)
+        return solution
 
     def unwhiten(self, right: Tensor) -> Tensor:
         """See `Factor.unwhiten`."""
-        return torch.linalg.solve_triangular(self.lower.mT, right, upper=True)
+        solution: Tensor = torch.linalg.solve_triangular(self.lower.mT, right, upper=True)
+        return solution
 
 
 @dataclass(frozen=True)
@@ -104,47 +108,48 @@ def factor(
 ) -> Factor:
     """Factor A + eps I, eps = ridge * trace(A) / P.
 
-    Cholesky where it is safe. A matrix that is singular to working precision (with ``ridge=0``: too few samples, a
-    dead feature) gets the eigen-decomposition and acts as its pseudo-inverse.
+    Cholesky where it is safe. A matrix that is singular to working precision (with ``ridge=0``: too few
+    samples, a dead feature) gets the eigen-decomposition and acts as its pseudo-inverse.
 
     Args:
         A: symmetric positive semi-definite ``[P, P]``.
-        rows: instead of A: ``[m, P]``, A = scale * rows^T rows. With m < P and a ridge, the m x m dual is factored.
+        rows: instead of A: ``[m, P]``, A = scale * rows^T rows. With m < P and a ridge, the m x m dual is
+            factored.
         scale: see ``rows``.
         ridge: relative ridge.
 
     Raises:
-        ProfileError: neither or both of A and rows are given, or they hold NaN or infinity.
+        ProfileError: neither A nor rows are given, or they hold NaN or infinity.
     """
-    if (A is None) == (rows is None):
-        raise ProfileError("give the matrix A or the rows it is made of, one of the two")
+    rows = None if rows is None else accumulating(rows)
+    if rows is not None and ridge > 0 and rows.shape[0] < rows.shape[1]:
+        eps = ridge * scale * rows.square().sum().item() / rows.shape[1]
+        if eps > 0:
+            return Dual(rows, _factored(gram(rows.mT), eps / scale), eps)
     if rows is not None:
-        if rows.shape[0] < rows.shape[1] and ridge > 0:
-            eps = ridge * scale * rows.square().sum().item() / rows.shape[1]
-            if eps > 0:
-                inner = gram(rows.mT)
-                inner.diagonal().add_(eps / scale)
-                return Dual(rows, _factored(inner), eps)
         A = gram(rows) * scale
-    assert A is not None  # for the type checker: one of the two was given
-    A = A.clone() if rows is None else A
-    A.diagonal().add_(ridge * A.diagonal().mean())
-    return _factored(A)
+    if A is None:
+        raise ProfileError("a factor needs the matrix A, or the rows it is made of")
+    A = accumulating(A)
+    return _factored(A, ridge * A.diagonal().mean().item())
 
 
-def _factored(A: Tensor) -> Factor:
+def _factored(A: Tensor, eps: float) -> Factor:
     if not bool(torch.isfinite(A).all()):
         raise ProfileError(
-            f"a second moment of size {A.shape[0]} holds NaN or infinity: look for non-finite activations or gradients"
+            f"a second moment of size {A.shape[0]} holds NaN or infinity: "
+            "look for non-finite activations or gradients"
         )
+    A = A.clone()
+    A.diagonal().add_(eps)
     noise = A.shape[0] * torch.finfo(A.dtype).eps
     lower, failed = torch.linalg.cholesky_ex(A)
-    pivots = lower.diagonal().square()
-    # A pivot at rounding level is noise that the inverse would blow up.
-    if not failed and bool((pivots > noise * A.diagonal()).all()):
+    # Without a ridge, a pivot at rounding level is noise that the inverse would blow up.
+    safe = eps > 0 or bool((lower.diagonal().square() > noise * A.diagonal()).all())
+    if not failed and safe:
         return Cholesky(lower)
     values, vectors = torch.linalg.eigh(A)
-    keep = values > noise * values[-1].clamp_min(0)
+    keep = values > noise * values[-1:].clamp_min(0)
     return Spectral(vectors[:, keep], values[keep].sqrt())
 
 
@@ -167,7 +172,7 @@ def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int) -
     """The k best units: SVD of S^(-1/2) N G^(-1/2) = U diag(lambda) W^T over all blocks of columns.
 
     alpha_k = sqrt(lambda_k) S^(-1/2) u_k and omega_k = sqrt(lambda_k) G^(-1/2) w_k (Verbockhaven et al. 2024,
-    proposition 3.2, where G is the identity). Any root gives the same units, so no S^(-1/2) is formed:
+    TINY, where G is the identity). Any root gives the same units, so no S^(-1/2) is formed:
     alpha solves N G^-1 N^T alpha = lambda^2 S alpha.
 
     Args:
@@ -177,14 +182,16 @@ def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int) -
         k: largest number of units.
 
     Returns:
-        At most k units: singular values up to 1e-6 of the largest are dropped. The sign of a unit makes the entry of
-        alpha with the largest magnitude positive; the outcome is the same at every call.
+        At most k units: singular values up to 1e-6 of the largest are dropped. The sign of a unit makes the
+        entry of alpha with the largest magnitude positive; the outcome is the same at every call.
 
     Raises:
         ProfileError: N holds NaN or infinity.
     """
     if not all(bool(torch.isfinite(block).all()) for block in blocks):
-        raise ProfileError("the moment of inputs and gradients holds NaN or infinity: look for a non-finite loss")
+        raise ProfileError(
+            "the moment of inputs and gradients holds NaN or infinity: look for a non-finite loss"
+        )
     white = [_whiten_columns(block, g[i] if g else None) for i, block in enumerate(blocks)]
     matrix = torch.cat([w.flatten(1) for w in white], 1)
     if isinstance(s, Dual):
@@ -196,7 +203,8 @@ def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int) -
         alpha, right = s.unwhiten(u[:, :found]) * values[:found].sqrt(), wt[:found].mT
     else:
         alpha, right, values = _by_columns(matrix, s, k)
-    sign = alpha.gather(0, alpha.abs().argmax(0, keepdim=True)).sign() if alpha.numel() else alpha.new_ones(1, 0)
+    largest = alpha.abs().argmax(0, keepdim=True) if alpha.numel() else alpha.new_zeros(1, 0).long()
+    sign = alpha.gather(0, largest).sign()
     right = right * sign * values[: alpha.shape[1]].sqrt()
     omega = []
     for i, (w, part) in enumerate(zip(white, right.split([w[0].numel() for w in white]), strict=True)):
@@ -209,9 +217,9 @@ def _whiten_columns(block: Tensor, g: Factor | None) -> Tensor:
     return _on_columns(block, g.whiten) if g else block
 
 
-def _on_columns(block: Tensor, apply: object) -> Tensor:
+def _on_columns(block: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
     flat = block.flatten(0, 1).mT
-    return apply(flat).mT.reshape(*block.shape[:2], -1)  # type: ignore[operator, no-any-return]
+    return apply(flat).mT.reshape(*block.shape[:2], -1)
 
 
 def _by_columns(matrix: Tensor, s: Factor, k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -252,7 +260,9 @@ def _by_columns(matrix: Tensor, s: Factor, k: int) -> tuple[Tensor, Tensor, Tens
 
 
 def best_update(M: Tensor, vh: Tensor, ridge: float = 0.0) -> Tensor:
-    """The best move of the weights that exist, dW* = E[V h^T] (M + eps)^-1 (Verbockhaven et al. 2024, proposition 3.1).
+    """The best move of the weights that exist, dW* = E[V h^T] (M + eps)^-1.
+
+    TINY (Verbockhaven et al. 2024) has the pseudo-inverse, which is ``ridge=0``.
 
     Args:
         M: E[h h^T], ``[H, H]``.
@@ -266,7 +276,7 @@ def best_update(M: Tensor, vh: Tensor, ridge: float = 0.0) -> Tensor:
 
 
 def bottleneck(vv_trace: float, vh: Tensor, m_factor: Factor) -> float:
-    """Expressivity bottleneck E|V|^2 - tr(E[V h^T] M^-1 E[h V^T]) (Verbockhaven et al. 2024, definition 2.3).
+    """Expressivity bottleneck E|V|^2 - tr(E[V h^T] M^-1 E[h V^T]) (TINY, Verbockhaven et al. 2024).
 
     Args:
         vv_trace: E|V|^2.
@@ -282,8 +292,8 @@ def bottleneck(vv_trace: float, vh: Tensor, m_factor: Factor) -> float:
 def refit(M: Tensor, vz: Tensor, G: Tensor, ridge: float, g_ridge: float = 0.1) -> Tensor:
     """Outgoing weights and dW together, fitted on what the new units really output.
 
-    W = (G / mean eigenvalue + g_ridge)^-1 E[V [h, z]^T] (M + eps)^-1: ridge least squares of V on [h, z], preconditioned
-    by the output-side Fisher matrix.
+    W = (G / mean eigenvalue + g_ridge)^-1 E[V [h, z]^T] (M + eps)^-1: ridge least squares of V on [h, z],
+    preconditioned by the output-side Fisher matrix.
 
     Args:
         M: E[[h, z] [h, z]^T], ``[H + K, H + K]``.
@@ -293,7 +303,8 @@ def refit(M: Tensor, vz: Tensor, G: Tensor, ridge: float, g_ridge: float = 0.1) 
         g_ridge: ridge on G, relative to its mean eigenvalue.
 
     Returns:
-        ``[O, H + K]``: the first H columns move the weights that exist, the rest are the new units' outgoing weights.
+        ``[O, H + K]``: the first H columns move the weights that exist, the rest are the new units'
+        outgoing weights.
     """
     fitted = best_update(M, vz, ridge)
     mean = G.diagonal().mean()
@@ -318,5 +329,8 @@ def quadratic(W: Tensor, vz: Tensor, M: Tensor, G: Tensor) -> tuple[float, float
 
 
 def decrease(s: float, q: float) -> tuple[float, float]:
-    """Predicted decrease p = max(s, 0)^2 / (2 q) and the scale gamma = s / q that reaches it (0, 0 without curvature)."""
+    """Predicted decrease p = max(s, 0)^2 / (2 q) and the scale gamma = s / q that reaches it.
+
+    Without curvature (q = 0) nothing can be predicted: (0, 0).
+    """
     return (max(s, 0.0) ** 2 / (2 * q), s / q) if q > 0 else (0.0, 0.0)

@@ -32,7 +32,8 @@ class Window:
             value = getattr(self, name) or (default,) * len(self.kernel)
             if len(value) != len(self.kernel):
                 raise ProfileError(
-                    f"a window with kernel {self.kernel} has {name} {value}: give one entry per spatial dimension"
+                    f"a window with kernel {self.kernel} has {name} {value}: "
+                    "give one entry per spatial dimension"
                 )
             object.__setattr__(self, name, value)
 
@@ -71,7 +72,8 @@ class Axis:
     """One spatial dimension of a producer, an optional average pool and a consumer in a row.
 
     A patch of the *read map* at position m, kernel entry i, lies at ``hop * m + dilation * i`` of the
-    padded and averaged input; the consumer at output position p, tap j, reads ``m = stride * p + spread * j - padding``.
+    padded and averaged input; the consumer at output position p, tap j, reads
+    ``m = stride * p + spread * j - padding``.
 
     Attributes:
         kernel: producer kernel size.
@@ -112,7 +114,7 @@ class Axis:
 
     @property
     def step(self) -> int:
-        """Dilation of the virtual convolution: every offset ``gap * j + dilation * i`` is a multiple of it."""
+        """Dilation of the virtual convolution: all offsets ``gap * j + dilation * i`` are multiples of it."""
         return gcd(self.gap if self.taps > 1 else 0, self.dilation if self.kernel > 1 else 0) or 1
 
     def size(self, taps: int) -> int:
@@ -185,7 +187,8 @@ def axes(
     return tuple(
         Axis(
             producer.kernel[d], producer.dilation[d], producer.stride[d] * pool[d],
-            consumer.kernel[d], consumer.stride[d], consumer.dilation[d], consumer.padding[d], read[d], out[d],
+            consumer.kernel[d], consumer.stride[d], consumer.dilation[d], consumer.padding[d],
+            read[d], out[d],
         )
         for d in range(nd)
     )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import operator
 import warnings
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,9 @@ pytest.importorskip("onnxscript")
 onnxruntime = pytest.importorskip("onnxruntime")
 
 from fxgrow import _export  # noqa: E402
-from fxgrow._errors import ExportError, MissingExtraError  # noqa: E402
+from fxgrow._errors import CaptureError, ExportError, MissingExtraError  # noqa: E402
 from fxgrow._export import export_onnx  # noqa: E402
+from fxgrow._runtime import guard  # noqa: E402
 
 
 class ConvNet(nn.Module):
@@ -128,31 +130,24 @@ def test_a_file_that_disagrees_is_not_left_behind(tmp_path: Path, monkeypatch: p
 
 
 def test_shape_guards_are_left_out_of_the_file_only(tmp_path: Path) -> None:
-    refused: list[int] = []
-
-    def guard(size: int) -> None:
-        if size > 8:
-            refused.append(size)
-            raise ValueError(f"traced for at most 8 samples, got {size}")
-        int(torch.zeros(size).sum())  # data-dependent: torch.export could not follow it
-
-    guard.__module__ = "fxgrow._runtime"
     inner = fx.symbolic_trace(ConvNet())
     entry = next(node for node in inner.graph.nodes if node.op == "placeholder")
-    with inner.graph.inserting_after(entry):
+    with inner.graph.inserting_before(entry.next):
         size = inner.graph.call_method("size", (entry, 0))
-    with inner.graph.inserting_after(size):
-        inner.graph.call_function(guard, (size,))
+        small = inner.graph.call_function(operator.le, (size, 8))
+        taken = inner.graph.call_function(bool, (small,))
+        inner.graph.call_function(guard, (taken, True, "line 3: x.shape[0] <= 8"))
     inner.recompile()
     module = nn.Sequential(inner, nn.ReLU())
+    code = inner.code
 
     path = export_onnx(module, tmp_path / "guarded.onnx", (torch.randn(4, 3, 9, 9),))
     assert run(path, torch.randn(9, 3, 9, 9))[0].shape == (9, 4)
-    with pytest.raises(ValueError, match="at most 8"):
+    assert inner.code == code
+    with pytest.raises(CaptureError, match="x.shape"):
         module(torch.randn(9, 3, 9, 9))
-    with pytest.raises(ExportError, match=r"fails at batch size 9: ValueError.*dynamic_batch=False"):
+    with pytest.raises(ExportError, match=r"fails at batch size 9: CaptureError.*dynamic_batch=False"):
         export_onnx(module, tmp_path / "guarded.onnx", (torch.randn(8, 3, 9, 9),))
-    assert refused == [9, 9]
 
 
 class Specialised(nn.Module):

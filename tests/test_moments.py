@@ -31,13 +31,18 @@ def read_map(x: Tensor, window: Window, bias: bool, pool: tuple[int, ...]) -> Te
     return POOL[nd](b, pool) if pool else b
 
 
-def naive(x: Tensor, v: Tensor, producer: Window, consumer: Window, bias: bool, pool: tuple[int, ...]) -> Tensor:
+def naive(
+    x: Tensor, v: Tensor, producer: Window, consumer: Window, bias: bool, pool: tuple[int, ...]
+) -> Tensor:
     b = read_map(x, producer, bias, pool)
     nd = len(consumer.kernel)
     out = b.new_zeros(b.shape[1], prod(consumer.kernel), v.shape[1])
     for p in product(*(range(s) for s in v.shape[2:])):
         for tap, j in enumerate(product(*(range(k) for k in consumer.kernel))):
-            m = [consumer.stride[d] * p[d] + consumer.dilation[d] * j[d] - consumer.padding[d] for d in range(nd)]
+            m = [
+                consumer.stride[d] * p[d] + consumer.dilation[d] * j[d] - consumer.padding[d]
+                for d in range(nd)
+            ]
             if all(0 <= m[d] < b.shape[2 + d] for d in range(nd)):
                 out[:, tap] += b[(slice(None), slice(None), *m)].T @ v[(slice(None), slice(None), *p)]
     return out
@@ -157,7 +162,12 @@ def test_coverage_counts_windows(case: tuple) -> None:  # type: ignore[type-arg]
     assume(min(consumer.output(shape)) > 0)
     ones = torch.ones(1, 1, *shape, dtype=torch.float64, requires_grad=True)
     y = CONV[len(shape)](
-        ones, ones.new_ones(1, 1, *consumer.kernel), None, consumer.stride, consumer.padding, consumer.dilation
+        ones,
+        ones.new_ones(1, 1, *consumer.kernel),
+        None,
+        consumer.stride,
+        consumer.padding,
+        consumer.dilation,
     )
     (want,) = torch.autograd.grad(y.sum(), ones)
     assert torch.equal(coverage(shape, consumer).double(), want[0, 0])
@@ -176,7 +186,9 @@ def test_half_precision_is_accumulated_in_float32() -> None:
     x, v = torch.randn(4, 200, 3).bfloat16(), torch.randn(4, 200, 2).bfloat16()
     got = cross_moment(x, v, Window(), Window())
     assert got.dtype == torch.float32
-    torch.testing.assert_close(got, cross_moment(x.double(), v.double(), Window(), Window()).float(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        got, cross_moment(x.double(), v.double(), Window(), Window()).float(), rtol=1e-4, atol=1e-4
+    )
 
 
 def test_errors_name_the_shapes() -> None:

@@ -60,7 +60,9 @@ def op(*targets: Any) -> Callable[[Rule], Rule]:
 
 def find_rule(node: fx.Node, module: nn.Module | None) -> Rule | None:
     if module is not None:
-        return _RULES.get(type(module))
+        # a subclass that computes the same follows its parent's rule
+        kinds = type(module).__mro__
+        return next((_RULES[k] for k in kinds if k in _RULES and k.forward is kinds[0].forward), None)  # type: ignore[attr-defined]
     if node.op == "call_method":
         return _RULES.get(node.target)
     return _RULES.get(node.target) or _RULES.get(

@@ -1,0 +1,164 @@
+"""Candidate units inside the real graph: a wider copy in which nobody reads them yet.
+
+What new units put out depends on everything between producer and consumer: norms, activations, pools, gates. Rather
+than describe that again, the graph is widened with the candidates (outgoing weights zero, so nothing changes) and run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fxgrow._analyse import analyse
+from fxgrow._pass import eval_mode
+from fxgrow._rewrite import Values, extend, lookup, rewrite, units_of
+from fxgrow._widths import Hidden, hidden
+from fxgrow.initialisers.registry import Proposal
+from fxgrow.ops.registry import Structure
+
+#: positions of new entries per parameter, by width and dimension, in the order of the units
+Places = dict[str, dict[tuple[str, int], Tensor]]
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """The widened copy and where it holds what.
+
+    Attributes:
+        graph: the copy; it computes the same function as the original.
+        structure: the copy's structure.
+        units: candidates per width.
+        places: new entries per parameter, in the copy.
+        values: their values as slices for `rewrite`, outgoing weights left out.
+    """
+
+    graph: fx.GraphModule
+    structure: Structure
+    units: dict[str, int]
+    places: Places
+    values: dict[str, dict[tuple[str, int], Tensor]]
+
+
+def places(gm: fx.GraphModule, additions: Mapping[str, int]) -> Places:
+    """Where each parameter of `rewrite(gm, additions)` holds the new entries of each width."""
+    structure = analyse(gm)
+    found = {h.width.name: h for h in hidden(structure)}
+    names = {h.var: name for name, h in found.items()}
+    grow = units_of(found, additions)
+    out: Places = {}
+    for parameter, dims in structure.parameters.items():
+        for dim, axis in enumerate(dims):
+            for var, positions in extend(axis, grow).new.items():
+                out.setdefault(parameter, {})[names[var], dim] = positions
+    return out
+
+
+def candidates(
+    gm: fx.GraphModule,
+    proposals: Mapping[str, Proposal],
+    additions: Mapping[str, int],
+    inputs: Iterable[list[Any]],
+    generator: torch.Generator,
+) -> Candidates:
+    """Widens a copy of `gm` by the proposed units, padded with random ones, and makes its BatchNorms transparent.
+
+    Args:
+        gm: the original.
+        proposals: per width; fewer units than asked for are padded.
+        additions: units per width.
+        inputs: batches of placeholder values to measure what enters the norms.
+        generator: draws the random rows.
+    """
+    structure = analyse(gm)
+    found = {h.width.name: h for h in hidden(structure)}
+    where = places(gm, additions)
+    values = Values(corner=False)
+    for name in additions:
+        _rows(gm, found[name], proposals[name], additions[name], values, generator)
+        _pass_on(gm, structure, name, proposals[name], where, values)
+    graph, _ = rewrite(gm, additions, values, generator)
+    with torch.no_grad(), eval_mode(graph):
+        for arguments in inputs:
+            _Transparent(graph, where).run(*arguments, enable_io_processing=False)
+    outgoing = {(p.weight, p.in_dim) for p in structure.projections}
+    slices: dict[str, dict[tuple[str, int], Tensor]] = {}
+    for parameter, new in where.items():
+        for (name, dim), positions in new.items():
+            if (parameter, dim) not in outgoing:
+                slices.setdefault(parameter, {})[name, dim] = _slice(lookup(graph, parameter), dim, positions, new)
+    return Candidates(graph, analyse(graph), dict(additions), where, slices)
+
+
+def _slice(tensor: Tensor, dim: int, positions: Tensor, new: Mapping[tuple[str, int], Tensor]) -> Tensor:
+    """New entries along one dimension; along the others the old ones (new ones are zero, nobody reads them yet)."""
+    out = tensor.detach().index_select(dim, positions.to(tensor.device))
+    for d in range(tensor.dim()):
+        gone = [p for (_, other), p in new.items() if other == d]
+        if d != dim and gone:
+            keep = torch.ones(tensor.shape[d], dtype=torch.bool)
+            keep[torch.cat(gone)] = False
+            out = out.index_select(d, keep.nonzero().flatten().to(tensor.device))
+    return out.clone()
+
+
+def _rows(
+    gm: fx.GraphModule, h: Hidden, proposal: Proposal, k: int, values: Values, generator: torch.Generator
+) -> None:
+    """Proposed incoming weights as slices of the producers' weights and biases; random ones (Kaiming) fill up."""
+    for p in {p.weight: p for p in h.writes}.values():
+        rows = proposal.alpha.get(p.weight)
+        if rows is None:
+            continue
+        weight = lookup(gm, p.weight)
+        features = rows[:k, :-1] if p.bias is not None else rows[:k]
+        missing = k - len(features)
+        drawn = torch.randn(missing, features.shape[1], generator=generator) * (2 / features.shape[1]) ** 0.5
+        features = torch.cat([features, drawn.to(features)])
+        values.new.setdefault(p.weight, {})[h.width.name, 0] = features.reshape(k, *weight.shape[1:])
+        if p.bias is not None:
+            bias = torch.cat([rows[:k, -1], rows.new_zeros(missing)])
+            values.new.setdefault(p.bias, {})[h.width.name, 0] = bias
+
+
+def _pass_on(
+    gm: fx.GraphModule, structure: Structure, name: str, proposal: Proposal, where: Places, values: Values
+) -> None:
+    """New slices of depthwise kernels are a delta: the proposal assumed that they pass their unit on."""
+    for parameter, fill in structure.fills.items():
+        positions = where.get(parameter, {}).get((name, 0))
+        if fill == "random" and positions is not None and proposal.alpha:
+            shape = lookup(gm, parameter).shape[1:]
+            delta = torch.zeros(len(positions), *shape)
+            delta[(slice(None), 0, *(n // 2 for n in shape[1:]))] = 1.0
+            values.new.setdefault(parameter, {})[name, 0] = delta
+
+
+class _Transparent(fx.Interpreter):
+    """Sets new BatchNorm channels so that they put out what they get: in eval mode exactly, in train mode nearly.
+
+    running_mean and running_var become those of the channel's input, weight = sqrt(var + eps), bias = mean.
+    """
+
+    def __init__(self, gm: fx.GraphModule, where: Places) -> None:
+        super().__init__(gm)
+        self.where = where
+
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        module = self.fetch_attr(target)
+        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.weight is not None:
+            new = self.where.get(f"{target}.weight", {})
+            if new:
+                channels = torch.cat(list(new.values())).to(module.weight.device)
+                x = args[0].index_select(1, channels).transpose(0, 1).flatten(1).float()
+                mean, var = x.mean(1), x.var(1, unbiased=False)
+                module.running_mean[channels] = mean.to(module.running_mean)
+                if module.running_var is not None:
+                    module.running_var[channels] = var.to(module.running_var)
+                module.weight[channels] = (var + module.eps).sqrt().to(module.weight)
+                module.bias[channels] = mean.to(module.bias)
+        return super().call_module(target, args, kwargs)

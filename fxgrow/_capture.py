@@ -1,0 +1,242 @@
+"""Turn a model into a ``torch.fx.GraphModule`` that shares its modules and parameters."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import random
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.modules.batchnorm import _NormBase
+from torch.nn.parameter import is_lazy
+
+from fxgrow._errors import CaptureError
+from fxgrow._modes import guard_modes, merge_modes
+from fxgrow._runtime import in_mode
+from fxgrow._trace import ValueTracer
+
+_PURE_MODULES = ("torch", "_operator", "math", "builtins", "operator")
+_STATEFUL = ("batch_norm", "instance_norm", "dropout", "rrelu", "rand", "bernoulli", "normal", "multinomial")
+_MUTATING = {"append", "extend", "insert", "pop", "update", "setdefault", "clear", "remove"}
+_KEEP = "fxgrow.non_persistent"
+
+
+def capture(
+    model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] | torch.Tensor
+) -> fx.GraphModule:
+    """Trace a model into a graph at module level, on fake tensors.
+
+    The result shares modules, parameters and buffers with ``model``, which is left as it is. It is called
+    like the model with the arguments given here, works at other batch sizes and in train and eval mode, and
+    raises ``CaptureError`` for an input that would take another branch of the model's code.
+
+    Args:
+        model: any module. A graph that ``capture`` returned is returned as it is.
+        example_inputs: positional arguments as a tuple, or keyword arguments as a dict; only shapes, dtypes
+            and Python values count. A single tensor counts as a tuple of one.
+
+    Returns:
+        A GraphModule with the keys of the model's ``state_dict()``. ``node.meta["val"]`` holds each node's
+        value on the example (tensors are fake), ``node.meta["tensor_meta"]`` the shapes,
+        ``gm.meta["example_inputs"]`` the inputs in the order of the placeholders.
+
+    Raises:
+        CaptureError: the inputs do not fit, the model's code fails on them, or it looks at a tensor's values.
+
+    Example:
+        >>> import torch, fxgrow
+        >>> net = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
+        >>> [node.op for node in fxgrow.capture(net, (torch.zeros(2, 3),)).graph.nodes]
+        ['placeholder', 'call_module', 'call_module', 'output']
+    """
+    if not isinstance(model, nn.Module):
+        raise CaptureError(f"capture needs a torch.nn.Module, not a {type(model).__name__}.")
+    if isinstance(model, fx.GraphModule) and "example_inputs" in model.meta:
+        return model
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            "A TorchScript module has no Python code to trace. Capture the module it was made from."
+        )
+    lazy = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if is_lazy(tensor)]
+    if lazy:
+        raise CaptureError(f"{lazy[0]} has no shape yet. Run the model once on a batch, then capture it.")
+    inputs, call = _bind(model, example_inputs)
+    with _untouched(model):
+        tracer = _trace(model, inputs, call)
+    return _assemble(model, tracer, tuple(inputs.values()))
+
+
+def _bind(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], Callable[[list[Any]], Any]]:
+    """Placeholder names with their example values, and a call of forward that takes them in that order."""
+    if isinstance(example_inputs, torch.Tensor):
+        example_inputs = (example_inputs,)
+    keywords = isinstance(example_inputs, Mapping)
+    if not keywords and not isinstance(example_inputs, (tuple, list)):
+        raise CaptureError(
+            f"example_inputs is a {type(example_inputs).__name__}. Give a tuple of positional inputs, or a "
+            "dict of keyword inputs."
+        )
+    forward = model.forward
+    try:
+        signature = inspect.signature(forward)
+        bound = signature.bind(**example_inputs) if keywords else signature.bind(*example_inputs)
+    except TypeError as error:
+        raise CaptureError(
+            f"{type(model).__name__}.forward{inspect.signature(forward)} cannot take the example inputs: "
+            f"{error}."
+        ) from error
+    inputs: dict[str, Any] = {}
+    slots: list[tuple[str, str | None]] = []  # (placeholder, keyword or None)
+    positional = True
+    for name, value in bound.arguments.items():
+        kind = signature.parameters[name].kind
+        if kind is inspect.Parameter.VAR_POSITIONAL:
+            slots += [(f"{name}_{i}", None) for i in range(len(value))]
+            inputs.update({f"{name}_{i}": item for i, item in enumerate(value)})
+        elif kind is inspect.Parameter.VAR_KEYWORD:
+            slots += [(key, key) for key in value]
+            inputs.update(value)
+        else:
+            before = list(signature.parameters)[: list(signature.parameters).index(name)]
+            positional = (
+                positional
+                and kind is not inspect.Parameter.KEYWORD_ONLY
+                and all(earlier in bound.arguments for earlier in before)
+            )
+            slots.append((name, None if positional else name))
+            inputs[name] = value
+
+    def call(values: list[Any]) -> Any:
+        args = [value for value, (_, key) in zip(values, slots, strict=True) if key is None]
+        kwargs = {key: value for value, (_, key) in zip(values, slots, strict=True) if key is not None}
+        return forward(*args, **kwargs)
+
+    return inputs, call
+
+
+def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]], Any]) -> ValueTracer:
+    """Trace until train and eval mode are both described, or the other one is refused."""
+    leaves: frozenset[nn.Module] = frozenset()
+    while True:
+        tracer = ValueTracer(inputs, call, leaves)
+        tracer.record(model)
+        innermost = {model.get_submodule(path) for path, _, _ in tracer.branches.values() if path}
+        # The likes of DropPath: nothing inside to grow, so the whole module may as well be one node.
+        small = {
+            module for module in innermost if isinstance(module, _NormBase) or not _holds_anything(module)
+        }
+        if small <= leaves:
+            break
+        leaves |= small
+    _prune(tracer.graph)
+    if tracer.branches:
+        other = ValueTracer(inputs, call, leaves, flipped=frozenset(tracer.branches))
+        try:
+            other.record(model)
+            _prune(other.graph)
+            merged = merge_modes(tracer, other)
+        except CaptureError:
+            merged = False
+        if not merged:
+            guard_modes(tracer)
+    return tracer
+
+
+def _holds_anything(module: nn.Module) -> bool:
+    return any(True for _ in module.children()) or any(True for _ in module.parameters(recurse=False))
+
+
+def _prune(graph: fx.Graph) -> None:
+    """Remove nodes nobody uses that change nothing (fx's own pass also removes in-place methods)."""
+    for node in reversed(list(graph.nodes)):
+        if not node.users and _is_pure(node):
+            graph.erase_node(node)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    if node.op == "get_attr":
+        return True
+    if node.op == "call_method":
+        name, home = str(node.target), "torch"
+    elif node.op == "call_function" and not node.is_impure():
+        name, home = getattr(node.target, "__name__", ""), getattr(node.target, "__module__", "") or "torch"
+        if home == "_operator" and (
+            name == "setitem" or (name.startswith("i") and name not in _OPERATORS_WITH_I)
+        ):
+            return False
+    else:
+        return False
+    changes = name.rstrip("_") != name and not name.endswith("__") and name not in ("and_", "or_")
+    changes = changes or name in _MUTATING or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
+    if changes or any(word in name for word in _STATEFUL):
+        return False
+    return home.split(".")[0] in _PURE_MODULES or node.target is in_mode
+
+
+_OPERATORS_WITH_I = {"is_", "is_not", "invert", "inv", "index", "indexOf", "itemgetter"}
+
+
+def _assemble(model: nn.Module, tracer: ValueTracer, values: tuple[Any, ...]) -> fx.GraphModule:
+    gm = fx.GraphModule(nn.Module(), fx.Graph(), class_name=type(model).__name__)
+    gm._modules.update(model._modules)
+    gm._parameters.update(model._parameters)
+    gm._buffers.update(model._buffers)
+    gm._non_persistent_buffers_set.update(model._non_persistent_buffers_set)
+    gm.training = model.training
+    constants = dict(tracer.constants)
+    for node in tracer.graph.find_nodes(op="get_attr"):
+        name = str(node.target)
+        owner = vars(model)
+        if "." not in name and isinstance(owner.get(name), torch.Tensor):
+            constants[name] = owner[name]  # a tensor the model keeps as a plain attribute
+    for name, tensor in constants.items():
+        gm.register_buffer(name, tensor, persistent=False)
+    tracer.graph._tracer_cls = None  # our tracer needs inputs; any tracer can read the graph again
+    gm.graph = tracer.graph
+    with warnings.catch_warnings():
+        # lint would have `training` flags be tensors or modules.
+        warnings.filterwarnings("ignore", message=".*does not reference an nn.Module.*")
+        gm.graph.lint()
+    gm.meta["example_inputs"] = values
+    gm.meta[_KEEP] = sorted(gm._non_persistent_buffers_set)
+    gm._register_deepcopy_hook(_keep_buffer_flags)
+    return gm
+
+
+def _keep_buffer_flags(copied: fx.GraphModule) -> None:
+    """Undo that copying a GraphModule makes its root's buffers persistent: that adds keys to its state."""
+    for name in copied.meta[_KEEP]:
+        if name in copied._parameters:
+            copied._buffers[name] = copied._parameters.pop(name)
+        copied._non_persistent_buffers_set.add(name)
+
+
+@contextlib.contextmanager
+def _untouched(model: nn.Module) -> Iterator[None]:
+    """Give every module its attributes back, and the random generators their state."""
+    saved: list[tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]] = []
+    for module in model.modules():
+        attributes = vars(module)
+        contents = [
+            (value, value.copy()) for value in attributes.values() if isinstance(value, (dict, list, set))
+        ]
+        saved.append((attributes, dict(attributes), contents))
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+        for attributes, before, contents in saved:
+            attributes.clear()
+            attributes.update(before)
+            for container, content in contents:
+                container.clear()
+                if isinstance(container, list):
+                    container.extend(content)
+                else:
+                    container.update(content)

@@ -1,0 +1,131 @@
+"""Moments of one weight that reads a width: what its output is asked for, and what it reads."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fxgrow._links import window
+from fxgrow._moments import gram, patch_rows
+from fxgrow._pass import Seen
+from fxgrow._solve import Factor, factor
+from fxgrow.ops.registry import Projection
+
+#: relative ridge on E[h h^T] for the projection when rows are sampled
+PROJECTION_RIDGE = 1e-1
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def rows_for(features: int) -> int:
+    """Sampled positions for a second moment of so many features: 20 per feature, fewer when there are many."""
+    return min(20 * features, 12_000 + 2 * features)
+
+
+def accumulator(t: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for everything shorter."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32
+
+
+class Consumer:
+    """E[V h^T], E|V|^2, M = E[h h^T] and G = E[V V^T] of one weight, over all its uses.
+
+    With a bias, h has a trailing 1. Before `finish` the attributes are sums over samples and positions.
+    """
+
+    def __init__(self, uses: list[Projection]) -> None:
+        self.uses = uses
+        self.weight = uses[0].weight
+        self.bias = uses[0].bias
+        self.window = window(uses[0])
+        self.vh = torch.zeros(())
+        self.vv: Tensor | float = 0.0
+        self.m: Tensor | None = None
+        self.g: Tensor | None = None
+        #: positions per sample, and rows that M and G were made from
+        self.positions = 0
+        self.rows = 0
+
+    def add_gradient(self, seen: Seen) -> None:
+        """The sum of V h^T over a batch is its weight gradient."""
+        g = seen.gradients[self.weight].flatten(1)
+        if self.bias is not None:
+            g = torch.cat([g, seen.gradients[self.bias][:, None]], 1)
+        self.vh = self.vh + g.to(accumulator(g))
+
+    def add_norm(self, v: Tensor) -> None:
+        self.vv = self.vv + v.to(accumulator(v)).square().sum()
+
+    def add_rows(
+        self,
+        h: Tensor,
+        v: Tensor,
+        samples: int | None,
+        generator: torch.Generator | None = None,
+        batches: int = 1,
+    ) -> None:
+        """Adds to M and G, from sampled positions, as if there were `samples` samples (None: all, as they are).
+
+        With several `batches`, each call draws its share of the rows.
+        """
+        updates = self.updates(v)
+        n, positions = updates.shape[:2]
+        self.positions = max(self.positions, positions)
+        chosen = torch.arange(n * positions)
+        if samples is not None:
+            width = h.shape[1] * self.window.taps if self.window.kernel else h.shape[-1]
+            chosen = torch.randperm(n * positions, generator=generator)
+            chosen = chosen[: math.ceil(rows_for(width) / batches)]
+        chosen = chosen.to(h.device)
+        sample, position = chosen // positions, chosen % positions
+        scale = 1.0 if samples is None else samples * positions / len(chosen)
+        m = gram(self.inputs(h, sample, position)) * scale
+        g = gram(updates[sample, position]) * scale
+        self.m, self.g = (m, g) if self.m is None or self.g is None else (self.m + m, self.g + g)
+        self.rows += len(chosen)
+
+    def updates(self, v: Tensor) -> Tensor:
+        """V as `[n, positions, O]`."""
+        if self.window.kernel:
+            return v.flatten(2).transpose(1, 2)
+        return v.reshape(v.shape[0], -1, v.shape[-1])
+
+    def inputs(self, h: Tensor, sample: Tensor, position: Tensor) -> Tensor:
+        """Rows of the (unfolded) input, `[m, H]`."""
+        if not self.window.kernel:
+            h = h.reshape(h.shape[0], -1, h.shape[-1])
+        return patch_rows(h, self.window, sample, position, bias=self.bias is not None)
+
+    def finish(self, samples: int) -> None:
+        """From sums to means over samples."""
+        self.vh, self.vv = self.vh / samples, float(self.vv) / samples
+        if self.m is not None and self.g is not None:
+            self.m, self.g = self.m / samples, self.g / samples
+
+    def project(self, exact: bool) -> tuple[Factor, Tensor]:
+        """A factor of M, and the best move of the weights dW* = E[V h^T] M^-1."""
+        if self.m is None:
+            raise RuntimeError("no rows were added")
+        m = factor(self.m, ridge=0.0 if exact else PROJECTION_RIDGE)
+        return m, m.solve(self.vh.mT).mT
+
+    def curvature(self) -> Tensor:
+        """G per position, `[O, O]`."""
+        if self.g is None:
+            raise RuntimeError("no rows were added")
+        return self.g / max(1, self.positions * len(self.uses))
+
+    def apply(self, update: Tensor, h: Tensor) -> Tensor:
+        """This layer with weights `update` (`[O, H]`), in the layer's own layout."""
+        bias, weight = (update[:, -1], update[:, :-1]) if self.bias is not None else (None, update)
+        return self.outgoing(weight, h.to(update.dtype), bias)
+
+    def outgoing(self, weight: Tensor, h: Tensor, bias: Tensor | None = None) -> Tensor:
+        """This layer's map with other weights `[O, channels * taps]` on other channels `h`."""
+        w = self.window
+        if not w.kernel:
+            return F.linear(h, weight, bias)
+        kernel = weight.reshape(weight.shape[0], weight.shape[1] // w.taps, *w.kernel)
+        return _CONV[len(w.kernel)](h, kernel, bias, w.stride, w.padding, w.dilation)

@@ -1,0 +1,293 @@
+"""The pipeline on one screen: capture, profile, plan, line search, rewrite."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx, nn
+
+from fxgrow._capture import capture
+from fxgrow._check import check_function
+from fxgrow._data import Batch, Data, LossFn
+from fxgrow._errors import PlanError
+from fxgrow._optim import repoint
+from fxgrow._plan import Plan
+from fxgrow._plan import plan as make_plan
+from fxgrow._profile import Profile
+from fxgrow._profile import profile as make_profile
+from fxgrow._records import Reason
+from fxgrow._rewrite import copy_graph, rewrite
+from fxgrow._search import SEARCH_SAMPLES, Line, Search, mean_loss, search
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger("fxgrow")
+
+
+@dataclass(frozen=True)
+class Growth:
+    """The record of one growth, at `grown.meta["fxgrow"]`; prints as a report.
+
+    Attributes:
+        plan: what was added, with the gamma that was applied.
+        profile: what it was decided on.
+        search: held-back losses along gamma.
+        losses: mean held-back loss before and after, `{"eval": (before, after), "train": (before, after)}`.
+        pinned: widths that cannot change, and why.
+        seconds: wall time per stage.
+        declined: why nothing was added, or None.
+    """
+
+    plan: Plan
+    profile: Profile
+    search: Search | None
+    losses: Mapping[str, tuple[float, float]]
+    pinned: Mapping[str, Reason]
+    seconds: Mapping[str, float]
+    declined: str | None = None
+
+    def __str__(self) -> str:
+        from fxgrow._report import growth_report
+
+        return growth_report(self)
+
+    def plot(self, path: str | None = None) -> Figure:
+        """Bars of bottleneck and gains per width and the loss against gamma. Needs matplotlib."""
+        from fxgrow._plot import plot_growth
+
+        return plot_growth(self, path)
+
+
+def grow(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    *,
+    loss_fn: LossFn | None = None,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
+    budget: str | int | None = None,
+    neurons: int | Mapping[str, int] | None = None,
+    method: str = "default",
+    samples: int | None = None,
+    optimizer: torch.optim.Optimizer | None = None,
+    update_existing: bool = True,
+    progress: bool = True,
+    seed: int = 0,
+) -> fx.GraphModule:
+    """Makes a network wider where the loss asks for what its weights cannot express.
+
+    The model is captured as a graph, every hidden width is profiled on the data, units are chosen within the budget,
+    scaled by a line search on held-back batches, and added to a copy. The model itself is left as it is.
+
+    Args:
+        model: any module that `fxgrow.capture` can read, or a grown graph.
+        dataloader: batches; see `fxgrow.profile`.
+        loss_fn: see `fxgrow.profile`.
+        example_inputs: inputs to capture the model with; None for those of the first batch.
+        budget: parameters to add, a number or a share such as `"+10%"`; None for `"+25%"`.
+        neurons: instead of a budget: units for every width, or per width.
+        method: the initialiser: `default`, `tiny`, `random`, `random-refit`.
+        samples: how many samples to use at most; None for 8192.
+        optimizer: the optimiser that trains the model: re-pointed to the new parameters, its state kept.
+        update_existing: also move the weights that exist (dW).
+        progress: show a progress bar (if tqdm is installed).
+        seed: of all random choices.
+
+    Returns:
+        A GraphModule with the model's parameter names, wider. `.meta["fxgrow"]` is its `Growth`: where nothing is worth
+        adding the function is unchanged and `.declined` says why.
+
+    Raises:
+        CaptureError: the model cannot be traced.
+        ProfileError: the data or the loss do not allow a profile, or no width is free.
+        PlanError: the budget or the neurons cannot be met.
+
+    Example:
+        >>> import torch, fxgrow
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.randn(256, 6)
+        >>> batches = [(x[i : i + 64], x[i : i + 64].prod(1, keepdim=True)) for i in range(0, 256, 64)]
+        >>> net = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> grown = fxgrow.grow(net, batches, neurons=2, progress=False)
+        >>> grown.state_dict()["0.weight"].shape
+        torch.Size([5, 6])
+    """
+    clock = _Clock()
+    data = Data(dataloader, samples)
+    gm = capture(model, data.first().inputs if example_inputs is None else example_inputs)
+    clock.lap("capture")
+    found = make_profile(
+        gm, data.loader, loss_fn, samples, method, units=_candidates(neurons), progress=progress, seed=seed
+    )
+    clock.lap("profile")
+    decided = make_plan(found, budget, neurons, update_existing=update_existing)
+    clock.lap("plan")
+    held = _held(data)
+    grown, growth = _apply_best(gm, decided, found, held, loss_fn, neurons is not None)
+    clock.lap("search")
+    if optimizer is not None:
+        repoint(optimizer, model, grown, growth.index)
+    record = replace(growth.record, seconds=clock.laps)
+    grown.meta["fxgrow"] = record
+    log.info("%s", record.declined or record.plan)
+    return grown
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    record: Growth
+    index: Mapping[str, tuple[torch.Tensor | None, ...]]
+
+
+def _apply_best(
+    gm: fx.GraphModule,
+    decided: Plan,
+    found: Profile,
+    held: list[Batch],
+    loss_fn: LossFn | None,
+    forced: bool,
+) -> tuple[fx.GraphModule, _Outcome]:
+    """Searches gamma and rewrites; a decline returns an unchanged copy."""
+    pinned = {w.name: w.pinned for w in found.widths if w.pinned is not None}
+    before = _losses(gm, held, loss_fn)
+    if not decided.units:
+        same = {mode: (loss, loss) for mode, loss in before.items()}
+        return copy_graph(gm), _Outcome(Growth(decided, found, None, same, pinned, {}, decided.reason), {})
+    line = Line(gm, decided)
+    check_function(gm, line.move(0.0), gm.meta["example_inputs"])
+    result = search(line, held, loss_fn)
+    declined = None
+    gamma = result.best * found.method.share
+    if result.best == 0.0 and decided.outgoing:
+        declined = "no step along the proposed units lowers the held-back loss (gamma = 0 wins)"
+        if not forced:
+            plan = replace(decided, units={}, scale=0.0, reason=declined)
+            same = {mode: (loss, loss) for mode, loss in before.items()}
+            return copy_graph(gm), _Outcome(Growth(plan, found, result, same, pinned, {}, declined), {})
+        declined = None
+    grown = line.move(gamma)
+    after = _losses(grown, held, loss_fn)
+    losses = {mode: (before[mode], after[mode]) for mode in before}
+    record = Growth(decided.scaled(gamma), found, result, losses, pinned, {}, declined)
+    return grown, _Outcome(record, line.index)
+
+
+def _losses(gm: fx.GraphModule, held: list[Batch], loss_fn: LossFn | None) -> dict[str, float]:
+    """Held-back loss in eval and in train mode (on a copy: BatchNorm's statistics move)."""
+    copy = copy_graph(gm)
+    out = {"eval": mean_loss(copy.eval(), held, loss_fn)}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        out["train"] = mean_loss(copy.train(), held, loss_fn)
+    return out
+
+
+def _candidates(neurons: int | Mapping[str, int] | None) -> int | Mapping[str, int] | None:
+    wanted = neurons.values() if isinstance(neurons, Mapping) else [neurons] if neurons is not None else []
+    if any(not isinstance(k, int) or k <= 0 for k in wanted):
+        raise PlanError(f"neurons={neurons!r}: give a positive number of units.")
+    return neurons
+
+
+def _held(data: Data) -> list[Batch]:
+    """Held-back batches for the line search, all of a single batch."""
+    held: list[Batch] = []
+    size = 0
+    for batch in data:
+        if data.held(batch) or data.batches == 1:
+            held.append(batch)
+            size += batch.size
+            if size >= SEARCH_SAMPLES:
+                break
+    return held
+
+
+class _Clock:
+    def __init__(self) -> None:
+        self.laps: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        now = time.perf_counter()
+        self.laps[name] = now - self._last
+        self._last = now
+
+
+def apply(gm: nn.Module, plan: Plan, example_inputs: tuple[Any, ...] | dict[str, Any] | None = None) -> fx.GraphModule:
+    """Rewrites alone: adds a plan's units to a copy of the graph.
+
+    Args:
+        gm: a captured graph, or a fresh copy of the model with `example_inputs`.
+        plan: from `fxgrow.plan`, `Plan.from_json`, or `Plan({"name": units})`, which keeps the function.
+        example_inputs: to capture a model that is no graph yet.
+
+    Returns:
+        The grown GraphModule.
+
+    Raises:
+        PlanError: a width is unknown or pinned, or the units do not fit its step.
+        RewriteError: the rewritten graph failed its checks.
+
+    Example:
+        >>> import torch, fxgrow
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> grown = fxgrow.apply(fxgrow.capture(net, (torch.zeros(1, 4),)), fxgrow.Plan({"0": 2}))
+        >>> grown.get_submodule("2")
+        Linear(in_features=5, out_features=2, bias=True)
+    """
+    if not (isinstance(gm, fx.GraphModule) and "example_inputs" in gm.meta):
+        if example_inputs is None:
+            raise PlanError("apply needs a captured graph, or example_inputs to capture the model with.")
+        gm = capture(gm, example_inputs)
+    generator = torch.Generator().manual_seed(0)
+    grown, _ = rewrite(gm, plan.units, plan.at(plan.scale), generator)
+    if not (plan.values.new or plan.values.delta):
+        check_function(gm, grown, gm.meta["example_inputs"])
+    return grown
+
+
+def widen(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | dict[str, Any],
+    units: Mapping[str, int],
+    *,
+    optimizer: torch.optim.Optimizer | None = None,
+    seed: int = 0,
+) -> fx.GraphModule:
+    """Adds units without data; the network computes exactly the same function.
+
+    New rows of producers are random (Kaiming), new columns of consumers zero, followers the identity.
+
+    Args:
+        model: any module that `fxgrow.capture` can read.
+        example_inputs: a tuple of positional or a dict of keyword inputs.
+        units: units to add per width, multiples of the width's step.
+        optimizer: re-pointed to the new parameters, its state kept.
+        seed: of the random rows.
+
+    Returns:
+        The wider GraphModule.
+
+    Raises:
+        PlanError: a width is unknown or pinned, or the units do not fit its step.
+        RewriteError: the outputs are not the same; nothing is returned.
+
+    Example:
+        >>> import torch, fxgrow
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> x = torch.randn(5, 4)
+        >>> torch.allclose(fxgrow.widen(net, (x,), {"0": 8})(x), net(x))
+        True
+    """
+    gm = capture(model, example_inputs)
+    generator = torch.Generator().manual_seed(seed)
+    grown, index = rewrite(gm, units, generator=generator)
+    check_function(gm, grown, gm.meta["example_inputs"])
+    if optimizer is not None:
+        repoint(optimizer, model, grown, index)
+    return grown

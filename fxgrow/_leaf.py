@@ -1,0 +1,19 @@
+"""Which modules stay one node of a captured graph."""
+
+from __future__ import annotations
+
+from torch import nn
+
+# What a subclass of a torch.nn layer may have and still compute what the layer computes.
+_HARMLESS = {"extra_repr", "reset_parameters"}
+
+
+def is_layer(cls: type) -> bool:
+    """Whether a module class is a layer of ``torch.nn``, or a subclass that changes nothing about one."""
+    for base in cls.__mro__:
+        if base.__module__.startswith(("torch.nn", "torch.ao.nn")):
+            return base is not nn.Module and not issubclass(base, nn.Sequential)
+        own = [name for name in vars(base) if not name.startswith("__") and name not in _HARMLESS]
+        if any(callable(getattr(base, name)) for name in own):
+            return False
+    return False

@@ -1,0 +1,339 @@
+"""The profile: where a network is short of expressivity, and which units would help, from one reading of the data.
+
+requires: a captured graph, a loader and a loss.
+ensures:  per free width a `Bottleneck`, also at `node.meta["fxgrow"]` of its first producer; the model, its mode and
+          all random generators are as before.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxgrow._analyse import analyse
+from fxgrow._candidates import Candidates, candidates
+from fxgrow._capture import capture
+from fxgrow._data import Batch, Data, LossFn
+from fxgrow._errors import ProfileError
+from fxgrow._pass import Seen, run_pass
+from fxgrow._progress import progress as bar
+from fxgrow._records import Width
+from fxgrow._refit import Refit, run_refit
+from fxgrow._rewrite import lookup, require_free
+from fxgrow._solve import bottleneck as expressivity_bottleneck
+from fxgrow._statistics import Statistics
+from fxgrow._widths import Hidden, hidden
+from fxgrow.initialisers import Initialiser, Proposal, find_initialiser
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+log = logging.getLogger("fxgrow")
+#: norms of new channels are measured on at least so many samples
+CALIBRATION = 256
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """What the profile says of one width.
+
+    Attributes:
+        width: the width.
+        bottleneck: expressivity bottleneck Psi = E|V - dW* h|^2, in squared units of loss per pre-activation: what the
+            loss asks of the consumers that no move of their weights can express (Verbockhaven et al. 2024, def. 2.3).
+        desired: E|V|^2, what the loss asks for in all; `bottleneck / desired` is between 0 and 1.
+        gains: predicted decrease of the loss per unit, best first. For `tiny` the squared singular values (decrease
+            per unit of gamma); with a refit, nats measured on held-back batches.
+        singular_values: of the whitened E[b V^T], largest first.
+        significant: how many units a held-back test accepts (with no test: how many there are).
+        samples: samples that were read.
+        positions: sampled positions behind the second moments.
+    """
+
+    width: Width
+    bottleneck: float
+    desired: float
+    gains: tuple[float, ...]
+    singular_values: tuple[float, ...]
+    significant: int
+    samples: int
+    positions: int
+
+
+@dataclass(frozen=True)
+class Profile(Mapping[str, Bottleneck]):
+    """Width name -> `Bottleneck`, for every width that was profiled; prints as a table.
+
+    Attributes:
+        gm: the graph that was profiled.
+        widths: all widths, the pinned ones too.
+        bottlenecks: the entries of the mapping.
+        method: the initialiser.
+        loss: mean loss over the samples, before growth.
+        samples: samples that were read.
+    """
+
+    gm: fx.GraphModule
+    widths: tuple[Width, ...]
+    bottlenecks: Mapping[str, Bottleneck]
+    method: Initialiser
+    loss: float
+    samples: int
+    updates: Mapping[str, Tensor] = field(repr=False)
+    proposals: Mapping[str, Proposal] = field(repr=False)
+    found: Candidates | None = field(repr=False)
+    refit: Refit | None = field(repr=False)
+
+    def __getitem__(self, name: str) -> Bottleneck:
+        return self.bottlenecks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.bottlenecks)
+
+    def __len__(self) -> int:
+        return len(self.bottlenecks)
+
+    def __str__(self) -> str:
+        from fxgrow._report import profile_table
+
+        return profile_table(self)
+
+    def plot(self, path: str | None = None) -> Figure:
+        """Bars of the bottleneck and the best gains per width; written to `path` if given. Needs matplotlib."""
+        from fxgrow._plot import plot_profile
+
+        return plot_profile(self, path)
+
+
+def profile(
+    gm: nn.Module,
+    dataloader: Iterable[Any],
+    loss_fn: LossFn | None = None,
+    samples: int | None = None,
+    method: str = "default",
+    *,
+    positions: str = "sampled",
+    widths: Sequence[str] | None = None,
+    units: int | Mapping[str, int] | None = None,
+    progress: bool = True,
+    seed: int = 0,
+) -> Profile:
+    """Measures the expressivity bottleneck of every free width and proposes units for it.
+
+    Args:
+        gm: a captured graph, or a model (captured on the first batch).
+        dataloader: batches `(inputs, targets)`, where inputs may be a tuple or a dict, or dicts for models that return
+            an object with `.loss`. Read two to three times, the same batches in the same order.
+        loss_fn: takes (output, targets), returns the mean over the batch or one value per sample. None: cross-entropy
+            for integer targets, mean squared error for floating ones, the model's own `.loss` where it has one.
+        samples: how many samples to use at most; None for 8192.
+        method: the initialiser: `default`, `tiny`, `random`, `random-refit`.
+        positions: `"sampled"` estimates second moments from sampled positions; `"all"` uses every one, and one more
+            forward pass, for exact figures.
+        widths: names of the widths to profile; None for all that are free.
+        units: how many units to propose per width; None for a quarter of its size, at least 4.
+        progress: show a progress bar (if tqdm is installed).
+        seed: of the sampling.
+
+    Returns:
+        A `Profile`.
+
+    Raises:
+        ProfileError: no width is free, the loader is empty, a batch does not fit, a loss is not finite.
+        PlanError: `widths` names one that does not exist or is pinned.
+
+    Example:
+        >>> import torch, fxgrow
+        >>> _ = torch.manual_seed(0)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+        >>> batches = [(torch.randn(32, 4), torch.randn(32, 2)) for _ in range(4)]
+        >>> profile = fxgrow.profile(net, batches, method="tiny", progress=False)
+        >>> 0 <= profile["0"].bottleneck <= profile["0"].desired
+        True
+    """
+    initialiser = find_initialiser(method)
+    if positions not in ("sampled", "all"):
+        raise ProfileError(f"positions={positions!r}: choose 'sampled' or 'all'.")
+    data = Data(dataloader, samples)
+    if not (isinstance(gm, fx.GraphModule) and "example_inputs" in gm.meta):
+        gm = capture(gm, data.first().inputs)
+    structure = analyse(gm)
+    every = hidden(structure)
+    chosen = _chosen(every, widths)
+    exact = positions == "all"
+    generator = torch.Generator().manual_seed(seed)
+
+    stats = Statistics(structure, chosen, exact=exact, link=initialiser.moments)
+    loss = _collect(gm, stats, data, loss_fn, initialiser.refit, progress)
+    stats.finish(generator)
+    updates, psi = _project(stats)
+    if initialiser.project and initialiser.moments:
+        _subtract(gm, stats, updates, data, loss_fn, initialiser.refit)
+
+    additions = {h.width.name: _how_many(h.width, units) for h in chosen}
+    proposals = {
+        name: initialiser.propose(stats.widths[name], stats.consumers, k) if name in stats.widths else Proposal()
+        for name, k in additions.items()
+    }
+    found = candidates(gm, proposals, additions, _calibration(gm, data, initialiser.refit), generator)
+    refit = run_refit(found, data, loss_fn, generator) if initialiser.refit else None
+    bottlenecks = {
+        h.width.name: _bottleneck(h, stats, psi, proposals[h.width.name], refit, additions[h.width.name])
+        for h in chosen
+    }
+    for h in chosen:
+        h.writes[0].node.meta["fxgrow"] = bottlenecks[h.width.name]
+    return Profile(
+        gm=gm,
+        widths=tuple(h.width for h in every),
+        bottlenecks=bottlenecks,
+        method=initialiser,
+        loss=loss,
+        samples=stats.samples,
+        updates=updates,
+        proposals=proposals,
+        found=found,
+        refit=refit,
+    )
+
+
+def _chosen(every: Sequence[Hidden], names: Sequence[str] | None) -> list[Hidden]:
+    if names is not None:
+        by_name = {h.width.name: h for h in every}
+        return [require_free(by_name, n) for n in names]
+    free = [h for h in every if h.width.pinned is None]
+    if not free:
+        pinned = "; ".join(f"{h.width.name}: {h.width.pinned}" for h in every[:6]) or "there are no hidden layers"
+        raise ProfileError(
+            f"No width of this model can grow ({pinned}). A width needs a layer that writes it and one that reads it, "
+            "both trainable, with only described operators between."
+        )
+    return free
+
+
+def _collect(
+    gm: fx.GraphModule, stats: Statistics, data: Data, loss_fn: LossFn | None, hold: bool, show: bool
+) -> float:
+    """The first pass; returns the mean loss."""
+    total = 0.0
+    fit = True
+
+    def batches() -> Iterator[Batch]:
+        nonlocal fit
+        for batch in bar(data, "profiling", data.batches, show):
+            fit = not (hold and data.held(batch))
+            yield batch
+
+    def done(batch: Batch, seen: Seen) -> None:
+        nonlocal total
+        total += seen.loss * seen.size
+        stats.end_batch(seen, fit=fit)
+
+    run_pass(
+        gm,
+        batches(),
+        loss_fn,
+        sources=stats.sources,
+        targets=stats.reads,
+        weights={n: lookup(gm, n) for n in stats.weights},
+        reader=lambda seen, node, v: stats.read(seen, node, v, fit=fit, batches=data.batches),
+        done=done,
+    )
+    return total / max(1, stats.samples)
+
+
+def _project(stats: Statistics) -> tuple[dict[str, Tensor], dict[str, tuple[float, float]]]:
+    """Per consumer weight: dW*, and (Psi, E|V|^2)."""
+    updates: dict[str, Tensor] = {}
+    psi: dict[str, tuple[float, float]] = {}
+    for name, c in stats.consumers.items():
+        m, updates[name] = c.project(stats.exact)
+        psi[name] = expressivity_bottleneck(float(c.vv), c.vh, m), float(c.vv)
+    return updates, psi
+
+
+def _subtract(
+    gm: fx.GraphModule,
+    stats: Statistics,
+    updates: Mapping[str, Tensor],
+    data: Data,
+    loss_fn: LossFn | None,
+    hold: bool,
+) -> None:
+    if not stats.exact:
+        stats.subtract_expressible(updates)
+        return
+    run_pass(
+        gm,
+        (b for b in data if not (hold and data.held(b))),
+        loss_fn,
+        sources=stats.sources,
+        targets=[],
+        weights={n: lookup(gm, n) for n in stats.weights[:1]},
+        reader=lambda seen, node, v: None,
+        done=lambda batch, seen: stats.subtract_expressible_of(seen, updates),
+    )
+
+
+def _how_many(width: Width, units: int | Mapping[str, int] | None) -> int:
+    wanted = units.get(width.name) if isinstance(units, Mapping) else units
+    if wanted is None:
+        wanted = max(4, math.ceil(width.size / 4))
+    return math.ceil(wanted / width.step) * width.step
+
+
+def _calibration(gm: fx.GraphModule, data: Data, hold: bool) -> Iterator[list[Any]]:
+    """One large batch of fitting data (batches joined where they are plain tensors)."""
+    taken: list[list[Any]] = []
+    size = 0
+    for batch in data:
+        if hold and data.held(batch):
+            continue
+        taken.append(batch.arguments(gm))
+        size += batch.size
+        if size >= CALIBRATION:
+            break
+    same = all(
+        all(isinstance(t, Tensor) and t.dim() > 0 and t.shape[1:] == f.shape[1:] for t, f in zip(a, taken[0], strict=True))
+        for a in taken
+    )
+    yield [torch.cat(parts) for parts in zip(*taken, strict=True)] if same and len(taken) > 1 else taken[0]
+
+
+def _bottleneck(
+    h: Hidden,
+    stats: Statistics,
+    psi: Mapping[str, tuple[float, float]],
+    proposal: Proposal,
+    refit: Refit | None,
+    k: int,
+) -> Bottleneck:
+    name = h.width.name
+    own = {p.weight for p in h.reads if p.weight in psi}
+    values = tuple(float(v) for v in proposal.values)
+    gains, significant = tuple(v * v for v in values[:k]), min(k, len(values)) if values else k
+    if refit is not None and refit.of(name):
+        evidence = refit.evidence[name]
+        total = refit.marginal(name, k)
+        shares = evidence.shares.clamp_min(0)
+        gains = tuple(float(g) for g in (total * shares / shares.sum().clamp_min(1e-30)).sort(descending=True).values)
+        significant = evidence.significant
+    elif refit is not None:
+        gains, significant = (), 0
+    moments = stats.widths.get(name)
+    return Bottleneck(
+        width=h.width,
+        bottleneck=sum(psi[w][0] for w in own),
+        desired=sum(psi[w][1] for w in own),
+        gains=gains,
+        singular_values=values,
+        significant=significant // h.width.step * h.width.step,
+        samples=stats.samples,
+        positions=moments.rows if moments is not None else 0,
+    )

@@ -1,0 +1,272 @@
+"""Outgoing weights and the update of existing ones, fitted together on what candidates really put out.
+
+The candidate graph is run once on the fitting batches, where E[V [h, z]^T] is the weight gradient of the widened
+consumer, and once on the held-back ones, where each unit is tested and the predictions are made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from fxgrow._candidates import Candidates
+from fxgrow._consumer import Consumer
+from fxgrow._data import Batch, Data, LossFn
+from fxgrow._pass import Seen, run_pass
+from fxgrow._rewrite import lookup
+from fxgrow._solve import quadratic, refit
+
+#: relative ridge on E[[h, z] [h, z]^T]
+RIDGE = 1e-1
+#: a unit counts while its held-back decrease is so many standard errors above zero
+Z = 2.5
+
+
+@dataclass
+class Readout:
+    """One consumer of the candidate graph: moments of V and [h, z], and which columns are whose.
+
+    Attributes:
+        weight: name of its weight.
+        bias: name of its bias.
+        outputs: rows of the weight that are not new units themselves.
+        old: columns of h (the bias last).
+        new: per width `[K, columns per unit]`.
+        m: E[[h, z] [h, z]^T].
+        g: E[V V^T] per position.
+        fit: E[V [h, z]^T] on the fitting batches.
+        held: the same on the held-back ones.
+    """
+
+    weight: str
+    bias: str | None
+    outputs: Tensor
+    old: Tensor
+    new: dict[str, Tensor]
+    m: Tensor
+    g: Tensor
+    fit: Tensor
+    held: Tensor
+
+    def solve(self, chosen: Mapping[str, Tensor], update_existing: bool) -> tuple[Tensor, Tensor]:
+        """Weights `[O, columns]` for the chosen units of each width, and their columns (old ones first)."""
+        parts = [self.old] if update_existing else []
+        parts += [self.new[w][units].flatten() for w, units in chosen.items() if w in self.new]
+        columns = torch.cat(parts) if parts else self.old[:0]
+        m = self.m[columns][:, columns]
+        return refit(m, self.fit[:, columns], self.g, RIDGE), columns
+
+    def predict(self, solution: tuple[Tensor, Tensor]) -> tuple[float, float]:
+        """Held-back slope s and curvature q along a solution."""
+        weights, columns = solution
+        return quadratic(weights, self.held[:, columns], self.m[columns][:, columns], self.g)
+
+
+@dataclass
+class Evidence:
+    """Candidates of one width, best first, and what the held-back batches say of them.
+
+    Attributes:
+        order: candidate numbers, best first.
+        z: held-back decrease of each, in standard errors.
+        shares: held-back slope of each.
+    """
+
+    order: Tensor
+    z: Tensor
+    shares: Tensor
+
+    @property
+    def significant(self) -> int:
+        """How many stand before the first one that fails."""
+        failed = (self.z <= Z).nonzero()
+        return int(failed[0]) if len(failed) else len(self.z)
+
+
+@dataclass
+class Refit:
+    """Everything a plan needs to choose and weigh units."""
+
+    readouts: dict[str, Readout] = field(default_factory=dict)
+    evidence: dict[str, Evidence] = field(default_factory=dict)
+
+    def of(self, width: str) -> list[Readout]:
+        return [r for r in self.readouts.values() if width in r.new]
+
+    def marginal(self, width: str, k: int) -> float:
+        """Predicted decrease that k units add to what updating the existing weights alone would bring.
+
+        p(units + dW) - p(dW alone), p = max(s, 0)^2 / 2q, fitted on one part of the data, measured on the other.
+        """
+        units = self.evidence[width].order[:k]
+        both = [r.predict(r.solve({width: units}, True)) for r in self.of(width)]
+        alone = [r.predict(r.solve({}, True)) for r in self.of(width)]
+        return max(0.0, decrease(both) - decrease(alone))
+
+
+def decrease(terms: Sequence[tuple[float, float]]) -> float:
+    """Largest decrease along a direction with these slopes and curvatures."""
+    s, q = sum(t[0] for t in terms), sum(t[1] for t in terms)
+    return 0.5 * max(s, 0.0) ** 2 / q if q > 0 else 0.0
+
+
+def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: torch.Generator) -> Refit:
+    """Two passes over the candidate graph: fitting batches, then held-back ones."""
+    graph = found.graph
+    consumers = _consumers(found)
+    if not consumers:
+        return Refit()
+    reads = {p.node: (c, p) for c in consumers.values() for p in c.uses}
+    weights = {
+        n: lookup(graph, n) for c in consumers.values() for n in ([c.weight] if c.bias is None else [c.weight, c.bias])
+    }
+    count = 0
+    batches = data.batches or 8
+    generator_ = generator
+
+    def read_fit(seen: Seen, node: fx.Node, v: Tensor) -> None:
+        c, p = reads[node]
+        keep = max(1, math.ceil(min(len(v), 1024 / batches)))
+        c.add_rows(seen.inputs[p.source][:keep], v[:keep], seen.size, generator_, batches)
+
+    def done(batch: Batch, seen: Seen) -> None:
+        nonlocal count
+        count += seen.size
+        for c in consumers.values():
+            c.add_gradient(seen)
+
+    sources, targets = {p.source for _, p in reads.values()}, list(reads)
+    run_pass(
+        graph,
+        (b for b in data if not data.held(b)),
+        loss_fn,
+        sources=sources,
+        targets=targets,
+        weights=weights,
+        reader=read_fit,
+        done=done,
+    )
+    out = Refit()
+    for name, c in consumers.items():
+        c.finish(count)
+        out.readouts[name] = _readout(c, found)
+        c.vh = torch.zeros(())
+    rank_by_fit(out, found)
+    tests = _Tests(out, found)
+    count = 0
+    held: dict[fx.Node, Tensor] = {}
+
+    def done_held(batch: Batch, seen: Seen) -> None:
+        done(batch, seen)
+        tests.add({node: (consumers[c.weight], seen.inputs[p.source], held[node]) for node, (c, p) in reads.items()})
+        held.clear()
+
+    run_pass(
+        graph,
+        (b for b in data if data.held(b) or data.batches == 1),
+        loss_fn,
+        sources=sources,
+        targets=targets,
+        weights=weights,
+        reader=lambda seen, node, v: held.__setitem__(node, v),
+        done=done_held,
+    )
+    for name, c in consumers.items():
+        out.readouts[name].held = c.vh[out.readouts[name].outputs] / max(1, count)
+    tests.finish()
+    return out
+
+
+def _consumers(found: Candidates) -> dict[str, Consumer]:
+    wanted = {w for w in found.units}
+    uses: dict[str, Consumer] = {}
+    for p in found.structure.projections:
+        if p.plain and any((w, p.in_dim) in found.places.get(p.weight, {}) for w in wanted) and p.weight not in uses:
+            uses[p.weight] = Consumer([q for q in found.structure.projections if q.weight == p.weight])
+    return uses
+
+
+def _readout(c: Consumer, found: Candidates) -> Readout:
+    if c.m is None:
+        raise RuntimeError("no rows were added")
+    taps = c.window.taps
+    new: dict[str, Tensor] = {}
+    channels = torch.ones((c.vh.shape[1] - (c.bias is not None)) // taps, dtype=torch.bool)
+    for (width, dim), positions in found.places[c.weight].items():
+        if dim == 1:
+            channels[positions] = False
+            columns = positions[:, None] * taps + torch.arange(taps)
+            new[width] = columns.reshape(found.units[width], -1).to(c.vh.device)
+    old = (channels.nonzero() * taps + torch.arange(taps)).flatten()
+    if c.bias is not None:
+        old = torch.cat([old, torch.tensor([c.vh.shape[1] - 1])])
+    rows = torch.ones(len(c.vh), dtype=torch.bool)
+    for (_, dim), positions in found.places[c.weight].items():
+        if dim == 0:
+            rows[positions] = False
+    outputs, fit = rows.nonzero().flatten().to(c.vh.device), c.vh[rows.to(c.vh.device)]
+    g = c.curvature()[outputs][:, outputs]
+    return Readout(c.weight, c.bias, outputs, old.to(c.vh.device), new, c.m, g, fit, torch.zeros_like(fit))
+
+
+def rank_by_fit(out: Refit, found: Candidates) -> None:
+    """Orders the candidates of each width by their part of the fitted slope."""
+    for width, k in found.units.items():
+        share = torch.zeros(k)
+        for r in out.of(width):
+            weights, columns = r.solve({width: torch.arange(k)}, True)
+            own = weights[:, len(r.old) :] * r.fit[:, columns[len(r.old) :]]
+            share += own.sum(0).view(k, -1).sum(1).float().cpu()
+        order = share.argsort(descending=True)
+        out.evidence[width] = Evidence(order, torch.zeros(k), torch.zeros(k))
+
+
+class _Tests:
+    """Per sample and unit: the slope of the loss along the unit's fitted outgoing weights."""
+
+    def __init__(self, out: Refit, found: Candidates) -> None:
+        self.out, self.found = out, found
+        self.sums = {w: torch.zeros(k, dtype=torch.float64) for w, k in found.units.items()}
+        self.squares = {w: torch.zeros(k, dtype=torch.float64) for w, k in found.units.items()}
+        self.count = 0
+        self.weights = {
+            (w, r.weight): r.solve({w: torch.arange(k)}, True)[0][:, len(r.old) :]
+            for w, k in found.units.items()
+            for r in out.of(w)
+        }
+
+    def add(self, uses: Mapping[fx.Node, tuple[Consumer, Tensor, Tensor]]) -> None:
+        slopes: dict[str, Tensor] = {}
+        for c, h, v in uses.values():
+            for (width, dim), positions in self.found.places[c.weight].items():
+                if dim == 1:
+                    t = self._slopes(c, width, positions, h, v)
+                    slopes[width] = slopes[width] + t if width in slopes else t
+        for width, t in slopes.items():
+            t = t.double().cpu()
+            self.sums[width] += t.sum(0)
+            self.squares[width] += t.square().sum(0)
+        self.count += next((len(t) for t in slopes.values()), 0)
+
+    def _slopes(self, c: Consumer, width: str, positions: Tensor, h: Tensor, v: Tensor) -> Tensor:
+        """`[n, K]`: sum over positions of V . omega_k z_k, as z_k times the gradient of (omega z) . V."""
+        dim = 1 if c.window.kernel else -1
+        z = h.index_select(dim, positions.to(h.device)).float().requires_grad_()
+        weights = self.weights[width, c.weight].float()
+        v = v.index_select(dim, self.out.readouts[c.weight].outputs.to(v.device))
+        with torch.enable_grad():
+            (pulled,) = torch.autograd.grad((c.outgoing(weights, z) * v.float()).sum(), z)
+        t = (z.detach() * pulled).movedim(dim, -1).flatten(1, -2).sum(1) if z.dim() > 2 else z.detach() * pulled
+        return t.view(len(t), self.found.units[width], -1).sum(2)
+
+    def finish(self) -> None:
+        n = max(2, self.count)
+        for width, e in self.out.evidence.items():
+            mean = self.sums[width] / n
+            error = ((self.squares[width] / n - mean.square()).clamp_min(0) / (n - 1)).sqrt()
+            e.shares = mean[e.order]
+            e.z = (mean / error.clamp_min(1e-30))[e.order]

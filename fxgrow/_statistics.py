@@ -1,0 +1,256 @@
+"""What a pass over the data leaves behind, per consumer and per width.
+
+Exact, over every position: E[V h^T] (a weight gradient), E|V|^2 and, between linked layers, E[b V^T]. From sampled
+positions (all of them with `exact`): E[h h^T], E[V V^T], E[b b^T] and the part of E[b V^T] that the existing weights
+can express. E is the mean over samples of the sum over positions (Verbockhaven et al. 2024, section 3).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from fxgrow._axes import length
+from fxgrow._consumer import Consumer, rows_for
+from fxgrow._links import Link, gradient_map, links, producer_map
+from fxgrow._moments import coverage, cross_moment, gram, patch_rows
+from fxgrow._pass import Seen
+from fxgrow._widths import Hidden
+from fxgrow.ops.registry import Structure
+
+#: remembered activations of one width take at most so many bytes
+CACHE = 128 << 20
+#: a sampled matrix is estimated from at least so many samples, where there are any
+FEW_SAMPLES = 128
+
+
+@dataclass
+class WidthMoments:
+    """N = E[b V^T] per consumer `[P, taps, O]`, and S = E[b b^T] `[P, P]`, over the stacked producers."""
+
+    hidden: Hidden
+    links: list[Link]
+    #: rows of each producer's features in b
+    spans: dict[str, tuple[int, int]]
+    blocks: dict[str, Tensor] = field(default_factory=dict)
+    s: Tensor | None = None
+    rows: int = 0
+    #: positions of a sample that are read, counted once per window: S sums over them
+    readings: float = 1.0
+    #: samples of a batch that are remembered for this width
+    keep: int = 0
+
+    @property
+    def features(self) -> int:
+        return sum(stop - start for start, stop in self.spans.values())
+
+    @property
+    def second_moment(self) -> Tensor:
+        """S."""
+        if self.s is None:
+            raise RuntimeError("no rows were added")
+        return self.s
+
+    def add(self, link: Link, x: Tensor, v: Tensor, scale: float = 1.0) -> None:
+        """Adds scale * sum b V^T of one batch to the consumer's block."""
+        moment = cross_moment(
+            producer_map(x, link),
+            gradient_map(v, link),
+            link.producer,
+            link.consumer,
+            bias=link.writes.bias is not None,
+            pool=link.pool,
+        )
+        block = self.blocks.get(link.reads.weight)
+        if block is None:
+            block = moment.new_zeros(self.features, *moment.shape[1:])
+            self.blocks[link.reads.weight] = block
+        start, stop = self.spans[link.writes.weight]
+        block[start:stop] += moment if scale == 1.0 else moment * scale
+
+    def reading(self) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
+        """The map that new units are read on: its shape, the pool before it, how often each position is read."""
+        first = self.links[0]
+        shape, pool = first.read_shape, first.pool
+        if any((k.pool, k.read_shape) != (pool, shape) for k in self.links):
+            # consumers that read different maps: count every written position once
+            shape = tuple(r * p for r, p in zip(shape, pool or (1,) * len(shape), strict=True))
+            return shape, (), torch.ones(shape)
+        if not shape:
+            return shape, pool, torch.ones(())
+        windows = {k.reads.weight: k.consumer for k in self.links}.values()
+        cover = torch.stack([coverage(shape, w).float() for w in windows]).mean(0)
+        return shape, pool, cover
+
+    def add_rows(
+        self, inputs: Mapping[fx.Node, Tensor], samples: int | None, generator: torch.Generator | None = None
+    ) -> None:
+        """Adds to S, from sampled positions, as if there were `samples` samples (None: all, as they are)."""
+        rows, weight = self.stacked(inputs, None if samples is None else rows_for(self.features), generator)
+        n = next(iter(inputs[k.writes.source] for k in self.links)).shape[0]
+        total = n * self.positions(inputs)
+        self.readings = float(weight.mean()) * total / n
+        scale = 1.0 if samples is None else samples / n * total / len(rows)
+        moment = gram(rows, weight) * scale
+        self.s = moment if self.s is None else self.s + moment
+        self.rows += len(rows)
+
+    def positions(self, inputs: Mapping[fx.Node, Tensor]) -> int:
+        shape, _, _ = self.reading()
+        link = self.links[0]
+        return math.prod(shape) if shape else producer_map(inputs[link.writes.source], link).shape[1]
+
+    def stacked(
+        self, inputs: Mapping[fx.Node, Tensor], limit: int | None, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Rows b of all producers side by side, `[m, P]`, and how often each is read."""
+        shape, pool, cover = self.reading()
+        first = {k.writes.weight: k for k in reversed(self.links)}
+        maps = {w: producer_map(inputs[first[w].writes.source], first[w]) for w in self.spans}
+        n, device = maps[self.links[0].writes.weight].shape[0], maps[self.links[0].writes.weight].device
+        positions = self.positions(inputs)
+        chosen = torch.arange(n * positions)
+        if limit is not None and limit < len(chosen):
+            chosen = torch.randperm(len(chosen), generator=generator)[:limit]
+        chosen = chosen.to(device)
+        sample, position = chosen // positions, chosen % positions
+        weight = cover.flatten().to(device)[position] if shape else torch.ones(len(chosen), device=device)
+        parts = [
+            patch_rows(maps[w], k.producer, sample, position, bias=k.writes.bias is not None, pool=pool)
+            for w, k in ((w, first[w]) for w in self.spans)
+        ]
+        return torch.cat(parts, 1), weight
+
+
+class Statistics:
+    """All consumers and widths of one profile, filled batch by batch."""
+
+    def __init__(self, structure: Structure, hiddens: Iterable[Hidden], *, exact: bool, link: bool = True) -> None:
+        self.exact = exact
+        self.samples = 0
+        self.fitted = 0
+        self.consumers: dict[str, Consumer] = {}
+        self.widths: dict[str, WidthMoments] = {}
+        for h in hiddens:
+            for p in h.reads:
+                if p.plain and p.weight not in self.consumers:
+                    self.consumers[p.weight] = Consumer([q for q in structure.projections if q.weight == p.weight])
+            found = links(h, structure) if link else None
+            if found is not None:
+                self.widths[h.width.name] = WidthMoments(h, found, _spans(h, structure))
+        self.reads = {p.node: (c, p) for c in self.consumers.values() for p in c.uses}
+        self.by_node: dict[fx.Node, list[tuple[WidthMoments, Link]]] = {}
+        for w in self.widths.values():
+            for link in w.links:
+                self.by_node.setdefault(link.reads.node, []).append((w, link))
+        #: remembered inputs and updates, a chunk per batch, and how many samples of a batch to remember
+        self.inputs: dict[fx.Node, list[Tensor]] = {}
+        self.updates: dict[fx.Node, list[Tensor]] = {}
+        self.keep: dict[fx.Node, int] = {}
+
+    @property
+    def sources(self) -> set[fx.Node]:
+        """Nodes whose outputs a pass must keep."""
+        writes = {k.writes.source for w in self.widths.values() for k in w.links}
+        return writes | {p.source for _, p in self.reads.values()}
+
+    @property
+    def weights(self) -> list[str]:
+        """Parameters whose gradients a pass must compute."""
+        biases = [c.bias for c in self.consumers.values() if c.bias is not None]
+        return [*self.consumers, *biases]
+
+    # -- during a pass
+
+    def _plan(self, seen: Seen, batches: int | None) -> None:
+        """How many samples of each batch to remember, from the first batch's shapes."""
+        per_batch = max(1, batches or 8)
+        for p in (p for _, p in self.reads.values()):
+            self.keep[p.node] = self.keep[p.source] = math.ceil(FEW_SAMPLES / per_batch)
+        for w in self.widths.values():
+            need = math.ceil(rows_for(w.features) / w.positions(seen.inputs))
+            nodes = {n for k in w.links for n in (k.writes.source, k.reads.source)}
+            bytes_ = sum(seen.inputs[n][0].numel() * seen.inputs[n].element_size() for n in nodes)
+            need = min(max(need, FEW_SAMPLES), max(1, CACHE // bytes_))
+            w.keep = math.ceil(need / per_batch)
+            for n in (*nodes, *(k.reads.node for k in w.links)):
+                self.keep[n] = max(self.keep.get(n, 0), w.keep)
+
+    def read(self, seen: Seen, node: fx.Node, v: Tensor, *, fit: bool, batches: int | None) -> None:
+        """V came back to a consumer's output."""
+        consumer, p = self.reads[node]
+        consumer.add_norm(v)
+        if self.exact:
+            consumer.add_rows(seen.inputs[p.source], v, None)
+        elif fit:
+            if not self.keep:
+                self._plan(seen, batches)
+            self.updates.setdefault(node, []).append(v[: self.keep[node]].clone())
+        if fit:
+            for w, link in self.by_node.get(node, []):
+                w.add(link, seen.inputs[link.writes.source], v)
+
+    def end_batch(self, seen: Seen, *, fit: bool) -> None:
+        self.samples += seen.size
+        for c in self.consumers.values():
+            c.add_gradient(seen)
+        if not fit:
+            return
+        self.fitted += seen.size
+        if self.exact:
+            for w in self.widths.values():
+                w.add_rows(seen.inputs, None)
+            return
+        for node in self.sources:
+            self.inputs.setdefault(node, []).append(seen.inputs[node][: self.keep[node]].clone())
+
+    def remembered(self, node: fx.Node, keep: int, store: dict[fx.Node, list[Tensor]] | None = None) -> Tensor:
+        """The first `keep` samples of every batch, `[m, ...]`."""
+        return torch.cat([chunk[:keep] for chunk in (self.inputs if store is None else store)[node]])
+
+    def finish(self, generator: torch.Generator) -> None:
+        """Turns sums into means; sampled matrices come from what was remembered."""
+        for c in self.consumers.values():
+            if not self.exact:
+                for p in c.uses:
+                    keep = min(self.keep[p.node], self.keep[p.source])
+                    h, v = self.remembered(p.source, keep), self.remembered(p.node, keep, self.updates)
+                    c.add_rows(h, v, self.samples, generator)
+            c.finish(self.samples)
+        for w in self.widths.values():
+            if not self.exact:
+                nodes = {n for k in w.links for n in (k.writes.source, k.reads.source)}
+                w.add_rows({n: self.remembered(n, w.keep) for n in nodes}, self.fitted, generator)
+            w.blocks = {name: block / self.fitted for name, block in w.blocks.items()}
+            w.s = None if w.s is None else w.s / self.fitted
+
+    def subtract_expressible(self, updates: Mapping[str, Tensor]) -> None:
+        """N - E[b (dW* h)^T], from remembered samples: what the existing weights can express is no bottleneck."""
+        for w in self.widths.values():
+            for link in w.links:
+                x, h = self.remembered(link.writes.source, w.keep), self.remembered(link.reads.source, w.keep)
+                fitted = self.consumers[link.reads.weight].apply(updates[link.reads.weight], h)
+                w.add(link, x, fitted, scale=-1.0 / len(x))
+
+    def subtract_expressible_of(self, seen: Seen, updates: Mapping[str, Tensor]) -> None:
+        """The same from all positions of one more batch."""
+        for w in self.widths.values():
+            for link in w.links:
+                c = self.consumers[link.reads.weight]
+                fitted = c.apply(updates[c.weight], seen.inputs[link.reads.source])
+                w.add(link, seen.inputs[link.writes.source], fitted, scale=-1.0 / self.fitted)
+
+
+def _spans(h: Hidden, structure: Structure) -> dict[str, tuple[int, int]]:
+    spans: dict[str, tuple[int, int]] = {}
+    at = 0
+    for p in h.writes:
+        if p.weight not in spans:
+            size = math.prod(length(a) for a in structure.parameters[p.weight][1:]) + (p.bias is not None)
+            spans[p.weight] = (at, at + size)
+            at += size
+    return spans

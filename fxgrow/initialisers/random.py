@@ -1,0 +1,20 @@
+"""Random units: Kaiming-normal incoming weights; outgoing ones zero (the usual baseline), or refitted like the default's.
+
+He et al. 2015, eq. 10. `random` changes nothing at first; `random-refit` separates what the directions of the default
+bring from what the refit brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from fxgrow._consumer import Consumer
+from fxgrow._statistics import WidthMoments
+from fxgrow.initialisers.registry import Proposal, initialiser
+
+
+@initialiser("random", moments=False)
+@initialiser("random-refit", moments=False, refit=True, share=0.25)
+def random(width: WidthMoments, consumers: Mapping[str, Consumer], k: int) -> Proposal:
+    """Leaves the rows to the rewrite, which draws them."""
+    return Proposal()

@@ -1,0 +1,87 @@
+"""One door for every way to initialise new units: `@initialiser(name)`.
+
+An initialiser proposes units for one width from its moments; its flags say what the profile must do for it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from fxgrow._consumer import Consumer
+from fxgrow._errors import ProfileError
+from fxgrow._statistics import WidthMoments
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """New units of one width, best first.
+
+    Attributes:
+        alpha: per producer weight, incoming weights `[k, P]` (a trailing bias entry where the producer has one).
+            Empty: random rows, and k is what was asked for.
+        omega: per consumer weight, outgoing weights `[k, taps, O]`. Empty: zero, or refitted.
+        values: singular values, as many as were computed.
+    """
+
+    alpha: dict[str, Tensor] = field(default_factory=dict)
+    omega: dict[str, Tensor] = field(default_factory=dict)
+    values: Tensor = field(default_factory=lambda: torch.zeros(0))
+
+
+Propose = Callable[[WidthMoments, Mapping[str, Consumer], int], Proposal]
+
+
+@dataclass(frozen=True)
+class Initialiser:
+    """An entry of the table.
+
+    Attributes:
+        name: what `method=` says.
+        propose: proposes at most k units from a width's moments.
+        project: subtract from E[b V^T] what the existing weights can express.
+        moments: whether E[b V^T] and E[b b^T] are needed at all.
+        refit: fit outgoing weights and the update of existing ones on what the units really put out.
+        symmetric: the line search scales incoming and outgoing weights alike (by the root of gamma).
+        share: the part of the best gamma that is applied.
+    """
+
+    name: str
+    propose: Propose
+    project: bool = True
+    moments: bool = True
+    refit: bool = False
+    symmetric: bool = False
+    share: float = 1.0
+
+
+_TABLE: dict[str, Initialiser] = {}
+
+
+def initialiser(name: str, **flags: bool | float) -> Callable[[Propose], Propose]:
+    """Enters a function that proposes units into the table under `name`; flags as in `Initialiser`."""
+
+    def enter(propose: Propose) -> Propose:
+        _TABLE[name] = Initialiser(name, propose, **flags)  # type: ignore[arg-type]
+        return propose
+
+    return enter
+
+
+def find_initialiser(name: str) -> Initialiser:
+    """The entry of that name.
+
+    Raises:
+        ProfileError: there is none.
+    """
+    if name not in _TABLE:
+        raise ProfileError(f"There is no method {name!r}; there are {', '.join(sorted(_TABLE))}.")
+    return _TABLE[name]
+
+
+def split_rows(alpha: Tensor, width: WidthMoments) -> dict[str, Tensor]:
+    """Stacked incoming weights `[P, k]` as rows per producer, `[k, P_p]`."""
+    return {name: alpha[start:stop].T.contiguous() for name, (start, stop) in width.spans.items()}
