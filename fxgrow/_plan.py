@@ -390,7 +390,8 @@ def _from_refit(
         if not chosen:
             continue
         weights, columns = solution = r.solve(chosen, update_existing)
-        terms.append(r.predict(solution))
+        slope, curvature = r.predict(solution)
+        terms.append((slope, curvature * max(refit.evidence[w].coherence for w in chosen)))
         weight = lookup(profile.gm, name)
         at = len(r.old) if update_existing else 0
         for width, picked in chosen.items():

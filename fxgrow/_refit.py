@@ -74,11 +74,14 @@ class Evidence:
         order: candidate numbers, best first.
         z: held-back decrease of each, in standard errors.
         shares: held-back slope of each.
+        coherence: curvature of whole samples over that of independent positions: neighbouring positions of a map
+            move together, so a direction is worth less than its positions one by one.
     """
 
     order: Tensor
     z: Tensor
     shares: Tensor
+    coherence: float = 1.0
 
     @property
     def significant(self) -> int:
@@ -102,10 +105,10 @@ class Refit:
 
         p(units + dW) - p(dW alone), p = max(s, 0)^2 / 2q, fitted on one part of the data, measured on the other.
         """
-        units = self.evidence[width].order[:k]
-        both = [r.predict(r.solve({width: units}, True)) for r in self.of(width)]
+        e = self.evidence[width]
+        both = [r.predict(r.solve({width: e.order[:k]}, True)) for r in self.of(width)]
         alone = [r.predict(r.solve({}, True)) for r in self.of(width)]
-        return max(0.0, decrease(both) - decrease(alone))
+        return max(0.0, decrease(both) - decrease(alone)) / e.coherence
 
 
 def decrease(terms: Sequence[tuple[float, float]]) -> float:
@@ -226,42 +229,55 @@ def rank_by_fit(out: Refit, found: Candidates) -> None:
 
 
 class _Tests:
-    """Per sample and unit: the slope of the loss along the unit's fitted outgoing weights."""
+    """Per sample: the slope of the loss along each unit's fitted outgoing weights, and along a width's whole step."""
 
     def __init__(self, out: Refit, found: Candidates) -> None:
         self.out, self.found = out, found
         self.sums = {w: torch.zeros(k, dtype=torch.float64) for w, k in found.units.items()}
         self.squares = {w: torch.zeros(k, dtype=torch.float64) for w, k in found.units.items()}
+        self.whole = dict.fromkeys(found.units, 0.0)
         self.count = 0
-        self.weights = {
-            (w, r.weight): r.solve({w: torch.arange(k)}, True)[0][:, len(r.old) :]
-            for w, k in found.units.items()
-            for r in out.of(w)
-        }
+        self.steps: dict[tuple[str, str], Tensor] = {}
+        self.curvature = dict.fromkeys(found.units, 0.0)
+        for width, k in found.units.items():
+            for r in out.of(width):
+                weights, columns = solution = r.solve({width: torch.arange(k)}, True)
+                self.curvature[width] += r.predict(solution)[1]
+                step = weights.new_zeros(len(weights), r.m.shape[0])
+                step[:, columns] = weights
+                self.steps[width, r.weight] = step
 
     def add(self, uses: Mapping[fx.Node, tuple[Consumer, Tensor, Tensor]]) -> None:
-        slopes: dict[str, Tensor] = {}
+        units: dict[str, Tensor] = {}
+        whole: dict[str, Tensor] = {}
         for c, h, v in uses.values():
-            for (width, dim), positions in self.found.places[c.weight].items():
-                if dim == 1:
-                    t = self._slopes(c, width, positions, h, v)
-                    slopes[width] = slopes[width] + t if width in slopes else t
-        for width, t in slopes.items():
+            r = self.out.readouts[c.weight]
+            dim = 1 if c.window.kernel else -1
+            v = v.index_select(dim, r.outputs.to(v.device)).to(r.m.dtype)
+            for (width, axis), positions in self.found.places[c.weight].items():
+                if axis != 1:
+                    continue
+                step = self.steps[width, c.weight]
+                slope = (c.apply(step, h) * v).flatten(1).sum(1)
+                own = self._slopes(c, step[:, r.new[width].flatten()], positions, h.to(v.dtype), v, r.new[width])
+                units[width] = units[width] + own if width in units else own
+                whole[width] = whole[width] + slope if width in whole else slope
+        for width, t in units.items():
             t = t.double().cpu()
             self.sums[width] += t.sum(0)
             self.squares[width] += t.square().sum(0)
-        self.count += next((len(t) for t in slopes.values()), 0)
+            self.whole[width] += float(whole[width].double().square().sum())
+        self.count += next((len(t) for t in units.values()), 0)
 
-    def _slopes(self, c: Consumer, width: str, positions: Tensor, h: Tensor, v: Tensor) -> Tensor:
+    def _slopes(self, c: Consumer, weights: Tensor, positions: Tensor, h: Tensor, v: Tensor, new: Tensor) -> Tensor:
         """`[n, K]`: sum over positions of V . omega_k z_k, as z_k times the gradient of (omega z) . V."""
         dim = 1 if c.window.kernel else -1
-        z = h.index_select(dim, positions.to(h.device)).float().requires_grad_()
-        weights = self.weights[width, c.weight].float()
-        v = v.index_select(dim, self.out.readouts[c.weight].outputs.to(v.device))
+        z = h.index_select(dim, positions.to(h.device)).requires_grad_()
         with torch.enable_grad():
-            (pulled,) = torch.autograd.grad((c.outgoing(weights, z) * v.float()).sum(), z)
-        t = (z.detach() * pulled).movedim(dim, -1).flatten(1, -2).sum(1) if z.dim() > 2 else z.detach() * pulled
-        return t.view(len(t), self.found.units[width], -1).sum(2)
+            (pulled,) = torch.autograd.grad((c.outgoing(weights, z) * v).sum(), z)
+        t = (z.detach() * pulled).movedim(dim, -1)
+        t = t.flatten(1, -2).sum(1) if t.dim() > 2 else t
+        return t.reshape(len(t), len(new), -1).sum(2)
 
     def finish(self) -> None:
         n = max(2, self.count)
@@ -270,3 +286,5 @@ class _Tests:
             error = ((self.squares[width] / n - mean.square()).clamp_min(0) / (n - 1)).sqrt()
             e.shares = mean[e.order]
             e.z = (mean / error.clamp_min(1e-30))[e.order]
+            if self.curvature[width] > 0:
+                e.coherence = max(1.0, self.whole[width] / n / self.curvature[width])

@@ -43,12 +43,12 @@ class Line:
     def __init__(self, gm: fx.GraphModule, plan: Plan) -> None:
         self.plan = plan
         self.graph, self.index = rewrite(gm, plan.units, plan.at(0.0))
-        units, _ = rewrite(gm, plan.units, plan.at(1.0, update=False))
-        whole, _ = rewrite(gm, plan.units, plan.at(1.0))
-        start, end = dict(units.named_parameters()), dict(whole.named_parameters())
+        whole = dict(rewrite(gm, plan.units, plan.at(1.0))[0].named_parameters())
+        # new entries and updates of old ones move at one rate, unless incoming weights share gamma
+        units = dict(rewrite(gm, plan.units, plan.at(1.0, False))[0].named_parameters()) if plan.symmetric else whole
         self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for name, p in self.graph.named_parameters():
-            new, update = (start[name] - p).detach(), (end[name] - start[name]).detach()
+            new, update = (units[name] - p).detach(), (whole[name] - units[name]).detach()
             if bool(new.any()) or bool(update.any()):
                 self.steps.append((p, p.detach().clone(), new, update))
 
@@ -71,14 +71,23 @@ def mean_loss(graph: fx.GraphModule, batches: Sequence[Batch], loss_fn: LossFn |
 
 
 def search(line: Line, batches: Sequence[Batch], loss_fn: LossFn | None) -> Search:
-    """Evaluates gamma = 0 and multiples of the plan's scale, and stops once the loss rises above that of gamma = 0."""
+    """Evaluates gamma = 0 and multiples of the plan's scale until the loss rises, then both sides of the best."""
     centre = line.plan.scale if line.plan.scale > 0 else 1.0
-    gammas, losses = [0.0], []
+    losses: dict[float, float] = {}
     with eval_mode(line.graph):
-        losses.append(mean_loss(line.move(0.0), batches, loss_fn))
+
+        def at(gamma: float) -> float:
+            losses[gamma] = mean_loss(line.move(gamma), batches, loss_fn)
+            return losses[gamma]
+
+        start = last = at(0.0)
         for factor in FACTORS:
-            gammas.append(centre * factor)
-            losses.append(mean_loss(line.move(gammas[-1]), batches, loss_fn))
-            if losses[-1] > losses[0] and losses[-1] > losses[-2]:
+            now = at(centre * factor)
+            if now > start and now > last:
                 break
-    return Search(tuple(gammas), tuple(losses))
+            last = now
+        best = min(losses, key=losses.__getitem__)
+        if best:
+            at(best * 2**-0.5)
+            at(best * 2**0.5)
+    return Search(tuple(sorted(losses)), tuple(losses[g] for g in sorted(losses)))
