@@ -132,6 +132,11 @@ class Data:
             raise ProfileError("The dataloader is empty: give at least one batch of (inputs, targets).")
         self.batches = count
 
+    def expected(self, size: int) -> int:
+        """How many batches of `size` samples a pass will read, as far as anybody can tell."""
+        most = -(-self.limit // size)
+        return min(self.batches, most) if self.batches is not None else min(8, most)
+
     def first(self) -> Batch:
         """The first batch."""
         for batch in self:

@@ -128,7 +128,7 @@ def grow(
     decided = make_plan(found, budget, neurons, update_existing=update_existing)
     clock.lap("plan")
     held = _held(data)
-    grown, growth = _apply_best(gm, decided, found, held, loss_fn, neurons is not None)
+    grown, growth = _apply_best(gm, decided, found.record(), held, loss_fn, neurons is not None)
     clock.lap("search")
     if optimizer is not None:
         repoint(optimizer, model, grown, growth.index)

@@ -200,6 +200,8 @@ def plan(
     """
     if budget is not None and neurons is not None:
         raise PlanError("Give a budget or a number of neurons, not both.")
+    if profile.gm is None or profile.found is None:
+        raise PlanError("This profile is the record of a growth: profile the grown network again.")
     structure = analyse(profile.gm)
     count = _Count(profile.gm, structure)
     if neurons is not None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -71,7 +71,7 @@ class Profile(Mapping[str, Bottleneck]):
     """Width name -> `Bottleneck`, for every width that was profiled; prints as a table.
 
     Attributes:
-        gm: the graph that was profiled.
+        gm: the graph that was profiled; None in the record of a growth, which keeps no copy of the old network.
         widths: all widths, the pinned ones too.
         bottlenecks: the entries of the mapping.
         method: the initialiser.
@@ -79,7 +79,7 @@ class Profile(Mapping[str, Bottleneck]):
         samples: samples that were read.
     """
 
-    gm: fx.GraphModule
+    gm: fx.GraphModule | None
     widths: tuple[Width, ...]
     bottlenecks: Mapping[str, Bottleneck]
     method: Initialiser
@@ -98,6 +98,10 @@ class Profile(Mapping[str, Bottleneck]):
 
     def __len__(self) -> int:
         return len(self.bottlenecks)
+
+    def record(self) -> Profile:
+        """The figures alone, without the network and the candidates."""
+        return replace(self, gm=None, updates={}, proposals={}, found=None, refit=None)
 
     def __str__(self) -> str:
         from fxgrow._report import profile_table
@@ -242,7 +246,7 @@ def _collect(
         sources=stats.sources,
         targets=stats.reads,
         weights={n: lookup(gm, n) for n in stats.weights},
-        reader=lambda seen, node, v: stats.read(seen, node, v, fit=fit, batches=data.batches),
+        reader=lambda seen, node, v: stats.read(seen, node, v, fit=fit, batches=data.expected(seen.size)),
         done=done,
     )
     return total / max(1, stats.samples)

@@ -24,6 +24,8 @@ from fxgrow._solve import quadratic, refit
 RIDGE = 1e-1
 #: a unit counts while its held-back decrease is so many standard errors above zero
 Z = 2.5
+#: second moments of inputs are estimated from about so many samples
+SAMPLES = 1024
 
 
 @dataclass
@@ -128,13 +130,12 @@ def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: 
         n: lookup(graph, n) for c in consumers.values() for n in ([c.weight] if c.bias is None else [c.weight, c.bias])
     }
     count = 0
-    batches = data.batches or 8
-    generator_ = generator
 
     def read_fit(seen: Seen, node: fx.Node, v: Tensor) -> None:
         c, p = reads[node]
-        keep = max(1, math.ceil(min(len(v), 1024 / batches)))
-        c.add_rows(seen.inputs[p.source][:keep], v[:keep], seen.size, generator_, batches)
+        batches = data.expected(seen.size)
+        keep = math.ceil(SAMPLES / batches)
+        c.add_rows(seen.inputs[p.source][:keep], v[:keep], seen.size, generator, batches)
 
     def done(batch: Batch, seen: Seen) -> None:
         nonlocal count
