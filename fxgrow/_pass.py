@@ -50,6 +50,7 @@ class _Recorder(fx.Interpreter):
         self.sources, self.targets = set(sources), set(targets)
         self.seen = Seen()
         self.reader: Reader | None = None
+        self.hooks: list[Any] = []
 
     def run_node(self, n: fx.Node) -> Any:
         out = super().run_node(n)
@@ -58,8 +59,16 @@ class _Recorder(fx.Interpreter):
         if n in self.targets and self.reader is not None:
             if not out.requires_grad:
                 out = out.detach().requires_grad_()
-            out.register_hook(lambda g: self.reader(n, g.detach() * -self.seen.size))  # type: ignore[misc]
+            hook = out.register_hook(lambda g: self.reader(n, g.detach() * -self.seen.size))  # type: ignore[misc]
+            self.hooks.append(hook)
         return out
+
+    def close(self) -> None:
+        """Lets the batch go: the autograd graph holds the hooks, which hold us, and no collector sees that circle."""
+        for hook in self.hooks:
+            hook.remove()
+        self.env.clear()
+        self.seen.inputs.clear()
 
 
 def _overwritten(gm: torch.nn.Module, node: fx.Node) -> bool:
@@ -120,18 +129,21 @@ def run_pass(
             seen = recorder.seen
             seen.size = batch.size
             recorder.reader = lambda node, v, seen=seen: reader(seen, node, v)  # type: ignore[misc]
-            loss = loss_of(forward(recorder, gm, batch), batch, loss_fn)
-            seen.loss = float(loss.detach())
-            if not loss.requires_grad:
-                raise ProfileError(
-                    f"The loss of batch {batch.index} does not depend on the model's parameters: check that loss_fn "
-                    "uses the output it is given and does not detach it."
-                )
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for name, p, g in zip(names, parameters, gradients, strict=True):
-                g = torch.zeros_like(p) if g is None else g
-                seen.gradients[name] = g.detach() * -batch.size
-            done(batch, seen)
+            try:
+                loss = loss_of(forward(recorder, gm, batch), batch, loss_fn)
+                seen.loss = float(loss.detach())
+                if not loss.requires_grad:
+                    raise ProfileError(
+                        f"The loss of batch {batch.index} does not depend on the model's parameters: check that "
+                        "loss_fn uses the output it is given and does not detach it."
+                    )
+                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                for name, p, g in zip(names, parameters, gradients, strict=True):
+                    g = torch.zeros_like(p) if g is None else g
+                    seen.gradients[name] = g.detach() * -batch.size
+                done(batch, seen)
+            finally:
+                recorder.close()
 
 
 def forward(runner: fx.Interpreter | fx.GraphModule, gm: fx.GraphModule, batch: Batch) -> Any:
