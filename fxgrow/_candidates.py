@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxgrow._analyse import analyse
+from fxgrow._consumer import accumulator
 from fxgrow._pass import eval_mode
 from fxgrow._rewrite import Values, extend, lookup, rewrite, units_of
 from fxgrow._widths import Hidden, hidden
@@ -154,7 +155,8 @@ class _Transparent(fx.Interpreter):
             new = self.where.get(f"{target}.weight", {})
             if new:
                 channels = torch.cat(list(new.values())).to(module.weight.device)
-                x = args[0].index_select(1, channels).transpose(0, 1).flatten(1).float()
+                x = args[0].index_select(1, channels).transpose(0, 1).flatten(1)
+                x = x.to(accumulator(x))
                 mean, var = x.mean(1), x.var(1, unbiased=False)
                 module.running_mean[channels] = mean.to(module.running_mean)
                 if module.running_var is not None:
