@@ -10,9 +10,12 @@ from fxgrow._errors import (
     ProfileError,
     RewriteError,
 )
+from fxgrow._explain import Explanation, explain
 from fxgrow._export import export_onnx
 from fxgrow._grow import Growth, apply, grow, widen
-from fxgrow._plan import Plan, plan
+from fxgrow._networkx import to_networkx
+from fxgrow._decide import plan
+from fxgrow._plan import Plan
 from fxgrow._profile import Bottleneck, Profile, profile
 from fxgrow._records import Reason, Width
 from fxgrow._widths import widths
@@ -22,6 +25,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Bottleneck",
     "CaptureError",
+    "Explanation",
     "ExportError",
     "FxgrowError",
     "Growth",
@@ -35,11 +39,13 @@ __all__ = [
     "Width",
     "apply",
     "capture",
+    "explain",
     "export_onnx",
     "grow",
     "op",
     "plan",
     "profile",
+    "to_networkx",
     "widen",
     "widths",
 ]

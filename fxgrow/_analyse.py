@@ -6,6 +6,8 @@ ensures:  every parameter axis of an understood operator is unified; what an unk
 
 from __future__ import annotations
 
+import math
+import operator
 from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
@@ -15,9 +17,10 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 import fxgrow.ops  # noqa: F401  (enters the rules)
-from fxgrow._axes import Axis, Dims, Size, fixed, is_fixed, length, measured, multiplicity, pin, resolve
+from fxgrow._axes import Axis, Dims, fixed, is_fixed, length, multiplicity, pin, resolve
 from fxgrow._records import Reason
 from fxgrow._runtime import guard
+from fxgrow._sizes import Size, measured
 from fxgrow.ops.registry import Context, Structure, Unsupported, find_rule
 
 
@@ -40,19 +43,20 @@ def _evaluate(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if node.op == "placeholder":
         return _fixed(ctx.value, ctx.reason("input", "a dimension of the model's input"))
     if node.op == "get_attr":
-        return ctx.dims_of(str(node.target), ctx.value) if _is_state(ctx.gm, node) else _fixed(ctx.value)
+        name = str(node.target)
+        # by the real tensor, not its fake value: tied parameters are one object
+        return ctx.dims_of(name, _lookup(ctx.gm, name)) if _is_state(ctx.gm, node) else _fixed(ctx.value)
     if node.op == "output":
         for axis in _axes(args):
             pin(axis, ctx.reason("output", "a dimension of the model's output"))
+        _pin_sizes(args, ctx.reason("output", "its size is returned by the model"))
         return args
     if node.target is guard:
-        for size in measured(args):
-            for axis in size.axes:
-                pin(axis, ctx.reason("branch", "the model's code branches on this size"))
+        _pin_sizes(args, ctx.reason("branch", "the model's code branches on this size"))
         return None
     if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(ctx.value)):
         return _number(ctx, args, kwargs)
-    if not any(not is_fixed(a) for a in _axes((args, kwargs))) and not _writes(ctx):
+    if all(is_fixed(a) for a in _axes((args, kwargs))) and not any(measured((args, kwargs))) and not _writes(ctx):
         reasons = [s.reason for a in _axes((args, kwargs)) for s in a if s.reason]
         # what was computed from an input is no input any more, but an unknown operator stays the reason
         return _fixed(ctx.value, next((r for r in reasons if r.code != "input"), None))
@@ -65,19 +69,38 @@ def _apply(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     try:
         if rule is None:
             raise Unsupported(f"{what} is not described by any rule")
+        if ctx.node.kwargs.get("out") is not None:
+            raise Unsupported(f"{what} writes its result into out=")
         out = rule(ctx, *args, **kwargs)
         _agree(ctx, out)
     except (Unsupported, TypeError, IndexError, KeyError, ValueError) as refusal:
         code = refusal.code if isinstance(refusal, Unsupported) else "operator"
         text = str(refusal) if isinstance(refusal, Unsupported) else f"{what}: {refusal}"
         why = ctx.reason(code, text)
-        for axis in _axes((args, kwargs)):
-            pin(axis, why)
-        for size in measured((args, kwargs)):
-            for axis in size.axes:
-                pin(axis, why)
+        _pin_all(ctx, args, kwargs, why)
         return _fixed(ctx.value, why)
-    return out
+    for size in measured((args, kwargs)):
+        if not any(size is f for f in ctx.followed):
+            _pin_sizes([size], ctx.reason("size", "its size is used as a number"))
+    # what an operator returns is no parameter any more, even where it has the same axes
+    return Dims(out) if any(out is a for a in args) else out
+
+
+def _pin_all(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any], why: Reason) -> None:
+    """Pins whatever an operator that is not understood can see."""
+    for axis in _axes((args, kwargs)):
+        pin(axis, why)
+    _pin_sizes((args, kwargs), why)
+    if ctx.module is not None:
+        for name, tensor in [*ctx.module.named_parameters(), *ctx.module.named_buffers()]:
+            for axis in ctx.dims_of(f"{ctx.node.target}.{name}", tensor):
+                pin(axis, why)
+
+
+def _pin_sizes(value: Any, why: Reason) -> None:
+    for size in measured(value):
+        for axis in size.axes:
+            pin(axis, why)
 
 
 def _agree(ctx: Context, out: Any) -> None:
@@ -89,7 +112,7 @@ def _agree(ctx: Context, out: Any) -> None:
         if isinstance(d, Dims)
     ]
     if expected != found:
-        raise Unsupported(f"{_name(ctx)}: the rule expected shapes {found}, found {expected}")
+        raise Unsupported(f"{_name(ctx)}: the rule gives shapes {found}, the operator {expected}")
 
 
 def _number(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -97,37 +120,56 @@ def _number(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     node = ctx.node
     tensors = list(_axes((args, kwargs)))
     out = ctx.value
+    known = False  # whether every size in `out` is followed
     try:
         if tensors:
             rule = find_rule(node, ctx.module)
-            out = rule(ctx, *args, **kwargs) if rule is not None else out
-        elif node.op == "call_function":
-            out = node.target(*args, **kwargs)  # type: ignore[operator]
-        elif node.op == "call_method":
-            out = getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    except Exception:  # what cannot be evaluated on sizes is opaque, below
-        out = ctx.value
+            out, known = (out, False) if rule is None else (rule(ctx, *args, **kwargs), True)
+            if out is None and rule is None:
+                # it is called for what it does, and that is not described
+                _pin_all(ctx, args, kwargs, ctx.reason("operator", f"{_name(ctx)} is not described by any rule"))
+        elif node.target is operator.getitem:
+            out, known = args[0][args[1]], not any(measured(args[1]))
+        elif node.target in _LINEAR:
+            out = node.target(*args, **kwargs)
+            known = any(measured(out))
+        elif node.target == "numel":
+            out = math.prod(args[0])
+            known = any(measured(out))
+    except Unsupported as refusal:
+        _pin_all(ctx, args, kwargs, ctx.reason(refusal.code, str(refusal)))
+    except (TypeError, IndexError, ValueError):
+        out, known = ctx.value, False
     sources = [(c, a) for s in measured((args, kwargs)) for c, a in s.terms]
-    if not sources and node.target not in _RANK and not any(measured(out)):
+    if not sources and node.target not in _RANK:
         sources = [(Fraction(1), a) for a in tensors if not is_fixed(a)]
-    if not sources or any(True for _ in measured(out)):
+    if known or not sources:
         return out
-    if isinstance(out, int):
-        return Size.make(int(out), Fraction(0), sources, opaque=True)
-    if isinstance(out, float):
+    if any(isinstance(leaf, float) for leaf in pytree.tree_leaves(out)):
         # such as 1/sqrt(d): it would change what is computed, and nothing says how
         for _, axis in sources:
             pin(axis, ctx.reason("size", "its size is used as a number"))
-    return out
+    return pytree.tree_map_only(int, lambda n: Size.make(int(n), Fraction(0), sources, opaque=True), out)
 
 
 #: what these say of a tensor does not depend on its sizes
-_RANK = frozenset({"dim", "ndimension", "is_floating_point", "is_complex", "get_device", "element_size", "is_contiguous"})
+_RANK = frozenset(
+    {"dim", "ndimension", "is_floating_point", "is_complex", "get_device", "element_size", "is_contiguous"}
+)
+
+#: what `Size` can do; of anything else (min, max, %) only the value is known
+_LINEAR = frozenset(
+    {
+        operator.add, operator.sub, operator.mul, operator.floordiv, operator.neg,
+        operator.iadd, operator.isub, operator.imul, operator.ifloordiv, sum, math.prod,
+    }
+)  # fmt: skip
 
 
 def _check(size: Size, axis: Axis, why: Reason) -> None:
     """A computed size must be the same linear form as the axis it is used for."""
-    if size.form() != (_entries(axis), dict(multiplicity(axis))):
+    expected = _entries(axis), {v: Fraction(m) for v, m in multiplicity(axis).items()}
+    if size.form() != expected:
         for a in (*size.axes, axis):
             pin(a, why)
 

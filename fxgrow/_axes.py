@@ -12,11 +12,10 @@ True
 
 from __future__ import annotations
 
-import operator
+import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from fractions import Fraction
-from typing import Any, NamedTuple
+from collections.abc import Iterable
+from typing import NamedTuple
 
 from fxgrow._records import Reason
 
@@ -79,6 +78,8 @@ def length(axis: Axis) -> int:
 
 def resolve(axis: Axis) -> Axis:
     """Replaces bound variables by what they are made of, and joins neighbouring fixed segments."""
+    if len(axis) == 1 and axis[0].inner and (axis[0].var is None or axis[0].var.bound is None):
+        return axis
     out: list[Segment] = []
     for s in axis:
         if s.var is not None and s.var.bound is not None:
@@ -100,7 +101,7 @@ def variables(*axes: Axis) -> list[Var]:
 
 
 def is_fixed(axis: Axis) -> bool:
-    return not variables(axis)
+    return all(s.var is None or (s.var.bound is not None and is_fixed(s.var.bound)) for s in axis)
 
 
 def multiplicity(axis: Axis) -> Counter[Var]:
@@ -152,19 +153,40 @@ def cut(axis: Axis, at: int, why: Reason) -> tuple[Axis, Axis]:
 
 def unify(a: Axis, b: Axis, why: Reason) -> None:
     """Makes two axes of equal length the same axis; where that is impossible, pins both with `why`."""
-    left, right = resolve(a), resolve(b)
-    while left and right:
-        s, t = left[0], right[0]
+    # stacks, so that a segment is resolved when its turn comes: what is bound on the way may stand further on
+    left, right = list(reversed(a)), list(reversed(b))
+    while (s := _next(left)) and (t := _next(right)):
         if s.length == t.length:
             _same(s, t, why)
-            left, right = left[1:], right[1:]
+        elif s.length > t.length:
+            _meet(s, left, t, right, why)
         else:
-            n = min(s.length, t.length)
-            head_left, left = cut(left, n, why)
-            head_right, right = cut(right, n, why)
-            # the heads are shorter than before, so this ends; a cut may have refined variables of the other side
-            unify(head_left, head_right, why)
-        left, right = resolve(left), resolve(right)
+            _meet(t, right, s, left, why)
+
+
+def _next(stack: list[Segment]) -> Segment | None:
+    """The next segment of an axis, its variable unbound."""
+    while stack:
+        s = stack.pop()
+        if s.var is not None and s.var.bound is not None:
+            stack.extend(reversed(resolve((s,))))
+        elif s.length:
+            return s
+    return None
+
+
+def _meet(s: Segment, left: list[Segment], t: Segment, right: list[Segment], why: Reason) -> None:
+    """Segment `s` meets several shorter ones, `t` and what follows it: it is made of them, or it is cut."""
+    run, total = [t], t.length
+    while total < s.length and (u := _next(right)):
+        run.append(u)
+        total += u.length
+    if total == s.length and s.var and all(u.var not in (None, s.var) and u.inner % s.inner == 0 for u in run):
+        _bind(s.var, tuple(Segment(u.var, u.inner // s.inner) for u in run))
+        return
+    right.extend(reversed(run))
+    first, second = cut((s,), t.length, why)
+    left.extend(reversed(first + second))
 
 
 def _same(s: Segment, t: Segment, why: Reason) -> None:
@@ -175,14 +197,19 @@ def _same(s: Segment, t: Segment, why: Reason) -> None:
         pin((t,), s.reason or why)
     elif t.var is None:
         pin((s,), t.reason or why)
-    elif s.inner == t.inner:
-        _bind(t.var, axis_of(s.var))
-    elif t.inner == 1:
-        _bind(t.var, (s,))
-    elif s.inner == 1:
-        _bind(s.var, (t,))
+    elif s.inner % t.inner == 0:
+        _bind(t.var, axis_of(s.var, s.inner // t.inner))
+    elif t.inner % s.inner == 0:
+        _bind(s.var, axis_of(t.var, t.inner // s.inner))
     else:
-        pin((s, t), why)
+        # 6 entries per unit of one and 4 of the other: both are made of units of 12
+        whole = math.lcm(s.inner, t.inner)
+        if s.length % whole:
+            pin((s, t), why)
+            return
+        unit = Var(s.length // whole)
+        _bind(s.var, axis_of(unit, whole // s.inner))
+        _bind(t.var, axis_of(unit, whole // t.inner))
 
 
 def product(outer: Axis, inner: Axis, why: Reason) -> Axis:
@@ -201,118 +228,3 @@ def product(outer: Axis, inner: Axis, why: Reason) -> Axis:
     pin(outer, why)
     pin(inner, why)
     return fixed(n_outer * n_inner, why)
-
-
-class Size(int):
-    """An integer that remembers which axes it measures: `const + sum(coefficient * len(axis))`.
-
-    `x.shape[1] // 2 * 3` stays linear and can be checked against the axis it is used for; what does not stay linear is
-    `opaque`: it pins the axes it came from wherever it is used as a size.
-    """
-
-    const: Fraction
-    terms: tuple[tuple[Fraction, Axis], ...]
-    opaque: bool
-
-    @classmethod
-    def make(
-        cls, value: int, const: Fraction, terms: Iterable[tuple[Fraction, Axis]], opaque: bool = False
-    ) -> int:
-        terms = tuple((c, a) for c, a in terms if c)
-        if not terms:
-            return value
-        self = cls(value)
-        self.const, self.terms, self.opaque = const, terms, opaque
-        return self
-
-    @classmethod
-    def measure(cls, axis: Axis) -> int:
-        if is_fixed(axis):
-            return length(axis)
-        return cls.make(length(axis), Fraction(0), [(Fraction(1), axis)])
-
-    @property
-    def axes(self) -> tuple[Axis, ...]:
-        return tuple(a for _, a in self.terms)
-
-    def form(self) -> tuple[Fraction, dict[Var, Fraction]] | None:
-        """The size as a linear form in units of unbound variables; None if opaque."""
-        if self.opaque:
-            return None
-        total: dict[Var, Fraction] = {}
-        const = self.const
-        for c, axis in self.terms:
-            const += c * sum(s.inner for s in resolve(axis) if s.var is None)
-            for var, m in multiplicity(axis).items():
-                total[var] = total.get(var, Fraction(0)) + c * m
-        return const, {v: c for v, c in total.items() if c}
-
-    def _linear(self, other: Any, sign: int, op: Callable[[int, int], int]) -> Any:
-        if not isinstance(other, int):
-            return NotImplemented
-        value = op(int(self), int(other))
-        const, terms, opaque = _parts(other)
-        return Size.make(
-            value,
-            self.const + sign * const,
-            [*self.terms, *((sign * c, a) for c, a in terms)],
-            self.opaque or opaque,
-        )
-
-    def __add__(self, other: Any) -> Any:
-        return self._linear(other, 1, operator.add)
-
-    __radd__ = __add__
-
-    def __sub__(self, other: Any) -> Any:
-        return self._linear(other, -1, operator.sub)
-
-    def __rsub__(self, other: Any) -> Any:
-        negative = self * -1
-        return negative + other
-
-    def __mul__(self, other: Any) -> Any:
-        if not isinstance(other, int):
-            return NotImplemented
-        const, terms, opaque = _parts(other)
-        value = int(self) * int(other)
-        if terms:
-            return Size.make(value, Fraction(0), [*self.terms, *terms], True)
-        return Size.make(value, self.const * const, [(c * const, a) for c, a in self.terms], self.opaque)
-
-    __rmul__ = __mul__
-
-    def __floordiv__(self, other: Any) -> Any:
-        if not isinstance(other, int):
-            return NotImplemented
-        divisor = int(other)
-        value = int(self) // divisor
-        if isinstance(other, Size) or value * divisor != int(self):
-            return Size.make(value, Fraction(0), [*self.terms, *_parts(other)[1]], True)
-        return Size.make(
-            value, self.const / divisor, [(c / divisor, a) for c, a in self.terms], self.opaque
-        )
-
-    def __hash__(self) -> int:
-        return int.__hash__(self)
-
-
-def _parts(x: int) -> tuple[Fraction, tuple[tuple[Fraction, Axis], ...], bool]:
-    if isinstance(x, Size):
-        return x.const, x.terms, x.opaque
-    return Fraction(int(x)), (), False
-
-
-def measured(value: Any) -> Iterator[Size]:
-    """Every `Size` in nested tuples, lists, dicts and slices."""
-    if isinstance(value, Size):
-        yield value
-    elif isinstance(value, Dims):
-        return
-    elif isinstance(value, (tuple, list)):
-        for v in value:
-            yield from measured(v)
-    elif isinstance(value, dict):
-        yield from measured(list(value.values()))
-    elif isinstance(value, slice):
-        yield from measured((value.start, value.stop, value.step))

@@ -6,6 +6,7 @@ than describe that again, the graph is widened with the candidates (outgoing wei
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -134,8 +135,12 @@ def _pass_on(
         positions = where.get(parameter, {}).get((name, 0))
         if fill == "random" and positions is not None and proposal.alpha:
             shape = lookup(gm, parameter).shape[1:]
-            delta = torch.zeros(len(positions), *shape)
-            delta[(slice(None), 0, *(n // 2 for n in shape[1:]))] = 1.0
+            delta = torch.zeros(len(positions), math.prod(shape))
+            centre = 0
+            for n in shape[1:]:
+                centre = centre * n + n // 2
+            delta[:, centre] = 1.0
+            delta = delta.reshape(-1, *shape)
             values.new.setdefault(parameter, {})[name, 0] = delta
 
 

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from fxgrow._links import window
 from fxgrow._moments import gram, patch_rows
 from fxgrow._pass import Seen
+from fxgrow._rewrite import lookup
 from fxgrow._solve import Factor, factor
 from fxgrow.ops.registry import Projection
 
@@ -20,8 +21,11 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def rows_for(features: int) -> int:
-    """Sampled positions for a second moment of so many features: 20 per feature, fewer when there are many."""
-    return min(20 * features, 12_000 + 2 * features)
+    """Sampled positions for a second moment of so many features: 20 per feature, fewer when there are many.
+
+    Never less than 2048: for few features they cost nothing, and 20 rows of each are noise.
+    """
+    return min(max(20 * features, 2048), 12_000 + 2 * features)
 
 
 def accumulator(t: Tensor) -> torch.dtype:
@@ -29,16 +33,22 @@ def accumulator(t: Tensor) -> torch.dtype:
     return torch.float64 if t.dtype == torch.float64 else torch.float32
 
 
+def _movable(p: Projection) -> str | None:
+    """The bias, if it may be updated: a frozen one is no feature."""
+    gm = p.node.graph.owning_module
+    return p.bias if p.bias is not None and gm is not None and lookup(gm, p.bias).requires_grad else None
+
+
 class Consumer:
     """E[V h^T], E|V|^2, M = E[h h^T] and G = E[V V^T] of one weight, over all its uses.
 
-    With a bias, h has a trailing 1. Before `finish` the attributes are sums over samples and positions.
+    With a bias that is trained, h has a trailing 1. Before `finish` the attributes are sums over samples and positions.
     """
 
     def __init__(self, uses: list[Projection]) -> None:
         self.uses = uses
         self.weight = uses[0].weight
-        self.bias = uses[0].bias
+        self.bias = _movable(uses[0])
         self.window = window(uses[0])
         self.vh = torch.zeros(())
         self.vv: Tensor | float = 0.0

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
@@ -21,6 +21,7 @@ LossFn = Callable[[Any, Any], Tensor]
 
 #: `samples=None` reads at most this many
 DEFAULT_SAMPLES = 8192
+_END = object()
 #: one batch in so many is held back from fitting
 HOLD = 4
 
@@ -106,8 +107,11 @@ class Data:
         self.limit = samples or DEFAULT_SAMPLES
         self.loader: Iterable[Any] = loader
         self._state = _random_state(loader)
-        if iter(loader) is loader:
-            self.loader = list(_until(loader, self.limit))
+        if _once(loader):
+            try:
+                self.loader = list(_until(loader, self.limit))
+            finally:
+                _set_random_state(self._state, loader)
         self.batches: int | None = None
         with contextlib.suppress(TypeError):
             self.batches = len(self.loader)  # type: ignore[arg-type]
@@ -118,16 +122,22 @@ class Data:
         Raises:
             ProfileError: there is none, or one has another layout.
         """
-        before = _random_state(self.loader)
-        _set_random_state(self._state, self.loader)
         count = 0
-        try:
-            for index, raw in enumerate(_until(self.loader, self.limit)):
-                batch = parse(raw, index)
-                count += 1
-                yield batch
-        finally:
-            _set_random_state(before, self.loader)
+        iterator = _until(self.loader, self.limit)
+        inside = self._state
+        while True:
+            # swapped at every step: a pass that fails half-way leaves no other random state behind either
+            outside = _random_state(self.loader)
+            _set_random_state(inside, self.loader)
+            try:
+                raw = next(iterator, _END)
+            finally:
+                inside = _random_state(self.loader)
+                _set_random_state(outside, self.loader)
+            if raw is _END:
+                break
+            yield parse(raw, count)
+            count += 1
         if not count:
             raise ProfileError("The dataloader is empty: give at least one batch of (inputs, targets).")
         self.batches = count
@@ -148,6 +158,11 @@ class Data:
         if self.batches is not None and self.batches < HOLD:
             return self.batches > 1 and batch.index == self.batches - 1
         return batch.index % HOLD == HOLD - 1
+
+
+def _once(loader: Iterable[Any]) -> bool:
+    """Whether it is an iterator, which can be read only once; a loader is not started to find out."""
+    return hasattr(loader, "__next__")
 
 
 def _until(loader: Iterable[Any], limit: int) -> Iterator[Any]:
@@ -192,6 +207,16 @@ def _set_random_state(state: dict[str, Any], loader: Any) -> None:
         torch.cuda.set_rng_state_all(state["cuda"])
     if "numpy" in state:
         sys.modules["numpy"].random.set_state(state["numpy"])
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leaves all global random generators as they were, whatever a loss or a dropout layer draws."""
+    state = _random_state(None)
+    try:
+        yield
+    finally:
+        _set_random_state(state, None)
 
 
 def loss_of(output: Any, batch: Batch, loss_fn: LossFn | None) -> Tensor:
@@ -258,10 +283,13 @@ def _default_loss(output: Any, batch: Batch) -> Tensor:
 def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{tuple(value.shape)} {str(value.dtype).removeprefix('torch.')} on {value.device}"
-    return type(value).__name__
+    if isinstance(value, Mapping):
+        return f"a dict of {sorted(map(str, value))}"
+    name = type(value).__name__
+    return f"{'an' if name[:1] in 'aeiouAEIOU' else 'a'} {name}"
 
 
-def check_device(batch: Batch, gm: fx.GraphModule) -> None:
+def check_device(batch: Batch, gm: nn.Module) -> None:
     """Raises a `ProfileError` when the batch is on another device than the model's parameters."""
     own = next(gm.parameters(), None)
     given = next((t for t in pytree.tree_leaves(batch.inputs) if isinstance(t, Tensor)), None)

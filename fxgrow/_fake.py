@@ -54,7 +54,7 @@ class FakeRunner:
         before, self.silent = self.silent, True
         try:
             with torch.no_grad():
-                real_args, real_kwargs = fx.node.map_aggregate((args, kwargs), _made_up)  # type: ignore[misc]
+                real_args, real_kwargs = fx.node.map_aggregate((args, kwargs), _made_up)
                 return self.fake(node.target(*real_args, **real_kwargs))  # type: ignore[operator]
         finally:
             self.silent = before

@@ -13,11 +13,11 @@ from torch import fx, nn
 
 from fxgrow._capture import capture
 from fxgrow._check import check_function
-from fxgrow._data import Batch, Data, LossFn
+from fxgrow._data import Batch, Data, LossFn, check_device, random_state_kept
 from fxgrow._errors import PlanError
 from fxgrow._optim import repoint
+from fxgrow._decide import plan as make_plan
 from fxgrow._plan import Plan
-from fxgrow._plan import plan as make_plan
 from fxgrow._profile import Profile
 from fxgrow._profile import profile as make_profile
 from fxgrow._records import Reason
@@ -64,6 +64,7 @@ class Growth:
         return plot_growth(self, path)
 
 
+@random_state_kept()
 def grow(
     model: nn.Module,
     dataloader: Iterable[Any],
@@ -119,7 +120,9 @@ def grow(
     """
     clock = _Clock()
     data = Data(dataloader, samples)
-    gm = capture(model, data.first().inputs if example_inputs is None else example_inputs)
+    first = data.first()
+    check_device(first, model)
+    gm = capture(model, first.inputs if example_inputs is None else example_inputs)
     clock.lap("capture")
     found = make_profile(
         gm, data.loader, loss_fn, samples, method, units=_candidates(neurons), progress=progress, seed=seed

@@ -58,9 +58,11 @@ def _downstream(start: fx.Node, var: Var, structure: Structure) -> dict[fx.Node,
     """Every node that carries the width's units behind `start`, with a shortest path to it."""
     paths = {start: [start]}
     queue = [start]
+    # a layer that writes the width itself reads what comes in and passes none of it on
+    writers = {p.node for p in structure.projections}
     for node in queue:
         for user in node.users:
-            if user not in paths and _carries(structure.outputs.get(user), var):
+            if user not in paths and user not in writers and _carries(structure.outputs.get(user), var):
                 paths[user] = [*paths[node], user]
                 queue.append(user)
     return paths
@@ -148,7 +150,8 @@ def gradient_map(v: Tensor, link: Link) -> Tensor:
         return v if link.reads.kernel else _rows(v)
     rows = _rows(v)  # [n, tokens, O] behind a convolution: tokens are positions
     out = link.consumer.output(link.read_shape)
-    return rows.transpose(1, 2).unflatten(2, out)
+    mapped: Tensor = rows.transpose(1, 2).unflatten(2, out)
+    return mapped
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ Half-precision input is accumulated in float32, everything else in its own dtype
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from itertools import product
 from math import prod
 
@@ -17,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fxgrow._borders import strips
 from fxgrow._errors import ProfileError
 from fxgrow._window import Axis, Strip, Window, axes
 
@@ -124,10 +126,12 @@ def cross_moment(
     if _tap_is_cheaper(geometry):
         moment = _by_tap(placed, v, geometry)
     else:
-        moment = _virtual(placed, v, geometry, None if pool else (x, producer.padding))
+        borders = strips(tuple(x.shape[2:]), producer, geometry, pool)
+        moment = _virtual(placed, v, geometry, borders, None if pool else (x, producer.padding))
     return torch.cat([moment, _tap_sums(v, geometry)[None]]) if bias else moment
 
 
+@lru_cache(maxsize=256)
 def coverage(read_shape: tuple[int, ...], consumer: Window) -> Tensor:
     """How many of the consumer's windows cover each position of the map it reads.
 
@@ -208,6 +212,7 @@ def _unfold(x: Tensor, geometry: tuple[Axis, ...]) -> Tensor:
     return x.permute(order).flatten(1 + nd).flatten(1, nd)
 
 
+@lru_cache(maxsize=256)
 def _tap_is_cheaper(geometry: tuple[Axis, ...]) -> bool:
     """Whether the plain sum tap by tap needs less time than the virtual convolution with its borders."""
     plain = prod(a.kernel * sum(len(a.inside(j)) for j in range(a.taps)) for a in geometry)
@@ -241,25 +246,27 @@ def _by_tap(x: Tensor, v: Tensor, geometry: tuple[Axis, ...]) -> Tensor:
 
 
 def _virtual(
-    x: Tensor, v: Tensor, geometry: tuple[Axis, ...], raw: tuple[Tensor, tuple[int, ...]] | None = None
-) -> Tensor:
+    x: Tensor, v: Tensor, geometry: tuple[Axis, ...], borders: tuple[tuple[Strip, ...], ...],
+    raw: tuple[Tensor, tuple[int, ...]] | None = None,
+) -> Tensor:  # fmt: skip
     """Weight gradient of the virtual convolution, less its borders by inclusion-exclusion over dimensions.
 
     Args:
         x: the producer's input, padded and averaged.
         v: at the consumer's output.
         geometry: the axes.
+        borders: the borders of every axis.
         raw: the producer's input before padding, and its padding, when nothing was averaged.
     """
     nd, channels = len(geometry), x.shape[1]
     padding = _implicit_padding(*raw, geometry) if raw else None
     every = [Strip(slice(0, a.out), 0, a.taps, 0, a.size(a.taps)) for a in geometry]
-    choices = [[full, *a.borders()] for full, a in zip(every, geometry, strict=True)]
+    choices = [[full, *own] for full, own in zip(every, borders, strict=True)]
     # O stays the innermost dimension everywhere, so that every sum runs along it.
     moment = x.new_empty(channels, *(a.kernel for a in geometry), *(a.taps for a in geometry), v.shape[1])
     # A choice per dimension: all positions, or one border position with the taps that are padding there.
     for choice in product(*choices):
-        borders = sum(strip is not full for strip, full in zip(choice, every, strict=True))
+        cut = sum(strip is not full for strip, full in zip(choice, every, strict=True))
         vs, xs, target = v, x, moment
         lead, length = [a.lead for a in geometry], [a.span for a in geometry]
         for d, (axis, strip) in enumerate(zip(geometry, choice, strict=True)):
@@ -270,13 +277,13 @@ def _virtual(
                 lead[d], length[d] = 0, axis.step * (strip.high - strip.low - 1) + 1
                 xs = xs.narrow(2 + d, first - axis.lead, length[d])
         kernel = [strip.high - strip.low for strip in choice]
-        if raw and padding and not borders:
+        if raw and padding and not cut:
             weight = _weight_gradient(raw[0], vs, kernel, geometry, padding)
         else:
             weight = _weight_gradient(_place(xs, lead, length), vs, kernel, geometry)
         term = _offsets(weight, choice, geometry)
-        if borders:
-            target.add_(term, alpha=(-1) ** borders)
+        if cut:
+            target.add_(term, alpha=(-1) ** cut)
         else:
             target.copy_(term)
     return moment.reshape(-1, prod(a.taps for a in geometry), v.shape[1])

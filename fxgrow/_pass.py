@@ -59,7 +59,7 @@ class _Recorder(fx.Interpreter):
         if n in self.targets and self.reader is not None:
             if not out.requires_grad:
                 out = out.detach().requires_grad_()
-            hook = out.register_hook(lambda g: self.reader(n, g.detach() * -self.seen.size))  # type: ignore[misc]
+            hook = out.register_hook(lambda g: self.reader(n, g.detach() * -self.seen.size))
             self.hooks.append(hook)
         return out
 
@@ -128,7 +128,7 @@ def run_pass(
             recorder = _Recorder(gm, sources, targets)
             seen = recorder.seen
             seen.size = batch.size
-            recorder.reader = lambda node, v, seen=seen: reader(seen, node, v)  # type: ignore[misc]
+            recorder.reader = lambda node, v, seen=seen: reader(seen, node, v)
             try:
                 loss = loss_of(forward(recorder, gm, batch), batch, loss_fn)
                 seen.loss = float(loss.detach())

@@ -19,8 +19,8 @@ from torch import Tensor, fx, nn
 from fxgrow._analyse import analyse
 from fxgrow._candidates import Candidates, candidates
 from fxgrow._capture import capture
-from fxgrow._data import Batch, Data, LossFn
-from fxgrow._errors import ProfileError
+from fxgrow._data import Batch, Data, LossFn, check_device, random_state_kept
+from fxgrow._errors import PlanError, ProfileError
 from fxgrow._pass import Seen, run_pass
 from fxgrow._progress import progress as bar
 from fxgrow._records import Width
@@ -99,6 +99,17 @@ class Profile(Mapping[str, Bottleneck]):
     def __len__(self) -> int:
         return len(self.bottlenecks)
 
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The graph that was profiled.
+
+        Raises:
+            PlanError: this is the record of a growth, which keeps no network.
+        """
+        if self.gm is None:
+            raise PlanError("This profile is the record of a growth: profile the grown network again.")
+        return self.gm
+
     def record(self) -> Profile:
         """The figures alone, without the network and the candidates."""
         return replace(self, gm=None, updates={}, proposals={}, found=None, refit=None)
@@ -115,6 +126,7 @@ class Profile(Mapping[str, Bottleneck]):
         return plot_profile(self, path)
 
 
+@random_state_kept()
 def profile(
     gm: nn.Module,
     dataloader: Iterable[Any],
@@ -166,7 +178,9 @@ def profile(
         raise ProfileError(f"positions={positions!r}: choose 'sampled' or 'all'.")
     data = Data(dataloader, samples)
     if not (isinstance(gm, fx.GraphModule) and "example_inputs" in gm.meta):
-        gm = capture(gm, data.first().inputs)
+        first = data.first()
+        check_device(first, gm)
+        gm = capture(gm, first.inputs)
     structure = analyse(gm)
     every = hidden(structure)
     chosen = _chosen(every, widths)
@@ -304,8 +318,9 @@ def _calibration(gm: fx.GraphModule, data: Data, hold: bool) -> Iterator[list[An
         if size >= CALIBRATION:
             break
     same = all(
-        all(isinstance(t, Tensor) and t.dim() > 0 and t.shape[1:] == f.shape[1:] for t, f in zip(a, taken[0], strict=True))
+        isinstance(t, Tensor) and t.dim() > 0 and t.shape[1:] == f.shape[1:]
         for a in taken
+        for t, f in zip(a, taken[0], strict=True)
     )
     yield [torch.cat(parts) for parts in zip(*taken, strict=True)] if same and len(taken) > 1 else taken[0]
 
@@ -321,7 +336,7 @@ def _bottleneck(
     name = h.width.name
     own = {p.weight for p in h.reads if p.weight in psi}
     values = tuple(float(v) for v in proposal.values)
-    gains, significant = tuple(v * v for v in values[:k]), min(k, len(values)) if values else k
+    gains, significant = tuple(v * v for v in values[:k]), min(k, len(values)) if proposal.alpha else k
     if refit is not None and refit.of(name):
         evidence = refit.evidence[name]
         total = refit.marginal(name, k)

@@ -45,24 +45,24 @@ class ValueProxy(fx.Proxy):
         return format(self.carried, spec)
 
     def __bool__(self) -> bool:
-        return self.tracer.concrete(self, bool)
+        return bool(self.tracer.concrete(self, bool))
 
     def __int__(self) -> int:
-        return self.tracer.concrete(self, int)
+        return int(self.tracer.concrete(self, int))
 
     def __index__(self) -> int:
         # The argument parser of torch calls __index__ just to see whether the call fits.
-        return self.tracer.concrete(self, operator.index, asked_by=sys._getframe(1))
+        return int(self.tracer.concrete(self, operator.index, asked_by=sys._getframe(1)))
 
     def __float__(self) -> float:
-        return self.tracer.concrete(self, float)
+        return float(self.tracer.concrete(self, float))
 
     def __complex__(self) -> complex:
-        return self.tracer.concrete(self, complex)
+        return complex(self.tracer.concrete(self, complex))
 
     def __hash__(self) -> int:
         if isinstance(self.carried, (bool, int, float)):
-            return self.tracer.concrete(self, hash)
+            return int(self.tracer.concrete(self, hash))
         return id(self)
 
     def __len__(self) -> int:
@@ -79,7 +79,7 @@ class ValueProxy(fx.Proxy):
         with self.tracer.runner.quiet():
             length = len(self.carried)
         # `a, b = x.chunk(2)` checks the number by itself; a loop needs to be told when it changes.
-        return iter([self[i] for i in range(length if fixed else len(self))])
+        return iter([self[i] for i in range(length if fixed else len(self))])  # type: ignore[index]
 
     def __contains__(self, item: Any) -> bool:
         return any(bool(entry == item) for entry in self)
@@ -147,7 +147,7 @@ for _name in _INPLACE:
 
 def _unpacks(code: Any, offset: int) -> bool:
     """Whether the instruction at ``offset`` is the ``a, b = …`` kind, which fixes the length."""
-    return dis.opname[code.co_code[offset]] == "UNPACK_SEQUENCE"
+    return bool(dis.opname[code.co_code[offset]] == "UNPACK_SEQUENCE")
 
 
 def has_proxy(value: Any) -> bool:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -58,9 +59,19 @@ def rewrite(
     values: Values | None = None,
     generator: torch.Generator | None = None,
 ) -> tuple[fx.GraphModule, dict[str, tuple[Tensor | None, ...]]]:
-    """Returns the wider copy, and for each parameter that grew the new positions of its old entries."""
-    grown = copy_graph(gm)
-    structure = analyse(grown)
+    """Returns the wider copy, and for each parameter that grew the new positions of its old entries.
+
+    Args:
+        gm: a captured graph; it is left as it is.
+        additions: units per width, multiples of its step.
+        values: new and old entries, where the defaults are not wanted.
+        generator: draws the random rows.
+
+    Raises:
+        PlanError: a width is unknown or pinned, or the units do not fit its step.
+        RewriteError: the result does not run, or has other shapes than its axes.
+    """
+    structure = analyse(gm)
     found = {h.width.name: h for h in hidden(structure)}
     grow = units_of(found, additions)
     names = {h.var: name for name, h in found.items()}
@@ -68,7 +79,7 @@ def rewrite(
     index: dict[str, tuple[Tensor | None, ...]] = {}
     replaced: dict[int, Tensor] = {}
     for name, dims in structure.parameters.items():
-        old = lookup(grown, name)
+        old = lookup(gm, name)
         plan = [extend(axis, grow) for axis in dims]
         changed = any(g.new for g in plan)
         if not changed and name not in values.delta:
@@ -77,23 +88,37 @@ def rewrite(
         if changed:
             index[name] = tuple(g.old if g.new else None for g in plan)
         replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
-    _replace(grown, replaced)
-    lengths = _lengths(structure, grow)
-    _write_constants(grown, structure, grow)
-    grown.graph.lint()
+    grown = copy_graph(gm, replaced)
+    twins = dict(zip(gm.graph.nodes, grown.graph.nodes, strict=True))
+    _write_constants(grown, structure, grow, twins)
+    with warnings.catch_warnings():
+        # lint would have `training` flags be tensors or modules
+        warnings.filterwarnings("ignore", message=".*does not reference an nn.Module.*")
+        grown.graph.lint()
     grown.recompile()
-    check_shapes(grown, lengths)
+    check_shapes(grown, _lengths(structure, grow, twins))
     return grown, index
 
 
-def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
-    """A deep copy without gradients and without the record of earlier growth."""
+def copy_graph(gm: fx.GraphModule, replaced: Mapping[int, Tensor] | None = None) -> fx.GraphModule:
+    """A deep copy without gradients and without the record of earlier growth.
+
+    Args:
+        gm: the original.
+        replaced: by the id of a tensor of `gm`, what stands in its place, wherever it stands: tied stays tied.
+    """
+    memo: dict[int, Any] = dict(replaced or {})
     record = gm.meta.pop("fxgrow", None)
     try:
-        out = copy.deepcopy(gm)
+        out = copy.deepcopy(gm, memo)
     finally:
         if record is not None:
             gm.meta["fxgrow"] = record
+    # a GraphModule copies only what its graph calls, in that order
+    for ours, theirs in ((out._modules, gm._modules), (out._parameters, gm._parameters), (out._buffers, gm._buffers)):
+        ours.clear()
+        ours.update({name: memo.get(id(value), value) for name, value in theirs.items()})
+    out._non_persistent_buffers_set = set(gm._non_persistent_buffers_set)
     for p in out.parameters():
         p.grad = None
     return out
@@ -129,17 +154,17 @@ def require_free(found: Mapping[str, Hidden], name: str) -> Hidden:
 
 def extend(axis: Axis, grow: Mapping[Var, int]) -> Extended:
     """New entries stand at the end of each of their width's segments."""
-    old: list[Tensor] = []
-    new: dict[Var, list[Tensor]] = {}
+    old: list[int] = []
+    new: dict[Var, list[int]] = {}
     at = 0
     for s in resolve(axis):
-        old.append(torch.arange(at, at + s.length))
+        old.extend(range(at, at + s.length))
         at += s.length
         if s.var is not None and grow.get(s.var):
             n = grow[s.var] * s.inner
-            new.setdefault(s.var, []).append(torch.arange(at, at + n))
+            new.setdefault(s.var, []).extend(range(at, at + n))
             at += n
-    return Extended(at, torch.cat(old) if old else torch.arange(0), {v: torch.cat(i) for v, i in new.items()})
+    return Extended(at, torch.tensor(old, dtype=torch.long), {v: torch.tensor(i) for v, i in new.items()})
 
 
 def _fill(
@@ -155,7 +180,10 @@ def _fill(
     uses = [p for p in structure.projections if p.weight == name]
     biases = any(p.bias == name for p in structure.projections)
     fill = 0.0 if uses or biases else structure.fills.get(name, "mean")
-    new = old.new_full([g.size for g in plan], _constant_fill(fill, old))
+    new = old.new_empty([g.size for g in plan])
+    for dim, g in enumerate(plan):
+        for positions in g.new.values():
+            new.index_fill_(dim, positions.to(new.device), _constant_fill(fill, old))
     if uses or fill == "random":
         _random_rows(new, plan, uses[0].out_dim if uses else 0, generator)
     for p in uses:
@@ -205,10 +233,22 @@ def _put(new: Tensor, where: list[Tensor], value: Tensor, dim: int = 0) -> None:
     if dim == new.dim():
         new.copy_(value.reshape(new.shape))
         return
+    runs = _runs(where[dim])
+    if len(runs) <= 8:
+        for start, at, n in runs:
+            _put(new.narrow(dim, start, n), where, value.narrow(dim, at, n), dim + 1)
+        return
     index = where[dim].to(new.device)
     part = new.index_select(dim, index)
     _put(part, where, value, dim + 1)
     new.index_copy_(dim, index, part)
+
+
+def _runs(positions: Tensor) -> list[tuple[int, int, int]]:
+    """Neighbouring positions as (first position, index of it, how many): most axes are one run, copied in place."""
+    breaks = (positions.diff() != 1).nonzero().flatten() + 1
+    edges = [0, *breaks.tolist(), len(positions)]
+    return [(int(positions[a]), a, b - a) for a, b in zip(edges, edges[1:], strict=False) if b > a]
 
 
 def lookup(gm: nn.Module, name: str) -> Tensor:
@@ -217,37 +257,32 @@ def lookup(gm: nn.Module, name: str) -> Tensor:
     return tensor
 
 
-def _replace(gm: nn.Module, replaced: Mapping[int, Tensor]) -> None:
-    """Every place that holds an old tensor holds the new one: tied parameters stay tied."""
-    for module in gm.modules():
-        for store in (module._parameters, module._buffers):
-            for leaf, tensor in list(store.items()):
-                if tensor is not None and id(tensor) in replaced:
-                    store[leaf] = replaced[id(tensor)]  # type: ignore[assignment]
-
-
 def _new_length(axis: Axis, grow: Mapping[Var, int]) -> int:
     return length(axis) + sum(grow.get(s.var, 0) * s.inner for s in resolve(axis) if s.var is not None)
 
 
-def _lengths(structure: Structure, grow: Mapping[Var, int]) -> dict[fx.Node, tuple[int, ...]]:
+def _lengths(
+    structure: Structure, grow: Mapping[Var, int], twins: Mapping[fx.Node, fx.Node]
+) -> dict[fx.Node, tuple[int, ...]]:
     return {
-        node: tuple(_new_length(a, grow) for a in dims)
+        twins[node]: tuple(_new_length(a, grow) for a in dims)
         for node, dims in structure.outputs.items()
         if isinstance(dims, Dims)
     }
 
 
-def _write_constants(gm: fx.GraphModule, structure: Structure, grow: Mapping[Var, int]) -> None:
-    done: set[Any] = set()
+def _write_constants(
+    gm: fx.GraphModule, structure: Structure, grow: Mapping[Var, int], twins: Mapping[fx.Node, fx.Node]
+) -> None:
     for c in structure.constants:
         n = _new_length(c.axis, grow)
         target, path = c.where
+        if n == length(c.axis):
+            continue
         if isinstance(target, str):
             setattr(gm.get_submodule(target), path[0], n)
-        elif (target, path) not in done and n != length(c.axis):
-            done.add((target, path))
-            _set_argument(target, path, n)
+        else:
+            _set_argument(twins[target], path, n)
 
 
 def _set_argument(node: fx.Node, path: tuple[Any, ...], value: int) -> None:

@@ -89,7 +89,7 @@ def function_call(cls: type[torch.autograd.Function]) -> Callable[..., Any]:
     """The ``apply`` of an autograd function, as a plain function that a graph can call by name."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        return cls.apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        return cls.apply(*args, **kwargs)
 
     call.__name__ = call.__qualname__ = f"{cls.__qualname__}.apply"
     call.__module__ = cls.__module__

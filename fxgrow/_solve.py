@@ -219,7 +219,8 @@ def _whiten_columns(block: Tensor, g: Factor | None) -> Tensor:
 
 def _on_columns(block: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
     flat = block.flatten(0, 1).mT
-    return apply(flat).mT.reshape(*block.shape[:2], -1)
+    out = apply(flat).mT
+    return out.reshape(*block.shape[:2], out.shape[-1])
 
 
 def _by_columns(matrix: Tensor, s: Factor, k: int) -> tuple[Tensor, Tensor, Tensor]:

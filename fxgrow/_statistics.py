@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from fxgrow._axes import length
 from fxgrow._consumer import Consumer, rows_for
 from fxgrow._links import Link, gradient_map, links, producer_map
-from fxgrow._moments import coverage, cross_moment, gram, patch_rows
+from fxgrow._moments import accumulating, coverage, cross_moment, gram, patch_rows
 from fxgrow._pass import Seen
 from fxgrow._widths import Hidden
 from fxgrow.ops.registry import Structure
@@ -83,21 +83,34 @@ class WidthMoments:
         if not shape:
             return shape, pool, torch.ones(())
         windows = {k.reads.weight: k.consumer for k in self.links}.values()
-        cover = torch.stack([coverage(shape, w).float() for w in windows]).mean(0)
+        cover = torch.stack([coverage(shape, w).double() for w in windows]).mean(0)
         return shape, pool, cover
 
     def add_rows(
         self, inputs: Mapping[fx.Node, Tensor], samples: int | None, generator: torch.Generator | None = None
     ) -> None:
         """Adds to S, from sampled positions, as if there were `samples` samples (None: all, as they are)."""
-        rows, weight = self.stacked(inputs, None if samples is None else rows_for(self.features), generator)
+        limit = None if samples is None else rows_for(self.features)
         n = next(iter(inputs[k.writes.source] for k in self.links)).shape[0]
         total = n * self.positions(inputs)
-        self.readings = float(weight.mean()) * total / n
-        scale = 1.0 if samples is None else samples / n * total / len(rows)
-        moment = gram(rows, weight) * scale
-        self.s = moment if self.s is None else self.s + moment
-        self.rows += len(rows)
+        self.readings = 0.0
+        for uses in self.rounds():
+            rows, weight = self.stacked(uses, inputs, limit, generator)
+            self.readings += float(weight.mean()) * total / n
+            scale = 1.0 if samples is None else samples / n * total / len(rows)
+            moment = gram(rows, weight) * scale
+            self.s = moment if self.s is None else self.s + moment
+            self.rows += len(rows)
+
+    def rounds(self) -> list[dict[str, Link]]:
+        """The i-th use of every producer, for each i: a module used twice writes twice, as two positions would."""
+        uses: dict[str, dict[fx.Node, Link]] = {name: {} for name in self.spans}
+        for link in self.links:
+            uses[link.writes.weight].setdefault(link.writes.node, link)
+        return [
+            {name: links[i] for name, links in ((n, list(u.values())) for n, u in uses.items()) if i < len(links)}
+            for i in range(max(len(u) for u in uses.values()))
+        ]
 
     def positions(self, inputs: Mapping[fx.Node, Tensor]) -> int:
         shape, _, _ = self.reading()
@@ -105,13 +118,17 @@ class WidthMoments:
         return math.prod(shape) if shape else producer_map(inputs[link.writes.source], link).shape[1]
 
     def stacked(
-        self, inputs: Mapping[fx.Node, Tensor], limit: int | None, generator: torch.Generator | None = None
+        self,
+        uses: Mapping[str, Link],
+        inputs: Mapping[fx.Node, Tensor],
+        limit: int | None,
+        generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """Rows b of all producers side by side, `[m, P]`, and how often each is read."""
+        """Rows b of all producers side by side, `[m, P]` (zero for one without a use), and how often each is read."""
         shape, pool, cover = self.reading()
-        first = {k.writes.weight: k for k in reversed(self.links)}
-        maps = {w: producer_map(inputs[first[w].writes.source], first[w]) for w in self.spans}
-        n, device = maps[self.links[0].writes.weight].shape[0], maps[self.links[0].writes.weight].device
+        maps = {name: producer_map(inputs[k.writes.source], k) for name, k in uses.items()}
+        first = next(iter(maps.values()))
+        n, device = first.shape[0], first.device
         positions = self.positions(inputs)
         chosen = torch.arange(n * positions)
         if limit is not None and limit < len(chosen):
@@ -119,10 +136,15 @@ class WidthMoments:
         chosen = chosen.to(device)
         sample, position = chosen // positions, chosen % positions
         weight = cover.flatten().to(device)[position] if shape else torch.ones(len(chosen), device=device)
-        parts = [
-            patch_rows(maps[w], k.producer, sample, position, bias=k.writes.bias is not None, pool=pool)
-            for w, k in ((w, first[w]) for w in self.spans)
-        ]
+        parts = []
+        for name, (start, stop) in self.spans.items():
+            if name in uses:
+                k = uses[name]
+                parts.append(
+                    patch_rows(maps[name], k.producer, sample, position, bias=k.writes.bias is not None, pool=pool)
+                )
+            else:
+                parts.append(accumulating(first.new_zeros(len(chosen), stop - start)))
         return torch.cat(parts, 1), weight
 
 
@@ -145,8 +167,8 @@ class Statistics:
         self.reads = {p.node: (c, p) for c in self.consumers.values() for p in c.uses}
         self.by_node: dict[fx.Node, list[tuple[WidthMoments, Link]]] = {}
         for w in self.widths.values():
-            for link in w.links:
-                self.by_node.setdefault(link.reads.node, []).append((w, link))
+            for way in w.links:
+                self.by_node.setdefault(way.reads.node, []).append((w, way))
         #: remembered inputs and updates, a chunk per batch, and how many samples of a batch to remember
         self.inputs: dict[fx.Node, list[Tensor]] = {}
         self.updates: dict[fx.Node, list[Tensor]] = {}

@@ -81,7 +81,7 @@ class ValueTracer(fx.Tracer):
     ) -> tuple[Any, list[Any]]:
         """One placeholder per given input, whatever the signature of forward."""
         del root_fn, is_module, concrete_args
-        self._names = {**{id(tensor): name for tensor, name in self.tensor_attrs.items()}, **self._names}  # type: ignore[attr-defined]
+        self._names = {**{id(tensor): name for tensor, name in self.tensor_attrs.items()}, **self._names}
 
         def forward(*proxies: Any) -> Any:
             with self._training_at_run_time(self.root, ""):
@@ -173,9 +173,9 @@ class ValueTracer(fx.Tracer):
         if whole:
             return proxy
         if type(value) is dict:
-            return {name: proxy[name] for name in value}
+            return {name: proxy[name] for name in value}  # type: ignore[index]
         if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
-            items = [proxy[i] for i in range(len(value))]
+            items = [proxy[i] for i in range(len(value))]  # type: ignore[index]
             if node.op == "placeholder" or node.op == "call_module":
                 items = [self._reopen(item) for item in items]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
@@ -204,13 +204,14 @@ class ValueTracer(fx.Tracer):
 
     def _tensor(self, tensor: torch.Tensor) -> ValueProxy:
         """The one ``get_attr`` node of a parameter, a buffer, or a constant kept beside the model."""
-        name = self._names.get(id(tensor))
+        name: str | None = self._names.get(id(tensor))
         if name is None:
             if isinstance(tensor, FakeTensor):
                 raise CaptureError("A tensor made during capture reached the graph without being recorded.")
             count = len(self.constants)
-            while hasattr(self.root, name := f"_constant{count}"):
+            while hasattr(self.root, f"_constant{count}"):
                 count += 1
+            name = f"_constant{count}"
             self.constants[name] = tensor
             self._names[id(tensor)] = name
         if name not in self._attributes:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from dataclasses import dataclass, field
 
 from torch import fx
 
 from fxgrow._analyse import analyse
-from fxgrow._axes import Axis, Var, length, multiplicity, resolve, variables
+from fxgrow._axes import Var, multiplicity, variables
 from fxgrow._records import Reason, Width
 from fxgrow.ops.registry import Projection, Structure
 
@@ -51,62 +50,52 @@ def hidden(structure: Structure) -> list[Hidden]:
             readers.setdefault(var, []).append(p)
         for var in variables(p.writes):
             found.setdefault(var, Hidden(Width("", 0, (), (), ()), var)).writes.append(p)
-    units = _units(structure)
-    names: Counter[str] = Counter(owner(h.writes[0].weight) for h in found.values())
+    carried = _carried(structure)
+    names: Counter[str] = Counter(layer(h.writes[0]) for h in found.values())
+    numbers: Counter[str] = Counter()
     for var, h in found.items():
         h.reads = readers.get(var, [])
-        name = owner(h.writes[0].weight)
+        name = layer(h.writes[0])
         if names[name] > 1:
-            start, stop = _span(h.writes[0].writes, var)
-            name = f"{name}[{start}:{stop}]"
+            # a producer whose output is split: its parts by number, a name that growth does not change
+            numbers[name] += 1
+            name = f"{name}[{numbers[name] - 1}]"
+        step = multiplicity(h.writes[0].out)[var]
         pinned = var.pinned
         if pinned is None and not h.reads:
             pinned = Reason("output", h.writes[0].node.name, "no weight reads it")
         h.width = Width(
             name=name,
-            size=var.size * units[var],
-            producers=_unique(owner(p.weight) for p in h.writes),
-            followers=_followers(structure, h),
-            consumers=_unique(owner(p.weight) for p in h.reads),
-            step=units[var],
+            size=var.size * step,
+            producers=_unique(layer(p) for p in h.writes),
+            followers=_followers(carried[var], h),
+            consumers=_unique(layer(p) for p in h.reads),
+            step=step,
             pinned=pinned,
         )
     return list(found.values())
 
 
-def owner(parameter: str) -> str:
-    """The module that holds a weight; a parameter of another name stands for itself."""
-    module, _, leaf = parameter.rpartition(".")
-    return module if module and leaf == "weight" else parameter
+def layer(p: Projection) -> str:
+    """The module that uses the weight; a weight that the graph uses directly stands for itself or for its layer."""
+    if p.node.op == "call_module":
+        return str(p.node.target)
+    module, _, leaf = p.weight.rpartition(".")
+    return module if module and leaf == "weight" else p.weight
 
 
-def _units(structure: Structure) -> dict[Var, int]:
-    """How many units the smallest growth adds: what divides the width's every appearance in a parameter."""
-    units: dict[Var, int] = {}
-    for dims in structure.parameters.values():
-        for axis in dims:
-            for var, m in multiplicity(axis).items():
-                units[var] = math.gcd(units.get(var, 0), m)
-    return units
+def _carried(structure: Structure) -> dict[Var, list[str]]:
+    """The parameters that each width appears in."""
+    carried: dict[Var, list[str]] = {}
+    for name, dims in structure.parameters.items():
+        for var in variables(*dims):
+            carried.setdefault(var, []).append(name)
+    return carried
 
 
-def _span(axis: Axis, var: Var) -> tuple[int, int]:
-    position = 0
-    for s in resolve(axis):
-        if s.var is var:
-            return position, position + s.length
-        position += s.length
-    return 0, length(axis)
-
-
-def _followers(structure: Structure, h: Hidden) -> tuple[str, ...]:
+def _followers(carried: list[str], h: Hidden) -> tuple[str, ...]:
     weights = {p.weight for p in (*h.writes, *h.reads)} | {p.bias for p in (*h.writes, *h.reads)}
-    carry = [
-        name
-        for name, dims in structure.parameters.items()
-        if name not in weights and any(h.var in multiplicity(axis) for axis in dims)
-    ]
-    return _unique(name.rpartition(".")[0] or name for name in carry)
+    return _unique(name.rpartition(".")[0] or name for name in carried if name not in weights)
 
 
 def _unique(names: object) -> tuple[str, ...]:

@@ -29,7 +29,9 @@ def _blocks(ctx: Context, axis: Axis, groups: int) -> Axis:
     return block
 
 
-def _depthwise(ctx: Context, channels: Axis, weight: Dims, bias: Dims | None, groups_at: tuple[Any, ...]) -> Axis:
+def _depthwise(
+    ctx: Context, channels: Axis, weight: Dims, bias: Dims | None, groups: int, groups_at: tuple[Any, ...]
+) -> Axis:
     multiplier = length(weight[0]) // length(channels)
     out = tuple(Segment(s.var, s.inner * multiplier, s.reason) for s in channels)
     ctx.same(weight[0], out)
@@ -39,7 +41,7 @@ def _depthwise(ctx: Context, channels: Axis, weight: Dims, bias: Dims | None, gr
         ctx.same(bias[0], out)
         ctx.fill(bias, 0.0)
     if groups_at:
-        ctx.size_argument(length(channels), channels, *groups_at)
+        ctx.size_argument(groups, channels, *groups_at)
     ctx.attribute("groups", channels)
     return out
 
@@ -57,14 +59,14 @@ def _conv(
     channels = x[-nd - 1]
     ctx.fix(weight[2:])
     if 1 < groups == length(channels):
-        out = _depthwise(ctx, channels, weight, bias, groups_at)
+        out = _depthwise(ctx, channels, weight, bias, groups, groups_at)
     else:
         out = weight[0]
         ctx.same(channels, weight[1] * groups)
         if groups > 1:
             _blocks(ctx, out, groups)
         kernel = tuple(length(a) for a in weight[2:])
-        spatial = {k: _spatial(v, nd) for k, v in window.items() if not isinstance(v, str)}
+        spatial: dict[str, Any] = {k: _spatial(v, nd) for k, v in window.items() if not isinstance(v, str)}
         plain = groups == 1 and len(spatial) == len(window)
         ctx.project(weight, bias, out, kernel=kernel, plain=plain, **spatial)
     ctx.attribute("in_channels", channels)
@@ -108,6 +110,7 @@ def _transposed(
         multiplier = length(weight[1])
         out = tuple(Segment(s.var, s.inner * multiplier, s.reason) for s in channels)
         ctx.fix(weight[1:2])
+        ctx.fill(weight, "random")
         if groups_at:
             ctx.size_argument(groups, channels, *groups_at)
         ctx.attribute("groups", channels)

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 from torch.nn import functional as F
 
-from fxgrow._axes import Axis, Dims, Var, axis_of, length
+from fxgrow._axes import Axis, Dims, Var, axis_of, fixed, length
 from fxgrow.ops.registry import Context, op
 
 #: new entries of a per-channel norm: the identity
@@ -21,6 +21,11 @@ def _follow(ctx: Context, axis: Axis, parameters: dict[str, Dims | None]) -> Non
             ctx.fill(p, IDENTITY[name])
 
 
+def _normalised(ctx: Context, *axes: Axis) -> None:
+    for axis in axes:
+        ctx.pin(axis, "norm", "normalised over the whole axis: new units would change the statistics of the old ones")
+
+
 @op(F.batch_norm, F.instance_norm)
 def channel_norm(
     ctx: Context,
@@ -32,6 +37,7 @@ def channel_norm(
     *args: Any,
     **kwargs: Any,
 ) -> Dims:
+    _normalised(ctx, input[0], *input[2:])
     _follow(ctx, input[1], dict(zip(IDENTITY, (weight, bias, running_mean, running_var), strict=True)))
     return input
 
@@ -39,13 +45,16 @@ def channel_norm(
 @op(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 @op(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 def channel_norm_module(ctx: Context, x: Dims) -> Dims:
-    _follow(ctx, x[1], {name: ctx.parameter(name) for name in IDENTITY})
+    if isinstance(ctx.module, nn.modules.instancenorm._InstanceNorm) and len(x) == ctx.module._get_no_batch_dim():
+        x = Dims((fixed(1), *x))  # one sample without its batch dimension
+    out = channel_norm(ctx, x, *(ctx.parameter(n) for n in ("running_mean", "running_var", "weight", "bias")))
     ctx.attribute("num_features", x[1])
-    return x
+    return Dims(out[-len(ctx.shape) :])
 
 
 def _grouped(ctx: Context, x: Dims, groups: int, weight: Dims | None, bias: Dims | None) -> Axis:
     """Whole groups: the axis is `groups` units of `channels / groups` entries. Returns the axis of groups."""
+    _normalised(ctx, *x[2:])
     unit = axis_of(Var(groups))
     ctx.same(x[1], tuple(s._replace(inner=length(x[1]) // groups) for s in unit), "grows by whole groups")
     _follow(ctx, x[1], {"weight": weight, "bias": bias})
@@ -70,8 +79,7 @@ def group_norm_module(ctx: Context, x: Dims) -> Dims:
 
 
 def _over(ctx: Context, x: Dims, n: int, *parameters: Dims | None) -> Dims:
-    for axis in x[len(x) - n :]:
-        ctx.pin(axis, "norm", "normalised over the whole axis: new units would change the statistics of the old ones")
+    _normalised(ctx, *x[len(x) - n :])
     for p in parameters:
         ctx.fix(p or ())
     return x
@@ -92,11 +100,11 @@ def layer_norm_module(ctx: Context, x: Dims) -> Dims:
 
 @op(nn.LocalResponseNorm, nn.CrossMapLRN2d, F.local_response_norm)
 def local_response_norm(ctx: Context, x: Dims, *args: Any, **kwargs: Any) -> Dims:
-    ctx.pin(x[1], "norm", "normalised across neighbouring channels")
+    _normalised(ctx, *x[1:])
     return x
 
 
 @op(F.normalize)
 def normalize(ctx: Context, input: Dims, p: Any = 2.0, dim: int = 1, *args: Any, **kwargs: Any) -> Dims:
-    ctx.pin(input[dim], "norm", "normalised over the whole axis")
+    _normalised(ctx, input[dim])
     return input

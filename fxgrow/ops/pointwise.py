@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fxgrow._axes import Axis, Dims, fixed, is_fixed, length
+from fxgrow._axes import Axis, Dims, is_fixed, length
 from fxgrow.ops.registry import Context, op
 
 
@@ -49,7 +48,7 @@ UNARY_NAMES = (
     "zeros_like ones_like full_like rand_like randn_like"
 ).split()
 BINARY_NAMES = (
-    "add sub subtract mul multiply div divide true_divide floor_divide remainder fmod pow maximum minimum max min "
+    "add sub subtract mul multiply div divide true_divide floor_divide remainder fmod pow maximum minimum "
     "atan2 eq ne lt le gt ge logical_and logical_or logical_xor bitwise_and bitwise_or where lerp addcmul addcdiv "
     "masked_fill copysign hypot heaviside float_power copy_ rsub"
 ).split()
@@ -81,29 +80,14 @@ BINARY_OPERATORS = [
 ]  # fmt: skip
 
 
-# binary before unary: `torch.max(x)` and `operator.neg` share names with neither
 @op(*_forms(BINARY_NAMES), *BINARY_OPERATORS)
 def elementwise(ctx: Context, *args: Any, **kwargs: Any) -> Dims:
-    ctx.used_as_number(args)
-    ctx.used_as_number(kwargs)
-    out = broadcast(ctx, *_tensors(args), *_tensors(list(kwargs.values())))
-    if len(out) != len(ctx.shape) or isinstance(ctx.value, tuple):
-        # max and min reduce when they are given a dimension, or nothing
-        return reduced(ctx, *_tensors(args)[:1])
-    return out
-
-
-def reduced(ctx: Context, x: Dims) -> Any:
-    for axis in x:
-        ctx.pin(axis, "reduce", "reduced over the whole tensor")
-    return torch.utils._pytree.tree_map_only(torch.Tensor, lambda t: Dims(fixed(n) for n in t.shape), ctx.value)
+    return broadcast(ctx, *_tensors(args), *_tensors(list(kwargs.values())))
 
 
 @op(*_forms(UNARY_NAMES), *UNARY_MODULES, *UNARY_FUNCTIONS, operator.neg, operator.pos, operator.abs, operator.invert)
-def unary(ctx: Context, x: Any, *args: Any, **kwargs: Any) -> Dims:
-    if not isinstance(x, Dims):
-        return Dims(fixed(n) for n in ctx.shape)
-    return broadcast(ctx, x, *_tensors(args), *_tensors(list(kwargs.values())))
+def unary(ctx: Context, *args: Any, **kwargs: Any) -> Dims:
+    return broadcast(ctx, *_tensors(args), *_tensors(list(kwargs.values())))
 
 
 @op(nn.PReLU)
@@ -123,14 +107,8 @@ def prelu(ctx: Context, input: Dims, weight: Dims) -> Dims:
 
 @op(F.glu, nn.GLU)
 def glu(ctx: Context, input: Dims, dim: int = -1) -> Dims:
-    from fxgrow.ops.shape import halves
+    from fxgrow.ops.join import halves
 
-    dim = ctx.module.dim if ctx.module is not None else dim
+    dim = int(ctx.module.dim) if ctx.module is not None else dim
     half = halves(ctx, input[dim], 2)
     return Dims(half if i == dim % len(input) else a for i, a in enumerate(input))
-
-
-@op(math.sqrt, math.floor, math.ceil, math.log)
-def number(ctx: Context, *args: Any) -> Any:
-    ctx.used_as_number(args)
-    return ctx.value

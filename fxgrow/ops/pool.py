@@ -1,4 +1,4 @@
-"""Operators that change positions and keep channels: pooling, resizing."""
+"""Operators that change positions and keep channels: pooling, resizing, padding."""
 
 from __future__ import annotations
 
@@ -7,45 +7,61 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from fxgrow._axes import Dims, fixed
 from fxgrow.ops.registry import Context, op
 
-_NAMES = [
-    f"{adaptive}{kind}{nd}"
-    for adaptive in ("", "Adaptive")
-    for kind in ("MaxPool", "AvgPool")
-    for nd in ("1d", "2d", "3d")
-]
-POOL_MODULES = [getattr(nn, n) for n in _NAMES] + [
-    nn.LPPool1d, nn.LPPool2d, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d,
-    nn.ZeroPad1d, nn.ZeroPad2d, nn.ZeroPad3d, nn.ReflectionPad1d, nn.ReflectionPad2d, nn.ReflectionPad3d,
-    nn.ReplicationPad1d, nn.ReplicationPad2d, nn.ReplicationPad3d, nn.ConstantPad1d, nn.ConstantPad2d,
-    nn.ConstantPad3d, nn.CircularPad1d, nn.CircularPad2d, nn.CircularPad3d,
-]  # fmt: skip
-POOL_FUNCTIONS = [
-    getattr(space, f"{adaptive}{kind}_pool{nd}", None)
-    for space in (F, torch)
-    for adaptive in ("", "adaptive_")
-    for kind in ("max", "avg")
-    for nd in ("1d", "2d", "3d")
-] + [F.interpolate, F.upsample, F.lp_pool1d, F.lp_pool2d]
+RANKS = (1, 2, 3)
+#: by the number of dimensions that hold positions: the last ones
+MODULES = {
+    nd: [
+        getattr(nn, f"{name}{nd}d")
+        for name in (
+            "MaxPool AvgPool AdaptiveMaxPool AdaptiveAvgPool LPPool ZeroPad ReflectionPad ReplicationPad ConstantPad "
+            "CircularPad"
+        ).split()
+    ]
+    for nd in RANKS
+}
+FUNCTIONS = {
+    nd: [
+        getattr(space, f"{kind}_pool{nd}d{form}")
+        for space in (F, torch)
+        for kind in ("max", "avg", "adaptive_max", "adaptive_avg", "lp")
+        for form in ("", "_with_indices")
+        if hasattr(space, f"{kind}_pool{nd}d{form}")
+    ]
+    for nd in RANKS
+}
 
 
-@op(*POOL_MODULES, *(f for f in POOL_FUNCTIONS if f is not None))
-def pool(ctx: Context, input: Dims, *args: Any, **kwargs: Any) -> Any:
+def _positions(ctx: Context, input: Dims, nd: int) -> Any:
     """Channels stand in front of the positions; a pool that returns indices gives the same axes twice."""
+    for axis in input[-nd:]:
+        ctx.pin(axis, "reduce", "neighbouring entries are pooled, padded or resized")
+    return pytree.tree_map_only(
+        torch.Tensor, lambda t: Dims((*input[:-nd], *(fixed(n) for n in t.shape[-nd:]))), ctx.value
+    )
 
-    def axes(value: torch.Tensor) -> Dims:
-        changed = [i for i, (a, n) in enumerate(zip(input, value.shape, strict=True))]
-        return Dims(input[i] if i < 2 and len(input) > 2 else fixed(value.shape[i]) for i in changed)
 
-    return torch.utils._pytree.tree_map_only(torch.Tensor, axes, ctx.value)
+def _enter(nd: int) -> None:
+    @op(*MODULES[nd], *FUNCTIONS[nd])
+    def pool(ctx: Context, input: Dims, *args: Any, **kwargs: Any) -> Any:
+        return _positions(ctx, input, nd)
 
 
-@op(F.pad, torch.nn.functional.pad, "pad")
+for _nd in RANKS:
+    _enter(_nd)
+
+
+@op(F.interpolate, F.upsample, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
+def resize(ctx: Context, input: Dims, *args: Any, **kwargs: Any) -> Any:
+    return _positions(ctx, input, len(input) - 2)
+
+
+@op(F.pad)
 def pad(ctx: Context, input: Dims, pad: Any, *args: Any, **kwargs: Any) -> Dims:
-    ctx.used_as_number(pad)
     out = list(input)
     for i in range(len(pad) // 2):
         if pad[2 * i] or pad[2 * i + 1]:

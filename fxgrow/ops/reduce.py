@@ -14,8 +14,8 @@ from fxgrow._axes import Axis, Dims, fixed
 from fxgrow.ops.pointwise import broadcast
 from fxgrow.ops.registry import Context, Unsupported, op
 
-_REDUCE = "mean sum prod amax amin std var norm logsumexp median any all argmax argmin nansum nanmean".split()
-_ALONG = "softmax log_softmax softmin cumsum cumprod sort argsort flip roll gumbel_softmax".split()
+_REDUCE = "max min mean sum prod amax amin std var logsumexp median any all argmax argmin nansum nanmean".split()
+_ALONG = "softmax log_softmax softmin cumsum cumprod sort argsort flip roll".split()
 
 
 def _forms(names: list[str]) -> list[Any]:
@@ -23,31 +23,44 @@ def _forms(names: list[str]) -> list[Any]:
 
 
 @op(*_forms(_REDUCE))
-def reduce(ctx: Context, input: Dims, dim: Any = None, keepdim: bool = False, *args: Any, **kwargs: Any) -> Any:
+def reduce(ctx: Context, input: Dims, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
     dim = kwargs.get("axis", dim)
+    if isinstance(dim, Dims):  # max and min of two tensors
+        return broadcast(ctx, input, dim)
     if isinstance(dim, torch.dtype):
         dim = None
-    if ctx.node.target in ("norm", torch.norm):
-        # the second argument of norm is the order
-        dim, keepdim = kwargs.get("dim"), bool(kwargs.get("keepdim", False))
-    dims = range(len(input)) if dim is None else [dim] if isinstance(dim, int) else dim
-    over = {d % len(input) for d in dims}
+    over = _dimensions(dim, len(input))
     for d in over:
         ctx.pin(input[d], "reduce", "summed or compared over the whole axis")
-    kept = Dims(fixed(1) if i in over else a for i, a in enumerate(input) if keepdim or i not in over)
-    return pytree.tree_map_only(torch.Tensor, lambda t: kept, ctx.value)
+
+    def kept(value: torch.Tensor) -> Dims:
+        keepdim = value.dim() == len(input)
+        return Dims(fixed(1) if i in over else a for i, a in enumerate(input) if keepdim or i not in over)
+
+    return pytree.tree_map_only(torch.Tensor, kept, ctx.value)
+
+
+@op("norm", torch.norm)
+def norm(ctx: Context, input: Dims, p: Any = 2, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+    return reduce(ctx, input, dim)
+
+
+def _dimensions(dim: Any, rank: int) -> set[int]:
+    """The dimensions an argument names; None and () are all of them."""
+    dims = [dim] if isinstance(dim, int) else list(dim or range(rank))
+    return {d % rank for d in dims}
 
 
 @op(*_forms(_ALONG), nn.Softmax, nn.LogSoftmax, nn.Softmin)
 def along(ctx: Context, input: Dims, *args: Any, **kwargs: Any) -> Any:
     """Changes values along an axis and keeps its shape."""
     at = 1 if ctx.node.target in ("roll", torch.roll) else 0
-    first = args[at] if len(args) > at else getattr(ctx.module, "dim", None)
-    dim = kwargs.get("dim", kwargs.get("dims", first))
-    dims = range(len(input)) if dim is None else [dim] if isinstance(dim, int) else dim
-    for d in dims:
+    dim = args[at] if len(args) > at else getattr(ctx.module, "dim", None)
+    if ctx.node.target == "flip" and isinstance(dim, int):
+        dim = args  # x.flip(2, 3)
+    for d in _dimensions(kwargs.get("dim", kwargs.get("dims", dim)), len(input)):
         ctx.pin(input[d], "reduce", "every entry depends on the whole axis")
-    return pytree.tree_map_only(torch.Tensor, lambda t: input, ctx.value)
+    return pytree.tree_map_only(torch.Tensor, lambda t: Dims(input), ctx.value)
 
 
 @op(nn.Softmax2d)
@@ -66,7 +79,8 @@ def matmul(ctx: Context, a: Dims, b: Dims) -> Dims:
     if len(a) < 2 or len(b) < 2:
         raise Unsupported("product with a vector")
     _contract(ctx, a[-1], b[-2])
-    return Dims((*broadcast(ctx, Dims(a[:-2] or (fixed(1),)), Dims(b[:-2] or (fixed(1),)))[-len(ctx.shape) + 2 :], a[-2], b[-1])[-len(ctx.shape):])
+    batch = broadcast(ctx, Dims(a[:-2]), Dims(b[:-2])) if len(ctx.shape) > 2 else ()
+    return Dims((*batch, a[-2], b[-1]))
 
 
 @op(torch.einsum, "torch.functional.einsum")

@@ -1,8 +1,9 @@
 """The one place that knows operators: a table from targets to rules, and what a rule may say.
 
-A rule is called with a `Context` and the node's arguments, tensors replaced by their `Dims`, sizes by `Size`. It returns
-the `Dims` of the output and says, through the context, which axes must agree, which weights write or read a width,
-and which constants of the graph hold a size. That is all that widths, statistics and surgery know of an operator.
+A rule is called with a `Context` and the node's arguments, tensors replaced by their `Dims`, sizes by `Size`. It
+returns the `Dims` of the output and says, through the context, which axes must agree, which weights write or read a
+width, and which constants of the graph hold a size. That is all that widths, statistics and surgery know of an
+operator. What a rule does not say pins: a size it was given and did not follow, a weight computed in the graph.
 """
 
 from __future__ import annotations
@@ -15,18 +16,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxgrow._axes import (
-    Axis,
-    Dims,
-    Size,
-    Var,
-    axis_of,
-    length,
-    measured,
-    pin,
-    unify,
-)
+from fxgrow._axes import Axis, Dims, Var, axis_of, fixed, length, pin, unify
 from fxgrow._records import Reason
+from fxgrow._sizes import Size
 
 Rule = Callable[..., Any]
 _RULES: dict[Any, Rule] = {}
@@ -36,6 +28,7 @@ class Unsupported(Exception):
     """A rule's refusal: what flows in is pinned with this code and message, and stays as it is."""
 
     def __init__(self, message: str, code: str = "operator") -> None:
+        """`code` is one of those of `Reason`."""
         super().__init__(message)
         self.code = code
 
@@ -85,6 +78,8 @@ class Projection:
     in_dim: int
     writes: Axis
     reads: Axis
+    #: the axis of the node's output: `writes`, or as many copies of it as a transposed convolution has groups
+    out: Axis
     kernel: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
@@ -118,11 +113,14 @@ class Context:
     """What a rule may ask and say about the node it describes."""
 
     def __init__(self, structure: Structure, gm: fx.GraphModule, node: fx.Node) -> None:
+        """What is said about `node` is entered in `structure`."""
         self.structure = structure
         self.gm = gm
         self.node = node
         self.module: Any = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         self.value = node.meta.get("val")
+        #: sizes that the rule said what they are the length of; any other pins what it measures
+        self.followed: list[Size] = []
 
     # -- asking
 
@@ -131,7 +129,13 @@ class Context:
         """The output's shape at the example inputs."""
         return tuple(self.value.shape)
 
+    @property
+    def values(self) -> list[torch.Tensor]:
+        """The output's tensors, where there are several."""
+        return list(self.value)
+
     def reason(self, code: str, message: str) -> Reason:
+        """A reason that names this node."""
         return Reason(code, self.node.name, message)
 
     def parameter(self, name: str) -> Dims | None:
@@ -139,6 +143,10 @@ class Context:
         tensor = getattr(self.module, name, None)
         if not isinstance(tensor, torch.Tensor):
             return None
+        if name not in self.module._parameters and name not in self.module._buffers:
+            # weight_norm, parametrizations, pruning
+            why = self.reason("operator", f"{name} is computed from other parameters")
+            return Dims(fixed(n, why) for n in tensor.shape)
         return self.dims_of(f"{self.node.target}.{name}", tensor)
 
     def dims_of(self, name: str, tensor: torch.Tensor) -> Dims:
@@ -162,6 +170,7 @@ class Context:
         return axis
 
     def fix(self, axes: Sequence[Axis], message: str = "is a fixed size") -> None:
+        """Axes that cannot change here, because a size is fixed."""
         for axis in axes:
             self.pin(axis, "size", message)
 
@@ -188,6 +197,7 @@ class Context:
                 in_dim=in_dim,
                 writes=weight[out_dim],
                 reads=weight[in_dim],
+                out=out,
                 **window,
             )
         )
@@ -203,6 +213,7 @@ class Context:
         A literal is rewritten when the axis grows; a computed size is checked to follow by itself.
         """
         if isinstance(value, Size):
+            self.followed.append(value)
             self.structure.checks.append(
                 (value, axis, self.reason("size", "a computed size does not follow the width"))
             )
@@ -216,16 +227,10 @@ class Context:
             else:
                 self.structure.constants.append(Constant((self.node, path), axis))
 
-    def used_as_number(self, value: Any) -> None:
-        """Sizes that end in anything but a shape: what they measure cannot change."""
-        for size in measured(value):
-            for axis in size.axes:
-                self.pin(axis, "size", "its size is used as a number")
-
 
 def _constant(value: int) -> Size:
     size = Size(value)
-    size.const, size.terms, size.opaque = Fraction(int(value)), (), False
+    size.const, size.terms, size.opaque, size.whole = Fraction(int(value)), (), False, ()
     return size
 
 
@@ -240,4 +245,3 @@ def _at(node: fx.Node, path: tuple[Any, ...]) -> Any:
             return value
         value = value[i]
     return value
-

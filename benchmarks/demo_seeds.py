@@ -1,0 +1,71 @@
+"""The demo over many seeds: grown twice against never grown, paired by first weights and order of batches.
+
+    python -m benchmarks.demo_seeds [--seeds 10] [--methods default random-refit random tiny]
+
+Every network trains for the same number of epochs on the same batches with the same learning rates. A difference is
+the mean over seeds of (grown - never grown) with its standard error; z is their ratio.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import statistics
+from collections.abc import Sequence
+
+import torch
+
+from examples.demo import BUDGET, EPOCHS, STAGES, Outcome, run
+
+
+def paired(grown: Sequence[float], ungrown: Sequence[float]) -> tuple[float, float]:
+    """Mean difference and its standard error."""
+    differences = [a - b for a, b in zip(grown, ungrown, strict=True)]
+    return statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
+
+
+def difference(grown: Sequence[float], ungrown: Sequence[float], digits: int) -> str:
+    mean, error = paired(grown, ungrown)
+    return f"{mean:+.{digits}f} ± {error:.{digits}f} (z {mean / error:+.1f})"
+
+
+def row(method: str, outcomes: Sequence[Outcome], ungrown: Sequence[Outcome]) -> str:
+    accuracy, loss = [o.accuracy[-1] for o in outcomes], [o.loss[-1] for o in outcomes]
+    cells = [
+        method,
+        f"{statistics.mean(o.parameters[-1] for o in outcomes):,.0f}",
+        f"{statistics.mean(accuracy):.2f} %",
+        f"{statistics.mean(loss):.4f}",
+    ]
+    if outcomes is ungrown:
+        cells += ["", "", ""]
+    else:
+        cells += [
+            difference(accuracy, [o.accuracy[-1] for o in ungrown], 2),
+            difference(loss, [o.loss[-1] for o in ungrown], 4),
+            f"{statistics.mean(o.seconds for o in outcomes):.1f}",
+        ]
+    return f"| {' | '.join(cells)} |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--methods", nargs="+", default=["default", "random-refit", "random", "tiny"])
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    found: dict[str | None, list[Outcome]] = {m: [] for m in [None, *arguments.methods]}
+    for seed in range(arguments.seeds):
+        for method, outcomes in found.items():
+            outcomes.append(run(seed, method))
+        said = ", ".join(f"{m or 'never grown'} {o[-1].accuracy[-1]:.2f} %" for m, o in found.items())
+        print(f"seed {seed}: {said}", flush=True)
+    print(f"\n{arguments.seeds} seeds, {STAGES * EPOCHS} epochs, two growths of {BUDGET}, 450 test images\n")
+    print("| method | parameters | test accuracy | test loss | accuracy, difference | loss, difference | s growing |")
+    print("|---|---|---|---|---|---|---|")
+    for method, outcomes in found.items():
+        print(row(method or "never grown", outcomes, found[None]))
+
+
+if __name__ == "__main__":
+    main()

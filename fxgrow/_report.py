@@ -1,0 +1,168 @@
+"""A profile and a growth as text: what happened first, then one row per width, then why the others are pinned."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from fxgrow._errors import PlanError
+from fxgrow._records import Reason, Width
+from fxgrow._table import WIDTH, Column, table
+
+if TYPE_CHECKING:
+    from fxgrow._grow import Growth
+    from fxgrow._plan import Plan
+    from fxgrow._profile import Bottleneck, Profile
+
+#: gains of so many units are printed
+GAINS = 3
+
+
+def profile_table(profile: Profile) -> str:
+    """The table that `print(profile)` shows.
+
+    Args:
+        profile: from `fxgrow.profile`, or the record of one in a `Growth`.
+
+    Returns:
+        Lines of at most 120 characters: loss and samples; per width its size and step, what writes and reads it, the
+        bottleneck Psi and its share of E|V|^2, predicted gains of the best units, how many units the held-back test
+        accepts, and how many `fxgrow.plan` would add with its default budget; then the pinned widths and why.
+
+    Example:
+        >>> import torch, fxgrow
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> batches = [(torch.randn(32, 4), torch.randn(32, 2)) for _ in range(4)]
+        >>> print(fxgrow.profile(net, batches, progress=False))  # doctest: +ELLIPSIS
+        Profile by default: loss ... over 128 samples, 1 free width, 1 pinned
+        ...
+    """
+    decided = _suggestion(profile)
+    pinned = [w for w in profile.widths if w.pinned is not None]
+    lines = [
+        f"Profile by {profile.method.name}: loss {profile.loss:.4f} over {profile.samples:,} samples, "
+        f"{count(len(profile), 'free width')}, {len(pinned)} pinned",
+        "",
+        _bottlenecks(profile, "add", {} if decided is None else decided.units),
+        "",
+    ]
+    if decided is not None:
+        said = f"with the default budget: {_parameters(decided)}" if decided.units else str(decided)
+        lines += [f"add: {said}", ""]
+    return "\n".join([*lines, LEGEND, *_pinned({w.name: w.pinned for w in pinned if w.pinned})])
+
+
+def growth_report(growth: Growth) -> str:
+    """The report that `print(grown.meta["fxgrow"])` shows.
+
+    Args:
+        growth: the record of one growth.
+
+    Returns:
+        Lines of at most 120 characters: parameters, held-back loss before and after, gamma and what the line search
+        saw, seconds per stage; then the profile's rows with the units that were added, and the pinned widths.
+    """
+    plan, search = growth.plan, growth.search
+    lines = [f"Growth by {plan.method}: {_parameters(plan) if plan.units else 'nothing added'}"]
+    if growth.declined:
+        lines.append(f"declined: {growth.declined}")
+    lines.append("held-back loss: " + ", ".join(f"{mode} {_change(*loss)}" for mode, loss in growth.losses.items()))
+    if search is not None:
+        seen = "  ".join(f"{g:.3g}:\xa0{loss:.4f}" for g, loss in zip(search.gammas, search.losses, strict=True))
+        lines.append(f"gamma: {plan.scale:.3g} applied, {search.best:.3g} best on held-back batches")
+        lines += textwrap.wrap(f"loss along gamma: {seen}", WIDTH, subsequent_indent=" " * 18)
+    stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in growth.seconds.items())
+    if stages:
+        lines.append(f"seconds: {sum(growth.seconds.values()):.2f} ({stages})")
+    lines += ["", _bottlenecks(growth.profile, "added", plan.units), "", LEGEND, *_pinned(growth.pinned)]
+    return "\n".join(lines)
+
+
+LEGEND = (
+    "Ψ: what the loss asks of the consumers and no change of their weights can express; share: of all it asks for.\n"
+    "best gains: predicted decrease of the loss per unit; ok: units that a test on held-back batches accepts."
+)
+
+COLUMNS = (
+    Column("width", shrink=True),
+    Column("size", right=True),
+    Column("step", right=True),
+    Column("producers → consumers", shrink=True),
+    Column("Ψ", right=True),
+    Column("share", right=True),
+    Column("best gains", right=True),
+    Column("ok", right=True),
+)
+
+
+def flow(width: Width) -> str:
+    """What writes the width, and what reads it: the first of each, and how many more there are."""
+    return f"{few(width.producers, 1)} → {few(width.consumers, 1)}"
+
+
+def few(names: Sequence[str], most: int) -> str:
+    """The first names, and how many more there are.
+
+    Example:
+        >>> few(("conv1", "conv2", "conv3"), 2)
+        'conv1, conv2 +1'
+    """
+    more = f" +{len(names) - most}" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def count(n: int, what: str) -> str:
+    """A number with its noun.
+
+    Example:
+        >>> count(1, "width"), count(2_000, "width")
+        ('1 width', '2,000 widths')
+    """
+    return f"{n:,} {what}{'' if n == 1 else 's'}"
+
+
+def _bottlenecks(profile: Profile, title: str, units: Mapping[str, int]) -> str:
+    rows = [(*_row(b), f"+{units[name]}" if name in units else "·") for name, b in profile.items()]
+    return table([*COLUMNS, Column(title, right=True)], rows)
+
+
+def _row(b: Bottleneck) -> tuple[str, ...]:
+    gains = " ".join(f"{g:.4f}" if g >= 5e-5 else f"{g:.0e}" if g > 0 else "0" for g in b.gains[:GAINS])
+    share = f"{b.bottleneck / b.desired:.1%}" if b.desired > 0 else "·"
+    width = b.width
+    return (
+        width.name, str(width.size), str(width.step), flow(width), f"{b.bottleneck:.3g}", share, gains or "·",
+        f"{b.significant} of {max(len(b.gains), b.significant)}",
+    )  # fmt: skip
+
+
+def _suggestion(profile: Profile) -> Plan | None:
+    """The default plan; None for the record of a growth, and where the default budget allows no unit."""
+    from fxgrow._decide import plan
+
+    if profile.gm is None:
+        return None
+    try:
+        return plan(profile)
+    except PlanError:
+        return None
+
+
+def _parameters(plan: Plan) -> str:
+    before, after = plan.parameters
+    share = f" ({(after - before) / before:+.1%})" if before else ""
+    return f"{count(sum(plan.units.values()), 'unit')}, {before:,} → {after:,} parameters{share}"
+
+
+def _change(before: float, after: float) -> str:
+    share = f" ({(after - before) / abs(before):+.1%})" if before else ""
+    return f"{before:.4f} → {after:.4f}{share}"
+
+
+def _pinned(pinned: Mapping[str, Reason]) -> list[str]:
+    if not pinned:
+        return []
+    rows = [(name, reason.node, reason.message) for name, reason in pinned.items()]
+    columns = [Column("pinned width", shrink=True), Column("at node", shrink=True), Column("because", wrap=True)]
+    return ["", table(columns, rows)]

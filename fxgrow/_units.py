@@ -1,0 +1,132 @@
+"""The units of a plan: chosen candidates as slices for the rewrite, with their outgoing weights and updates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fxgrow._analyse import analyse
+from fxgrow._errors import PlanError
+from fxgrow._plan import Plan
+from fxgrow._profile import Profile
+from fxgrow._refit import decrease
+from fxgrow._rewrite import Values, lookup
+from fxgrow._widths import hidden
+from fxgrow.ops.registry import Structure
+
+
+def fill_plan(
+    profile: Profile, structure: Structure, units: dict[str, int], update_existing: bool, parameters: tuple[int, int]
+) -> Plan:
+    found, refit = profile.found, profile.refit
+    if found is None:
+        raise PlanError("This profile holds no candidates.")
+    order = {
+        name: refit.evidence[name].order[:k] if refit is not None else torch.arange(k) for name, k in units.items()
+    }
+    values = Values(corner=False)
+    incoming: list[tuple[str, str, int]] = []
+    outgoing: list[tuple[str, str, int]] = []
+    produces = {(p.weight, p.out_dim) for p in structure.projections}
+    produces |= {(p.bias, 0) for p in structure.projections if p.bias is not None}
+    for name, slices in found.values.items():
+        for (width, dim), t in slices.items():
+            if width in units:
+                values.new.setdefault(name, {})[width, dim] = _pick(t, dim, order[width], found.units[width])
+                if (name, dim) in produces:
+                    incoming.append((name, width, dim))
+    scale = 1.0
+    predicted: dict[str, float] = {}
+    if refit is not None:
+        scale, predicted = _from_refit(profile, structure, order, update_existing, values, outgoing)
+    else:
+        _from_proposals(profile, units, update_existing, values, outgoing)
+    followed = any(h.width.followers for h in hidden(structure) if h.width.name in units)
+    return Plan(
+        units=units,
+        method=profile.method.name,
+        scale=scale,
+        symmetric=profile.method.symmetric and not followed,
+        predicted=predicted,
+        parameters=parameters,
+        values=values,
+        outgoing=tuple(outgoing),
+        incoming=tuple(incoming),
+    )
+
+
+def _pick(t: Tensor, dim: int, chosen: Tensor, candidates: int) -> Tensor:
+    """Slices of the chosen units, of so many candidates, along one dimension."""
+    each = t.shape[dim] // candidates
+    index = (chosen[:, None] * each + torch.arange(each)).flatten()
+    return t.index_select(dim, index.to(t.device))
+
+
+def _from_refit(
+    profile: Profile,
+    structure: Structure,
+    order: Mapping[str, Tensor],
+    update_existing: bool,
+    values: Values,
+    outgoing: list[tuple[str, str, int]],
+) -> tuple[float, dict[str, float]]:
+    """Outgoing weights and updates, solved jointly for all chosen units that a consumer reads."""
+    refit = profile.refit
+    if refit is None:
+        return 1.0, {}
+    terms = []
+    for name, r in refit.readouts.items():
+        chosen = {w: u for w, u in order.items() if w in r.new}
+        if not chosen:
+            continue
+        weights, columns = solution = r.solve(chosen, update_existing)
+        slope, curvature = r.predict(solution)
+        terms.append((slope, curvature * max(refit.evidence[w].coherence for w in chosen)))
+        weight = lookup(profile.graph, name)
+        at = len(r.old) if update_existing else 0
+        for width, picked in chosen.items():
+            n = r.new[width][picked].numel()
+            block = weights[:, at : at + n]
+            values.new.setdefault(name, {})[width, 1] = block.reshape(weight.shape[0], -1, *weight.shape[2:])
+            outgoing.append((name, width, 1))
+            at += n
+        if update_existing:
+            moved = weights[:, : len(r.old)]
+            if r.bias is not None:
+                values.delta[r.bias] = moved[:, -1]
+                moved = moved[:, :-1]
+            values.delta[name] = moved.reshape(weight.shape)
+    s, q = sum(t[0] for t in terms), sum(t[1] for t in terms)
+    predicted = {w: refit.marginal(w, len(u)) for w, u in order.items() if refit.of(w)}
+    best = s / q if q > 0 and decrease(terms) > 0 else 0.0
+    return profile.method.share * best, predicted
+
+
+def _from_proposals(
+    profile: Profile,
+    units: Mapping[str, int],
+    update_existing: bool,
+    values: Values,
+    outgoing: list[tuple[str, str, int]],
+) -> None:
+    touched: set[str] = set()
+    for width, k in units.items():
+        for name, omega in profile.proposals[width].omega.items():
+            weight = lookup(profile.graph, name)
+            block = omega[:k].permute(2, 0, 1)  # [O, k, taps]
+            block = torch.cat([block, block.new_zeros(block.shape[0], k - block.shape[1], block.shape[2])], 1)
+            values.new.setdefault(name, {})[width, 1] = block.reshape(weight.shape[0], -1, *weight.shape[2:])
+            outgoing.append((name, width, 1))
+            touched.add(name)
+    if not update_existing:
+        return
+    biases = {p.weight: p.bias for p in analyse(profile.graph).projections}
+    for name in touched:
+        update = profile.updates[name]
+        bias = biases[name]
+        if bias is not None and lookup(profile.graph, bias).requires_grad:
+            values.delta[bias] = update[:, -1]
+            update = update[:, :-1]
+        values.delta[name] = update.reshape(lookup(profile.graph, name).shape)

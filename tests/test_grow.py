@@ -1,0 +1,286 @@
+"""`grow` end to end: what the line search predicts is what comes out, old entries and optimisers go on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxgrow
+from models.mlp import MLP
+from models.resnet import DigitsResNet, resnet20
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def digits(count: int = 1024, batch: int = 128) -> Batches:
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    x, y = torch.tensor(x[:count], dtype=torch.float32).reshape(-1, 1, 8, 8) / 8 - 1, torch.tensor(y[:count])
+    order = torch.randperm(len(x), generator=torch.Generator().manual_seed(0))
+    return list(zip(x[order].split(batch), y[order].split(batch), strict=True))
+
+
+def train(
+    model: nn.Module, batches: Batches, optimizer: torch.optim.Optimizer, steps: int, seed: int = 0
+) -> list[float]:
+    losses = []
+    generator = torch.Generator().manual_seed(seed)
+    model.train()
+    for _ in range(steps):
+        x, y = batches[int(torch.randint(len(batches), (), generator=generator))]
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    return losses
+
+
+def trained(steps: int = 60) -> tuple[nn.Module, torch.optim.Optimizer, Batches]:
+    torch.manual_seed(0)
+    model, batches = DigitsResNet(0.25), digits()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    train(model, batches, optimizer, steps)
+    return model, optimizer, batches
+
+
+def settle(model: nn.Module, x: Tensor) -> None:
+    """Running statistics of exactly this data, so that both modes agree before growth."""
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for m in norms:
+        m.reset_running_stats()
+        m.momentum = 1.0
+    with torch.no_grad():
+        model.train()(x)
+    for m in norms:
+        m.momentum = 0.1
+
+
+def overlap(old: dict[str, Tensor], new: dict[str, Tensor]) -> bool:
+    """Whether old entries are found first along every dimension (no stream is spliced), bit for bit."""
+    return all(torch.equal(t, new[n][tuple(slice(0, s) for s in t.shape)]) for n, t in old.items())
+
+
+def test_losses_are_what_the_search_predicted() -> None:
+    """In eval mode by construction; in train mode because new BatchNorm channels are transparent."""
+    model, _, batches = trained(200)
+    settle(model, torch.cat([x for x, _ in batches]))
+    grown = fxgrow.grow(model, batches, neurons=3, progress=False)
+    growth = grown.meta["fxgrow"]
+    held = [b for i, b in enumerate(batches) if i % 4 == 3]
+
+    def mean_loss(net: nn.Module) -> float:
+        with torch.no_grad():
+            return float(torch.stack([F.cross_entropy(net(x), y) for x, y in held]).mean())
+
+    at = min(range(len(growth.search.gammas)), key=lambda i: abs(growth.search.gammas[i] - growth.plan.scale))
+    predicted = growth.search.losses[at]
+    before, after = growth.losses["eval"]
+    assert before == pytest.approx(mean_loss(copy.deepcopy(model).eval()), rel=1e-5)
+    assert after == pytest.approx(mean_loss(copy.deepcopy(grown).eval()), rel=1e-5)
+    assert growth.search.losses[0] == pytest.approx(before, rel=1e-4)
+    assert min(growth.search.losses) <= after < before
+    assert predicted == pytest.approx(after, rel=0.03)
+    train_before, train_after = growth.losses["train"]
+    assert train_before == pytest.approx(mean_loss(copy.deepcopy(model).train()), rel=1e-5)
+    # the same decrease in train mode, though consumers feed old norms whose running statistics have not moved
+    assert train_after / train_before == pytest.approx(after / before, rel=0.03)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_new_batch_norm_channels_put_out_what_they_get(training: bool) -> None:
+    """In eval mode exactly; in train mode up to what a batch differs from the calibration data."""
+    model, _, batches = trained()
+    x = torch.cat([x for i, (x, _) in enumerate(batches) if i % 4 != 3])
+    settle(model, x)
+    profile = fxgrow.profile(model, batches, units=4, progress=False)
+    grown = fxgrow.apply(profile.gm, fxgrow.plan(profile, neurons=4).scaled(0.0)).train(training)
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+    for name, module in grown.named_modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.register_forward_hook(lambda m, a, out, name=name: seen.__setitem__(name, (a[0], out)))
+    with torch.no_grad():
+        grown(x)
+    assert len(seen) == 6
+    for name, (before, after) in seen.items():
+        assert before.shape[1] == model.get_submodule(name).num_features + 4
+        old, new = before[:, -4:], after[:, -4:]
+        assert float((new - old).norm() / old.norm()) < (0.06 if training else 1e-5), name
+
+
+def test_names_and_old_entries() -> None:
+    model, _, batches = trained()
+    old = copy.deepcopy(model.state_dict())
+    grown = fxgrow.grow(model, batches, neurons=2, update_existing=False, progress=False)
+    assert list(grown.state_dict()) == list(old)
+    assert overlap(old, grown.state_dict())
+    assert {n for n, _ in grown.named_modules()} >= {n for n, _ in model.named_modules()}
+    moved = fxgrow.grow(model, batches, neurons=2, progress=False).state_dict()
+    assert not overlap(old, moved)
+    assert overlap({n: t for n, t in old.items() if "bn" in n}, moved)
+
+
+def test_growing_again_and_again() -> None:
+    """A grown graph is trained and grown three times; widths and names stay what they are."""
+    model, _, batches = trained(30)
+    names = list(model.state_dict())
+    net: nn.Module = model
+    for time in (1, 2, 3):
+        net = fxgrow.grow(net, batches, neurons=1, progress=False)
+        assert list(net.state_dict()) == names
+        assert net.get_submodule("layer1.0.conv1").out_channels == 4 + time
+        assert net.meta["fxgrow"].losses["eval"][1] <= net.meta["fxgrow"].losses["eval"][0] + 1e-6
+        train(net, batches, torch.optim.Adam(net.parameters(), 1e-2), 5)
+        net.eval()
+    assert all(torch.isfinite(p).all() for p in net.parameters())
+
+
+def test_default_budget_on_a_captured_graph() -> None:
+    model, _, batches = trained()
+    gm = fxgrow.capture(model, (batches[0][0],))
+    grown = fxgrow.grow(gm, batches, progress=False)
+    before, after = (sum(p.numel() for p in m.parameters()) for m in (model, grown))
+    growth = grown.meta["fxgrow"]
+    assert before <= after <= 1.25 * before and after - before == growth.plan.parameters[1] - growth.plan.parameters[0]
+    assert set(growth.seconds) >= {"capture", "profile", "plan", "search"}
+    if growth.plan.units:
+        assert growth.losses["eval"][1] < growth.losses["eval"][0] and growth.declined is None
+
+
+def test_resnet20_option_a() -> None:
+    """Zero-padded shortcuts: the padding stands in front of and behind the channels of a stream."""
+    torch.manual_seed(0)
+    model = resnet20(0.25)
+    x, y = torch.randn(48, 3, 16, 16), torch.randint(10, (48,))
+    batches = list(zip(x.split(12), y.split(12), strict=True))
+    old = model.state_dict()
+    grown = fxgrow.grow(model, batches, neurons={"layer1.0.conv1": 3, "layer3.2.conv1": 2}, progress=False)
+    assert grown.get_submodule("layer1.0.conv1").out_channels == 7
+    assert list(grown.state_dict()) == list(old)
+    assert grown(x).shape == (48, 10)
+
+
+def test_declines_where_nothing_can_be_gained() -> None:
+    """Labels from the model's own softmax: an unchanged copy comes back, and says why."""
+    torch.manual_seed(1)
+    model = MLP([8, 6, 4])
+    x = torch.randn(1024, 8)
+    with torch.no_grad():
+        y = torch.distributions.Categorical(logits=model(x)).sample()
+    grown = fxgrow.grow(model, list(zip(x.split(64), y.split(64), strict=True)), progress=False)
+    growth = grown.meta["fxgrow"]
+    assert growth.plan.units == {} and growth.declined
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), grown.state_dict().values(), strict=True))
+    assert grown.get_parameter("layers.0.weight") is not model.layers[0].weight
+
+
+def test_pinned_widths_are_reported() -> None:
+    model, _, batches = trained(5)
+    model.layer1[0].conv1.weight.requires_grad_(False)
+    growth = fxgrow.grow(model, batches, neurons=1, progress=False).meta["fxgrow"]
+    assert growth.pinned["linear"].code == "output" and growth.pinned["layer1.0.conv1"].code == "frozen"
+    assert "layer1.0.conv1" not in growth.plan.units
+
+
+OPTIMISERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
+    "adam": lambda p: torch.optim.Adam(p, 1e-2),
+    "adamw": lambda p: torch.optim.AdamW(p, 1e-2, weight_decay=0.01),
+    "sgd": lambda p: torch.optim.SGD(p, 0.05, momentum=0.9),
+}
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_optimiser_goes_on(name: str) -> None:
+    torch.manual_seed(0)
+    model, batches = DigitsResNet(0.25), digits()
+    optimizer = OPTIMISERS[name](model.parameters())
+    train(model, batches, optimizer, 60)
+    old_state = {n: copy.deepcopy(optimizer.state[p]) for n, p in model.named_parameters()}
+    grown = fxgrow.grow(model, batches, neurons=2, optimizer=optimizer, progress=False)
+
+    owned = [p for group in optimizer.param_groups for p in group["params"]]
+    assert [id(p) for p in owned] == [id(p) for p in grown.parameters()]
+    assert set(map(id, optimizer.state)) <= set(map(id, owned))
+    for n, p in grown.named_parameters():
+        for key, t in old_state[n].items():
+            new = optimizer.state[p][key]
+            if not isinstance(t, Tensor) or t.dim() == 0:
+                assert new == t
+                continue
+            assert new.shape == p.shape
+            assert torch.equal(new[tuple(slice(0, s) for s in t.shape)], t)
+            assert float(new.abs().sum()) == pytest.approx(float(t.abs().sum()), rel=1e-4)  # the rest is zero
+
+    fresh_net = copy.deepcopy(grown)
+    kept = train(grown, batches, optimizer, 50, seed=1)
+    fresh = train(fresh_net, batches, OPTIMISERS[name](fresh_net.parameters()), 50, seed=1)
+    spike = max(k - f for k, f in zip(kept, fresh, strict=True))
+    noise = max(abs(a - b) for a, b in zip(fresh, fresh[1:], strict=False))
+    assert spike < noise
+    assert sum(kept) < sum(fresh) + 50 * 0.02
+
+
+def test_optimiser_that_owns_a_part() -> None:
+    """Parameters that are not the model's, and groups, stay what they are."""
+    model, _, batches = trained(5)
+    extra = nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.SGD(
+        [{"params": [model.conv1.weight], "lr": 0.5}, {"params": [extra, model.linear.weight]}], lr=0.1
+    )
+    grown = fxgrow.grow(model, batches, neurons=1, optimizer=optimizer, progress=False)
+    first, second = optimizer.param_groups
+    assert first["lr"] == 0.5 and first["params"][0] is grown.get_parameter("conv1.weight")
+    assert second["params"][0] is extra and second["params"][1] is grown.get_parameter("linear.weight")
+
+
+def test_widen_then_train_goes_on() -> None:
+    model, optimizer, batches = trained(20)
+    x = batches[0][0]
+    wide = fxgrow.widen(model, (x,), {"layer1.0.conv1": 5, "conv1": 2}, optimizer=optimizer)
+    assert torch.allclose(wide.eval()(x), copy.deepcopy(model).eval()(x), atol=1e-5)
+    train(wide, batches, optimizer, 2)
+    new = [
+        wide.get_parameter("layer1.0.conv1.weight").grad[4:], wide.get_parameter("layer1.0.conv2.weight").grad[:, 4:],
+    ]  # fmt: skip
+    assert all(bool(g.abs().max() > 0) and bool(torch.isfinite(g).all()) for g in new)
+
+
+@pytest.mark.xfail(reason="gamma is searched within 16 times a scale that a squared error does not calibrate")
+@pytest.mark.parametrize("unit", [1e-2, 1e2])
+def test_unit_of_a_regression_changes_nothing(unit: float) -> None:
+    """Targets in metres or centimetres: the relative decrease of the loss is the same."""
+    torch.manual_seed(0)
+    x = torch.randn(2048, 6)
+    y = x[:, :1].abs() + x[:, 1:2].abs() + x[:, 2:3].abs()
+    model = MLP([6, 3, 1])
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(300):
+        optimizer.zero_grad()
+        F.mse_loss(model(x), y).backward()
+        optimizer.step()
+    decreases = []
+    for scale in (1.0, unit):
+        scaled = copy.deepcopy(model)
+        with torch.no_grad():
+            scaled.layers[-1].weight *= scale
+            scaled.layers[-1].bias *= scale
+        batches = list(zip(x.split(128), (y * scale).split(128), strict=True))
+        before, after = fxgrow.grow(scaled, batches, neurons=3, progress=False).meta["fxgrow"].losses["eval"]
+        decreases.append(1 - after / before)
+    assert decreases[0] > 0.01
+    assert decreases[1] == pytest.approx(decreases[0], rel=0.3)
