@@ -13,8 +13,8 @@ from fxgrow._pass import eval_mode, forward
 from fxgrow._plan import Plan
 from fxgrow._rewrite import rewrite
 
-#: tried besides 0, as multiples of the plan's own scale
-FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0, 8.0, 16.0)
+#: gamma moves by this factor, at most so many times
+STRIDE, STRIDES = 4.0, 12
 #: batches of the search hold at most so many samples in all
 SEARCH_SAMPLES = 1024
 
@@ -71,23 +71,34 @@ def mean_loss(graph: fx.GraphModule, batches: Sequence[Batch], loss_fn: LossFn |
 
 
 def search(line: Line, batches: Sequence[Batch], loss_fn: LossFn | None) -> Search:
-    """Evaluates gamma = 0 and multiples of the plan's scale until the loss rises, then both sides of the best."""
-    centre = line.plan.scale if line.plan.scale > 0 else 1.0
+    """Starts at the plan's scale, moves by factors of `STRIDE` while the loss falls, then closes in on the best.
+
+    The predicted scale rests on the gradients' second moment, which is the curvature of a likelihood only: for other
+    losses it can be off by orders of magnitude, so the search goes as far as it must, in both directions.
+    """
     losses: dict[float, float] = {}
     with eval_mode(line.graph):
 
         def at(gamma: float) -> float:
-            losses[gamma] = mean_loss(line.move(gamma), batches, loss_fn)
+            if gamma not in losses:
+                losses[gamma] = mean_loss(line.move(gamma), batches, loss_fn)
             return losses[gamma]
 
-        start = last = at(0.0)
-        for factor in FACTORS:
-            now = at(centre * factor)
-            if now > start and now > last:
-                break
-            last = now
-        best = min(losses, key=losses.__getitem__)
-        if best:
-            at(best * 2**-0.5)
-            at(best * 2**0.5)
+        gamma = line.plan.scale if line.plan.scale > 0 else 1.0
+        start = at(0.0)
+        if at(gamma) < start:
+            for _ in range(STRIDES):
+                if not at(gamma * STRIDE) < at(gamma):
+                    break
+                gamma *= STRIDE
+        else:
+            for _ in range(STRIDES):
+                gamma /= STRIDE
+                if at(gamma) < start:
+                    break
+        for ratio in (2.0, 2**0.5):
+            gamma = min(losses, key=at)
+            if gamma:
+                at(gamma / ratio)
+                at(gamma * ratio)
     return Search(tuple(sorted(losses)), tuple(losses[g] for g in sorted(losses)))
