@@ -65,6 +65,11 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for method, outcomes in found.items():
         print(row(method or "never grown", outcomes, found[None]))
+    first, *others = arguments.methods
+    for other in others:
+        accuracy = difference([o.accuracy[-1] for o in found[first]], [o.accuracy[-1] for o in found[other]], 2)
+        loss = difference([o.loss[-1] for o in found[first]], [o.loss[-1] for o in found[other]], 4)
+        print(f"\n{first} minus {other}: accuracy {accuracy}, loss {loss}")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ def failures(file: Path) -> tuple[int, int]:
     # doctest takes a closing fence for expected output; an empty line in its place ends that output.
     text = FENCE.sub("", file.read_text(encoding="utf-8"))
     test = doctest.DocTestParser().get_doctest(text, {"__name__": "__main__"}, str(file), str(file), 0)
-    result = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE).run(test)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE)
+    # torch.fx.wrap remembers the namespace it was called in, so it must outlive the file.
+    result = runner.run(test, clear_globs=False)
     return result.failed, result.attempted
 
 

@@ -19,7 +19,7 @@ import fxgrow
 from examples.data import fashion_mnist, resnet20_weights
 from models import resnet20
 
-IMAGES, BATCH = 6000, 128
+IMAGES, BATCH = 4000, 128
 
 
 def as_cifar(x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def main() -> None:
     train(net, list(net.linear.parameters()), batches, 0.05)
     print(f"new head:            {test(net, x_test, data.y_test)}")
 
-    grown = fxgrow.grow(net, batches, samples=4096, progress=False)
+    grown = fxgrow.grow(net, batches, samples=2048, progress=False)
     print(f"grown, untrained:    {test(grown, x_test, data.y_test)}\n\n{grown.meta['fxgrow']}\n")
 
     train(net, list(net.parameters()), batches, 0.01)

@@ -1,8 +1,11 @@
 """A plain training script; the three lines that end in `# +` are all that growth adds.
 
-    python -m examples.three_lines
+python -m examples.three_lines
 
-HEADER
+epoch  5: test accuracy 75.8 %, 502 parameters
+epoch 10: test accuracy 88.9 %, 720 parameters
+epoch 15: test accuracy 94.4 %, 967 parameters
+epoch 20: test accuracy 96.4 %, 967 parameters
 """
 
 import torch

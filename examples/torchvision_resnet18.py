@@ -9,6 +9,7 @@ HEADER
 
 from __future__ import annotations
 
+import copy
 import sys
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import fxgrow
 from examples.data import digits
 from fxgrow._torchvision import import_torchvision
 
-IMAGES, BATCH = 512, 64
+IMAGES, BATCH, EPOCHS = 1024, 64, 2
 
 
 def as_photographs(x: Tensor) -> Tensor:
@@ -57,14 +58,17 @@ def main(weights: str | None) -> None:
 
     print(f"{fxgrow.explain(net, (x_test[:2],))}\n")
     optimizer = torch.optim.SGD(net.parameters(), 0.01, momentum=0.9)
-    train(net, optimizer, batches)
-    train(net, optimizer, batches)
-    print(f"two epochs:  {test(net, x_test, y_test)}")
+    for _ in range(EPOCHS):
+        train(net, optimizer, batches)
+    print(f"{EPOCHS} epochs:        {test(net, x_test, y_test)}")
+    ungrown = copy.deepcopy(net)
 
     net = fxgrow.grow(net, batches, budget="+5%", optimizer=optimizer, progress=False)
-    print(f"grown:       {test(net, x_test, y_test)}\n\n{net.meta['fxgrow']}\n")
+    print(f"grown:           {test(net, x_test, y_test)}\n\n{net.meta['fxgrow']}\n")
     train(net, optimizer, batches)
-    print(f"third epoch: {test(net, x_test, y_test)}")
+    print(f"one more epoch:  {test(net, x_test, y_test)}")
+    train(ungrown, torch.optim.SGD(ungrown.parameters(), 0.01, momentum=0.9), batches)
+    print(f"... never grown: {test(ungrown, x_test, y_test)}")
 
     Path("out").mkdir(exist_ok=True)
     written = fxgrow.export_onnx(net, "out/resnet18.onnx", (x_test[:2],))

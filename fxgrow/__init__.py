@@ -1,6 +1,7 @@
 """fxgrow: makes any PyTorch network wider where it needs it, while it learns."""
 
 from fxgrow._capture import capture
+from fxgrow._decide import plan
 from fxgrow._errors import (
     CaptureError,
     ExportError,
@@ -14,7 +15,6 @@ from fxgrow._explain import Explanation, explain
 from fxgrow._export import export_onnx
 from fxgrow._grow import Growth, apply, grow, widen
 from fxgrow._networkx import to_networkx
-from fxgrow._decide import plan
 from fxgrow._plan import Plan
 from fxgrow._profile import Bottleneck, Profile, profile
 from fxgrow._records import Reason, Width

@@ -71,6 +71,8 @@ def _apply(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             raise Unsupported(f"{what} is not described by any rule")
         if ctx.node.kwargs.get("out") is not None:
             raise Unsupported(f"{what} writes its result into out=")
+        if _changes_a_parameter(ctx, args):
+            raise Unsupported(f"{what} changes a parameter in place")
         out = rule(ctx, *args, **kwargs)
         _agree(ctx, out)
     except (Unsupported, TypeError, IndexError, KeyError, ValueError) as refusal:
@@ -84,6 +86,15 @@ def _apply(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             _pin_sizes([size], ctx.reason("size", "its size is used as a number"))
     # what an operator returns is no parameter any more, even where it has the same axes
     return Dims(out) if any(out is a for a in args) else out
+
+
+def _changes_a_parameter(ctx: Context, args: tuple[Any, ...]) -> bool:
+    """New entries are chosen for the parameter as it is stored, not for what the graph makes of it."""
+    name = getattr(ctx.node.target, "__name__", str(ctx.node.target))
+    if not args or not isinstance(args[0], Dims) or args[0].parameter is None:
+        return False
+    in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
+    return in_place and isinstance(_lookup(ctx.gm, args[0].parameter), torch.nn.Parameter)
 
 
 def _pin_all(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any], why: Reason) -> None:
@@ -151,6 +162,8 @@ def _number(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             pin(axis, ctx.reason("size", "its size is used as a number"))
     return pytree.tree_map_only(int, lambda n: Size.make(int(n), Fraction(0), sources, opaque=True), out)
 
+
+_IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"})
 
 #: what these say of a tensor does not depend on its sizes
 _RANK = frozenset(

@@ -66,7 +66,7 @@ class Consumer:
         self.vh = self.vh + g.to(accumulator(g))
 
     def add_norm(self, v: Tensor) -> None:
-        self.vv = self.vv + v.to(accumulator(v)).square().sum()
+        self.vv = self.vv + torch.linalg.vector_norm(v, dtype=accumulator(v)).square()
 
     def add_rows(
         self,

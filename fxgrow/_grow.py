@@ -14,9 +14,9 @@ from torch import fx, nn
 from fxgrow._capture import capture
 from fxgrow._check import check_function
 from fxgrow._data import Batch, Data, LossFn, check_device, random_state_kept
+from fxgrow._decide import plan as make_plan
 from fxgrow._errors import PlanError
 from fxgrow._optim import repoint
-from fxgrow._decide import plan as make_plan
 from fxgrow._plan import Plan
 from fxgrow._profile import Profile
 from fxgrow._profile import profile as make_profile

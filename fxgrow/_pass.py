@@ -48,6 +48,7 @@ class _Recorder(fx.Interpreter):
     def __init__(self, gm: fx.GraphModule, sources: Iterable[fx.Node], targets: Iterable[fx.Node]) -> None:
         super().__init__(gm)
         self.sources, self.targets = set(sources), set(targets)
+        self.copied = {n for n in self.sources if _overwritten(gm, n)}
         self.seen = Seen()
         self.reader: Reader | None = None
         self.hooks: list[Any] = []
@@ -55,11 +56,11 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         out = super().run_node(n)
         if n in self.sources:
-            self.seen.inputs[n] = out.detach().clone() if _overwritten(self.module, n) else out.detach()
+            self.seen.inputs[n] = out.detach().clone() if n in self.copied else out.detach()
         if n in self.targets and self.reader is not None:
             if not out.requires_grad:
                 out = out.detach().requires_grad_()
-            hook = out.register_hook(lambda g: self.reader(n, g.detach() * -self.seen.size))
+            hook = out.register_hook(lambda g: self.reader(n, g.detach()))
             self.hooks.append(hook)
         return out
 
@@ -137,10 +138,12 @@ def run_pass(
                         f"The loss of batch {batch.index} does not depend on the model's parameters: check that "
                         "loss_fn uses the output it is given and does not detach it."
                     )
-                gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+                # starting from -n instead of 1 gives V itself everywhere, without a copy at each reader
+                start = torch.full_like(loss, -float(batch.size))
+                gradients = torch.autograd.grad(loss, parameters, start, allow_unused=True)
                 for name, p, g in zip(names, parameters, gradients, strict=True):
                     g = torch.zeros_like(p) if g is None else g
-                    seen.gradients[name] = g.detach() * -batch.size
+                    seen.gradients[name] = g.detach()
                 done(batch, seen)
             finally:
                 recorder.close()

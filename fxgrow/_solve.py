@@ -16,8 +16,8 @@ from torch import Tensor
 from fxgrow._errors import ProfileError
 from fxgrow._moments import accumulating, gram
 
-EXACT = 600  # up to so many rows or columns, all singular values are computed
-SWEEPS = 12  # applications of the operator above that
+EXACT = 320  # up to so many rows or columns, all singular values are computed
+SWEEPS = {torch.float64: 12, torch.float32: 8}  # applications of the operator above that: to working precision
 OVERSAMPLING = 8
 DROP = 1e-6  # singular values below this part of the largest are dropped: such units have no variance
 
@@ -148,7 +148,8 @@ def _factored(A: Tensor, eps: float) -> Factor:
     safe = eps > 0 or bool((lower.diagonal().square() > noise * A.diagonal()).all())
     if not failed and safe:
         return Cholesky(lower)
-    values, vectors = torch.linalg.eigh(A)
+    # in float64: LAPACK's float32 eigensolver does not always converge on a singular matrix
+    values, vectors = (t.to(A.dtype) for t in torch.linalg.eigh(A.double()))
     keep = values > noise * values[-1:].clamp_min(0)
     return Spectral(vectors[:, keep], values[keep].sqrt())
 
@@ -234,8 +235,8 @@ def _by_columns(matrix: Tensor, s: Factor, k: int) -> tuple[Tensor, Tensor, Tens
     def operate(x: Tensor) -> Tensor:
         return matrix.mT @ s.solve(matrix @ x)
 
-    width = min(k + OVERSAMPLING, columns)
-    if columns <= EXACT or width * SWEEPS >= columns:
+    width, sweeps = min(k + OVERSAMPLING, columns), SWEEPS[matrix.dtype]
+    if columns <= EXACT or width * sweeps >= columns:
         product = matrix.mT @ s.solve(matrix)
         squares, vectors = torch.linalg.eigh((product + product.mT) / 2)
     else:
@@ -243,7 +244,7 @@ def _by_columns(matrix: Tensor, s: Factor, k: int) -> tuple[Tensor, Tensor, Tens
         x = torch.randn(columns, width, generator=generator, dtype=torch.float64).to(matrix)
         x = torch.linalg.qr(x).Q
         basis, images = x, operate(x)
-        for _ in range(SWEEPS - 1):
+        for _ in range(sweeps - 1):
             x = images[:, -width:]
             for _ in range(2):  # once is not enough in floating point
                 x = torch.linalg.qr(x - basis @ (basis.mT @ x)).Q

@@ -26,6 +26,8 @@ from fxgrow.ops.registry import Structure
 CACHE = 128 << 20
 #: a sampled matrix is estimated from at least so many samples, where there are any
 FEW_SAMPLES = 128
+#: relative ridge on a sampled S, with ten rows per feature and with fewer: what it lacks must not be divided by
+SAMPLED_RIDGE = (1e-2, 1e-1)
 
 
 @dataclass
@@ -43,6 +45,8 @@ class WidthMoments:
     readings: float = 1.0
     #: samples of a batch that are remembered for this width
     keep: int = 0
+    #: relative ridge that S needs
+    ridge: float = 0.0
 
     @property
     def features(self) -> int:
@@ -98,7 +102,8 @@ class WidthMoments:
             rows, weight = self.stacked(uses, inputs, limit, generator)
             self.readings += float(weight.mean()) * total / n
             scale = 1.0 if samples is None else samples / n * total / len(rows)
-            moment = gram(rows, weight) * scale
+            least, most = (float(w) for w in weight.aminmax())
+            moment = gram(rows) * (least * scale) if least == most else gram(rows, weight) * scale
             self.s = moment if self.s is None else self.s + moment
             self.rows += len(rows)
 
@@ -249,14 +254,20 @@ class Statistics:
                 w.add_rows({n: self.remembered(n, w.keep) for n in nodes}, self.fitted, generator)
             w.blocks = {name: block / self.fitted for name, block in w.blocks.items()}
             w.s = None if w.s is None else w.s / self.fitted
+            w.ridge = 0.0 if self.exact else SAMPLED_RIDGE[w.rows < 10 * w.features]
 
     def subtract_expressible(self, updates: Mapping[str, Tensor]) -> None:
         """N - E[b (dW* h)^T], from remembered samples: what the existing weights can express is no bottleneck."""
         for w in self.widths.values():
+            inputs = {n: self.remembered(n, w.keep) for n in {k.writes.source for k in w.links}}
+            by_use: dict[tuple[str, fx.Node], list[Link]] = {}
             for link in w.links:
-                x, h = self.remembered(link.writes.source, w.keep), self.remembered(link.reads.source, w.keep)
-                fitted = self.consumers[link.reads.weight].apply(updates[link.reads.weight], h)
-                w.add(link, x, fitted, scale=-1.0 / len(x))
+                by_use.setdefault((link.reads.weight, link.reads.source), []).append(link)
+            for (weight, source), own in by_use.items():
+                h = self.remembered(source, w.keep)
+                fitted = self.consumers[weight].apply(updates[weight], h)
+                for link in own:
+                    w.add(link, inputs[link.writes.source], fitted, scale=-1.0 / len(h))
 
     def subtract_expressible_of(self, seen: Seen, updates: Mapping[str, Tensor]) -> None:
         """The same from all positions of one more batch."""

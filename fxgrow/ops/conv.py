@@ -20,6 +20,12 @@ def _spatial(value: Any, nd: int) -> tuple[int, ...]:
     return (int(value),) * nd if isinstance(value, int) else tuple(int(v) for v in value)
 
 
+def _positions(ctx: Context, x: Dims, nd: int) -> None:
+    """Channels-last tensors can come in the wrong way round: the kernel then slides over the units."""
+    for axis in x[-nd:]:
+        ctx.pin(axis, "reduce", "a kernel slides over it")
+
+
 def _blocks(ctx: Context, axis: Axis, groups: int) -> Axis:
     """Makes `axis` be `groups` copies of one block, and returns the block."""
     if length(axis) % groups:
@@ -58,6 +64,7 @@ def _conv(
     nd = len(weight) - 2
     channels = x[-nd - 1]
     ctx.fix(weight[2:])
+    _positions(ctx, x, nd)
     if 1 < groups == length(channels):
         out = _depthwise(ctx, channels, weight, bias, groups, groups_at)
     else:
@@ -105,6 +112,7 @@ def _transposed(
     nd = len(weight) - 2
     channels = x[-nd - 1]
     ctx.fix(weight[2:])
+    _positions(ctx, x, nd)
     ctx.same(channels, weight[0])
     if 1 < groups == length(channels):
         multiplier = length(weight[1])

@@ -75,9 +75,8 @@ def split(ctx: Context, input: Dims, split_size: Any = None, dim: int = 0, **kwa
         parts = [halves(ctx, input[dim], len(sizes))] * len(sizes)
         ctx.size_argument(given, parts[0], *path)
     else:
-        # equal literal sizes are equal parts (q, k and v); different ones grow apart
-        unit = axis_of(Var(sizes[0])) if len(set(sizes)) == 1 else None
-        parts = [unit or axis_of(Var(n)) for n in sizes]
+        # parts grow apart, unless what follows ties them: equal sizes may be equal by chance
+        parts = [axis_of(Var(n)) for n in sizes]
         ctx.same(input[dim], sum(parts, ()), "split into parts")
         for i, (size, part) in enumerate(zip(given, parts, strict=True)):
             ctx.size_argument(size, part, *path, i)
@@ -159,7 +158,12 @@ def _gather(ctx: Context, x: Dims, items: list[Any]) -> Dims:
 
 @op(operator.setitem, "__setitem__")
 def setitem(ctx: Context, x: Dims, index: Any, value: Any) -> None:
-    """Writes a part of `x`: whole axes, or fixed ones."""
+    """Writes whole axes or fixed parts of `x`, or where a mask of the same axes says."""
+    if isinstance(index, Dims):
+        if ctx.node.args[1].meta["val"].dtype != torch.bool or isinstance(value, Dims):  # type: ignore[union-attr]
+            raise Unsupported("writes at positions that a tensor holds")
+        broadcast(ctx, Dims(x[: len(index)]), index)
+        return
     part = getitem(ctx, x, index)
     if isinstance(value, Dims):
         broadcast(ctx, part, value)

@@ -28,6 +28,8 @@ def linear_module(ctx: Context, x: Dims) -> Dims:
 def embedding(ctx: Context, index: Dims) -> Dims:
     weight = ctx.parameter("weight") or Dims()
     ctx.pin(weight[0], "input", "one entry per index that the input can hold")
+    if ctx.module.max_norm is not None:
+        ctx.pin(weight[1], "norm", "max_norm scales by the norm over the whole axis")
     ctx.attribute("embedding_dim", weight[1])
     ctx.project(weight, None, weight[1], out_dim=1, in_dim=0, plain=False)
     return Dims((*index, weight[1]))

@@ -71,7 +71,7 @@ UNARY_MODULES = [
 ]  # fmt: skip
 UNARY_FUNCTIONS = [
     F.dropout1d, F.dropout2d, F.dropout3d, F.feature_alpha_dropout,
-    "torchvision.ops.stochastic_depth.stochastic_depth",
+    "torchvision.ops.stochastic_depth.stochastic_depth", "timm.layers.drop.DropPath",
 ]  # fmt: skip
 BINARY_OPERATORS = [
     operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.pow, operator.mod,

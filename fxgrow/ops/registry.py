@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import fx, nn
@@ -21,6 +21,7 @@ from fxgrow._records import Reason
 from fxgrow._sizes import Size
 
 Rule = Callable[..., Any]
+R = TypeVar("R", bound=Rule)
 _RULES: dict[Any, Rule] = {}
 
 
@@ -33,17 +34,17 @@ class Unsupported(Exception):
         self.code = code
 
 
-def op(*targets: Any) -> Callable[[Rule], Rule]:
+def op(*targets: Any) -> Callable[[R], R]:
     """Enters a rule for module types, functions, method names (`"view"`) or dotted names of functions.
 
     Args:
-        targets: what the rule describes. A dotted name (`"torchvision.ops.stochastic_depth"`) avoids an import.
+        targets: what the rule describes. A dotted name (`"timm.layers.drop.DropPath"`) avoids an import.
 
     Returns:
         A decorator that leaves the rule unchanged.
     """
 
-    def enter(rule: Rule) -> Rule:
+    def enter(rule: R) -> R:
         for target in targets:
             _RULES[target] = rule
         return rule
@@ -55,7 +56,8 @@ def find_rule(node: fx.Node, module: nn.Module | None) -> Rule | None:
     if module is not None:
         # a subclass that computes the same follows its parent's rule
         kinds = type(module).__mro__
-        return next((_RULES[k] for k in kinds if k in _RULES and k.forward is kinds[0].forward), None)  # type: ignore[attr-defined]
+        rule = next((_RULES[k] for k in kinds if k in _RULES and k.forward is kinds[0].forward), None)  # type: ignore[attr-defined]
+        return rule or _RULES.get(f"{kinds[0].__module__}.{kinds[0].__qualname__}")
     if node.op == "call_method":
         return _RULES.get(node.target)
     return _RULES.get(node.target) or _RULES.get(
@@ -118,7 +120,7 @@ class Context:
         self.gm = gm
         self.node = node
         self.module: Any = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-        self.value = node.meta.get("val")
+        self.value: Any = node.meta.get("val")
         #: sizes that the rule said what they are the length of; any other pins what it measures
         self.followed: list[Size] = []
 
@@ -239,7 +241,7 @@ def _at(node: fx.Node, path: tuple[Any, ...]) -> Any:
     if not path:
         return None
     first, *rest = path
-    value = node.kwargs.get(first) if isinstance(first, str) else node.args[first]
+    value: Any = node.kwargs.get(first) if isinstance(first, str) else node.args[first]
     for i in rest:
         if isinstance(value, fx.Node):
             return value

@@ -15,8 +15,13 @@ from fxgrow.ops.pointwise import broadcast
 from fxgrow.ops.registry import Context, Unsupported, op
 
 
-@op("contiguous", "clone", "detach", "requires_grad_", "to", "type", "type_as", "float", "double", "half", "bfloat16")
-@op("bool", "long", "int", "cpu", "cuda", "data", torch.clone, torch.detach)
+@op("clone", torch.clone)
+def clone(ctx: Context, x: Dims, *args: Any, **kwargs: Any) -> Dims:
+    return x
+
+
+@op("contiguous", "detach", "requires_grad_", "to", "type", "type_as", "float", "double", "half", "bfloat16")
+@op("bool", "long", "int", "cpu", "cuda", "data", torch.detach)
 def identity(ctx: Context, x: Dims, *args: Any, **kwargs: Any) -> Dims:
     # `F.linear(x, self.weight.to(x.dtype))` still reads the parameter
     return Dims.of(x, x.parameter)

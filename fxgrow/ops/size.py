@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 from fxgrow._axes import Axis, Dims, fixed, length
 from fxgrow._sizes import Size
@@ -64,11 +63,3 @@ def factory(ctx: Context, *sizes: Any, **kwargs: Any) -> Dims:
         else:
             out.append(fixed(n))
     return Dims(out)
-
-
-@op(torch.arange, torch.linspace, torch.eye, torch.tensor, torch.meshgrid, torch.tril, torch.triu, "tril", "triu")
-def index_tensor(ctx: Context, *args: Any, **kwargs: Any) -> Any:
-    """Positions and masks: what they are as long as is fixed."""
-    for a in args:
-        ctx.fix(a if isinstance(a, Dims) else ())
-    return pytree.tree_map_only(torch.Tensor, lambda t: Dims(fixed(n) for n in t.shape), ctx.value)

@@ -137,6 +137,18 @@ T.vector(
     lambda m, x: m.out(F.linear(m.a(x), F.softmax(m.w, 0))),
     a="operator",
 )
+T.vector(
+    "linear-weight-changed-in-place",
+    lambda: {"w": nn.Parameter(torch.randn(5, 8)), "out": nn.Linear(5, 3)},
+    lambda m, x: m.out(F.linear(m.a(x), m.w.clone().add_(1))),
+    a="operator",
+)
+T.vector(
+    "linear-weight-changed-in-place-before",
+    lambda: {"w": nn.Parameter(torch.randn(5, 8)), "out": nn.Linear(5, 3)},
+    lambda m, x: m.out(F.linear(m.a(x), (w := m.w.detach(), w.mul_(1.0).add_(1).sub_(1))[0])),
+    a="operator",
+)
 T.vector("linear-transposed", nothing, lambda m, x: F.linear(m.a(x), m.a.weight.t()), a="operator", out=None)
 T.vector("used-twice", lambda: {"b": nn.Linear(8, 8)}, lambda m, x: m.out(m.b(m.b(m.a(x)).relu())), a=F8)
 T.vector(
@@ -183,6 +195,14 @@ T.rows.append(
         lambda n: (torch.randint(11, (n, 5)),),
         {"e": F8, "out": "output"},
         lambda n: (torch.randint(11, (n, 7)),),
+    )
+)
+T.rows.append(
+    Case(
+        "embedding-max-norm",
+        lambda: Net(lambda m, i: m.out(m.e(i)), {"e": nn.Embedding(11, 8, max_norm=1.0), "out": nn.Linear(8, 3)}),
+        lambda n: (torch.randint(11, (n, 5)),),
+        {"e": "norm", "out": "output"},
     )
 )
 
@@ -283,6 +303,19 @@ T.image(
     lambda: {"w": nn.Parameter(torch.randn(4, 2, 3, 3)), "out": nn.Conv2d(4, 3, 1)},
     lambda m, x: m.out(F.conv2d((h := m.a(x)), m.w, groups=h.shape[1] // 2)),
     a="size", w=(4, 4),
+)  # fmt: skip
+
+T.tokens(
+    "conv-over-channels",
+    lambda: {"c": nn.Conv1d(5, 7, 3, padding=1), "d": nn.Linear(7, 3)},
+    lambda m, x: m.out(h := m.a(x)).mean(1) + m.d(m.c(h).mean(-1)),
+    a="reduce", c=(7, 1), d="output",
+)  # fmt: skip
+T.tokens(
+    "conv-transpose-over-channels",
+    lambda: {"c": nn.ConvTranspose1d(5, 7, 3, padding=1), "d": nn.Linear(7, 3)},
+    lambda m, x: m.out(h := m.a(x)).mean(1) + m.d(m.c(h).mean(-1)),
+    a="reduce", c=(7, 1), d="output",
 )  # fmt: skip
 
 # -- normalisation -----------------------------------------------------------------------------------------------------
@@ -412,7 +445,9 @@ T.vector(
 T.vector("sum-of-size", nothing, lambda m, x: m.out((h := m.a(x)) + h.size(1)), a="size")
 T.vector("scaled-by-root-of-size", nothing, lambda m, x: m.out((h := m.a(x)) / math.sqrt(h.size(1))), a="size")
 T.vector("times-tensor-of-size", nothing, lambda m, x: m.out((h := m.a(x)) * torch.full((1,), h.size(1))), a="size")
-T.vector("times-mean-of-arange", nothing, lambda m, x: m.out((h := m.a(x)) * torch.arange(h.size(1)).sum()), a="size")
+T.vector(
+    "times-mean-of-arange", nothing, lambda m, x: m.out((h := m.a(x)) * torch.arange(h.size(1)).sum()), a="operator"
+)
 T.vector(
     "one-unit",
     lambda: {"a": nn.Linear(6, 1), "b": nn.Linear(6, 8)},
@@ -756,6 +791,20 @@ T.vector("gather", nothing, lambda m, x: m.out((h := m.a(x)).gather(1, h.argsort
 T.vector("assign-part", nothing, lambda m, x: m.out(_assign_part(m.a(x) * 1.0)), a="size")
 T.vector("assign-sample", nothing, lambda m, x: m.out(_assign_sample(m.a(x) * 1.0)), a=F8)
 T.vector("assign-width", lambda: {"b": nn.Linear(6, 8)}, lambda m, x: m.out(_assign_all(m.a(x) * 1.0, m.b(x))), a=F8)
+
+
+T.vector("assign-where", nothing, lambda m, x: m.out(_assign_where(m.a(x) * 1.0)), a=F8)
+T.vector("assign-at", nothing, lambda m, x: m.out(_assign_at(m.a(x) * 1.0)), a="operator")
+
+
+def _assign_where(h: Tensor) -> Tensor:
+    h[h < 0] = 0.1
+    return h
+
+
+def _assign_at(h: Tensor) -> Tensor:
+    h[torch.tensor([0])] = 0.1
+    return h
 
 
 def _assign_part(h: Tensor) -> Tensor:
