@@ -145,21 +145,32 @@ def main() -> None:
     rows = []
     for seed in range(arguments.seeds):
         rows.append(new_task(seed, arguments.images))
-        print(f"seed {seed}: " + "; ".join(f"{m} {r['now']:.4f} {r['after']:.4f}" for m, r in rows[-1].items()), flush=True)
+        print(
+            f"seed {seed}: " + "; ".join(f"{m} {r['now']:.4f} {r['after']:.4f}" for m, r in rows[-1].items()),
+            flush=True,
+        )
     print(f"\nNew task, Fashion-MNIST as 3x32x32, {arguments.images} training images, {arguments.seeds} seeds")
-    print(f"  {'method':13s} {'parameters':>10s} {'units':>6s} {'gamma':>6s} {'loss now':>9s} {'acc now':>8s} "
-          f"{'loss after':>10s} {'acc after':>9s} {'seconds':>8s}")
+    print(
+        f"  {'method':13s} {'parameters':>10s} {'units':>6s} {'gamma':>6s} {'loss now':>9s} {'acc now':>8s} "
+        f"{'loss after':>10s} {'acc after':>9s} {'seconds':>8s}"
+    )
     for method in METHODS:
-        mean = {k: statistics.mean(r[method].get(k, 0.0) for r in rows) for k in
-                ("parameters", "units", "gamma", "now", "accuracy now", "after", "accuracy after", "seconds")}
-        print(f"  {method:13s} {mean['parameters']:10,.0f} {mean['units']:6.1f} {mean['gamma']:6.2f} {mean['now']:9.4f} "
-              f"{100 * mean['accuracy now']:7.2f}% {mean['after']:10.4f} {100 * mean['accuracy after']:8.2f}% "
-              f"{mean['seconds']:8.1f}")
+        mean = {
+            k: statistics.mean(r[method].get(k, 0.0) for r in rows)
+            for k in ("parameters", "units", "gamma", "now", "accuracy now", "after", "accuracy after", "seconds")
+        }
+        print(
+            f"  {method:13s} {mean['parameters']:10,.0f} {mean['units']:6.1f} {mean['gamma']:6.2f} {mean['now']:9.4f} "
+            f"{100 * mean['accuracy now']:7.2f}% {mean['after']:10.4f} {100 * mean['accuracy after']:8.2f}% "
+            f"{mean['seconds']:8.1f}"
+        )
     print("  paired differences of the held-back loss, default minus the other (mean +- standard error):")
     for other in METHODS:
         if other != "default":
-            print(f"    {other:13s} now {paired(rows, 'default', other, 'now')}   "
-                  f"after one epoch {paired(rows, 'default', other, 'after')}")
+            print(
+                f"    {other:13s} now {paired(rows, 'default', other, 'now')}   "
+                f"after one epoch {paired(rows, 'default', other, 'after')}"
+            )
 
 
 if __name__ == "__main__":

@@ -25,9 +25,7 @@ _MUTATING = {"append", "extend", "insert", "pop", "update", "setdefault", "clear
 _KEEP = "fxgrow.non_persistent"
 
 
-def capture(
-    model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] | torch.Tensor
-) -> fx.GraphModule:
+def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] | torch.Tensor) -> fx.GraphModule:
     """Trace a model into a graph at module level, on fake tensors.
 
     The result shares modules, parameters and buffers with ``model``, which is left as it is. It is called
@@ -59,9 +57,7 @@ def capture(
         return model
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     if isinstance(model, torch.jit.ScriptModule):
-        raise CaptureError(
-            "A TorchScript module has no Python code to trace. Capture the module it was made from."
-        )
+        raise CaptureError("A TorchScript module has no Python code to trace. Capture the module it was made from.")
     lazy = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if is_lazy(tensor)]
     if lazy:
         raise CaptureError(f"{lazy[0]} has no shape yet. Run the model once on a batch, then capture it.")
@@ -87,8 +83,7 @@ def _bind(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], Callab
         bound = signature.bind(**example_inputs) if keywords else signature.bind(*example_inputs)
     except TypeError as error:
         raise CaptureError(
-            f"{type(model).__name__}.forward{inspect.signature(forward)} cannot take the example inputs: "
-            f"{error}."
+            f"{type(model).__name__}.forward{inspect.signature(forward)} cannot take the example inputs: {error}."
         ) from error
     inputs: dict[str, Any] = {}
     slots: list[tuple[str, str | None]] = []  # (placeholder, keyword or None)
@@ -127,9 +122,7 @@ def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]],
         tracer.record(model)
         innermost = {model.get_submodule(path) for path, _, _ in tracer.branches.values() if path}
         # The likes of DropPath: nothing inside to grow, so the whole module may as well be one node.
-        small = {
-            module for module in innermost if isinstance(module, _NormBase) or not _holds_anything(module)
-        }
+        small = {module for module in innermost if isinstance(module, _NormBase) or not _holds_anything(module)}
         if small <= leaves:
             break
         leaves |= small
@@ -165,9 +158,7 @@ def _is_pure(node: fx.Node) -> bool:
         name, home = str(node.target), "torch"
     elif node.op == "call_function" and not node.is_impure():
         name, home = getattr(node.target, "__name__", ""), getattr(node.target, "__module__", "") or "torch"
-        if home == "_operator" and (
-            name == "setitem" or (name.startswith("i") and name not in _OPERATORS_WITH_I)
-        ):
+        if home == "_operator" and (name == "setitem" or (name.startswith("i") and name not in _OPERATORS_WITH_I)):
             return False
     else:
         return False
@@ -222,9 +213,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
     saved: list[tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]] = []
     for module in model.modules():
         attributes = vars(module)
-        contents = [
-            (value, value.copy()) for value in attributes.values() if isinstance(value, (dict, list, set))
-        ]
+        contents = [(value, value.copy()) for value in attributes.values() if isinstance(value, (dict, list, set))]
         saved.append((attributes, dict(attributes), contents))
     state = random.getstate()
     try:

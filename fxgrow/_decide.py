@@ -119,12 +119,8 @@ class _Count:
     """Parameters of the grown model, exactly: every axis with its new length."""
 
     def __init__(self, gm: fx.GraphModule, structure: Structure) -> None:
-        self.axes = [
-            dims for name, dims in structure.parameters.items() if isinstance(lookup(gm, name), nn.Parameter)
-        ]
-        self.vars: dict[str, tuple[Var, int]] = {
-            h.width.name: (h.var, h.width.step) for h in hidden(structure)
-        }
+        self.axes = [dims for name, dims in structure.parameters.items() if isinstance(lookup(gm, name), nn.Parameter)]
+        self.vars: dict[str, tuple[Var, int]] = {h.width.name: (h.var, h.width.step) for h in hidden(structure)}
         inside = sum(math.prod(length(a) for a in dims) for dims in self.axes)
         self.outside = sum(p.numel() for p in gm.parameters()) - inside
 

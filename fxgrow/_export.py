@@ -233,8 +233,7 @@ def _to_onnx(module: nn.Module, inputs: _Inputs, opset: int | None) -> torch.onn
     written = program.model.opset_imports.get("")
     if opset is not None and written != opset:
         raise ExportError(
-            f"asked for ONNX operator set {opset}, but this module could only be written in {written}; "
-            "leave opset=None"
+            f"asked for ONNX operator set {opset}, but this module could only be written in {written}; leave opset=None"
         )
     return program
 

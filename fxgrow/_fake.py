@@ -121,11 +121,7 @@ def arithmetic_key(kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any,
     """Equal keys mean equal numbers: half of a raw trace is the same sizes computed again."""
     values = [arg.meta["val"] for arg in args if isinstance(arg, fx.Node)]
     name = args[1] if target is getattr else target
-    if (
-        (target is getattr or kind == "call_method")
-        and name in _SIZES
-        and isinstance(values[0], torch.Tensor)
-    ):
+    if (target is getattr or kind == "call_method") and name in _SIZES and isinstance(values[0], torch.Tensor):
         # The shape too, as an in-place method may have changed it.
         return target, repr(args), repr(kwargs), tuple(values[0].shape)
     if kind == "call_function" and getattr(target, "__module__", "") == "_operator" and values:

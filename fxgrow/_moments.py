@@ -166,8 +166,8 @@ def gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     if size < 256:
         full = rows.mT @ rows
         return (full + full.mT) / 2
-    # BLAS' symmetric product is not exposed; the upper block triangle alone is about 0.6 of the work.
-    edges = [size * i // 4 for i in range(5)]
+    # BLAS' symmetric product is not exposed; the upper block triangle alone is 0.56 of the work.
+    edges = [size * i // 8 for i in range(9)]
     out = rows.new_empty(size, size)
     for low, high in zip(edges, edges[1:], strict=False):
         out[low:high, low:] = rows[:, low:high].mT @ rows[:, low:]

@@ -97,9 +97,7 @@ class _Move:
         return self.old.shape == self.new.shape and all(where is None for where in self.positions)
 
 
-def _moves(
-    optimizer: Optimizer, old: nn.Module, new: nn.Module, index: Mapping[str, Positions]
-) -> dict[int, _Move]:
+def _moves(optimizer: Optimizer, old: nn.Module, new: nn.Module, index: Mapping[str, Positions]) -> dict[int, _Move]:
     """By id of the old parameter, what becomes of each one that the optimizer owns."""
     names: dict[int, list[str]] = {}
     for name, parameter in old.named_parameters(remove_duplicate=False):

@@ -103,9 +103,7 @@ class Dual:
     unwhiten = whiten
 
 
-def factor(
-    A: Tensor | None = None, rows: Tensor | None = None, scale: float = 1.0, ridge: float = 0.0
-) -> Factor:
+def factor(A: Tensor | None = None, rows: Tensor | None = None, scale: float = 1.0, ridge: float = 0.0) -> Factor:
     """Factor A + eps I, eps = ridge * trace(A) / P.
 
     Cholesky where it is safe. A matrix that is singular to working precision (with ``ridge=0``: too few
@@ -137,8 +135,7 @@ def factor(
 def _factored(A: Tensor, eps: float) -> Factor:
     if not bool(torch.isfinite(A).all()):
         raise ProfileError(
-            f"a second moment of size {A.shape[0]} holds NaN or infinity: "
-            "look for non-finite activations or gradients"
+            f"a second moment of size {A.shape[0]} holds NaN or infinity: look for non-finite activations or gradients"
         )
     A = A.clone()
     A.diagonal().add_(eps)
@@ -190,9 +187,7 @@ def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int) -
         ProfileError: N holds NaN or infinity.
     """
     if not all(bool(torch.isfinite(block).all()) for block in blocks):
-        raise ProfileError(
-            "the moment of inputs and gradients holds NaN or infinity: look for a non-finite loss"
-        )
+        raise ProfileError("the moment of inputs and gradients holds NaN or infinity: look for a non-finite loss")
     white = [_whiten_columns(block, g[i] if g else None) for i, block in enumerate(blocks)]
     matrix = torch.cat([w.flatten(1) for w in white], 1)
     if isinstance(s, Dual):

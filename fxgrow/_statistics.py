@@ -25,7 +25,7 @@ from fxgrow.ops.registry import Structure
 #: remembered activations of one width take at most so many bytes
 CACHE = 128 << 20
 #: a sampled matrix is estimated from at least so many samples, where there are any
-FEW_SAMPLES = 128
+FEW_SAMPLES = 64
 #: relative ridge on a sampled S, with ten rows per feature and with fewer: what it lacks must not be divided by
 SAMPLED_RIDGE = (1e-2, 1e-1)
 

@@ -76,9 +76,7 @@ class ValueTracer(fx.Tracer):
         finally:
             torch._C._set_grad_enabled(grad)
 
-    def create_args_for_root(
-        self, root_fn: Any, is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
         """One placeholder per given input, whatever the signature of forward."""
         del root_fn, is_module, concrete_args
         self._names = {**{id(tensor): name for tensor, name in self.tensor_attrs.items()}, **self._names}
@@ -273,9 +271,7 @@ class ValueTracer(fx.Tracer):
         finally:
             module.__dict__["training"] = before
 
-    def concrete(
-        self, proxy: ValueProxy, convert: Callable[[Any], Any], asked_by: FrameType | None = None
-    ) -> Any:
+    def concrete(self, proxy: ValueProxy, convert: Callable[[Any], Any], asked_by: FrameType | None = None) -> Any:
         """The plain value the model's code asks for, remembered as a guard if an input can change it."""
         node = proxy.node
         try:
@@ -336,9 +332,7 @@ class ValueTracer(fx.Tracer):
 
     def _where(self) -> str:
         frame = user_frame(sys._getframe(1))
-        return self._module() + (
-            f" at {frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""
-        )
+        return self._module() + (f" at {frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "")
 
 
 def _cuda_devices() -> list[int]:

@@ -66,7 +66,5 @@ def failure(error: BaseException, module: str, place: tuple[str, int] | None) ->
         problem = f"its code raises {type(error).__name__}: {text}"
         hint = "Check that the model runs on these example inputs without fxgrow."
         if isinstance(error, NotImplementedError) and "argument of type" in text:
-            hint = (
-                "A graph holds tensors, numbers, strings, and tuples, lists, dicts and dataclasses of them."
-            )
+            hint = "A graph holds tensors, numbers, strings, and tuples, lists, dicts and dataclasses of them."
     return f"Cannot capture {module}{at}: {problem}. {hint}"

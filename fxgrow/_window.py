@@ -32,8 +32,7 @@ class Window:
             value = getattr(self, name) or (default,) * len(self.kernel)
             if len(value) != len(self.kernel):
                 raise ProfileError(
-                    f"a window with kernel {self.kernel} has {name} {value}: "
-                    "give one entry per spatial dimension"
+                    f"a window with kernel {self.kernel} has {name} {value}: give one entry per spatial dimension"
                 )
             object.__setattr__(self, name, value)
 
@@ -165,9 +164,7 @@ class Axis:
         return found
 
 
-def axes(
-    shape: tuple[int, ...], producer: Window, consumer: Window, pool: tuple[int, ...] = ()
-) -> tuple[Axis, ...]:
+def axes(shape: tuple[int, ...], producer: Window, consumer: Window, pool: tuple[int, ...] = ()) -> tuple[Axis, ...]:
     """The axes of a producer on spatial ``shape``, a pool of ``pool`` and a consumer.
 
     Raises:

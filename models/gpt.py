@@ -70,9 +70,7 @@ class GPT(nn.Module):
         self.context = context
         self.tokens = nn.Embedding(vocabulary, size)
         self.positions = nn.Embedding(context, size)
-        self.blocks = nn.ModuleList(
-            Block(size, heads, scaled(16, width), scaled(256, width)) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(Block(size, heads, scaled(16, width), scaled(256, width)) for _ in range(depth))
         self.norm = nn.LayerNorm(size)
         self.head = nn.Linear(size, vocabulary, bias=False)
         for embedding in (self.tokens, self.positions):

@@ -18,9 +18,7 @@ class MLP(nn.Module):
         width: factor on the hidden sizes.
     """
 
-    def __init__(
-        self, sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU, width: float = 1.0
-    ) -> None:
+    def __init__(self, sizes: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU, width: float = 1.0) -> None:
         super().__init__()
         if len(sizes) < 2:
             raise ValueError(f"sizes needs an input and an output, got {list(sizes)}")

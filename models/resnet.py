@@ -100,9 +100,7 @@ class ResNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def resnet20(
-    width: float = 1.0, *, shortcut: Shortcut = "pad", in_channels: int = 3, classes: int = 10
-) -> ResNet:
+def resnet20(width: float = 1.0, *, shortcut: Shortcut = "pad", in_channels: int = 3, classes: int = 10) -> ResNet:
     """The 20-layer network for CIFAR; 269,722 parameters at width 1."""
     return ResNet(width=width, shortcut=shortcut, in_channels=in_channels, classes=classes)
 
@@ -111,6 +109,4 @@ class DigitsResNet(ResNet):
     """Two stages of one block for 8x8 images; at width 0.25 its layers have 4 and 8 channels."""
 
     def __init__(self, width: float = 1.0, *, in_channels: int = 1, classes: int = 10) -> None:
-        super().__init__(
-            (1, 1), (16, 32), shortcut="conv", in_channels=in_channels, classes=classes, width=width
-        )
+        super().__init__((1, 1), (16, 32), shortcut="conv", in_channels=in_channels, classes=classes, width=width)

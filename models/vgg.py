@@ -19,9 +19,7 @@ class VGG(nn.Module):
         classes: number of classes.
     """
 
-    def __init__(
-        self, width: float = 1.0, *, batch_norm: bool = True, in_channels: int = 3, classes: int = 10
-    ) -> None:
+    def __init__(self, width: float = 1.0, *, batch_norm: bool = True, in_channels: int = 3, classes: int = 10) -> None:
         super().__init__()
         self.features = nn.Sequential()
         channels = in_channels

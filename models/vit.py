@@ -74,9 +74,7 @@ class ViT(nn.Module):
         self.patches = nn.Conv2d(in_channels, size, patch_size, stride=patch_size)
         self.class_token = nn.Parameter(torch.zeros(1, 1, size))
         self.positions = nn.Parameter(0.02 * torch.randn(1, tokens, size))
-        self.blocks = nn.Sequential(
-            *(Block(size, heads, scaled(16, width), scaled(128, width)) for _ in range(depth))
-        )
+        self.blocks = nn.Sequential(*(Block(size, heads, scaled(16, width), scaled(128, width)) for _ in range(depth)))
         self.norm = nn.LayerNorm(size)
         self.head = nn.Linear(size, classes)
 

@@ -268,9 +268,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
 
 def same(mine: Any, theirs: Any) -> bool:
     pairs = list(zip(tensors(mine), tensors(theirs), strict=True))
-    return type(mine) is type(theirs) and all(
-        torch.allclose(a, b, atol=1e-6, equal_nan=True) for a, b in pairs
-    )
+    return type(mine) is type(theirs) and all(torch.allclose(a, b, atol=1e-6, equal_nan=True) for a, b in pairs)
 
 
 @pytest.mark.parametrize("captured_in", [True, False], ids=["train", "eval"])
@@ -359,17 +357,13 @@ class _Flagged(nn.Module):
 
 def test_guards_refuse_what_would_branch_otherwise() -> None:
     gm = capture(Branches(), rows(4))
-    guards = [
-        node for node in gm.graph.nodes if node.op == "call_function" and node.target.__name__ == "guard"
-    ]
+    guards = [node for node in gm.graph.nodes if node.op == "call_function" and node.target.__name__ == "guard"]
     assert len(guards) == len({(node.args[0], repr(node.args[1])) for node in guards})
     with pytest.raises(CaptureError, match=r"x.shape\[1\] > 3.*test_capture.py") as raised:
         gm(torch.randn(4, 2))
     assert "Branches" in str(raised.value)
     # Nothing looked at the batch size, and sizes handed to an operator are no decisions.
-    assert not [
-        n for n in capture(Sizes(), rows(4)).graph.nodes if getattr(n.target, "__name__", "") == "guard"
-    ]
+    assert not [n for n in capture(Sizes(), rows(4)).graph.nodes if getattr(n.target, "__name__", "") == "guard"]
 
 
 def test_guards_survive_dead_code_elimination() -> None:
@@ -397,9 +391,7 @@ def test_a_graph_for_one_mode_refuses_the_other(training: bool) -> None:
     x = rows(5)
     assert same(gm(*x), model(*x))
     gm.train(not training)
-    with pytest.raises(
-        CaptureError, match=f"Capture the model again after calling .{'eval' if training else 'train'}"
-    ):
+    with pytest.raises(CaptureError, match=f"Capture the model again after calling .{'eval' if training else 'train'}"):
         gm(*x)
 
 
@@ -447,9 +439,7 @@ def test_copies_keep_keys_guards_and_modes() -> None:
     assert gm.state_dict().keys() == Direct().state_dict().keys()
     twin = copy.deepcopy(capture(LiteralByMode(), rows(2)))
     x = rows(3)
-    assert same(invoke(twin.eval(), x), twin.inner.a(*x)) and not same(
-        invoke(twin.train(), x), twin.inner.a(*x)
-    )
+    assert same(invoke(twin.eval(), x), twin.inner.a(*x)) and not same(invoke(twin.train(), x), twin.inner.a(*x))
 
 
 def test_graphs_pickle_and_trace_again() -> None:
@@ -563,9 +553,7 @@ def test_errors_name_module_line_and_remedy(inner: Callable[[], nn.Module], prob
     model.inner = inner()
     with pytest.raises(CaptureError) as raised:
         capture(model, rows(2))
-    raised.match(
-        rf"Cannot capture module 'inner' \({inner.__name__}\) at .*test_capture.py:\d+: `.*{line}.*`"
-    )
+    raised.match(rf"Cannot capture module 'inner' \({inner.__name__}\) at .*test_capture.py:\d+: `.*{line}.*`")
     raised.match(problem)
     assert raised.value.__cause__ is not None
 

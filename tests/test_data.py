@@ -123,9 +123,7 @@ def batch(targets: Any) -> Batch:
 
 def test_default_losses() -> None:
     tokens, classes = torch.randn(4, 7, 5), torch.randint(5, (4, 7))
-    assert torch.equal(
-        loss_of(tokens, batch(classes), None), F.cross_entropy(tokens.flatten(0, 1), classes.flatten())
-    )
+    assert torch.equal(loss_of(tokens, batch(classes), None), F.cross_entropy(tokens.flatten(0, 1), classes.flatten()))
     square, labels = torch.randn(4, 5, 5), torch.randint(5, (4, 5))  # as many tokens as classes: classes stand last
     assert torch.equal(loss_of(square, batch(labels), None), F.cross_entropy(square.flatten(0, 1), labels.flatten()))
     maps, pixels = torch.randn(4, 5, 6, 7), torch.randint(5, (4, 6, 7))

@@ -102,9 +102,7 @@ def test_dict_inputs_and_outputs(tmp_path: Path) -> None:
 
 
 def test_a_fixed_batch_stays_fixed(tmp_path: Path) -> None:
-    path = export_onnx(
-        nn.Linear(4, 2), str(tmp_path / "fixed.onnx"), (torch.randn(3, 4),), dynamic_batch=False
-    )
+    path = export_onnx(nn.Linear(4, 2), str(tmp_path / "fixed.onnx"), (torch.randn(3, 4),), dynamic_batch=False)
     assert axes(path) == [[3, 4]]
 
 

@@ -71,9 +71,7 @@ NET_INDEX: Index = {
 
 def matrices(width: int) -> nn.Module:
     """Two-dimensional parameters only, for Muon."""
-    return nn.Sequential(
-        nn.Flatten(), nn.Linear(36, width, bias=False), nn.Tanh(), nn.Linear(width, 2, bias=False)
-    )
+    return nn.Sequential(nn.Flatten(), nn.Linear(36, width, bias=False), nn.Tanh(), nn.Linear(width, 2, bias=False))
 
 
 def pair(name: str) -> tuple[nn.Module, nn.Module, Index]:
@@ -119,9 +117,7 @@ def owned(optimizer: optim.Optimizer) -> list[int]:
 
 def test_every_optimizer_of_torch_is_in_the_table() -> None:
     classes = {
-        name
-        for name, value in vars(optim).items()
-        if isinstance(value, type) and issubclass(value, optim.Optimizer)
+        name for name, value in vars(optim).items() if isinstance(value, type) and issubclass(value, optim.Optimizer)
     }
     assert classes == set(OPTIMIZERS) | set(SKIPPED)
 
@@ -273,9 +269,7 @@ def test_adafactor_of_a_single_column() -> None:
 
 
 def test_reduced_precision_state_keeps_its_dtype() -> None:
-    moved = grow_state(
-        [3], (C,), {"m": torch.rand(3, dtype=torch.bfloat16), "n": torch.rand(3).double()}, [4]
-    )
+    moved = grow_state([3], (C,), {"m": torch.rand(3, dtype=torch.bfloat16), "n": torch.rand(3).double()}, [4])
     assert (moved["m"].dtype, moved["n"].dtype) == (torch.bfloat16, torch.float64)
 
 

@@ -189,9 +189,7 @@ def trained(kind: str, activation: Callable[[], nn.Module]) -> tuple[nn.Module, 
 @pytest.mark.parametrize("kind", ["mlp", "conv"])
 def test_sampled_figures_are_close_to_exact_ones(kind: str) -> None:
     model, batches = trained(kind, nn.Tanh)
-    exact, sampled = (
-        fxgrow.profile(model, batches, positions=p, units=4, progress=False) for p in ("all", "sampled")
-    )
+    exact, sampled = (fxgrow.profile(model, batches, positions=p, units=4, progress=False) for p in ("all", "sampled"))
     for name in exact:
         a, b = exact[name], sampled[name]
         assert b.positions <= a.positions

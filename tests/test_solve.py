@@ -155,9 +155,7 @@ SCALE = 1e-4  # a gradient at the end of training
     "values",
     [
         lambda c, N, S, G: top_units([c * N], factor(S), None, 3).values / c,
-        lambda c, N, S, G: (
-            top_units([c * N], factor(S, ridge=0.1), [factor(c * c * G, ridge=0.01)], 3).values
-        ),
+        lambda c, N, S, G: top_units([c * N], factor(S, ridge=0.1), [factor(c * c * G, ridge=0.01)], 3).values,
         lambda c, N, S, G: top_units([c * N], factor(rows=S, ridge=0.1), None, 3).values / c,
         lambda c, N, S, G: refit(S, c * N[:, 0].T, c * c * G, 0.1) / c,
         lambda c, N, S, G: best_update(c * c * S, c * c * N[:, 0].T, 0.1),

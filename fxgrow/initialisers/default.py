@@ -1,9 +1,9 @@
 """The default: TINY whitened on both sides, units normalised, outgoing weights refitted on what they really put out.
 
-alpha = (S + eps)^(-1/2) u for the SVD (S + eps)^(-1/2) N (G + eps)^(-1/2) = U Lambda W^T, scaled to E[(alpha^T b)^2] = 1.
-After Verbockhaven et al. 2024 (TMLR, arXiv 2405.19816), with G = E[V V^T] on the output side and ridges relative to the
-mean eigenvalue. A large ridge on S wins less at the first step and more after further training: with a small one
-incoming weights are two to three times too large.
+alpha = (S + eps)^(-1/2) u for the SVD (S + eps)^(-1/2) N (G + eps)^(-1/2) = U Lambda W^T, scaled to
+E[(alpha^T b)^2] = 1. After Verbockhaven et al. 2024 (TMLR, arXiv 2405.19816), with G = E[V V^T] on the output side and
+ridges relative to the mean eigenvalue. A large ridge on S wins less at the first step and more after further training:
+with a small one incoming weights are two to three times too large.
 """
 
 from __future__ import annotations

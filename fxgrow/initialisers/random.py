@@ -1,4 +1,4 @@
-"""Random units: Kaiming-normal incoming weights; outgoing ones zero (the usual baseline), or refitted like the default's.
+"""Random units: Kaiming-normal incoming weights; outgoing ones zero (the usual baseline), or refitted.
 
 He et al. 2015, eq. 10. `random` changes nothing at first; `random-refit` separates what the directions of the default
 bring from what the refit brings.

@@ -1,0 +1,294 @@
+"""Rows of layers: linear, convolutions, normalisation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
+
+from tests.ops.table import F8, Case, Leaf, Net, T, nothing
+
+# -- linear layers and parameters used directly ------------------------------------------------------------------------
+
+T.vector("linear", nothing, lambda m, x: m.out(m.a(x)), a=F8)
+T.vector("linear-no-bias", lambda: {"a": nn.Linear(6, 8, bias=False)}, lambda m, x: m.out(m.a(x)), a=F8)
+T.tokens("linear-tokens", nothing, lambda m, x: m.out(m.a(x).relu()), a=F8)
+T.vector(
+    "functional-linear",
+    lambda: {"w": nn.Parameter(torch.randn(5, 8)), "b": nn.Parameter(torch.randn(5)), "out": nn.Linear(5, 3)},
+    lambda m, x: m.out(F.linear(m.a(x).tanh(), m.w, m.b)),
+    a=F8, w=(5, 1),
+)  # fmt: skip
+T.vector(
+    "functional-linear-cast",
+    lambda: {"w": nn.Parameter(torch.randn(5, 8)), "out": nn.Linear(5, 3)},
+    lambda m, x: m.out(F.linear(m.a(x), m.w.to(x.dtype))),
+    a=F8, w=(5, 1),
+)  # fmt: skip
+T.vector(
+    "linear-computed-weight",
+    lambda: {"w": nn.Parameter(torch.randn(5, 8)), "out": nn.Linear(5, 3)},
+    lambda m, x: m.out(F.linear(m.a(x), m.w * 2)),
+    a="operator",
+)
+T.vector(
+    "linear-softmax-of-weight",
+    lambda: {"w": nn.Parameter(torch.randn(5, 8)), "out": nn.Linear(5, 3)},
+    lambda m, x: m.out(F.linear(m.a(x), F.softmax(m.w, 0))),
+    a="operator",
+)
+T.vector(
+    "linear-weight-changed-in-place",
+    lambda: {"w": nn.Parameter(torch.randn(5, 8)), "out": nn.Linear(5, 3)},
+    lambda m, x: m.out(F.linear(m.a(x), m.w.clone().add_(1))),
+    a="operator",
+)
+T.vector(
+    "linear-weight-changed-in-place-before",
+    lambda: {"w": nn.Parameter(torch.randn(5, 8)), "out": nn.Linear(5, 3)},
+    lambda m, x: m.out(F.linear(m.a(x), (w := m.w.detach(), w.mul_(1.0).add_(1).sub_(1))[0])),
+    a="operator",
+    w="operator",
+)
+T.vector("linear-transposed", nothing, lambda m, x: F.linear(m.a(x), m.a.weight.t()), a="operator", out=None)
+T.vector("used-twice", lambda: {"b": nn.Linear(8, 8)}, lambda m, x: m.out(m.b(m.b(m.a(x)).relu())), a=F8)
+T.vector(
+    "tied",
+    lambda: {"b": (b := nn.Linear(8, 8)), "c": b},
+    lambda m, x: m.out(m.c(m.b(m.a(x)).relu())),
+    a=F8,
+)
+
+
+def _tied_weight() -> dict[str, Any]:
+    b, c = nn.Linear(8, 5), nn.Linear(8, 5)
+    c.weight = b.weight
+    return {"b": b, "c": c, "out": nn.Linear(10, 3)}
+
+
+T.vector(
+    "tied-weight", _tied_weight, lambda m, x: m.out(torch.cat([m.b(m.a(x)), m.c(m.a(x).relu())], 1)), a=F8, b=(5, 1)
+)
+T.vector(
+    "tied-weight-used-directly",
+    _tied_weight,
+    lambda m, x: m.out(torch.cat([m.c(m.a(x)), F.linear(m.a(x).relu(), m.b.weight)], 1)),
+    a=F8, c=(5, 1),
+)  # fmt: skip
+T.vector("weight-also-penalised", nothing, lambda m, x: m.out(m.a(x)) + m.a.weight.square().sum(), a="reduce")
+T.vector("subclass-with-own-forward", lambda: {"b": Leaf(8, 8)}, lambda m, x: m.out(m.b(m.a(x))), a="reduce", b=F8)
+T.vector(
+    "parametrized",
+    lambda: {"b": parametrizations.weight_norm(nn.Linear(8, 5)), "out": nn.Linear(5, 3)},
+    lambda m, x: m.out(m.b(m.a(x))),
+    a="operator",
+)
+T.vector(
+    "pruned",
+    lambda: {"b": prune.random_unstructured(nn.Linear(8, 5), "weight", 0.5), "out": nn.Linear(5, 3)},
+    lambda m, x: m.out(m.b(m.a(x))),
+    a="operator",
+)
+T.rows.append(
+    Case(
+        "embedding",
+        lambda: Net(lambda m, i: m.out(m.e(i).mean(1)), {"e": nn.Embedding(11, 8), "out": nn.Linear(8, 3)}),
+        lambda n: (torch.randint(11, (n, 5)),),
+        {"e": F8, "out": "output"},
+        lambda n: (torch.randint(11, (n, 7)),),
+    )
+)
+T.rows.append(
+    Case(
+        "embedding-max-norm",
+        lambda: Net(lambda m, i: m.out(m.e(i)), {"e": nn.Embedding(11, 8, max_norm=1.0), "out": nn.Linear(8, 3)}),
+        lambda n: (torch.randint(11, (n, 5)),),
+        {"e": "norm", "out": "output"},
+    )
+)
+
+
+def _tied_embedding() -> dict[str, Any]:
+    e, out = nn.Embedding(11, 8), nn.Linear(8, 11, bias=False)
+    out.weight = e.weight
+    return {"e": e, "fc": nn.Linear(8, 8), "out": out}
+
+
+T.rows.append(
+    Case(
+        "embedding-tied-with-output",
+        lambda: Net(lambda m, i: m.out(m.fc(m.e(i)).relu()), _tied_embedding()),
+        lambda n: (torch.randint(11, (n, 5)),),
+        {"e": F8, "out": "input"},
+    )
+)
+
+# -- convolutions ------------------------------------------------------------------------------------------------------
+
+for _nd, _conv in ((1, nn.Conv1d), (2, nn.Conv2d), (3, nn.Conv3d)):
+    T.add(
+        f"conv{_nd}d",
+        (3, *[6] * _nd),
+        (3, *[7] * _nd),
+        lambda conv=_conv: {"a": conv(3, 8, 3, stride=2, padding=1), "out": conv(8, 2, 1)},
+        lambda m, x: m.out(m.a(x).relu()),
+        a=F8,
+    )
+for _nd, _conv in ((1, nn.ConvTranspose1d), (2, nn.ConvTranspose2d), (3, nn.ConvTranspose3d)):
+    T.add(
+        f"conv-transpose{_nd}d",
+        (3, *[4] * _nd),
+        (3, *[5] * _nd),
+        lambda conv=_conv: {"a": conv(3, 8, 3, 2), "b": conv(8, 4, 2, padding=1, dilation=2), "out": conv(4, 2, 1)},
+        lambda m, x: m.out(m.b(m.a(x)).relu()),
+        a=F8, b=(4, 1),
+    )  # fmt: skip
+for _mode in ("circular", "reflect", "replicate"):
+    T.image(
+        f"conv-{_mode}",
+        lambda mode=_mode: {"b": nn.Conv2d(8, 4, 3, padding=1, padding_mode=mode), "out": nn.Conv2d(4, 3, 1)},
+        lambda m, x: m.out(m.b(m.a(x))),
+        a=F8, b=(4, 1),
+    )  # fmt: skip
+T.image(
+    "conv-same",
+    lambda: {"b": nn.Conv2d(8, 4, 3, padding="same", dilation=2), "out": nn.Conv2d(4, 3, 1)},
+    lambda m, x: m.out(m.b(m.a(x))),
+    a=F8, b=(4, 1),
+)  # fmt: skip
+T.image(
+    "conv-groups",
+    lambda: {"b": nn.Conv2d(8, 4, 3, padding=1, groups=2), "out": nn.Conv2d(4, 3, 1)},
+    lambda m, x: m.out(m.b(m.a(x))),
+    a=(8, 2), b=(4, 2),
+)  # fmt: skip
+T.image("depthwise", lambda: {"b": nn.Conv2d(8, 8, 3, groups=8)}, lambda m, x: m.out(m.b(m.a(x))), a=F8)
+T.image(
+    "depthwise-multiplier",
+    lambda: {"b": nn.Conv2d(8, 24, 3, groups=8), "c": nn.Conv2d(24, 6, 1, groups=2), "out": nn.Conv2d(6, 3, 1)},
+    lambda m, x: m.out(m.c(m.b(m.a(x)).relu())),
+    a=(8, 2), c=(6, 2),
+)  # fmt: skip
+T.image(
+    "conv-transpose-groups",
+    lambda: {"b": nn.ConvTranspose2d(8, 6, 2, 2, groups=2), "out": nn.Conv2d(6, 3, 1)},
+    lambda m, x: m.out(m.b(m.a(x))),
+    a=(8, 2), b=(6, 2),
+)  # fmt: skip
+T.image(
+    "conv-transpose-depthwise",
+    lambda: {"b": nn.ConvTranspose2d(8, 16, 2, 2, groups=8), "out": nn.Conv2d(16, 3, 1)},
+    lambda m, x: m.out(m.b(m.a(x))),
+    a=F8,
+)
+T.image(
+    "functional-conv-groups",
+    lambda: {"w": nn.Parameter(torch.randn(4, 4, 3, 3)), "out": nn.Conv2d(4, 3, 1)},
+    lambda m, x: m.out(F.conv2d(m.a(x), m.w, None, 1, 1, 1, 2)),
+    a=(8, 2), w=(4, 2),
+)  # fmt: skip
+T.image(
+    "functional-depthwise",
+    lambda: {"w": nn.Parameter(torch.randn(8, 1, 3, 3)), "v": nn.Parameter(torch.randn(8, 1, 3, 3))},
+    lambda m, x: m.out(F.conv2d((h := F.conv2d(m.a(x), m.w, groups=8)), m.v, padding=1, groups=h.shape[1])),
+    a=F8,
+)
+T.image(
+    "functional-conv-transpose",
+    lambda: {"w": nn.Parameter(torch.randn(8, 4, 2, 2)), "out": nn.Conv2d(4, 3, 1)},
+    lambda m, x: m.out(F.conv_transpose2d(m.a(x), m.w, stride=2)),
+    a=F8, w=(4, 1),
+)  # fmt: skip
+T.image(
+    "groups-from-a-size",
+    lambda: {"w": nn.Parameter(torch.randn(4, 2, 3, 3)), "out": nn.Conv2d(4, 3, 1)},
+    lambda m, x: m.out(F.conv2d((h := m.a(x)), m.w, groups=h.shape[1] // 2)),
+    a="size", w=(4, 4),
+)  # fmt: skip
+
+T.tokens(
+    "conv-over-channels",
+    lambda: {"c": nn.Conv1d(5, 7, 3, padding=1), "d": nn.Linear(7, 3)},
+    lambda m, x: m.out(h := m.a(x)).mean(1) + m.d(m.c(h).mean(-1)),
+    a="reduce", c=(7, 1),
+)  # fmt: skip
+T.tokens(
+    "conv-transpose-over-channels",
+    lambda: {"c": nn.ConvTranspose1d(5, 7, 3, padding=1), "d": nn.Linear(7, 3)},
+    lambda m, x: m.out(h := m.a(x)).mean(1) + m.d(m.c(h).mean(-1)),
+    a="reduce", c=(7, 1),
+)  # fmt: skip
+
+# -- normalisation -----------------------------------------------------------------------------------------------------
+
+T.vector("batchnorm1d", lambda: {"n": nn.BatchNorm1d(8)}, lambda m, x: m.out(m.n(m.a(x)).relu()), a=F8)
+T.image("batchnorm2d", lambda: {"n": nn.BatchNorm2d(8)}, lambda m, x: m.out(m.n(m.a(x)).relu()), a=F8)
+T.image(
+    "batchnorm-plain",
+    lambda: {"n": nn.BatchNorm2d(8, affine=False), "k": nn.BatchNorm2d(8, track_running_stats=False)},
+    lambda m, x: m.out(m.k(m.n(m.a(x)))),
+    a=F8,
+)
+T.add(
+    "batchnorm3d",
+    (2, 4, 4, 4),
+    None,
+    lambda: {"a": nn.Conv3d(2, 8, 3), "n": nn.BatchNorm3d(8), "out": nn.Conv3d(8, 2, 1)},
+    lambda m, x: m.out(m.n(m.a(x))),
+    a=F8,
+)
+# [n, tokens, channels]: BatchNorm1d takes the tokens for channels, and the channels for positions
+T.tokens("batchnorm-over-channels", lambda: {"n": nn.BatchNorm1d(5)}, lambda m, x: m.out(m.n(m.a(x))), a="norm")
+T.tokens("instancenorm-over-channels", lambda: {"n": nn.InstanceNorm1d(5)}, lambda m, x: m.out(m.n(m.a(x))), a="norm")
+T.tokens("groupnorm-over-channels", lambda: {"n": nn.GroupNorm(1, 5)}, lambda m, x: m.out(m.n(m.a(x))), a="norm")
+T.tokens(
+    "batchnorm-of-folded-channels",
+    lambda: {"n": nn.BatchNorm1d(5)},
+    lambda m, x: m.out(m.n(m.a(x).transpose(1, 2).reshape(-1, 5)).view(-1, 8, 5).transpose(1, 2)),
+    a="norm",
+)
+T.image(
+    "instancenorm",
+    lambda: {"n": nn.InstanceNorm2d(8, affine=True, track_running_stats=True)},
+    lambda m, x: m.out(m.n(m.a(x))),
+    a=F8,
+)
+T.image(
+    "functional-norms",
+    lambda: {"n": nn.BatchNorm2d(8)},
+    lambda m, x: m.out(
+        F.instance_norm(
+            F.batch_norm(m.a(x), m.n.running_mean, m.n.running_var, m.n.weight, m.n.bias, m.training), eps=1e-3
+        )
+    ),
+    a=F8,
+)
+T.image("groupnorm", lambda: {"n": nn.GroupNorm(4, 8)}, lambda m, x: m.out(m.n(m.a(x)).relu()), a=(8, 2))
+T.image("groupnorm-one", lambda: {"n": nn.GroupNorm(1, 8)}, lambda m, x: m.out(m.n(m.a(x))), a=(8, 8))
+T.image("functional-groupnorm", nothing, lambda m, x: m.out(F.group_norm(m.a(x), 4)), a=(8, 2))
+T.image(
+    "groupnorm-by-two-and-by-four",
+    lambda: {"n": nn.GroupNorm(4, 8), "k": nn.GroupNorm(2, 8)},
+    lambda m, x: m.out(m.k(m.n(m.a(x)))),
+    a=(8, 4),
+)
+T.image(
+    "groupnorm-after-cat",
+    lambda: {"b": nn.Conv2d(3, 4, 1), "n": nn.GroupNorm(6, 12), "out": nn.Conv2d(12, 3, 1)},
+    lambda m, x: m.out(m.n(torch.cat([m.a(x), m.b(x)], 1))),
+    a=(8, 2), b=(4, 2),
+)  # fmt: skip
+T.image(
+    "groupnorm-across-cat",
+    lambda: {"b": nn.Conv2d(3, 4, 1), "n": nn.GroupNorm(4, 12), "out": nn.Conv2d(12, 3, 1)},
+    lambda m, x: m.out(m.n(torch.cat([m.a(x), m.b(x)], 1))),
+    a="size", b="size",
+)  # fmt: skip
+T.tokens("layernorm", lambda: {"n": nn.LayerNorm(8)}, lambda m, x: m.out(m.n(m.a(x))), a="norm")
+T.tokens("functional-layernorm", nothing, lambda m, x: m.out(F.layer_norm(m.a(x), (8,))), a="norm")
+T.tokens("rmsnorm", lambda: {"n": nn.RMSNorm(8)}, lambda m, x: m.out(m.n(m.a(x))), a="norm")
+T.image("local-response-norm", lambda: {"n": nn.LocalResponseNorm(3)}, lambda m, x: m.out(m.n(m.a(x))), a="norm")
+T.vector("normalize", nothing, lambda m, x: m.out(F.normalize(m.a(x), dim=-1)), a="norm")

@@ -1,0 +1,262 @@
+"""Rows of operators that move data: views, permutations, joins, splits, indexing."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.ops.table import F8, Case, Net, T, nothing
+
+# -- views and permutations --------------------------------------------------------------------------------------------
+
+_HEAD: Callable[[], dict[str, Any]] = lambda: {"p": nn.AdaptiveAvgPool2d(2), "out": nn.Linear(32, 3)}  # noqa: E731
+for _name, _flatten in {
+    "flatten": lambda x: torch.flatten(x, 1),
+    "flatten-method": lambda x: x.flatten(start_dim=1),
+    "view-minus-one": lambda x: x.view(x.size(0), -1),
+    "reshape-minus-one": lambda x: x.reshape(x.shape[0], -1),
+    "view-literal": lambda x: x.view(-1, 32),
+    "view-literal-product": lambda x: x.view(x.size(0), 8 * 2 * 2),
+    "view-tuple": lambda x: x.view((-1, 32)),
+    "reshape-function": lambda x: torch.reshape(x, (-1, 32)),
+    "reshape-keyword": lambda x: torch.reshape(x, shape=(-1, 32)),
+    "view-shape-product": lambda x: x.view(x.shape[0], x.shape[1] * x.shape[2] * x.shape[3]),
+    "view-prod": lambda x: x.view(-1, math.prod(x.shape[1:])),
+    "view-numel": lambda x: x.view(x.shape[0], x[0].numel()),
+    "view-two-steps": lambda x: x.view(-1, 8, 4).view(-1, 32),
+    "view-sum": lambda x: x.view(x.size(0), x.size(1) * 3 + x.size(1)),
+    "flatten-module": nn.Flatten(),
+}.items():
+    T.image(
+        f"conv-to-linear-{_name}", _HEAD, lambda m, x, f=_flatten: m.out(f(m.p(m.a(x)).relu())),
+        a=F8,
+    )  # fmt: skip
+
+
+def _unpacked(x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    return x.view(b, c * h * w)
+
+
+def _tokens_of(x: Tensor) -> Tensor:
+    b, c, h, w = x.shape
+    return x.reshape(b, c, h * w).permute(0, 2, 1)
+
+
+def _shuffle(x: Tensor, groups: int) -> Tensor:
+    b, c, h, w = x.shape
+    return x.view(b, groups, c // groups, h, w).transpose(1, 2).contiguous().view(b, c, h, w)
+
+
+T.image("conv-to-linear-unpacked", _HEAD, lambda m, x: m.out(_unpacked(m.p(m.a(x)))), a=F8)
+T.image("to-tokens", lambda: {"out": nn.Linear(8, 3)}, lambda m, x: m.out(_tokens_of(m.a(x))), a=F8)
+T.image("to-tokens-flatten", lambda: {"out": nn.Linear(8, 3)}, lambda m, x: m.out(m.a(x).flatten(2).mT), a=F8)
+T.image(
+    "channels-last",
+    lambda: {"b": nn.Linear(8, 8)},
+    lambda m, x: m.out(m.b(m.a(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)),
+    a=F8,
+    b=F8,
+)
+T.image("permute-keyword", nothing, lambda m, x: m.out(m.a(x).permute(dims=(0, 1, 3, 2))), a=F8)
+T.image("movedim", lambda: {"out": nn.Linear(8, 3)}, lambda m, x: m.out(m.a(x).movedim(1, -1)), a=F8)
+T.image("transpose-twice", nothing, lambda m, x: m.out(m.a(x).transpose(1, 3).transpose(dim0=1, dim1=3)), a=F8)
+T.image("channel-shuffle", nothing, lambda m, x: m.out(_shuffle(m.a(x), 2)), a=(8, 2))
+T.image("view-as", nothing, lambda m, x: m.out((h := m.a(x)).flatten(1).view_as(h.relu())), a=F8)
+T.vector("view-of-other-shape", nothing, lambda m, x: m.out(m.a(x)[:, None].view(m.a(x).shape)), a=F8)
+T.vector(
+    "squeeze-unsqueeze", nothing, lambda m, x: m.out(m.a(x).unsqueeze(1).unsqueeze(-1).squeeze(-1).squeeze(1)), a=F8
+)
+T.image(
+    "squeeze-pooled",
+    lambda: {"out": nn.Linear(8, 3)},
+    lambda m, x: m.out(F.adaptive_avg_pool2d(m.a(x), 1).squeeze(-1).squeeze(-1)),
+    a=F8,
+)
+T.vector("none-index", nothing, lambda m, x: m.out(m.a(x)[:, None, :][:, 0]), a=F8)
+T.vector("expand", nothing, lambda m, x: m.out(m.a(x)[:, None].expand(-1, 4, -1)).sum(1), a=F8)
+T.vector("expand-literal", nothing, lambda m, x: m.out(m.a(x)[:, None].expand(-1, 4, 8)), a=F8)
+T.vector(
+    "expand-one-to-a-width",
+    lambda: {"b": nn.Linear(6, 1)},
+    lambda m, x: m.out((h := m.a(x)) * m.b(x).expand(-1, h.size(1))),
+    a=F8,
+    b="size",
+)
+T.vector(
+    "expand-one-to-a-literal",
+    lambda: {"b": nn.Linear(6, 1)},
+    lambda m, x: m.out(m.a(x) * m.b(x).expand(-1, 8)),
+    a="size",
+    b="size",
+)
+T.image(
+    "expand-as",
+    lambda: {"b": nn.Conv2d(3, 8, 1)},
+    lambda m, x: m.out((h := m.a(x)) + m.b(x).mean((2, 3), True).expand_as(h)),
+    a=F8,
+)
+T.image("broadcast-to", nothing, lambda m, x: m.out(F.adaptive_avg_pool2d(h := m.a(x), 1).broadcast_to(h.shape)), a=F8)
+T.tokens(
+    "heads",
+    nothing,
+    lambda m, x: m.out((h := m.a(x)).view(h.size(0), h.size(1), 2, 4).transpose(1, 2).transpose(1, 2).flatten(2)),
+    a=(8, 2),
+)
+T.tokens("unflatten", nothing, lambda m, x: m.out(m.a(x).unflatten(-1, (2, -1)).flatten(-2)), a=(8, 2))
+T.vector(
+    "two-widths-flattened",
+    lambda: {"b": nn.Linear(6, 2), "out": nn.Linear(16, 3)},
+    lambda m, x: m.out((m.a(x)[:, :, None] * m.b(x)[:, None]).flatten(1)),
+    a="size",
+    b="size",
+)
+T.vector("view-of-half", nothing, lambda m, x: m.out((h := m.a(x)).view(-1, 2, h.size(1) // 2).flatten(1)), a=(8, 2))
+T.vector("view-rounded-half", nothing, lambda m, x: m.out((h := m.a(x)).view(-1, h.size(1) // 2 * 2)), a="size")
+T.vector("view-of-minimum", nothing, lambda m, x: m.out((h := m.a(x)).view(-1, min(h.size(1), 8))), a="branch")
+T.vector("view-of-maximum", nothing, lambda m, x: m.out((h := m.a(x)).view(-1, 8 + h.size(1) % 8)), a="size")
+T.vector(
+    "view-as-dtype",
+    lambda: {"out": nn.Linear(16, 3).half()},
+    lambda m, x: m.out(m.a(x.float()).view(torch.float16)),
+    a="operator",
+)
+T.vector("repeat", lambda: {"out": nn.Linear(16, 3)}, lambda m, x: m.out(m.a(x).repeat(1, 2)), a=F8)
+T.vector("repeat-rows", nothing, lambda m, x: m.out(m.a(x).repeat(2, 1)), a=F8)
+T.vector(
+    "repeat-interleave",
+    lambda: {"out": nn.Linear(16, 3)},
+    lambda m, x: m.out(m.a(x).repeat_interleave(2, 1)),
+    a="operator",
+)
+T.vector("one-sample-at-a-time", nothing, lambda m, x: m.out(torch.stack([m.a(x[0]), m.a(x[1])])), a=F8)
+
+# -- joining and splitting ---------------------------------------------------------------------------------------------
+
+_TWO: Callable[[], dict[str, Any]] = lambda: {"b": nn.Linear(6, 4), "out": nn.Linear(12, 3)}  # noqa: E731
+T.vector("cat", _TWO, lambda m, x: m.out(torch.cat([m.a(x), m.b(x)], 1)), a=F8, b=(4, 1))
+T.vector("cat-keyword", _TWO, lambda m, x: m.out(torch.cat([m.a(x), m.b(x)], dim=-1)), a=F8, b=(4, 1))
+T.vector(
+    "concat-with-input", lambda: {"out": nn.Linear(14, 3)}, lambda m, x: m.out(torch.concat((m.a(x), x), -1)), a=F8
+)
+T.vector(
+    "cat-with-itself",
+    lambda: {"out": nn.Linear(16, 3)},
+    lambda m, x: m.out(torch.cat([h := m.a(x), h.relu()], 1)),
+    a=F8,
+)
+T.image(
+    "dense-block",
+    lambda: {"n": nn.BatchNorm2d(11), "b": nn.Conv2d(11, 4, 3, padding=1), "out": nn.Conv2d(15, 3, 1)},
+    lambda m, x: m.out(torch.cat([h := torch.cat([x, m.a(x)], 1), m.b(m.n(h))], 1)),
+    a=F8, b=(4, 1),
+)  # fmt: skip
+T.vector("cat-of-samples", nothing, lambda m, x: m.out(torch.cat([m.a(x), m.a(x * 2)], 0)), a=F8)
+T.vector("stack", lambda: {"b": nn.Linear(6, 8)}, lambda m, x: m.out(torch.stack([m.a(x), m.b(x)], 1)), a=F8)
+T.vector(
+    "stack-last",
+    lambda: {"b": nn.Linear(6, 8), "out": nn.Linear(16, 3)},
+    lambda m, x: m.out(torch.stack([m.a(x), m.b(x)], -1).flatten(1)),
+    a=F8,
+)
+T.vector(
+    "chunk",
+    lambda: {"out": nn.Linear(4, 3)},
+    lambda m, x: m.out((h := m.a(x).chunk(2, 1))[0] * h[1].sigmoid()),
+    a=(8, 2),
+)
+T.vector(
+    "chunk-fewer-than-asked", lambda: {"out": nn.Linear(2, 3)}, lambda m, x: m.out(m.a(x).chunk(5, 1)[3]), a="size"
+)
+T.vector("split-equal", lambda: {"out": nn.Linear(4, 3)}, lambda m, x: m.out(sum(m.a(x).split(4, 1))), a=(8, 2))
+T.vector(
+    "split-size",
+    lambda: {"out": nn.Linear(4, 3)},
+    lambda m, x: m.out(sum((h := m.a(x)).split(h.size(1) // 2, dim=1))),
+    a=(8, 2),
+)
+T.vector(
+    "split-list",
+    lambda: {"out": nn.Linear(4, 3)},
+    lambda m, x: m.out(sum(torch.split(m.a(x), [4, 4], dim=1))),
+    a=(8, 2),
+)
+T.rows.append(
+    Case(
+        "split-unequal",
+        lambda: Net(
+            lambda m, x: m.out(torch.cat([(h := torch.split(m.a(x), [3, 5], 1))[1].relu(), h[0].tanh()], 1)),
+            {"a": nn.Linear(6, 8), "out": nn.Linear(8, 3)},
+        ),
+        lambda n: (torch.randn(n, 6),),
+        {"a[0]": (3, 1), "a[1]": (5, 1), "out": "output"},
+    )
+)
+T.vector("split-remainder", nothing, lambda m, x: m.out(torch.cat(m.a(x).split(3, 1), 1)), a="size")
+T.vector("glu", lambda: {"out": nn.Linear(4, 3)}, lambda m, x: m.out(F.glu(m.a(x))), a=(8, 2))
+T.image("glu-module", lambda: {"g": nn.GLU(1), "out": nn.Conv2d(4, 3, 1)}, lambda m, x: m.out(m.g(m.a(x))), a=(8, 2))
+T.vector("unbind", nothing, lambda m, x: m.out(torch.stack(m.a(x).unbind(1), 1)), a="size")
+T.vector(
+    "tensor-split", lambda: {"out": nn.Linear(4, 3)}, lambda m, x: m.out(m.a(x).tensor_split(2, 1)[0]), a="operator"
+)
+T.tokens("first-token", nothing, lambda m, x: m.out(m.a(x)[:, 0]), a=F8)
+T.tokens("select-token", nothing, lambda m, x: m.out(m.a(x).select(1, 2) + m.a(x).narrow(1, 0, 1).squeeze(1)), a=F8)
+T.vector("slice", lambda: {"out": nn.Linear(4, 3)}, lambda m, x: m.out(m.a(x)[:, :4]), a="size")
+T.vector("slice-everything", nothing, lambda m, x: m.out(m.a(x)[:, :][..., 0:]), a=F8)
+T.vector("slice-to-literal-end", nothing, lambda m, x: m.out(m.a(x)[:, :8]), a="size")
+T.vector("slice-from-negative", nothing, lambda m, x: m.out(m.a(x)[:, -8:]), a="size")
+T.vector("slice-by-size", nothing, lambda m, x: m.out((h := m.a(x))[:, h.size(1) - 8 :]), a="size")
+T.vector(
+    "slice-of-input-by-size",
+    lambda: {"a": nn.Linear(6, 6), "out": nn.Linear(6, 3)},
+    lambda m, x: m.out(m.a(x).sum(1, True) + x[:, : m.a(x).size(1)]),
+    a="reduce",
+    out="output",
+)
+T.vector("pick", lambda: {"out": nn.Linear(1, 3)}, lambda m, x: m.out(m.a(x)[:, 2:3] + m.a(x)[:, -1:]), a="size")
+T.vector("index-list", lambda: {"out": nn.Linear(2, 3)}, lambda m, x: m.out(m.a(x)[:, [0, 3]]), a="operator")
+T.vector("index-buffer", lambda: {"i": torch.randperm(8)}, lambda m, x: m.out(m.a(x)[:, m.i]), a="size")
+T.tokens("index-tokens", lambda: {"i": torch.tensor([2, 0])}, lambda m, x: m.out(m.a(x)[:, m.i]), a=F8)
+T.vector(
+    "index-by-width", lambda: {"t": torch.randn(6, 2)}, lambda m, x: m.out(m.t.to(x)[(m.a(x) > 0).long()].sum(-1)), a=F8
+)
+T.vector("boolean-mask", nothing, lambda m, x: m.out(torch.where(m.a(x) > 0, x[0, 0], 0.0)), a=F8)
+T.vector("index-select", nothing, lambda m, x: m.out(m.a(x).index_select(1, torch.arange(8))), a="operator")
+T.vector("gather", nothing, lambda m, x: m.out((h := m.a(x)).gather(1, h.argsort(0) * 0)), a="operator")
+T.vector("assign-part", nothing, lambda m, x: m.out(_assign_part(m.a(x) * 1.0)), a="size")
+T.vector("assign-sample", nothing, lambda m, x: m.out(_assign_sample(m.a(x) * 1.0)), a=F8)
+T.vector("assign-width", lambda: {"b": nn.Linear(6, 8)}, lambda m, x: m.out(_assign_all(m.a(x) * 1.0, m.b(x))), a=F8)
+
+
+T.vector("assign-where", nothing, lambda m, x: m.out(_assign_where(m.a(x) * 1.0)), a=F8)
+T.vector("assign-at", nothing, lambda m, x: m.out(_assign_at(m.a(x) * 1.0)), a="operator")
+
+
+def _assign_where(h: Tensor) -> Tensor:
+    h[h < 0] = 0.1
+    return h
+
+
+def _assign_at(h: Tensor) -> Tensor:
+    h[torch.tensor([0])] = 0.1
+    return h
+
+
+def _assign_part(h: Tensor) -> Tensor:
+    h[:, -1] = 0.0
+    return h
+
+
+def _assign_sample(h: Tensor) -> Tensor:
+    h[0] = 0.0
+    return h
+
+
+def _assign_all(h: Tensor, value: Tensor) -> Tensor:
+    h[:] = value
+    return h
