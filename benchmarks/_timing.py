@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 
 
 def cpu_times(cells: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
@@ -26,10 +27,26 @@ def cpu_times(cells: Mapping[str, Callable[[], object]], repetitions: int) -> di
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 
-def own_peak() -> float:
-    """Largest resident size of this process so far, in MB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / (2**20 if sys.platform == "darwin" else 2**10)
+def peak_during(work: Callable[[], object]) -> float:
+    """How far the resident size of this process rises above where it stands, in MB, while `work` runs.
+
+    Linux lets a process reset its own high-water mark; elsewhere what the imports left behind may hide small rises.
+    """
+    reset = Path("/proc/self/clear_refs")
+    if reset.exists():
+        reset.write_text("5")
+        before = _status("VmRSS")
+        work()
+        return (_status("VmHWM") - before) / 2**10
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    work()
+    rise = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start
+    return rise / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(key)).split()[1])
 
 
 def peak_of(module: str, arguments: Sequence[str]) -> float:

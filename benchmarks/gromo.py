@@ -4,9 +4,9 @@ Agreement: `fxgrow.profile(method="tiny", positions="all")` and gromo on the sam
 Cost: CPU time of profiling and solving over that of a plain forward and backward pass on the same batches, all in one
 process, taking turns, medians. `profile` is timed end to end, from the captured graph to proposed units inside a
 checked candidate network; gromo from `init_computation` to `compute_optimal_updates` of every layer, without any
-analysis of the network, which is written by hand below. gromo serves the widths between two layers with only
-elementwise operators between them; fxgrow is timed on the same widths and on all of them. Memory is the peak resident
-size of a process that does one cell alone, over that of the plain pass.
+analysis of the network: its layers are put in by hand below. gromo serves the widths between two layers with only
+elementwise operators between them; fxgrow is timed on the same widths and on all of them. Memory is how far
+the resident size of a process rises above model and data while it does one cell alone, for the first time.
 
     pip install 'fxgrow[peers]'
     python -m benchmarks.gromo [--repetitions 5] [--threads 1 2] [--only mlp resnet vgg]
@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxgrow
-from benchmarks._timing import cpu_times, own_peak, peak_of
+from benchmarks._timing import cpu_times, peak_during, peak_of
 from models.mlp import MLP
 from models.resnet import ResNet
 from models.vgg import vgg11
@@ -60,7 +60,7 @@ def with_gromo(net: nn.Module, pairs: list[tuple[str, str]], example: Tensor) ->
         hook.remove()
     made: dict[str, nn.Module] = {}
     for producer, consumer in pairs:
-        for name, before in ((producer, None), (consumer, made.get(producer))):
+        for name in (producer, consumer):
             if name not in made:
                 made[name] = _layer(net.get_submodule(name), shapes[name], name)
                 parent, _, leaf = name.rpartition(".")
@@ -269,13 +269,14 @@ def check_cost(key: str, repetitions: int, threads: list[int]) -> None:
         times[n] = cpu_times(cells(case), repetitions)
     names = list(times[threads[0]])
     peaks = [peak_of("benchmarks.gromo", ["--cell", key, str(i)]) for i in range(len(names))]
-    print("| | " + " | ".join(f"{n} thread{'s'[: n > 1]}" for n in threads) + " | memory over plain |")
+    print("| | " + " | ".join(f"{n} thread{'s'[: n > 1]}" for n in threads) + " | peak memory |")
     print("|---|" + "---|" * (len(threads) + 1))
     for name, peak in zip(names, peaks, strict=True):
-        own = [times[n][name] / times[n][names[0]] for n in threads]
-        shown = [f"{1e3 * times[n][name]:.0f} ms" if name == names[0] else f"{r:.2f}" for n, r in zip(threads, own)]
-        memory = f"{peak:.0f} MB" if name == names[0] else f"{peak - peaks[0]:+.0f} MB"
-        print(f"| {name} | " + " | ".join(shown) + f" | {memory} |", flush=True)
+        plain = name == names[0]
+        shown = [
+            f"{1e3 * times[n][name]:.0f} ms" if plain else f"{times[n][name] / times[n][names[0]]:.2f}" for n in threads
+        ]
+        print(f"| {name} | " + " | ".join(shown) + f" | {peak:.0f} MB |", flush=True)
     print(f"\nTarget for fxgrow: at most {case.limit}.\n", flush=True)
 
 
@@ -290,8 +291,7 @@ def main() -> None:
     if arguments.cell:
         torch.set_num_threads(1)
         work = list(cells(CASES[arguments.cell[0]]).values())[int(arguments.cell[1])]
-        work()
-        print(own_peak())
+        print(peak_during(work))
         return
     check_agreement()
     for key in arguments.only:

@@ -6,9 +6,9 @@ Profile by default: loss 0.2316 over 1,347 samples, 4 free widths, 1 pinned
 
 width           size  step  producers → consumers                 Ψ  share            best gains      ok  add
 ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-conv1              4     1  conv1 +1 → layer1.0.conv1 +2       4.25  99.3%  0.0196 0.0018 0.0016  3 of 4    ·
-layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2    1.23  99.1%  0.0078 0.0060 0.0058  4 of 4   +2
-layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2  0.0981  96.4%  0.0090 0.0077 0.0030  0 of 4    ·
+conv1              4     1  conv1 +1 → layer1.0.conv1 +2       4.25  99.3%  0.0203 0.0052 0.0010  2 of 4    ·
+layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2    1.23  99.1%  0.0082 0.0060 0.0048  4 of 4   +2
+layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2  0.0981  96.4%  0.0094 0.0062 0.0023  0 of 4    ·
 layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear       0.0922  95.3%       0.0225 0.0147 0  1 of 4   +1
 
 add: with the default budget: 3 units, 1,382 → 1,620 parameters (+17.2%)
@@ -21,16 +21,16 @@ pinned width  at node  because
 linear        output   a dimension of the model's output
 
 Growth by default: 5 units, 1,382 → 2,024 parameters (+46.5%)
-held-back loss: eval 0.2457 → 0.2218 (-9.7%), train 0.2642 → 0.2571 (-2.7%)
-gamma: 0.464 applied, 1.86 best on held-back batches
-loss along gamma: 0: 0.2457  0.464: 0.2218  0.928: 0.2064  1.31: 0.1991  1.86: 0.1970  2.62: 0.2091  3.71: 0.2565
-seconds: 0.70 (capture 0.04, profile 0.52, plan 0.02, search 0.13)
+held-back loss: eval 0.2457 → 0.2190 (-10.9%), train 0.2642 → 0.2559 (-3.1%)
+gamma: 0.583 applied, 2.33 best on held-back batches
+loss along gamma: 0: 0.2457  0.583: 0.2190  1.17: 0.2017  1.65: 0.1936  2.33: 0.1911  3.3: 0.2031  4.66: 0.2524
+seconds: 0.49 (capture 0.02, profile 0.38, plan 0.01, search 0.08)
 
 width           size  step  producers → consumers                 Ψ  share            best gains      ok  added
 ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
-conv1              4     1  conv1 +1 → layer1.0.conv1 +2       4.25  99.3%  0.0196 0.0018 0.0016  3 of 4     +2
-layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2    1.23  99.1%  0.0078 0.0060 0.0058  4 of 4     +2
-layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2  0.0981  96.4%  0.0090 0.0077 0.0030  0 of 4      ·
+conv1              4     1  conv1 +1 → layer1.0.conv1 +2       4.25  99.3%  0.0203 0.0052 0.0010  2 of 4     +2
+layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2    1.23  99.1%  0.0082 0.0060 0.0048  4 of 4     +2
+layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2  0.0981  96.4%  0.0094 0.0062 0.0023  0 of 4      ·
 layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear       0.0922  95.3%       0.0225 0.0147 0  1 of 4     +1
 
 Ψ: what the loss asks of the consumers and no change of their weights can express; share: of all it asks for.
@@ -40,12 +40,12 @@ pinned width  at node  because
 ────────────────────────────────────────────────────────
 linear        output   a dimension of the model's output
 
-the second growth: conv1 +2, layer1.0.conv1 +2, layer2.0.conv1 +1, layer2.0.conv2 +1;
-2,024 -> 2,978 parameters, gamma 1.68
+the second growth: conv1 +1, layer1.0.conv1 +3, layer2.0.conv1 +1, layer2.0.conv2 +2;
+2,024 -> 2,960 parameters, gamma 0.944
 
 wrote out/growth.png and out/grown.onnx (the same outputs in onnxruntime)
 
-test accuracy 92.7 % before growth, 97.1 % after two growths, 96.0 % ungrown; 1,382 -> 2,978 parameters; 1.3 s growing
+test accuracy 92.7 % before growth, 97.1 % after two growths, 96.0 % ungrown; 1,382 -> 2,960 parameters; 1.0 s growing
 """
 
 from __future__ import annotations

@@ -107,9 +107,9 @@ def _link(
 
 
 def _entries(axis: Axis, var: Var, step: int) -> int | None:
-    """Entries per unit in an axis of a weight, if the units stand in one segment."""
+    """Entries per unit in an axis of a weight, if the units stand in one segment and are whole there."""
     segments = [s for s in resolve(axis) if s.var is var]
-    return segments[0].inner // step if len(segments) == 1 else None
+    return segments[0].inner // step if len(segments) == 1 and segments[0].inner % step == 0 else None
 
 
 def _positions(node: fx.Node, nd: int) -> tuple[int, ...]:

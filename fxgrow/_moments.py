@@ -236,8 +236,7 @@ def _by_tap(x: Tensor, v: Tensor, geometry: tuple[Axis, ...]) -> Tensor:
         first = [a.position(r.start, j) for a, r, j in zip(geometry, to, entry, strict=True)]
         here = tuple(slice(r.start, r.stop) for r in to)
         there = tuple(
-            slice(f, f + a.stride * (len(r) - 1) + 1, a.stride)
-            for a, r, f in zip(geometry, to, first, strict=True)
+            slice(f, f + a.stride * (len(r) - 1) + 1, a.stride) for a, r, f in zip(geometry, to, first, strict=True)
         )
         left: Tensor = b[(slice(None), *there)].flatten(0, nd)
         right: Tensor = v[(slice(None), *here)].flatten(0, nd)

@@ -187,7 +187,7 @@ def profile(
     exact = positions == "all"
     generator = torch.Generator().manual_seed(seed)
 
-    stats = Statistics(structure, chosen, exact=exact, link=initialiser.moments)
+    stats = Statistics(structure, chosen, exact=exact, link=initialiser.moments, project=initialiser.project)
     loss = _collect(gm, stats, data, loss_fn, initialiser.refit, progress)
     stats.finish(generator)
     updates, psi = _project(stats)

@@ -154,10 +154,26 @@ class WidthMoments:
 
 
 class Statistics:
-    """All consumers and widths of one profile, filled batch by batch."""
+    """All consumers and widths of one profile, filled batch by batch.
 
-    def __init__(self, structure: Structure, hiddens: Iterable[Hidden], *, exact: bool, link: bool = True) -> None:
-        self.exact = exact
+    Args:
+        structure: of the graph.
+        hiddens: the widths to measure.
+        exact: every matrix from every position.
+        link: collect S and N at all.
+        project: `subtract_expressible` will follow; it then adds what remembered samples give to N too.
+    """
+
+    def __init__(
+        self,
+        structure: Structure,
+        hiddens: Iterable[Hidden],
+        *,
+        exact: bool,
+        link: bool = True,
+        project: bool = False,
+    ) -> None:
+        self.exact, self.project = exact, project and not exact
         self.samples = 0
         self.fitted = 0
         self.consumers: dict[str, Consumer] = {}
@@ -219,7 +235,9 @@ class Statistics:
             self.updates.setdefault(node, []).append(v[: self.keep[node]].clone())
         if fit:
             for w, link in self.by_node.get(node, []):
-                w.add(link, seen.inputs[link.writes.source], v)
+                later = w.keep if self.project else 0
+                if later < len(v):
+                    w.add(link, seen.inputs[link.writes.source][later:], v[later:])
 
     def end_batch(self, seen: Seen, *, fit: bool) -> None:
         self.samples += seen.size
@@ -262,12 +280,16 @@ class Statistics:
             inputs = {n: self.remembered(n, w.keep) for n in {k.writes.source for k in w.links}}
             by_use: dict[tuple[str, fx.Node], list[Link]] = {}
             for link in w.links:
-                by_use.setdefault((link.reads.weight, link.reads.source), []).append(link)
-            for (weight, source), own in by_use.items():
+                by_use.setdefault((link.reads.weight, link.reads.node), []).append(link)
+            for (weight, _), own in by_use.items():
+                source = own[0].reads.source
                 h = self.remembered(source, w.keep)
-                fitted = self.consumers[weight].apply(updates[weight], h)
+                rest = self.consumers[weight].apply(updates[weight], h).div_(-len(h))
+                if self.project:
+                    v = self.remembered(own[0].reads.node, w.keep, self.updates)
+                    rest = torch.add(rest, v, alpha=1.0 / self.fitted)
                 for link in own:
-                    w.add(link, inputs[link.writes.source], fitted, scale=-1.0 / len(h))
+                    w.add(link, inputs[link.writes.source], rest)
 
     def subtract_expressible_of(self, seen: Seen, updates: Mapping[str, Tensor]) -> None:
         """The same from all positions of one more batch."""

@@ -31,18 +31,13 @@ def read_map(x: Tensor, window: Window, bias: bool, pool: tuple[int, ...]) -> Te
     return POOL[nd](b, pool) if pool else b
 
 
-def naive(
-    x: Tensor, v: Tensor, producer: Window, consumer: Window, bias: bool, pool: tuple[int, ...]
-) -> Tensor:
+def naive(x: Tensor, v: Tensor, producer: Window, consumer: Window, bias: bool, pool: tuple[int, ...]) -> Tensor:
     b = read_map(x, producer, bias, pool)
     nd = len(consumer.kernel)
     out = b.new_zeros(b.shape[1], prod(consumer.kernel), v.shape[1])
     for p in product(*(range(s) for s in v.shape[2:])):
         for tap, j in enumerate(product(*(range(k) for k in consumer.kernel))):
-            m = [
-                consumer.stride[d] * p[d] + consumer.dilation[d] * j[d] - consumer.padding[d]
-                for d in range(nd)
-            ]
+            m = [consumer.stride[d] * p[d] + consumer.dilation[d] * j[d] - consumer.padding[d] for d in range(nd)]
             if all(0 <= m[d] < b.shape[2 + d] for d in range(nd)):
                 out[:, tap] += b[(slice(None), slice(None), *m)].T @ v[(slice(None), slice(None), *p)]
     return out

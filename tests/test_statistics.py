@@ -172,9 +172,7 @@ def tokens(width: str) -> Case:
     first, second, third = ({(p, 0): same} for p in ("embed", "proj", "fc2"))
     between = {(n, 0): first for n in ("qk", "value")}
     between |= {("fc1", 0): {**first, **second}, ("head", 0): {**first, **second, **third}}
-    return Case(
-        model, batches, tokens_loss, "embed", ["embed", "proj", "fc2"], ["qk", "value", "fc1", "head"], between
-    )
+    return Case(model, batches, tokens_loss, "embed", ["embed", "proj", "fc2"], ["qk", "value", "fc1", "head"], between)
 
 
 def gpt() -> Case:
@@ -182,9 +180,7 @@ def gpt() -> Case:
     nn.init.normal_(model.blocks[0].mlp[0].weight, std=1.0)  # far from linear, or M is nearly singular
     x, y = torch.randint(23, (30, 6)), torch.randint(23, (30, 6))
     way = {("blocks.0.mlp.2", 0): {("blocks.0.mlp.0", 0): same}}
-    return Case(
-        model, split(x, y, 16, 14), tokens_loss, "blocks.0.mlp.0", ["blocks.0.mlp.0"], ["blocks.0.mlp.2"], way
-    )
+    return Case(model, split(x, y, 16, 14), tokens_loss, "blocks.0.mlp.0", ["blocks.0.mlp.0"], ["blocks.0.mlp.2"], way)
 
 
 class Siamese(nn.Module):

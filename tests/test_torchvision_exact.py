@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
+from fxgrow._analyse import analyse
 from fxgrow._capture import capture
 from fxgrow._rewrite import copy_graph, rewrite
 from fxgrow._widths import widths
@@ -56,12 +57,12 @@ def values(module: nn.Module, x: Tensor, training: bool) -> Tensor:
 
 
 def new_incoming(gm: fx.GraphModule, index: dict[str, tuple[Tensor | None, ...]]) -> Iterator[tuple[str, Tensor]]:
-    """Weights with both new rows and new columns, with the mask of the rows."""
-    for name, places in index.items():
-        parameter = dict(gm.named_parameters()).get(name)
-        if parameter is not None and places[0] is not None and any(p is not None for p in places[1:]):
-            mask = torch.ones(len(parameter), dtype=torch.bool)
-            mask[places[0]] = False
+    """Weights of layers that have new rows, with the mask of these rows."""
+    for name in dict.fromkeys(p.weight for p in analyse(gm).projections):
+        places = index.get(name, (None,))[0]
+        if places is not None:
+            mask = torch.ones(len(gm.get_parameter(name)), dtype=torch.bool)
+            mask[places] = False
             yield name, mask
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 Forward = Callable[..., Any]
 Expected = tuple[int, int] | str
@@ -86,19 +86,6 @@ class Table:
 
 def nothing() -> dict[str, Any]:
     return {}
-
-
-@fx.wrap
-def opaque(x: Tensor) -> Tensor:
-    """An operator nobody described."""
-    return x + x.roll(1, 1)
-
-
-class Leaf(nn.Linear):
-    """A layer that computes something else than its parent."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.flip(-1))
 
 
 T = Table()
