@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from torch import nn
 
+from fxgrow.ops.registry import is_described
+
 # What a subclass of a torch.nn layer may have and still compute what the layer computes.
 _HARMLESS = {"extra_repr", "reset_parameters"}
 
 
 def is_layer(cls: type) -> bool:
-    """Whether a module class is a layer of ``torch.nn``, or a subclass that changes nothing about one."""
+    """Whether a module class is a layer of ``torch.nn`` (or changes nothing about one), or described by a rule."""
+    if is_described(cls):
+        return True
     for base in cls.__mro__:
         if base.__module__.startswith(("torch.nn", "torch.ao.nn")):
             return base is not nn.Module and not issubclass(base, nn.Sequential)

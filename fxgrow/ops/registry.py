@@ -52,6 +52,11 @@ def op(*targets: Any) -> Callable[[R], R]:
     return enter
 
 
+def is_described(target: Any) -> bool:
+    """Whether `target` itself has a rule: a user's own layer, entered with `@op`, stays one node."""
+    return target in _RULES
+
+
 def find_rule(node: fx.Node, module: nn.Module | None) -> Rule | None:
     if module is not None:
         # a subclass that computes the same follows its parent's rule
