@@ -11,19 +11,28 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 
+#: CPU seconds above which one run of a cell has to do
+SLOW = 10.0
+
+
 def cpu_times(cells: Mapping[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
     """Median CPU seconds of each cell, all threads of the process, after one round that is not counted.
 
-    The cells take turns within each repetition, so that a slow spell of the machine meets all of them.
+    A cell that takes more than `SLOW` in that round is not run again. The others take turns within each repetition, so
+    that a slow spell of the machine meets all of them.
     """
-    for work in cells.values():
+
+    def once(work: Callable[[], object]) -> float:
+        start = time.process_time()
         work()
-    seconds: dict[str, list[float]] = {name: [] for name in cells}
+        return time.process_time() - start
+
+    seconds = {name: [once(work)] for name, work in cells.items()}
+    quick = {name: work for name, work in cells.items() if seconds[name][0] < SLOW}
+    seconds |= {name: [] for name in quick}
     for _ in range(repetitions):
-        for name, work in cells.items():
-            start = time.process_time()
-            work()
-            seconds[name].append(time.process_time() - start)
+        for name, work in quick.items():
+            seconds[name].append(once(work))
     return {name: statistics.median(values) for name, values in seconds.items()}
 
 

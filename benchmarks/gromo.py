@@ -5,8 +5,9 @@ Cost: CPU time of profiling and solving over that of a plain forward and backwar
 process, taking turns, medians. `profile` is timed end to end, from the captured graph to proposed units inside a
 checked candidate network; gromo from `init_computation` to `compute_optimal_updates` of every layer, without any
 analysis of the network: its layers are put in by hand below. gromo serves the widths between two layers with only
-elementwise operators between them; fxgrow is timed on the same widths and on all of them. Memory is how far
-the resident size of a process rises above model and data while it does one cell alone, for the first time.
+elementwise operators between them; fxgrow is timed on the same widths and on all of them. What takes over 10 s is
+run once. Memory is how far the resident size of a process rises above model and data while it does one cell alone, for
+the first time.
 
     pip install 'fxgrow[peers]'
     python -m benchmarks.gromo [--repetitions 5] [--threads 1 2] [--only mlp resnet vgg]
@@ -32,7 +33,7 @@ from models.resnet import ResNet
 from models.vgg import vgg11
 
 try:
-    from gromo.modules.conv2d_growing_module import FullConv2dGrowingModule
+    from gromo.modules.conv2d_growing_module import FullConv2dGrowingModule, RestrictedConv2dGrowingModule
     from gromo.modules.linear_growing_module import LinearGrowingModule
     from gromo.utils.utils import set_device
 except ImportError:
@@ -46,8 +47,13 @@ UNITS = 8
 # -- gromo
 
 
-def with_gromo(net: nn.Module, pairs: list[tuple[str, str]], example: Tensor) -> tuple[nn.Module, list[nn.Module]]:
-    """A copy of `net` whose producers and consumers are gromo's layers with the same weights, and the consumers."""
+def with_gromo(
+    net: nn.Module, pairs: list[tuple[str, str]], example: Tensor, restricted: bool = False
+) -> tuple[nn.Module, list[nn.Module]]:
+    """A copy of `net` whose producers and consumers are gromo's layers with the same weights, and the consumers.
+
+    `restricted`: new units of a convolution get outgoing weights at the centre of the kernel only.
+    """
     net = copy.deepcopy(net)
     shapes: dict[str, torch.Size] = {}
     hooks = [
@@ -62,7 +68,7 @@ def with_gromo(net: nn.Module, pairs: list[tuple[str, str]], example: Tensor) ->
     for producer, consumer in pairs:
         for name in (producer, consumer):
             if name not in made:
-                made[name] = _layer(net.get_submodule(name), shapes[name], name)
+                made[name] = _layer(net.get_submodule(name), shapes[name], name, restricted)
                 parent, _, leaf = name.rpartition(".")
                 setattr(net.get_submodule(parent), leaf, made[name])
         made[consumer].previous_module = made[producer]
@@ -70,12 +76,12 @@ def with_gromo(net: nn.Module, pairs: list[tuple[str, str]], example: Tensor) ->
     return net, [made[consumer] for _, consumer in pairs]
 
 
-def _layer(layer: nn.Module, shape: torch.Size, name: str) -> nn.Module:
+def _layer(layer: nn.Module, shape: torch.Size, name: str, restricted: bool) -> nn.Module:
     bias = layer.bias is not None
     if isinstance(layer, nn.Linear):
         out: nn.Module = LinearGrowingModule(layer.in_features, layer.out_features, use_bias=bias, name=name)
     elif isinstance(layer, nn.Conv2d):
-        out = FullConv2dGrowingModule(
+        out = (RestrictedConv2dGrowingModule if restricted else FullConv2dGrowingModule)(
             layer.in_channels,
             layer.out_channels,
             layer.kernel_size,
@@ -236,24 +242,30 @@ def cells(case: Case) -> dict[str, Callable[[], object]]:
     gm = fxgrow.capture(net, (data[0][0],))
     same = [producer for producer, _ in case.pairs]
     every = [w.name for w in fxgrow.widths(gm) if w.pinned is None]
-    twin, consumers = with_gromo(net, case.pairs, data[0][0])
 
     def plain() -> None:
         for x, y in data:
             net.zero_grad()
             F.cross_entropy(net(x), y).backward()
 
-    def gromo() -> None:
-        grow_with_gromo(twin, consumers, data, UNITS)
-        forget(consumers)
+    def gromo(restricted: bool) -> Callable[[], object]:
+        twin, consumers = with_gromo(net, case.pairs, data[0][0], restricted)
+
+        def work() -> None:
+            grow_with_gromo(twin, consumers, data, UNITS)
+            forget(consumers)
+
+        return work
 
     def ours(method: str, widths: list[str]) -> Callable[[], object]:
         return lambda: fxgrow.profile(gm, data, method=method, widths=widths, units=UNITS, progress=False)
 
     found: dict[str, Callable[[], object]] = {
         "plain forward and backward": plain,
-        f"gromo, {len(same)} widths": gromo,
+        f"gromo, {len(same)} widths": gromo(restricted=False),
     }
+    if any(isinstance(net.get_submodule(name), nn.Conv2d) for name in same):
+        found[f"gromo restricted to centre taps, {len(same)} widths"] = gromo(restricted=True)
     for widths in [same] if same == every else [same, every]:
         for method in ("tiny", "default"):
             found[f"fxgrow {method}, {len(widths)} widths"] = ours(method, widths)
