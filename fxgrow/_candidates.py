@@ -8,20 +8,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxgrow._analyse import analyse
 from fxgrow._consumer import accumulator
 from fxgrow._pass import eval_mode
-from fxgrow._rewrite import Values, extend, lookup, rewrite, units_of
+from fxgrow._rewrite import Values, extend, lookup, units_of, widened
 from fxgrow._widths import Hidden, hidden
 from fxgrow.initialisers.registry import Proposal
-from fxgrow.ops.registry import Structure
+from fxgrow.ops.registry import Projection, Structure
 
 #: positions of new entries per parameter, by width and dimension, in the order of the units
 Places = dict[str, dict[tuple[str, int], Tensor]]
@@ -33,22 +32,21 @@ class Candidates:
 
     Attributes:
         graph: the copy; it computes the same function as the original.
-        structure: the copy's structure.
+        projections: uses of weights in the copy.
         units: candidates per width.
         places: new entries per parameter, in the copy.
         values: their values as slices for `rewrite`, outgoing weights left out.
     """
 
     graph: fx.GraphModule
-    structure: Structure
+    projections: list[Projection]
     units: dict[str, int]
     places: Places
     values: dict[str, dict[tuple[str, int], Tensor]]
 
 
-def places(gm: fx.GraphModule, additions: Mapping[str, int]) -> Places:
-    """Where each parameter of `rewrite(gm, additions)` holds the new entries of each width."""
-    structure = analyse(gm)
+def places(structure: Structure, additions: Mapping[str, int]) -> Places:
+    """Where each parameter of the graph, rewritten with `additions`, holds the new entries of each width."""
     found = {h.width.name: h for h in hidden(structure)}
     names = {h.var: name for name, h in found.items()}
     grow = units_of(found, additions)
@@ -62,6 +60,7 @@ def places(gm: fx.GraphModule, additions: Mapping[str, int]) -> Places:
 
 def candidates(
     gm: fx.GraphModule,
+    structure: Structure,
     proposals: Mapping[str, Proposal],
     additions: Mapping[str, int],
     inputs: Iterable[list[Any]],
@@ -71,29 +70,34 @@ def candidates(
 
     Args:
         gm: the original.
+        structure: its structure.
         proposals: per width; fewer units than asked for are padded.
         additions: units per width.
         inputs: batches of placeholder values to measure what enters the norms.
         generator: draws the random rows.
     """
-    structure = analyse(gm)
     found = {h.width.name: h for h in hidden(structure)}
-    where = places(gm, additions)
+    where = places(structure, additions)
     values = Values(corner=False)
     for name in additions:
         _rows(gm, found[name], proposals[name], additions[name], values, generator)
         _pass_on(gm, structure, name, proposals[name], where, values)
-    graph, _ = rewrite(gm, additions, values, generator)
-    with torch.no_grad(), eval_mode(graph):
-        for arguments in inputs:
-            _Transparent(graph, where).run(*arguments, enable_io_processing=False)
+    wide = widened(gm, structure, additions, values, generator)
+    graph = wide.graph
+    transparent = _Transparent(graph, where)
+    if transparent.channels:
+        with torch.no_grad(), eval_mode(graph):
+            for arguments in inputs:
+                transparent.run(*arguments, enable_io_processing=False)
     outgoing = {(p.weight, p.in_dim) for p in structure.projections}
     slices: dict[str, dict[tuple[str, int], Tensor]] = {}
     for parameter, new in where.items():
         for (name, dim), positions in new.items():
             if (parameter, dim) not in outgoing:
                 slices.setdefault(parameter, {})[name, dim] = _slice(lookup(graph, parameter), dim, positions, new)
-    return Candidates(graph, analyse(graph), dict(additions), where, slices)
+    twins = wide.twins
+    projections = [replace(p, node=twins[p.node], source=twins[p.source]) for p in structure.projections]
+    return Candidates(graph, projections, dict(additions), where, slices)
 
 
 def _slice(tensor: Tensor, dim: int, positions: Tensor, new: Mapping[tuple[str, int], Tensor]) -> Tensor:
@@ -152,20 +156,22 @@ class _Transparent(fx.Interpreter):
 
     def __init__(self, gm: fx.GraphModule, where: Places) -> None:
         super().__init__(gm)
-        self.where = where
+        #: new channels of each norm that has statistics and an affine map
+        self.channels = {
+            name: torch.cat(list(where[f"{name}.weight"].values())).to(m.weight.device)
+            for name, m in gm.named_modules()
+            if isinstance(m, _BatchNorm) and m.running_mean is not None and f"{name}.weight" in where
+        }
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = self.fetch_attr(target)
-        if isinstance(module, _BatchNorm) and module.running_mean is not None and module.weight is not None:
-            new = self.where.get(f"{target}.weight", {})
-            if new:
-                channels = torch.cat(list(new.values())).to(module.weight.device)
-                x = args[0].index_select(1, channels).transpose(0, 1).flatten(1)
-                x = x.to(accumulator(x))
-                mean, var = x.mean(1), x.var(1, unbiased=False)
-                module.running_mean[channels] = mean.to(module.running_mean)
-                if module.running_var is not None:
-                    module.running_var[channels] = var.to(module.running_var)
-                module.weight[channels] = (var + module.eps).sqrt().to(module.weight)
-                module.bias[channels] = mean.to(module.bias)
+        channels = self.channels.get(target)
+        if channels is not None:
+            module = self.fetch_attr(target)
+            x = args[0].index_select(1, channels).transpose(0, 1).flatten(1)
+            x = x.to(accumulator(x))
+            mean, var = x.mean(1), x.var(1, unbiased=False)
+            module.running_mean[channels] = mean.to(module.running_mean)
+            module.running_var[channels] = var.to(module.running_var)
+            module.weight[channels] = (var + module.eps).sqrt().to(module.weight)
+            module.bias[channels] = mean.to(module.bias)
         return super().call_module(target, args, kwargs)

@@ -28,6 +28,11 @@ def rows_for(features: int) -> int:
     return min(max(20 * features, 2048), 12_000 + 2 * features)
 
 
+def some_rows(count: int, limit: int, generator: torch.Generator | None, device: torch.device) -> Tensor | None:
+    """At most `limit` of so many rows, drawn without replacement; None for all."""
+    return torch.randperm(count, generator=generator)[:limit].to(device) if limit < count else None
+
+
 def accumulator(t: Tensor) -> torch.dtype:
     """float64 for float64, float32 for everything shorter."""
     return torch.float64 if t.dtype == torch.float64 else torch.float32
@@ -42,15 +47,16 @@ def _movable(p: Projection) -> str | None:
 class Consumer:
     """E[V h^T], E|V|^2, M = E[h h^T] and G = E[V V^T] of one weight, over all its uses.
 
-    With a bias that is trained, h has a trailing 1. Before `finish` the attributes are sums over samples and positions.
+    With a bias that is trained, h has a trailing 1. G is left out unless `output_side`. Before `finish` the attributes are sums over samples and positions.
     """
 
-    def __init__(self, uses: list[Projection]) -> None:
+    def __init__(self, uses: list[Projection], output_side: bool = True) -> None:
         self.uses = uses
+        self.output_side = output_side
         self.weight = uses[0].weight
         self.bias = _movable(uses[0])
         self.window = window(uses[0])
-        self.vh = torch.zeros(())
+        self.vh = torch.zeros(0)
         self.vv: Tensor | float = 0.0
         self.m: Tensor | None = None
         self.g: Tensor | None = None
@@ -61,9 +67,11 @@ class Consumer:
     def add_gradient(self, seen: Seen) -> None:
         """The sum of V h^T over a batch is its weight gradient."""
         g = seen.gradients[self.weight].flatten(1)
+        if not self.vh.numel():
+            self.vh = g.new_zeros(g.shape[0], g.shape[1] + (self.bias is not None), dtype=accumulator(g))
+        self.vh[:, : g.shape[1]] += g
         if self.bias is not None:
-            g = torch.cat([g, seen.gradients[self.bias][:, None]], 1)
-        self.vh = self.vh + g.to(accumulator(g))
+            self.vh[:, -1] += seen.gradients[self.bias]
 
     def add_norm(self, v: Tensor) -> None:
         self.vv = self.vv + torch.linalg.vector_norm(v, dtype=accumulator(v)).square()
@@ -83,18 +91,18 @@ class Consumer:
         updates = self.updates(v)
         n, positions = updates.shape[:2]
         self.positions = max(self.positions, positions)
-        chosen = torch.arange(n * positions)
+        chosen, count = None, n * positions
         if samples is not None:
             width = h.shape[1] * self.window.taps if self.window.kernel else h.shape[-1]
-            chosen = torch.randperm(n * positions, generator=generator)
-            chosen = chosen[: math.ceil(rows_for(width) / batches)]
-        chosen = chosen.to(h.device)
-        sample, position = chosen // positions, chosen % positions
-        scale = 1.0 if samples is None else samples * positions / len(chosen)
-        m = gram(self.inputs(h, sample, position)) * scale
-        g = gram(updates[sample, position]) * scale
-        self.m, self.g = (m, g) if self.m is None or self.g is None else (self.m + m, self.g + g)
-        self.rows += len(chosen)
+            chosen = some_rows(count, math.ceil(rows_for(width) / batches), generator, h.device)
+        rows, updates = self.inputs(h, chosen), updates.flatten(0, 1)
+        scale = 1.0 if samples is None else samples * positions / len(rows)
+        m = gram(rows, bias=self.bias is not None).mul_(scale)
+        self.m = m if self.m is None else self.m.add_(m)
+        if self.output_side:
+            g = gram(updates if chosen is None else updates[chosen]).mul_(scale)
+            self.g = g if self.g is None else self.g.add_(g)
+        self.rows += len(rows)
 
     def updates(self, v: Tensor) -> Tensor:
         """V as `[n, positions, O]`."""
@@ -102,17 +110,17 @@ class Consumer:
             return v.flatten(2).transpose(1, 2)
         return v.reshape(v.shape[0], -1, v.shape[-1])
 
-    def inputs(self, h: Tensor, sample: Tensor, position: Tensor) -> Tensor:
-        """Rows of the (unfolded) input, `[m, H]`."""
+    def inputs(self, h: Tensor, chosen: Tensor | None) -> Tensor:
+        """Rows of the (unfolded) input, `[m, H]` (less the trailing 1)."""
         if not self.window.kernel:
             h = h.reshape(h.shape[0], -1, h.shape[-1])
-        return patch_rows(h, self.window, sample, position, bias=self.bias is not None)
+        return patch_rows(h, self.window, chosen)
 
     def finish(self, samples: int) -> None:
         """From sums to means over samples."""
         self.vh, self.vv = self.vh / samples, float(self.vv) / samples
-        if self.m is not None and self.g is not None:
-            self.m, self.g = self.m / samples, self.g / samples
+        self.m = None if self.m is None else self.m / samples
+        self.g = None if self.g is None else self.g / samples
 
     def project(self, exact: bool) -> tuple[Factor, Tensor]:
         """A factor of M, and the best move of the weights dW* = E[V h^T] M^-1."""

@@ -123,7 +123,20 @@ class Data:
             ProfileError: there is none, or one has another layout.
         """
         count = 0
+        for raw in self._raw():
+            yield parse(raw, count)
+            count += 1
+        if not count:
+            raise ProfileError("The dataloader is empty: give at least one batch of (inputs, targets).")
+        self.batches = count
+
+    def _raw(self) -> Iterator[Any]:
+        """Items of the loader, drawn from the same random state at every pass."""
         iterator = _until(self.loader, self.limit)
+        if isinstance(self.loader, (list, tuple)):
+            # draws nothing, and a generator's state takes as long to copy as a small network to run
+            yield from iterator
+            return
         inside = self._state
         while True:
             # swapped at every step: a pass that fails half-way leaves no other random state behind either
@@ -135,12 +148,8 @@ class Data:
                 inside = _random_state(self.loader)
                 _set_random_state(outside, self.loader)
             if raw is _END:
-                break
-            yield parse(raw, count)
-            count += 1
-        if not count:
-            raise ProfileError("The dataloader is empty: give at least one batch of (inputs, targets).")
-        self.batches = count
+                return
+            yield raw
 
     def expected(self, size: int) -> int:
         """How many batches of `size` samples a pass will read, as far as anybody can tell."""

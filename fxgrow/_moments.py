@@ -47,18 +47,17 @@ def patches(x: Tensor, window: Window, bias: bool = False) -> Tensor:
 def patch_rows(
     x: Tensor,
     window: Window,
-    sample: Tensor,
-    position: Tensor,
+    chosen: Tensor | None = None,
     bias: bool = False,
     pool: tuple[int, ...] = (),
 ) -> Tensor:
-    """Chosen patches: ``patches(...)[sample, position]`` without making them all.
+    """Chosen patches: ``patches(...).flatten(0, 1)[chosen]`` without making them all.
 
     Args:
         x: ``[n, C, *S]``, or ``[n, T, F]`` for a dense window.
         window: the geometry.
-        sample: ``[m]`` int64, which sample.
-        position: ``[m]`` int64, flat index into the window's output map (with ``pool``: the pooled map).
+        chosen: ``[m]`` int64, flat index into samples and positions of the window's output map (with ``pool``: of the
+            pooled map); None for all.
         bias: append a feature that is 1.
         pool: window = stride of an average pool after the producer; a row is then the mean patch.
 
@@ -66,16 +65,18 @@ def patch_rows(
         ``[m, C * prod(kernel) (+ 1)]``.
     """
     if not window.kernel:
-        rows = accumulating(x[sample, position])
+        rows = accumulating(x.flatten(0, 1) if chosen is None else x.flatten(0, 1)[chosen])
         return F.pad(rows, (0, 1), value=1.0) if bias else rows
     nd = len(window.kernel)
     read = axes(tuple(x.shape[2:]), window, Window((1,) * nd), pool)
     x = _averaged(accumulating(x), window, read, pool)
     # Channels last: one gathered cell is C neighbouring numbers, not C strided ones.
     cells = x.movedim(1, -1).reshape(-1, x.shape[1])
-    index = sample
+    sizes = tuple(a.read for a in read)
+    if chosen is None:
+        chosen = torch.arange(len(x) * prod(sizes), device=x.device)
+    index, *where = torch.unravel_index(chosen, (len(x), *sizes))
     offset = torch.zeros(1, dtype=torch.long, device=x.device)
-    where = torch.unravel_index(position, tuple(a.read for a in read))
     for size, axis, at in zip(x.shape[2:], read, where, strict=True):
         index = index * size + at * axis.hop
         entry = torch.arange(axis.kernel, device=x.device) * axis.dilation
@@ -149,30 +150,34 @@ def coverage(read_shape: tuple[int, ...], consumer: Window) -> Tensor:
     return total
 
 
-def gram(rows: Tensor, weight: Tensor | None = None) -> Tensor:
+def gram(rows: Tensor, weight: Tensor | None = None, bias: bool = False) -> Tensor:
     """Weighted second moment rows^T diag(weight) rows.
 
     Args:
         rows: ``[m, P]``.
         weight: ``[m]``, not negative.
+        bias: as if every row had one more feature that is 1.
 
     Returns:
-        ``[P, P]``, exactly symmetric.
+        ``[P, P]`` (with ``bias``: ``[P + 1, P + 1]``), exactly symmetric.
     """
     rows = accumulating(rows)
+    ones = None
     if weight is not None:
-        rows = rows * weight.to(rows.dtype).sqrt()[:, None]
+        ones = weight.to(rows.dtype).sqrt()
+        rows = rows * ones[:, None]
     size = rows.shape[1]
-    if size < 256:
-        full = rows.mT @ rows
-        return (full + full.mT) / 2
-    # BLAS' symmetric product is not exposed; the upper block triangle alone is 0.56 of the work.
-    edges = [size * i // 8 for i in range(9)]
-    out = rows.new_empty(size, size)
+    out = rows.new_empty(size + bias, size + bias)
+    # BLAS' symmetric product is not exposed; the upper block triangle alone is little more than half the work.
+    blocks = min(8, max(1, size // 128))
+    edges = [size * i // blocks for i in range(blocks + 1)]
     for low, high in zip(edges, edges[1:], strict=False):
-        out[low:high, low:] = rows[:, low:high].mT @ rows[:, low:]
-        out[high:, low:high] = out[low:high, high:].mT
+        torch.mm(rows[:, low:high].mT, rows[:, low:], out=out[low:high, low:size])
+        out[high:size, low:high] = out[low:high, high:size].mT
         out[low:high, low:high] = (out[low:high, low:high] + out[low:high, low:high].mT) / 2
+    if bias:
+        out[size, :size] = out[:size, size] = rows.sum(0) if ones is None else rows.mT @ ones
+        out[size, size] = len(rows) if ones is None else ones @ ones
     return out
 
 

@@ -42,34 +42,57 @@ class Seen:
     loss: float = 0.0
 
 
-class _Recorder(fx.Interpreter):
-    """Runs the graph, keeps what `sources` put out and hooks the gradient at `targets`."""
+class _Recorder:
+    """The graph's own code with a call at every node that is read; keeps what `sources` put out, hooks `targets`.
 
-    def __init__(self, gm: fx.GraphModule, sources: Iterable[fx.Node], targets: Iterable[fx.Node]) -> None:
-        super().__init__(gm)
+    Compiled once: an interpreter takes longer for a node than a small network for a layer.
+    """
+
+    def __init__(self, gm: fx.GraphModule, sources: Iterable[fx.Node], targets: Iterable[fx.Node], read: Reader) -> None:
+        self.gm, self.read = gm, read
         self.sources, self.targets = set(sources), set(targets)
         self.copied = {n for n in self.sources if _overwritten(gm, n)}
-        self.seen = Seen()
-        self.reader: Reader | None = None
+        self.nodes = [n for n in gm.graph.nodes if n in self.sources or n in self.targets]
         self.hooks: list[Any] = []
+        self.seen = Seen()
+        code = self._tapped().python_code("self")
+        names = dict(code.globals)
+        exec(code.src, names)
+        self.code = names["forward"]
 
-    def run_node(self, n: fx.Node) -> Any:
-        out = super().run_node(n)
-        if n in self.sources:
-            self.seen.inputs[n] = out.detach().clone() if n in self.copied else out.detach()
-        if n in self.targets and self.reader is not None:
-            if not out.requires_grad:
-                out = out.detach().requires_grad_()
-            hook = out.register_hook(lambda g: self.reader(n, g.detach()))
-            self.hooks.append(hook)
-        return out
+    def _tapped(self) -> fx.Graph:
+        """A copy of the graph in which every value of `nodes` goes through `tap`."""
+        graph = fx.Graph()
+        twins: dict[fx.Node, fx.Node] = {}
+        graph.output(graph.graph_copy(self.gm.graph, twins))
+        first = next(n for n in graph.nodes if n.op != "placeholder")
+        for i, node in enumerate(self.nodes):
+            twin = twins[node]
+            with graph.inserting_before(first if node.op == "placeholder" else twin.next):
+                tapped = graph.call_function(self.tap, (i, twin))
+            twin.replace_all_uses_with(tapped, delete_user_cb=lambda user, tapped=tapped: user is not tapped)
+        return graph
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.code(self.gm, *arguments)
+
+    def tap(self, i: int, value: Tensor) -> Tensor:
+        """What the graph goes on with after the i-th of `nodes`."""
+        node = self.nodes[i]
+        if node in self.sources:
+            self.seen.inputs[node] = value.detach().clone() if node in self.copied else value.detach()
+        if node in self.targets:
+            if not value.requires_grad:
+                value = value.detach().requires_grad_()
+            self.hooks.append(value.register_hook(lambda g: self.read(node, g.detach())))
+        return value
 
     def close(self) -> None:
         """Lets the batch go: the autograd graph holds the hooks, which hold us, and no collector sees that circle."""
         for hook in self.hooks:
             hook.remove()
-        self.env.clear()
-        self.seen.inputs.clear()
+        self.hooks.clear()
+        self.seen = Seen()
 
 
 def _overwritten(gm: torch.nn.Module, node: fx.Node) -> bool:
@@ -124,12 +147,11 @@ def run_pass(
     """
     sources, targets, names = list(sources), list(targets), list(weights)
     parameters = [weights[n] for n in names]
+    recorder = _Recorder(gm, sources, targets, lambda node, v: reader(recorder.seen, node, v))
     with eval_mode(gm), torch.enable_grad():
         for batch in batches:
-            recorder = _Recorder(gm, sources, targets)
             seen = recorder.seen
             seen.size = batch.size
-            recorder.reader = lambda node, v, seen=seen: reader(seen, node, v)
             try:
                 loss = loss_of(forward(recorder, gm, batch), batch, loss_fn)
                 seen.loss = float(loss.detach())
@@ -149,14 +171,12 @@ def run_pass(
                 recorder.close()
 
 
-def forward(runner: fx.Interpreter | fx.GraphModule, gm: fx.GraphModule, batch: Batch) -> Any:
-    """Runs a batch through the graph (or an interpreter of it), and says what was wrong with it."""
+def forward(run: Callable[..., Any], gm: fx.GraphModule, batch: Batch) -> Any:
+    """Runs a batch through `run`, which takes what the graph takes, and says what was wrong with it."""
     check_device(batch, gm)
     arguments = batch.arguments(gm)
     try:
-        if isinstance(runner, fx.Interpreter):
-            return runner.run(*arguments, enable_io_processing=False)
-        return runner(**batch.inputs) if isinstance(batch.inputs, dict) else runner(*batch.inputs)
+        return run(*arguments)
     except FxgrowError:
         raise
     except Exception as error:

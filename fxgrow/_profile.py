@@ -187,7 +187,14 @@ def profile(
     exact = positions == "all"
     generator = torch.Generator().manual_seed(seed)
 
-    stats = Statistics(structure, chosen, exact=exact, link=initialiser.moments, project=initialiser.project)
+    stats = Statistics(
+        structure,
+        chosen,
+        exact=exact,
+        link=initialiser.moments,
+        project=initialiser.project,
+        output_side=initialiser.output_side,
+    )
     loss = _collect(gm, stats, data, loss_fn, initialiser.refit, progress)
     stats.finish(generator)
     updates, psi = _project(stats)
@@ -199,7 +206,7 @@ def profile(
         name: initialiser.propose(stats.widths[name], stats.consumers, k) if name in stats.widths else Proposal()
         for name, k in additions.items()
     }
-    found = candidates(gm, proposals, additions, _calibration(gm, data, initialiser.refit), generator)
+    found = candidates(gm, structure, proposals, additions, _calibration(gm, data, initialiser.refit), generator)
     refit = run_refit(found, data, loss_fn, generator) if initialiser.refit else None
     bottlenecks = {
         h.width.name: _bottleneck(h, stats, psi, proposals[h.width.name], refit, additions[h.width.name])

@@ -158,7 +158,7 @@ def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: 
     for name, c in consumers.items():
         c.finish(count)
         out.readouts[name] = _readout(c, found)
-        c.vh = torch.zeros(())
+        c.vh = torch.zeros(0)
     rank_by_fit(out, found)
     tests = _Tests(out, found)
     count = 0
@@ -188,9 +188,9 @@ def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: 
 def _consumers(found: Candidates) -> dict[str, Consumer]:
     wanted = {w for w in found.units}
     uses: dict[str, Consumer] = {}
-    for p in found.structure.projections:
+    for p in found.projections:
         if p.plain and any((w, p.in_dim) in found.places.get(p.weight, {}) for w in wanted) and p.weight not in uses:
-            uses[p.weight] = Consumer([q for q in found.structure.projections if q.weight == p.weight])
+            uses[p.weight] = Consumer([q for q in found.projections if q.weight == p.weight])
     return uses
 
 

@@ -72,6 +72,36 @@ def rewrite(
         RewriteError: the result does not run, or has other shapes than its axes.
     """
     structure = analyse(gm)
+    wide = widened(gm, structure, additions, values, generator)
+    check_shapes(wide.graph, wide.lengths)
+    return wide.graph, wide.index
+
+
+@dataclass(frozen=True)
+class Wide:
+    """A widened copy that nobody has checked yet.
+
+    Attributes:
+        graph: the copy.
+        index: for each parameter that grew, the new positions of its old entries.
+        twins: the copy's node for each node of the original.
+        lengths: the shape that each node of the copy must have.
+    """
+
+    graph: fx.GraphModule
+    index: dict[str, tuple[Tensor | None, ...]]
+    twins: dict[fx.Node, fx.Node]
+    lengths: dict[fx.Node, tuple[int, ...]]
+
+
+def widened(
+    gm: fx.GraphModule,
+    structure: Structure,
+    additions: Mapping[str, int],
+    values: Values | None = None,
+    generator: torch.Generator | None = None,
+) -> Wide:
+    """`rewrite` without its check, for who runs the copy on data at once; its nodes keep the old shapes' metadata."""
     found = {h.width.name: h for h in hidden(structure)}
     grow = units_of(found, additions)
     names = {h.var: name for name, h in found.items()}
@@ -96,8 +126,7 @@ def rewrite(
         warnings.filterwarnings("ignore", message=".*does not reference an nn.Module.*")
         grown.graph.lint()
     grown.recompile()
-    check_shapes(grown, _lengths(structure, grow, twins))
-    return grown, index
+    return Wide(grown, index, twins, _lengths(structure, grow, twins))
 
 
 def copy_graph(gm: fx.GraphModule, replaced: Mapping[int, Tensor] | None = None) -> fx.GraphModule:

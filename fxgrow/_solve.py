@@ -6,6 +6,7 @@ and every threshold is relative, so that scaling the loss scales the results and
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,8 +17,9 @@ from torch import Tensor
 from fxgrow._errors import ProfileError
 from fxgrow._moments import accumulating, gram
 
-EXACT = 320  # up to so many rows or columns, all singular values are computed
+EXACT = {torch.float64: 320, torch.float32: 128}  # up to so many rows or columns, all singular values are computed
 SWEEPS = {torch.float64: 12, torch.float32: 8}  # applications of the operator above that: to working precision
+SMALL = 512  # up to so many columns, N^T S^-1 N is formed once rather than applied in every sweep
 OVERSAMPLING = 8
 DROP = 1e-6  # singular values below this part of the largest are dropped: such units have no variance
 
@@ -133,7 +135,7 @@ def factor(A: Tensor | None = None, rows: Tensor | None = None, scale: float = 1
 
 
 def _factored(A: Tensor, eps: float) -> Factor:
-    if not bool(torch.isfinite(A).all()):
+    if not math.isfinite(A.sum()):
         raise ProfileError(
             f"a second moment of size {A.shape[0]} holds NaN or infinity: look for non-finite activations or gradients"
         )
@@ -192,7 +194,7 @@ def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int) -
     matrix = torch.cat([w.flatten(1) for w in white], 1)
     if isinstance(s, Dual):
         alpha, right, values = _by_columns(matrix, s, k)
-    elif min(matrix.shape) <= EXACT:
+    elif min(matrix.shape) <= EXACT[matrix.dtype]:
         u, values, wt = torch.linalg.svd(s.whiten(matrix), full_matrices=False)
         values = values[values > DROP * values[:1]]
         found = min(k, len(values))
@@ -219,6 +221,14 @@ def _on_columns(block: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
     return out.reshape(*block.shape[:2], out.shape[-1])
 
 
+def _inner(matrix: Tensor, s: Factor) -> Tensor:
+    """N^T S^-1 N, symmetric."""
+    if isinstance(s, Dual):
+        product = matrix.mT @ s.solve(matrix)
+        return (product + product.mT) / 2
+    return gram(s.whiten(matrix))
+
+
 def _by_columns(matrix: Tensor, s: Factor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Top singular triples from S^-1 alone, as eigenvectors of N^T S^-1 N ``[c, c]``.
 
@@ -226,14 +236,14 @@ def _by_columns(matrix: Tensor, s: Factor, k: int) -> tuple[Tensor, Tensor, Tens
     iteration that keeps what it has seen, which costs the same products and converges in far fewer.
     """
     columns = matrix.shape[1]
+    product = _inner(matrix, s) if columns <= SMALL else None
 
     def operate(x: Tensor) -> Tensor:
-        return matrix.mT @ s.solve(matrix @ x)
+        return matrix.mT @ s.solve(matrix @ x) if product is None else product @ x
 
     width, sweeps = min(k + OVERSAMPLING, columns), SWEEPS[matrix.dtype]
-    if columns <= EXACT or width * sweeps >= columns:
-        product = matrix.mT @ s.solve(matrix)
-        squares, vectors = torch.linalg.eigh((product + product.mT) / 2)
+    if columns <= EXACT[matrix.dtype] or width * sweeps >= columns:
+        squares, vectors = torch.linalg.eigh(_inner(matrix, s) if product is None else product)
     else:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(columns, width, generator=generator, dtype=torch.float64).to(matrix)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fxgrow._axes import length
-from fxgrow._consumer import Consumer, rows_for
+from fxgrow._consumer import Consumer, rows_for, some_rows
 from fxgrow._links import Link, gradient_map, links, producer_map
 from fxgrow._moments import accumulating, coverage, cross_moment, gram, patch_rows
 from fxgrow._pass import Seen
@@ -99,11 +99,13 @@ class WidthMoments:
         total = n * self.positions(inputs)
         self.readings = 0.0
         for uses in self.rounds():
-            rows, weight = self.stacked(uses, inputs, limit, generator)
+            rows, weight, bias = self.stacked(uses, inputs, limit, generator)
             self.readings += float(weight.mean()) * total / n
             scale = 1.0 if samples is None else samples / n * total / len(rows)
             least, most = (float(w) for w in weight.aminmax())
-            moment = gram(rows) * (least * scale) if least == most else gram(rows, weight) * scale
+            moment = (
+                gram(rows, bias=bias).mul_(least * scale) if least == most else gram(rows, weight, bias).mul_(scale)
+            )
             self.s = moment if self.s is None else self.s + moment
             self.rows += len(rows)
 
@@ -128,29 +130,60 @@ class WidthMoments:
         inputs: Mapping[fx.Node, Tensor],
         limit: int | None,
         generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """Rows b of all producers side by side, `[m, P]` (zero for one without a use), and how often each is read."""
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Rows b of all producers side by side, `[m, P]` (zero for one without a use), and how often each is read.
+
+        True: the last feature, which is 1, is left out.
+        """
         shape, pool, cover = self.reading()
         maps = {name: producer_map(inputs[k.writes.source], k) for name, k in uses.items()}
         first = next(iter(maps.values()))
-        n, device = first.shape[0], first.device
-        positions = self.positions(inputs)
-        chosen = torch.arange(n * positions)
-        if limit is not None and limit < len(chosen):
-            chosen = torch.randperm(len(chosen), generator=generator)[:limit]
-        chosen = chosen.to(device)
-        sample, position = chosen // positions, chosen % positions
-        weight = cover.flatten().to(device)[position] if shape else torch.ones(len(chosen), device=device)
+        n, device, positions = first.shape[0], first.device, self.positions(inputs)
+        chosen = None if limit is None else some_rows(n * positions, limit, generator, device)
+        count = n * positions if chosen is None else len(chosen)
+        cover = cover.flatten().to(device)
+        if not shape:
+            weight = cover.expand(count)
+        else:
+            weight = cover.repeat(n) if chosen is None else cover[chosen % positions]
+        if len(self.spans) == 1:
+            ((name, k),) = uses.items()
+            return patch_rows(maps[name], k.producer, chosen, pool=pool), weight, k.writes.bias is not None
         parts = []
         for name, (start, stop) in self.spans.items():
             if name in uses:
                 k = uses[name]
-                parts.append(
-                    patch_rows(maps[name], k.producer, sample, position, bias=k.writes.bias is not None, pool=pool)
-                )
+                parts.append(patch_rows(maps[name], k.producer, chosen, bias=k.writes.bias is not None, pool=pool))
             else:
-                parts.append(accumulating(first.new_zeros(len(chosen), stop - start)))
-        return torch.cat(parts, 1), weight
+                parts.append(accumulating(first.new_zeros(count, stop - start)))
+        return torch.cat(parts, 1), weight, False
+
+
+class Memory:
+    """The first samples of every batch that one node put out, or that came back to it: copies, one behind the other."""
+
+    def __init__(self) -> None:
+        self.store = torch.empty(0)
+        self.sizes: list[int] = []
+
+    def add(self, batch: Tensor, keep: int, batches: int) -> None:
+        """Remembers the first `keep` samples; about so many `batches` are expected."""
+        batch = batch[:keep]
+        count = sum(self.sizes)
+        self.sizes.append(len(batch))
+        if count + len(batch) > len(self.store):
+            larger = batch.new_empty(max(count + len(batch), count * 2, len(batch) * batches), *batch.shape[1:])
+            if count:
+                larger[:count] = self.store[:count]
+            self.store = larger
+        self.store[count : count + len(batch)] = batch
+
+    def first(self, keep: int) -> Tensor:
+        """The first `keep` samples of every batch, `[m, ...]`."""
+        whole = self.store[: sum(self.sizes)]
+        if all(n <= keep for n in self.sizes):
+            return whole
+        return torch.cat([chunk[:keep] for chunk in whole.split(self.sizes)])
 
 
 class Statistics:
@@ -162,6 +195,7 @@ class Statistics:
         exact: every matrix from every position.
         link: collect S and N at all.
         project: `subtract_expressible` will follow; it then adds what remembered samples give to N too.
+        output_side: collect E[V V^T] too.
     """
 
     def __init__(
@@ -172,6 +206,7 @@ class Statistics:
         exact: bool,
         link: bool = True,
         project: bool = False,
+        output_side: bool = False,
     ) -> None:
         self.exact, self.project = exact, project and not exact
         self.samples = 0
@@ -181,7 +216,8 @@ class Statistics:
         for h in hiddens:
             for p in h.reads:
                 if p.plain and p.weight not in self.consumers:
-                    self.consumers[p.weight] = Consumer([q for q in structure.projections if q.weight == p.weight])
+                    uses = [q for q in structure.projections if q.weight == p.weight]
+                    self.consumers[p.weight] = Consumer(uses, output_side)
             found = links(h, structure) if link else None
             if found is not None:
                 self.widths[h.width.name] = WidthMoments(h, found, _spans(h, structure))
@@ -191,9 +227,10 @@ class Statistics:
             for way in w.links:
                 self.by_node.setdefault(way.reads.node, []).append((w, way))
         #: remembered inputs and updates, a chunk per batch, and how many samples of a batch to remember
-        self.inputs: dict[fx.Node, list[Tensor]] = {}
-        self.updates: dict[fx.Node, list[Tensor]] = {}
+        self.inputs: dict[fx.Node, Memory] = {}
+        self.updates: dict[fx.Node, Memory] = {}
         self.keep: dict[fx.Node, int] = {}
+        self.batches = 1
 
     @property
     def sources(self) -> set[fx.Node]:
@@ -211,7 +248,7 @@ class Statistics:
 
     def _plan(self, seen: Seen, batches: int | None) -> None:
         """How many samples of each batch to remember, from the first batch's shapes."""
-        per_batch = max(1, batches or 8)
+        self.batches = per_batch = max(1, batches or 8)
         for p in (p for _, p in self.reads.values()):
             self.keep[p.node] = self.keep[p.source] = math.ceil(FEW_SAMPLES / per_batch)
         for w in self.widths.values():
@@ -232,7 +269,7 @@ class Statistics:
         elif fit:
             if not self.keep:
                 self._plan(seen, batches)
-            self.updates.setdefault(node, []).append(v[: self.keep[node]].clone())
+            self.updates.setdefault(node, Memory()).add(v, self.keep[node], self.batches)
         if fit:
             for w, link in self.by_node.get(node, []):
                 later = w.keep if self.project else 0
@@ -251,11 +288,7 @@ class Statistics:
                 w.add_rows(seen.inputs, None)
             return
         for node in self.sources:
-            self.inputs.setdefault(node, []).append(seen.inputs[node][: self.keep[node]].clone())
-
-    def remembered(self, node: fx.Node, keep: int, store: dict[fx.Node, list[Tensor]] | None = None) -> Tensor:
-        """The first `keep` samples of every batch, `[m, ...]`."""
-        return torch.cat([chunk[:keep] for chunk in (self.inputs if store is None else store)[node]])
+            self.inputs.setdefault(node, Memory()).add(seen.inputs[node], self.keep[node], self.batches)
 
     def finish(self, generator: torch.Generator) -> None:
         """Turns sums into means; sampled matrices come from what was remembered."""
@@ -263,30 +296,41 @@ class Statistics:
             if not self.exact:
                 for p in c.uses:
                     keep = min(self.keep[p.node], self.keep[p.source])
-                    h, v = self.remembered(p.source, keep), self.remembered(p.node, keep, self.updates)
+                    h, v = self.inputs[p.source].first(keep), self.updates[p.node].first(keep)
                     c.add_rows(h, v, self.samples, generator)
             c.finish(self.samples)
         for w in self.widths.values():
-            if not self.exact:
+            same = None if self.exact else self._same_input(w)
+            if same is not None and same.m is not None:
+                w.s, w.rows, w.readings = same.m * self.fitted, same.rows, float(same.positions)
+            elif not self.exact:
                 nodes = {n for k in w.links for n in (k.writes.source, k.reads.source)}
-                w.add_rows({n: self.remembered(n, w.keep) for n in nodes}, self.fitted, generator)
+                w.add_rows({n: self.inputs[n].first(w.keep) for n in nodes}, self.fitted, generator)
             w.blocks = {name: block / self.fitted for name, block in w.blocks.items()}
             w.s = None if w.s is None else w.s / self.fitted
             w.ridge = 0.0 if self.exact else SAMPLED_RIDGE[w.rows < 10 * w.features]
 
+    def _same_input(self, w: WidthMoments) -> Consumer | None:
+        """The weight that reads exactly what this width's producer reads: M of one width is S of the next."""
+        p, *more = {k.writes.node: k.writes for k in w.links}.values()
+        c = self.consumers.get(p.weight)
+        if more or p.kernel or c is None or len(c.uses) > 1 or c.bias != p.bias:
+            return None
+        return c if w.keep <= min(self.keep[p.node], self.keep[p.source]) else None
+
     def subtract_expressible(self, updates: Mapping[str, Tensor]) -> None:
         """N - E[b (dW* h)^T], from remembered samples: what the existing weights can express is no bottleneck."""
         for w in self.widths.values():
-            inputs = {n: self.remembered(n, w.keep) for n in {k.writes.source for k in w.links}}
+            inputs = {n: self.inputs[n].first(w.keep) for n in {k.writes.source for k in w.links}}
             by_use: dict[tuple[str, fx.Node], list[Link]] = {}
             for link in w.links:
                 by_use.setdefault((link.reads.weight, link.reads.node), []).append(link)
             for (weight, _), own in by_use.items():
                 source = own[0].reads.source
-                h = self.remembered(source, w.keep)
+                h = self.inputs[source].first(w.keep)
                 rest = self.consumers[weight].apply(updates[weight], h).div_(-len(h))
                 if self.project:
-                    v = self.remembered(own[0].reads.node, w.keep, self.updates)
+                    v = self.updates[own[0].reads.node].first(w.keep)
                     rest = torch.add(rest, v, alpha=1.0 / self.fitted)
                 for link in own:
                     w.add(link, inputs[link.writes.source], rest)

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fxgrow._analyse import analyse
 from fxgrow._errors import PlanError
 from fxgrow._plan import Plan
 from fxgrow._profile import Profile
@@ -42,7 +41,7 @@ def fill_plan(
     if refit is not None:
         scale, predicted = _from_refit(profile, structure, order, update_existing, values, outgoing)
     else:
-        _from_proposals(profile, units, update_existing, values, outgoing)
+        _from_proposals(profile, structure, units, update_existing, values, outgoing)
     followed = any(h.width.followers for h in hidden(structure) if h.width.name in units)
     return Plan(
         units=units,
@@ -106,6 +105,7 @@ def _from_refit(
 
 def _from_proposals(
     profile: Profile,
+    structure: Structure,
     units: Mapping[str, int],
     update_existing: bool,
     values: Values,
@@ -122,7 +122,7 @@ def _from_proposals(
             touched.add(name)
     if not update_existing:
         return
-    biases = {p.weight: p.bias for p in analyse(profile.graph).projections}
+    biases = {p.weight: p.bias for p in structure.projections}
     for name in touched:
         update = profile.updates[name]
         bias = biases[name]

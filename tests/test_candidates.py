@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import fxgrow
+from fxgrow._analyse import analyse
 from fxgrow._candidates import candidates
 from fxgrow._check import outputs
 from fxgrow.initialisers import Proposal
@@ -31,7 +32,7 @@ def build(k: int = 3):
     gm = fxgrow.capture(model.eval(), (x,))
     rows = torch.randn(2, 2 * 9 + 1).double()
     proposals = {"0": Proposal({"0.weight": rows}), "5": Proposal()}
-    found = candidates(gm, proposals, {"0": k, "5": 2}, [[x]], torch.Generator().manual_seed(0))
+    found = candidates(gm, analyse(gm), proposals, {"0": k, "5": 2}, [[x]], torch.Generator().manual_seed(0))
     return gm, found, rows, x
 
 

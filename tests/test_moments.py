@@ -131,8 +131,9 @@ def test_patches_and_gathered_rows(case: tuple, bias: bool) -> None:  # type: ig
     x = torch.randn(3, 2, *shape, dtype=torch.float64)
     torch.testing.assert_close(patches(x, window, bias), read_map(x, window, bias, ()).flatten(2).mT)
     want = read_map(x, window, bias, pool).flatten(2).mT
-    sample, position = torch.randint(3, (20,)), torch.randint(want.shape[1], (20,))
-    torch.testing.assert_close(patch_rows(x, window, sample, position, bias, pool), want[sample, position])
+    chosen = torch.randint(3 * want.shape[1], (20,))
+    torch.testing.assert_close(patch_rows(x, window, chosen, bias, pool), want.flatten(0, 1)[chosen])
+    torch.testing.assert_close(patch_rows(x, window, None, bias, pool), want.flatten(0, 1))
 
 
 def test_patches_multiply_with_the_flat_weight() -> None:
@@ -144,10 +145,10 @@ def test_patches_multiply_with_the_flat_weight() -> None:
 
 def test_dense_rows() -> None:
     x = torch.randn(3, 4, 5)
-    sample, position = torch.tensor([2, 0, 2]), torch.tensor([1, 3, 0])
-    want = torch.cat([x[sample, position], torch.ones(3, 1)], 1)
-    assert torch.equal(patch_rows(x, Window(), sample, position, bias=True), want)
-    assert torch.equal(patches(x, Window(), bias=True)[sample, position], want)
+    chosen = torch.tensor([9, 3, 8])
+    want = torch.cat([x[[2, 0, 2], [1, 3, 0]], torch.ones(3, 1)], 1)
+    assert torch.equal(patch_rows(x, Window(), chosen, bias=True), want)
+    assert torch.equal(patches(x, Window(), bias=True).flatten(0, 1)[chosen], want)
 
 
 @settings(max_examples=40, deadline=None)

@@ -123,13 +123,15 @@ def test_each_unit_lowers_the_bottleneck_by_its_squared_value() -> None:
         assert drop == pytest.approx(units.values[:k].square().sum().item(), rel=1e-10)
 
 
+@pytest.mark.parametrize("small", [0, 1000])
 @pytest.mark.parametrize("dual", [False, True])
-def test_the_krylov_iteration_finds_what_eigh_finds(dual: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_krylov_iteration_finds_what_eigh_finds(dual: bool, small: int, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = randn(150 if dual else 500, 200)
     N = [(rows.T @ randn(len(rows), 320) / len(rows)).view(200, 4, 80)]  # noise: no gap
     s, k = factor(rows=rows, ridge=0.1), 6
     want = top_units(N, s, None, k)
-    monkeypatch.setattr(_solve, "EXACT", 10)
+    monkeypatch.setattr(_solve, "EXACT", dict.fromkeys(_solve.EXACT, 10))
+    monkeypatch.setattr(_solve, "SMALL", small)
     got = top_units(N, s, None, k)
     assert len(got.values) == k < len(want.values)
     torch.testing.assert_close(got.values, want.values[:k], rtol=1e-6, atol=0)

@@ -44,6 +44,7 @@ class Initialiser:
         propose: proposes at most k units from a width's moments.
         project: subtract from E[b V^T] what the existing weights can express.
         moments: whether E[b V^T] and E[b b^T] are needed at all.
+        output_side: whether E[V V^T] is needed.
         refit: fit outgoing weights and the update of existing ones on what the units really put out.
         symmetric: the line search scales incoming and outgoing weights alike (by the root of gamma).
         share: the part of the best gamma that is applied.
@@ -53,6 +54,7 @@ class Initialiser:
     propose: Propose
     project: bool = True
     moments: bool = True
+    output_side: bool = False
     refit: bool = False
     symmetric: bool = False
     share: float = 1.0
