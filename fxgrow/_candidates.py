@@ -7,7 +7,7 @@ than describe that again, the graph is widened with the candidates (outgoing wei
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -63,7 +63,7 @@ def candidates(
     structure: Structure,
     proposals: Mapping[str, Proposal],
     additions: Mapping[str, int],
-    inputs: Iterable[list[Any]],
+    inputs: Sequence[Any],
     generator: torch.Generator,
 ) -> Candidates:
     """Widens a copy of `gm` by the proposed units, padded with random ones, and makes its BatchNorms transparent.
@@ -73,7 +73,7 @@ def candidates(
         structure: its structure.
         proposals: per width; fewer units than asked for are padded.
         additions: units per width.
-        inputs: batches of placeholder values to measure what enters the norms.
+        inputs: placeholder values to measure what enters the norms.
         generator: draws the random rows.
     """
     found = {h.width.name: h for h in hidden(structure)}
@@ -87,8 +87,7 @@ def candidates(
     transparent = _Transparent(graph, where)
     if transparent.channels:
         with torch.no_grad(), eval_mode(graph):
-            for arguments in inputs:
-                transparent.run(*arguments, enable_io_processing=False)
+            transparent.run(*inputs, enable_io_processing=False)
     outgoing = {(p.weight, p.in_dim) for p in structure.projections}
     slices: dict[str, dict[tuple[str, int], Tensor]] = {}
     for parameter, new in where.items():

@@ -12,7 +12,7 @@ from fxgrow._links import window
 from fxgrow._moments import gram, patch_rows
 from fxgrow._pass import Seen
 from fxgrow._rewrite import lookup
-from fxgrow._solve import Factor, factor
+from fxgrow._solve import best_update
 from fxgrow.ops.registry import Projection
 
 #: relative ridge on E[h h^T] for the projection when rows are sampled
@@ -122,12 +122,11 @@ class Consumer:
         self.m = None if self.m is None else self.m / samples
         self.g = None if self.g is None else self.g / samples
 
-    def project(self, exact: bool) -> tuple[Factor, Tensor]:
-        """A factor of M, and the best move of the weights dW* = E[V h^T] M^-1."""
+    def project(self, exact: bool) -> Tensor:
+        """The best move of the weights dW* = E[V h^T] M^-1, `[O, H]`."""
         if self.m is None:
             raise RuntimeError("no rows were added")
-        m = factor(self.m, ridge=0.0 if exact else PROJECTION_RIDGE)
-        return m, m.solve(self.vh.mT).mT
+        return best_update(self.m, self.vh, ridge=0.0 if exact else PROJECTION_RIDGE)
 
     def curvature(self) -> Tensor:
         """G per position, `[O, O]`."""

@@ -90,7 +90,7 @@ def _as_asked(profile: Profile, neurons: int | Mapping[str, int]) -> dict[str, i
     for name, (k, step) in wanted.items():
         if k <= 0 or k % step:
             raise PlanError(f"{k} units for width {name!r}: give a positive multiple of its step {step}.")
-        have = profile.found.units[name] if profile.found is not None else 0
+        have = profile.proposed[name]
         if k > have:
             raise PlanError(
                 f"{k} units are asked for at width {name!r}, but the profile proposed {have}: "

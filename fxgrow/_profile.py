@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxgrow._analyse import analyse
 from fxgrow._candidates import Candidates, candidates
@@ -87,6 +88,10 @@ class Profile(Mapping[str, Bottleneck]):
     samples: int
     updates: Mapping[str, Tensor] = field(repr=False)
     proposals: Mapping[str, Proposal] = field(repr=False)
+    #: units proposed per width; inputs for the norms of new channels; seed of rows that no proposal gives
+    proposed: Mapping[str, int] = field(repr=False)
+    calibration: Sequence[Any] = field(repr=False)
+    seed: int = field(repr=False)
     found: Candidates | None = field(repr=False)
     refit: Refit | None = field(repr=False)
 
@@ -110,9 +115,16 @@ class Profile(Mapping[str, Bottleneck]):
             raise PlanError("This profile is the record of a growth: profile the grown network again.")
         return self.gm
 
+    def candidates(self) -> Candidates:
+        """The network with all proposed units, as the refit left it, or made now where nothing has needed it yet."""
+        if self.found is not None:
+            return self.found
+        generator = torch.Generator().manual_seed(self.seed)
+        return candidates(self.graph, analyse(self.graph), self.proposals, self.proposed, self.calibration, generator)
+
     def record(self) -> Profile:
         """The figures alone, without the network and the candidates."""
-        return replace(self, gm=None, updates={}, proposals={}, found=None, refit=None)
+        return replace(self, gm=None, updates={}, proposals={}, calibration=(), found=None, refit=None)
 
     def __str__(self) -> str:
         from fxgrow._report import profile_table
@@ -206,8 +218,11 @@ def profile(
         name: initialiser.propose(stats.widths[name], stats.consumers, k) if name in stats.widths else Proposal()
         for name, k in additions.items()
     }
-    found = candidates(gm, structure, proposals, additions, _calibration(gm, data, initialiser.refit), generator)
-    refit = run_refit(found, data, loss_fn, generator) if initialiser.refit else None
+    calibration = _calibration(gm, data, initialiser.refit)
+    found = refit = None
+    if initialiser.refit:
+        found = candidates(gm, structure, proposals, additions, calibration, generator)
+        refit = run_refit(found, data, loss_fn, generator)
     bottlenecks = {
         h.width.name: _bottleneck(h, stats, psi, proposals[h.width.name], refit, additions[h.width.name])
         for h in chosen
@@ -223,6 +238,9 @@ def profile(
         samples=stats.samples,
         updates=updates,
         proposals=proposals,
+        proposed=additions,
+        calibration=calibration,
+        seed=seed,
         found=found,
         refit=refit,
     )
@@ -278,8 +296,8 @@ def _project(stats: Statistics) -> tuple[dict[str, Tensor], dict[str, tuple[floa
     updates: dict[str, Tensor] = {}
     psi: dict[str, tuple[float, float]] = {}
     for name, c in stats.consumers.items():
-        m, updates[name] = c.project(stats.exact)
-        psi[name] = expressivity_bottleneck(float(c.vv), c.vh, m), float(c.vv)
+        updates[name] = c.project(stats.exact)
+        psi[name] = expressivity_bottleneck(float(c.vv), c.vh, updates[name]), float(c.vv)
     return updates, psi
 
 
@@ -313,8 +331,10 @@ def _how_many(width: Width, units: int | Mapping[str, int] | None) -> int:
     return math.ceil(wanted / width.step) * width.step
 
 
-def _calibration(gm: fx.GraphModule, data: Data, hold: bool) -> Iterator[list[Any]]:
-    """One large batch of fitting data (batches joined where they are plain tensors)."""
+def _calibration(gm: fx.GraphModule, data: Data, hold: bool) -> list[Any]:
+    """Inputs of one large batch of fitting data (batches joined where they are plain tensors), if any norm needs it."""
+    if not any(isinstance(m, _BatchNorm) for m in gm.modules()):
+        return []
     taken: list[list[Any]] = []
     size = 0
     for batch in data:
@@ -329,7 +349,7 @@ def _calibration(gm: fx.GraphModule, data: Data, hold: bool) -> Iterator[list[An
         for a in taken
         for t, f in zip(a, taken[0], strict=True)
     )
-    yield [torch.cat(parts) for parts in zip(*taken, strict=True)] if same and len(taken) > 1 else taken[0]
+    return [torch.cat(parts) for parts in zip(*taken, strict=True)] if same and len(taken) > 1 else taken[0]
 
 
 def _bottleneck(

@@ -188,7 +188,7 @@ def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int) -
     Raises:
         ProfileError: N holds NaN or infinity.
     """
-    if not all(bool(torch.isfinite(block).all()) for block in blocks):
+    if not all(math.isfinite(block.sum()) for block in blocks):
         raise ProfileError("the moment of inputs and gradients holds NaN or infinity: look for a non-finite loss")
     white = [_whiten_columns(block, g[i] if g else None) for i, block in enumerate(blocks)]
     matrix = torch.cat([w.flatten(1) for w in white], 1)
@@ -282,18 +282,18 @@ def best_update(M: Tensor, vh: Tensor, ridge: float = 0.0) -> Tensor:
     return factor(M, ridge=ridge).solve(vh.mT).mT
 
 
-def bottleneck(vv_trace: float, vh: Tensor, m_factor: Factor) -> float:
-    """Expressivity bottleneck E|V|^2 - tr(E[V h^T] M^-1 E[h V^T]) (TINY, Verbockhaven et al. 2024).
+def bottleneck(vv_trace: float, vh: Tensor, update: Tensor) -> float:
+    """Expressivity bottleneck E|V - dW* h|^2 = E|V|^2 - tr(E[V h^T] dW*^T) (TINY, Verbockhaven et al. 2024).
 
     Args:
         vv_trace: E|V|^2.
         vh: E[V h^T], ``[O, H]``.
-        m_factor: factor of M = E[h h^T].
+        update: dW*, see `best_update`, ``[O, H]``.
 
     Returns:
         What no move of the existing weights can express, not negative.
     """
-    return max(0.0, float(vv_trace) - (vh * m_factor.solve(vh.mT).mT).sum().item())
+    return max(0.0, float(vv_trace) - (vh * update).sum().item())
 
 
 def refit(M: Tensor, vz: Tensor, G: Tensor, ridge: float, g_ridge: float = 0.1) -> Tensor:

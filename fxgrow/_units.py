@@ -7,7 +7,6 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fxgrow._errors import PlanError
 from fxgrow._plan import Plan
 from fxgrow._profile import Profile
 from fxgrow._refit import decrease
@@ -19,9 +18,7 @@ from fxgrow.ops.registry import Structure
 def fill_plan(
     profile: Profile, structure: Structure, units: dict[str, int], update_existing: bool, parameters: tuple[int, int]
 ) -> Plan:
-    found, refit = profile.found, profile.refit
-    if found is None:
-        raise PlanError("This profile holds no candidates.")
+    found, refit = profile.candidates(), profile.refit
     order = {
         name: refit.evidence[name].order[:k] if refit is not None else torch.arange(k) for name, k in units.items()
     }

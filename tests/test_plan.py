@@ -82,7 +82,7 @@ def profiled(name: str, significant: bool = True) -> fxgrow.Profile:
         return profile
     from dataclasses import replace
 
-    every = {n: replace(b, significant=profile.found.units[n]) for n, b in profile.bottlenecks.items()}
+    every = {n: replace(b, significant=profile.proposed[n]) for n, b in profile.bottlenecks.items()}
     return replace(profile, bottlenecks=every)
 
 
@@ -106,9 +106,9 @@ def test_budget_is_kept_and_used(name: str, budget: str | int | None) -> None:
     used = size(grown) - total
     assert plan.parameters == (total, total + used)
     assert used <= limit
-    assert all(k % profile[n].width.step == 0 and 0 < k <= profile.found.units[n] for n, k in plan.units.items())
+    assert all(k % profile[n].width.step == 0 and 0 < k <= profile.proposed[n] for n, k in plan.units.items())
     assert used > 0
-    if all(plan.units.get(n) == profile.found.units[n] for n in profile):
+    if all(plan.units.get(n) == profile.proposed[n] for n in profile):
         return  # there are no more
     costs = [size(fxgrow.apply(profile.gm, fxgrow.Plan({n: b.width.step}))) - total for n, b in profile.items()]
     if limit > 2 * max(costs):
@@ -128,7 +128,7 @@ def test_units_are_spread_and_capped() -> None:
         assert fxgrow.plan(profile, "+900%").units == few
     finally:
         for n in few:
-            object.__setattr__(profile.bottlenecks[n], "significant", profile.found.units[n])
+            object.__setattr__(profile.bottlenecks[n], "significant", profile.proposed[n])
 
 
 def test_nothing_significant_nothing_added() -> None:

@@ -112,7 +112,7 @@ def test_each_unit_lowers_the_bottleneck_by_its_squared_value() -> None:
     h, V = randn(n, 5), randn(n, 7)
     b = torch.cat([h @ randn(5, 6) + randn(n, 6), torch.ones(n, 1)], 1)
     M, vh = h.T @ h / n, V.T @ h / n
-    psi = bottleneck(V.square().sum() / n, vh, factor(M))
+    psi = bottleneck(V.square().sum() / n, vh, best_update(M, vh))
     rest = V - h @ best_update(M, vh).T
     torch.testing.assert_close(psi, (rest.square().sum() / n).item(), rtol=1e-12, atol=0)
     N = cross_moment(b[:, None], rest[:, None], Window(), Window()) / n
