@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-
 #: CPU seconds above which one run of a cell has to do
 SLOW = 10.0
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxgrow._links import window
-from fxgrow._moments import gram, patch_rows
+from fxgrow._moments import add_gram, mirrored, patch_rows
 from fxgrow._pass import Seen
 from fxgrow._rewrite import lookup
 from fxgrow._solve import best_update
@@ -47,7 +47,8 @@ def _movable(p: Projection) -> str | None:
 class Consumer:
     """E[V h^T], E|V|^2, M = E[h h^T] and G = E[V V^T] of one weight, over all its uses.
 
-    With a bias that is trained, h has a trailing 1. G is left out unless `output_side`. Before `finish` the attributes are sums over samples and positions.
+    With a bias that is trained, h has a trailing 1. G is left out unless `output_side`. Before `finish` the attributes
+    are sums over samples and positions.
     """
 
     def __init__(self, uses: list[Projection], output_side: bool = True) -> None:
@@ -80,13 +81,13 @@ class Consumer:
         self,
         h: Tensor,
         v: Tensor,
-        samples: int | None,
+        samples: float | None,
         generator: torch.Generator | None = None,
-        batches: int = 1,
+        share: float = 1.0,
     ) -> None:
-        """Adds to M and G, from sampled positions, as if there were `samples` samples (None: all, as they are).
+        """Adds to M and G, from this share of their rows, as if there were `samples` samples.
 
-        With several `batches`, each call draws its share of the rows.
+        None: all rows, as they are.
         """
         updates = self.updates(v)
         n, positions = updates.shape[:2]
@@ -94,14 +95,12 @@ class Consumer:
         chosen, count = None, n * positions
         if samples is not None:
             width = h.shape[1] * self.window.taps if self.window.kernel else h.shape[-1]
-            chosen = some_rows(count, math.ceil(rows_for(width) / batches), generator, h.device)
+            chosen = some_rows(count, math.ceil(share * rows_for(width)), generator, h.device)
         rows, updates = self.inputs(h, chosen), updates.flatten(0, 1)
         scale = 1.0 if samples is None else samples * positions / len(rows)
-        m = gram(rows, bias=self.bias is not None).mul_(scale)
-        self.m = m if self.m is None else self.m.add_(m)
+        self.m = add_gram(self.m, rows, bias=self.bias is not None, scale=scale)
         if self.output_side:
-            g = gram(updates if chosen is None else updates[chosen]).mul_(scale)
-            self.g = g if self.g is None else self.g.add_(g)
+            self.g = add_gram(self.g, updates if chosen is None else updates[chosen], scale=scale)
         self.rows += len(rows)
 
     def updates(self, v: Tensor) -> Tensor:
@@ -119,8 +118,8 @@ class Consumer:
     def finish(self, samples: int) -> None:
         """From sums to means over samples."""
         self.vh, self.vv = self.vh / samples, float(self.vv) / samples
-        self.m = None if self.m is None else self.m / samples
-        self.g = None if self.g is None else self.g / samples
+        self.m = None if self.m is None else mirrored(self.m).div_(samples)
+        self.g = None if self.g is None else mirrored(self.g).div_(samples)
 
     def project(self, exact: bool) -> Tensor:
         """The best move of the weights dW* = E[V h^T] M^-1, `[O, H]`."""

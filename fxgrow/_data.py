@@ -162,6 +162,14 @@ class Data:
             return batch
         raise ProfileError("The dataloader is empty: give at least one batch of (inputs, targets).")
 
+    def fitting(self, hold: bool = True) -> Iterator[Batch]:
+        """The batches to fit on: all but those held back, or all unless `hold`."""
+        return (b for b in self if not (hold and self.held(b)))
+
+    def held_back(self) -> Iterator[Batch]:
+        """The held-back batches; a single batch serves for both."""
+        return (b for b in self if self.held(b) or self.batches == 1)
+
     def held(self, batch: Batch) -> bool:
         """Whether a batch is held back from fitting: every fourth, or the last of a few."""
         if self.batches is not None and self.batches < HOLD:

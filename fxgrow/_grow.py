@@ -201,12 +201,11 @@ def _held(data: Data) -> list[Batch]:
     """Held-back batches for the line search, all of a single batch."""
     held: list[Batch] = []
     size = 0
-    for batch in data:
-        if data.held(batch) or data.batches == 1:
-            held.append(batch)
-            size += batch.size
-            if size >= SEARCH_SAMPLES:
-                break
+    for batch in data.held_back():
+        held.append(batch)
+        size += batch.size
+        if size >= SEARCH_SAMPLES:
+            break
     return held
 
 

@@ -48,13 +48,17 @@ class _Recorder:
     Compiled once: an interpreter takes longer for a node than a small network for a layer.
     """
 
-    def __init__(self, gm: fx.GraphModule, sources: Iterable[fx.Node], targets: Iterable[fx.Node], read: Reader) -> None:
+    def __init__(
+        self, gm: fx.GraphModule, sources: Iterable[fx.Node], targets: Iterable[fx.Node], read: Reader
+    ) -> None:
         self.gm, self.read = gm, read
         self.sources, self.targets = set(sources), set(targets)
         self.copied = {n for n in self.sources if _overwritten(gm, n)}
         self.nodes = [n for n in gm.graph.nodes if n in self.sources or n in self.targets]
         self.hooks: list[Any] = []
         self.seen = Seen()
+        #: targets that nothing has come back to yet, with a scalar of the kind and the shape they put out
+        self.waiting: dict[fx.Node, Tensor] = {}
         code = self._tapped().python_code("self")
         names = dict(code.globals)
         exec(code.src, names)
@@ -70,7 +74,7 @@ class _Recorder:
             twin = twins[node]
             with graph.inserting_before(first if node.op == "placeholder" else twin.next):
                 tapped = graph.call_function(self.tap, (i, twin))
-            twin.replace_all_uses_with(tapped, delete_user_cb=lambda user, tapped=tapped: user is not tapped)
+            twin.replace_all_uses_with(tapped, delete_user_cb=tapped.__ne__)
         return graph
 
     def __call__(self, *arguments: Any) -> Any:
@@ -84,14 +88,25 @@ class _Recorder:
         if node in self.targets:
             if not value.requires_grad:
                 value = value.detach().requires_grad_()
-            self.hooks.append(value.register_hook(lambda g: self.read(node, g.detach())))
+            self.waiting[node] = value.detach().new_zeros(()).expand(value.shape)
+            self.hooks.append(value.register_hook(lambda g: self.returned(node, g.detach())))
         return value
+
+    def returned(self, node: fx.Node, v: Tensor) -> None:
+        del self.waiting[node]
+        self.read(node, v)
+
+    def finish(self) -> None:
+        """The loss does not depend on what is still waiting: V is zero there."""
+        for node, zeros in list(self.waiting.items()):
+            self.returned(node, zeros)
 
     def close(self) -> None:
         """Lets the batch go: the autograd graph holds the hooks, which hold us, and no collector sees that circle."""
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
+        self.waiting.clear()
         self.seen = Seen()
 
 
@@ -166,6 +181,7 @@ def run_pass(
                 for name, p, g in zip(names, parameters, gradients, strict=True):
                     g = torch.zeros_like(p) if g is None else g
                     seen.gradients[name] = g.detach()
+                recorder.finish()
                 done(batch, seen)
             finally:
                 recorder.close()

@@ -223,8 +223,11 @@ def profile(
     if initialiser.refit:
         found = candidates(gm, structure, proposals, additions, calibration, generator)
         refit = run_refit(found, data, loss_fn, generator)
+    samples = stats.samples
+    if refit is not None and data.batches != 1:
+        samples, loss = samples + refit.samples, loss + refit.loss
     bottlenecks = {
-        h.width.name: _bottleneck(h, stats, psi, proposals[h.width.name], refit, additions[h.width.name])
+        h.width.name: _bottleneck(h, stats, psi, proposals[h.width.name], refit, additions[h.width.name], samples)
         for h in chosen
     }
     for h in chosen:
@@ -234,8 +237,8 @@ def profile(
         widths=tuple(h.width for h in every),
         bottlenecks=bottlenecks,
         method=initialiser,
-        loss=loss,
-        samples=stats.samples,
+        loss=loss / max(1, samples),
+        samples=samples,
         updates=updates,
         proposals=proposals,
         proposed=additions,
@@ -263,32 +266,25 @@ def _chosen(every: Sequence[Hidden], names: Sequence[str] | None) -> list[Hidden
 def _collect(
     gm: fx.GraphModule, stats: Statistics, data: Data, loss_fn: LossFn | None, hold: bool, show: bool
 ) -> float:
-    """The first pass; returns the mean loss."""
+    """The first pass; returns the sum of the losses."""
     total = 0.0
-    fit = True
-
-    def batches() -> Iterator[Batch]:
-        nonlocal fit
-        for batch in bar(data, "profiling", data.batches, show):
-            fit = not (hold and data.held(batch))
-            yield batch
 
     def done(batch: Batch, seen: Seen) -> None:
         nonlocal total
         total += seen.loss * seen.size
-        stats.end_batch(seen, fit=fit)
+        stats.end_batch(seen)
 
     run_pass(
         gm,
-        batches(),
+        bar(data.fitting(hold), "profiling", data.batches, show),
         loss_fn,
         sources=stats.sources,
         targets=stats.reads,
         weights={n: lookup(gm, n) for n in stats.weights},
-        reader=lambda seen, node, v: stats.read(seen, node, v, fit=fit, batches=data.expected(seen.size)),
+        reader=lambda seen, node, v: stats.read(seen, node, v, batches=data.expected(seen.size)),
         done=done,
     )
-    return total / max(1, stats.samples)
+    return total
 
 
 def _project(stats: Statistics) -> tuple[dict[str, Tensor], dict[str, tuple[float, float]]]:
@@ -314,7 +310,7 @@ def _subtract(
         return
     run_pass(
         gm,
-        (b for b in data if not (hold and data.held(b))),
+        data.fitting(hold),
         loss_fn,
         sources=stats.sources,
         targets=[],
@@ -337,9 +333,7 @@ def _calibration(gm: fx.GraphModule, data: Data, hold: bool) -> list[Any]:
         return []
     taken: list[list[Any]] = []
     size = 0
-    for batch in data:
-        if hold and data.held(batch):
-            continue
+    for batch in data.fitting(hold):
         taken.append(batch.arguments(gm))
         size += batch.size
         if size >= CALIBRATION:
@@ -359,6 +353,7 @@ def _bottleneck(
     proposal: Proposal,
     refit: Refit | None,
     k: int,
+    samples: int,
 ) -> Bottleneck:
     name = h.width.name
     own = {p.weight for p in h.reads if p.weight in psi}
@@ -380,6 +375,6 @@ def _bottleneck(
         gains=gains,
         singular_values=values,
         significant=significant // h.width.step * h.width.step,
-        samples=stats.samples,
+        samples=samples,
         positions=moments.rows if moments is not None else 0,
     )

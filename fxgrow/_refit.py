@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -53,9 +54,16 @@ class Readout:
     g: Tensor
     fit: Tensor
     held: Tensor
+    _solved: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
 
     def solve(self, chosen: Mapping[str, Tensor], update_existing: bool) -> tuple[Tensor, Tensor]:
         """Weights `[O, columns]` for the chosen units of each width, and their columns (old ones first)."""
+        key = (update_existing, *((w, tuple(u.tolist())) for w, u in chosen.items() if w in self.new))
+        if key not in self._solved:
+            self._solved[key] = self._solve(chosen, update_existing)
+        return self._solved[key]
+
+    def _solve(self, chosen: Mapping[str, Tensor], update_existing: bool) -> tuple[Tensor, Tensor]:
         parts = [self.old] if update_existing else []
         parts += [self.new[w][units].flatten() for w, units in chosen.items() if w in self.new]
         columns = torch.cat(parts) if parts else self.old[:0]
@@ -98,6 +106,9 @@ class Refit:
 
     readouts: dict[str, Readout] = field(default_factory=dict)
     evidence: dict[str, Evidence] = field(default_factory=dict)
+    #: held-back samples that were read, and the sum of their losses
+    samples: int = 0
+    loss: float = 0.0
 
     def of(self, width: str) -> list[Readout]:
         return [r for r in self.readouts.values() if width in r.new]
@@ -108,7 +119,8 @@ class Refit:
         p(units + dW) - p(dW alone), p = max(s, 0)^2 / 2q, fitted on one part of the data, measured on the other.
         """
         e = self.evidence[width]
-        both = [r.predict(r.solve({width: e.order[:k]}, True)) for r in self.of(width)]
+        units = e.order[:k].sort().values
+        both = [r.predict(r.solve({width: units}, True)) for r in self.of(width)]
         alone = [r.predict(r.solve({}, True)) for r in self.of(width)]
         return max(0.0, decrease(both) - decrease(alone)) / e.coherence
 
@@ -135,7 +147,7 @@ def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: 
         c, p = reads[node]
         batches = data.expected(seen.size)
         keep = math.ceil(SAMPLES / batches)
-        c.add_rows(seen.inputs[p.source][:keep], v[:keep], seen.size, generator, batches)
+        c.add_rows(seen.inputs[p.source][:keep], v[:keep], seen.size, generator, 1 / batches)
 
     def done(batch: Batch, seen: Seen) -> None:
         nonlocal count
@@ -146,7 +158,7 @@ def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: 
     sources, targets = {p.source for _, p in reads.values()}, list(reads)
     run_pass(
         graph,
-        (b for b in data if not data.held(b)),
+        data.fitting(),
         loss_fn,
         sources=sources,
         targets=targets,
@@ -166,12 +178,14 @@ def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: 
 
     def done_held(batch: Batch, seen: Seen) -> None:
         done(batch, seen)
+        out.samples += seen.size
+        out.loss += seen.loss * seen.size
         tests.add({node: (consumers[c.weight], seen.inputs[p.source], held[node]) for node, (c, p) in reads.items()})
         held.clear()
 
     run_pass(
         graph,
-        (b for b in data if data.held(b) or data.batches == 1),
+        data.held_back(),
         loss_fn,
         sources=sources,
         targets=targets,

@@ -8,7 +8,7 @@ can express. E is the mean over samples of the sum over positions (Verbockhaven 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -17,10 +17,11 @@ from torch import Tensor, fx
 from fxgrow._axes import length
 from fxgrow._consumer import Consumer, rows_for, some_rows
 from fxgrow._links import Link, gradient_map, links, producer_map
-from fxgrow._moments import accumulating, coverage, cross_moment, gram, patch_rows
+from fxgrow._memory import Memory
+from fxgrow._moments import accumulating, add_gram, coverage, cross_moment, mirrored, patch_rows
 from fxgrow._pass import Seen
 from fxgrow._widths import Hidden
-from fxgrow.ops.registry import Structure
+from fxgrow.ops.registry import Projection, Structure
 
 #: remembered activations of one width take at most so many bytes
 CACHE = 128 << 20
@@ -41,8 +42,9 @@ class WidthMoments:
     blocks: dict[str, Tensor] = field(default_factory=dict)
     s: Tensor | None = None
     rows: int = 0
-    #: positions of a sample that are read, counted once per window: S sums over them
-    readings: float = 1.0
+    #: samples behind S, and their positions that are read, counted once per window
+    samples: int = 0
+    reads: float = 0.0
     #: samples of a batch that are remembered for this width
     keep: int = 0
     #: relative ridge that S needs
@@ -51,6 +53,11 @@ class WidthMoments:
     @property
     def features(self) -> int:
         return sum(stop - start for start, stop in self.spans.values())
+
+    @property
+    def readings(self) -> float:
+        """Positions of a sample that are read, counted once per window: S sums over them."""
+        return self.reads / max(1, self.samples)
 
     @property
     def second_moment(self) -> Tensor:
@@ -91,22 +98,24 @@ class WidthMoments:
         return shape, pool, cover
 
     def add_rows(
-        self, inputs: Mapping[fx.Node, Tensor], samples: int | None, generator: torch.Generator | None = None
+        self,
+        inputs: Mapping[fx.Node, Tensor],
+        samples: float | None,
+        generator: torch.Generator | None = None,
+        share: float = 1.0,
     ) -> None:
-        """Adds to S, from sampled positions, as if there were `samples` samples (None: all, as they are)."""
-        limit = None if samples is None else rows_for(self.features)
+        """Adds to S, from this share of its rows, as if there were `samples` samples (None: all, as they are)."""
+        limit = None if samples is None else math.ceil(share * rows_for(self.features))
         n = next(iter(inputs[k.writes.source] for k in self.links)).shape[0]
         total = n * self.positions(inputs)
-        self.readings = 0.0
+        self.samples += n
         for uses in self.rounds():
             rows, weight, bias = self.stacked(uses, inputs, limit, generator)
-            self.readings += float(weight.mean()) * total / n
+            self.reads += float(weight.mean()) * total
             scale = 1.0 if samples is None else samples / n * total / len(rows)
             least, most = (float(w) for w in weight.aminmax())
-            moment = (
-                gram(rows, bias=bias).mul_(least * scale) if least == most else gram(rows, weight, bias).mul_(scale)
-            )
-            self.s = moment if self.s is None else self.s + moment
+            even = least == most
+            self.s = add_gram(self.s, rows, None if even else weight, bias, scale * (least if even else 1.0))
             self.rows += len(rows)
 
     def rounds(self) -> list[dict[str, Link]]:
@@ -159,33 +168,6 @@ class WidthMoments:
         return torch.cat(parts, 1), weight, False
 
 
-class Memory:
-    """The first samples of every batch that one node put out, or that came back to it: copies, one behind the other."""
-
-    def __init__(self) -> None:
-        self.store = torch.empty(0)
-        self.sizes: list[int] = []
-
-    def add(self, batch: Tensor, keep: int, batches: int) -> None:
-        """Remembers the first `keep` samples; about so many `batches` are expected."""
-        batch = batch[:keep]
-        count = sum(self.sizes)
-        self.sizes.append(len(batch))
-        if count + len(batch) > len(self.store):
-            larger = batch.new_empty(max(count + len(batch), count * 2, len(batch) * batches), *batch.shape[1:])
-            if count:
-                larger[:count] = self.store[:count]
-            self.store = larger
-        self.store[count : count + len(batch)] = batch
-
-    def first(self, keep: int) -> Tensor:
-        """The first `keep` samples of every batch, `[m, ...]`."""
-        whole = self.store[: sum(self.sizes)]
-        if all(n <= keep for n in self.sizes):
-            return whole
-        return torch.cat([chunk[:keep] for chunk in whole.split(self.sizes)])
-
-
 class Statistics:
     """All consumers and widths of one profile, filled batch by batch.
 
@@ -210,7 +192,6 @@ class Statistics:
     ) -> None:
         self.exact, self.project = exact, project and not exact
         self.samples = 0
-        self.fitted = 0
         self.consumers: dict[str, Consumer] = {}
         self.widths: dict[str, WidthMoments] = {}
         for h in hiddens:
@@ -226,11 +207,9 @@ class Statistics:
         for w in self.widths.values():
             for way in w.links:
                 self.by_node.setdefault(way.reads.node, []).append((w, way))
-        #: remembered inputs and updates, a chunk per batch, and how many samples of a batch to remember
-        self.inputs: dict[fx.Node, Memory] = {}
-        self.updates: dict[fx.Node, Memory] = {}
+        self.memory = Memory()
+        #: how many samples of a batch to remember
         self.keep: dict[fx.Node, int] = {}
-        self.batches = 1
 
     @property
     def sources(self) -> set[fx.Node]:
@@ -248,7 +227,7 @@ class Statistics:
 
     def _plan(self, seen: Seen, batches: int | None) -> None:
         """How many samples of each batch to remember, from the first batch's shapes."""
-        self.batches = per_batch = max(1, batches or 8)
+        per_batch = max(1, batches or 8)
         for p in (p for _, p in self.reads.values()):
             self.keep[p.node] = self.keep[p.source] = math.ceil(FEW_SAMPLES / per_batch)
         for w in self.widths.values():
@@ -260,35 +239,31 @@ class Statistics:
             for n in (*nodes, *(k.reads.node for k in w.links)):
                 self.keep[n] = max(self.keep.get(n, 0), w.keep)
 
-    def read(self, seen: Seen, node: fx.Node, v: Tensor, *, fit: bool, batches: int | None) -> None:
+    def read(self, seen: Seen, node: fx.Node, v: Tensor, batches: int | None) -> None:
         """V came back to a consumer's output."""
         consumer, p = self.reads[node]
         consumer.add_norm(v)
         if self.exact:
             consumer.add_rows(seen.inputs[p.source], v, None)
-        elif fit:
+        else:
             if not self.keep:
                 self._plan(seen, batches)
-            self.updates.setdefault(node, Memory()).add(v, self.keep[node], self.batches)
-        if fit:
-            for w, link in self.by_node.get(node, []):
-                later = w.keep if self.project else 0
-                if later < len(v):
-                    w.add(link, seen.inputs[link.writes.source][later:], v[later:])
+            self.memory.add_update(node, v, self.keep[node])
+        for w, link in self.by_node.get(node, []):
+            later = w.keep if self.project else 0
+            if later < len(v):
+                w.add(link, seen.inputs[link.writes.source][later:], v[later:])
 
-    def end_batch(self, seen: Seen, *, fit: bool) -> None:
+    def end_batch(self, seen: Seen) -> None:
         self.samples += seen.size
         for c in self.consumers.values():
             c.add_gradient(seen)
-        if not fit:
-            return
-        self.fitted += seen.size
         if self.exact:
             for w in self.widths.values():
                 w.add_rows(seen.inputs, None)
             return
         for node in self.sources:
-            self.inputs.setdefault(node, Memory()).add(seen.inputs[node], self.keep[node], self.batches)
+            self.memory.add_input(node, seen.inputs[node], self.keep[node])
 
     def finish(self, generator: torch.Generator) -> None:
         """Turns sums into means; sampled matrices come from what was remembered."""
@@ -296,19 +271,29 @@ class Statistics:
             if not self.exact:
                 for p in c.uses:
                     keep = min(self.keep[p.node], self.keep[p.source])
-                    h, v = self.inputs[p.source].first(keep), self.updates[p.node].first(keep)
-                    c.add_rows(h, v, self.samples, generator)
+                    for share, inputs, updates in self._groups(keep, [p.source], [p.node]):
+                        c.add_rows(inputs[p.source], updates[p.node], share * self.samples, generator, share)
             c.finish(self.samples)
         for w in self.widths.values():
             same = None if self.exact else self._same_input(w)
             if same is not None and same.m is not None:
-                w.s, w.rows, w.readings = same.m * self.fitted, same.rows, float(same.positions)
+                w.s, w.rows = same.m * self.samples, same.rows
+                w.samples, w.reads = 1, same.positions
             elif not self.exact:
-                nodes = {n for k in w.links for n in (k.writes.source, k.reads.source)}
-                w.add_rows({n: self.inputs[n].first(w.keep) for n in nodes}, self.fitted, generator)
-            w.blocks = {name: block / self.fitted for name, block in w.blocks.items()}
-            w.s = None if w.s is None else w.s / self.fitted
+                for share, inputs, _ in self._groups(w.keep, [k.writes.source for k in w.links]):
+                    w.add_rows(inputs, share * self.samples, generator, share)
+            w.blocks = {name: block / self.samples for name, block in w.blocks.items()}
+            w.s = None if w.s is None else mirrored(w.s).div_(self.samples)
             w.ridge = 0.0 if self.exact else SAMPLED_RIDGE[w.rows < 10 * w.features]
+
+    def _groups(
+        self, keep: int, inputs: Iterable[fx.Node], updates: Iterable[fx.Node] = ()
+    ) -> Iterator[tuple[float, dict[fx.Node, Tensor], dict[fx.Node, Tensor]]]:
+        """Remembered samples, and which share of them this is."""
+        sources, targets = list(dict.fromkeys(inputs)), list(dict.fromkeys(updates))
+        total = sum(min(keep, len(chunk)) for chunk in self.memory.inputs[sources[0]])
+        for ins, outs in self.memory.groups(keep, sources, targets):
+            yield len(ins[sources[0]]) / total, ins, outs
 
     def _same_input(self, w: WidthMoments) -> Consumer | None:
         """The weight that reads exactly what this width's producer reads: M of one width is S of the next."""
@@ -321,19 +306,18 @@ class Statistics:
     def subtract_expressible(self, updates: Mapping[str, Tensor]) -> None:
         """N - E[b (dW* h)^T], from remembered samples: what the existing weights can express is no bottleneck."""
         for w in self.widths.values():
-            inputs = {n: self.inputs[n].first(w.keep) for n in {k.writes.source for k in w.links}}
-            by_use: dict[tuple[str, fx.Node], list[Link]] = {}
+            by_use: dict[Projection, list[Link]] = {}
             for link in w.links:
-                by_use.setdefault((link.reads.weight, link.reads.node), []).append(link)
-            for (weight, _), own in by_use.items():
-                source = own[0].reads.source
-                h = self.inputs[source].first(w.keep)
-                rest = self.consumers[weight].apply(updates[weight], h).div_(-len(h))
-                if self.project:
-                    v = self.updates[own[0].reads.node].first(w.keep)
-                    rest = torch.add(rest, v, alpha=1.0 / self.fitted)
-                for link in own:
-                    w.add(link, inputs[link.writes.source], rest)
+                by_use.setdefault(link.reads, []).append(link)
+            sources = [n for k in w.links for n in (k.writes.source, k.reads.source)]
+            for share, inputs, returned in self._groups(w.keep, sources, [p.node for p in by_use]):
+                for p, own in by_use.items():
+                    h = inputs[p.source]
+                    # what was remembered stands for all samples; its V is here in N for the first time
+                    rest = self.consumers[p.weight].apply(updates[p.weight] * (-share * self.samples / len(h)), h)
+                    rest += returned[p.node]
+                    for link in own:
+                        w.add(link, inputs[link.writes.source], rest, scale=1.0 / self.samples)
 
     def subtract_expressible_of(self, seen: Seen, updates: Mapping[str, Tensor]) -> None:
         """The same from all positions of one more batch."""
@@ -341,7 +325,7 @@ class Statistics:
             for link in w.links:
                 c = self.consumers[link.reads.weight]
                 fitted = c.apply(updates[c.weight], seen.inputs[link.reads.source])
-                w.add(link, seen.inputs[link.writes.source], fitted, scale=-1.0 / self.fitted)
+                w.add(link, seen.inputs[link.writes.source], fitted, scale=-1.0 / self.samples)
 
 
 def _spans(h: Hidden, structure: Structure) -> dict[str, tuple[int, int]]:
