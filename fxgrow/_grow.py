@@ -16,6 +16,7 @@ from fxgrow._check import check_function
 from fxgrow._data import Batch, Data, LossFn, check_device, random_state_kept
 from fxgrow._decide import plan as make_plan
 from fxgrow._errors import PlanError
+from fxgrow._norms import follow
 from fxgrow._optim import repoint
 from fxgrow._plan import Plan
 from fxgrow._profile import Profile
@@ -131,7 +132,7 @@ def grow(
     decided = make_plan(found, budget, neurons, update_existing=update_existing)
     clock.lap("plan")
     held = _held(data)
-    grown, growth = _apply_best(gm, decided, found.record(), held, loss_fn, neurons is not None)
+    grown, growth = _apply_best(gm, decided, found.record(), held, loss_fn, neurons is not None, update_existing)
     clock.lap("search")
     if optimizer is not None:
         repoint(optimizer, model, grown, growth.index)
@@ -154,6 +155,7 @@ def _apply_best(
     held: list[Batch],
     loss_fn: LossFn | None,
     forced: bool,
+    update_existing: bool,
 ) -> tuple[fx.GraphModule, _Outcome]:
     """Searches gamma and rewrites; a decline returns an unchanged copy."""
     pinned = {w.name: w.pinned for w in found.widths if w.pinned is not None}
@@ -174,6 +176,8 @@ def _apply_best(
             return copy_graph(gm), _Outcome(Growth(plan, found, result, same, pinned, {}, declined), {})
         declined = None
     grown = line.move(gamma)
+    if gamma and update_existing:
+        decided = follow(line, gamma, held)
     after = _losses(grown, held, loss_fn)
     losses = {mode: (before[mode], after[mode]) for mode in before}
     record = Growth(decided.scaled(gamma), found, result, losses, pinned, {}, declined)

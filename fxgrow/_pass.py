@@ -74,7 +74,8 @@ class _Recorder:
             twin = twins[node]
             with graph.inserting_before(first if node.op == "placeholder" else twin.next):
                 tapped = graph.call_function(self.tap, (i, twin))
-            twin.replace_all_uses_with(tapped, delete_user_cb=tapped.__ne__)
+            others = [user for user in twin.users if user is not tapped]
+            twin.replace_all_uses_with(tapped, delete_user_cb=others.__contains__)
         return graph
 
     def __call__(self, *arguments: Any) -> Any:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxgrow._data import Batch, LossFn, loss_of
 from fxgrow._pass import eval_mode, forward
@@ -25,7 +27,7 @@ class Search:
 
     Attributes:
         gammas: the values tried, 0 first.
-        losses: mean held-back loss at each, in eval mode.
+        losses: mean held-back loss at each, without dropout, norms on batch statistics as in training.
         best: the gamma with the smallest loss.
     """
 
@@ -41,7 +43,7 @@ class Line:
     """A grown graph whose parameters move along gamma."""
 
     def __init__(self, gm: fx.GraphModule, plan: Plan) -> None:
-        self.plan = plan
+        self.original, self.plan = gm, plan
         self.graph, self.index = rewrite(gm, plan.units, plan.at(0.0))
         whole = dict(rewrite(gm, plan.units, plan.at(1.0))[0].named_parameters())
         # new entries and updates of old ones move at one rate, unless incoming weights share gamma
@@ -61,6 +63,35 @@ class Line:
         return self.graph
 
 
+def norms_of(gm: nn.Module) -> dict[str, _BatchNorm]:
+    """Norms that training would feed with batch statistics; a frozen one keeps its own."""
+    return {
+        name: m
+        for name, m in gm.named_modules()
+        if isinstance(m, _BatchNorm)
+        and m.running_mean is not None
+        and m.track_running_stats
+        and (m.weight is None or m.weight.requires_grad)
+    }
+
+
+@contextlib.contextmanager
+def batch_statistics(gm: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
+    """Eval mode, but norms use the statistics of each batch and leave their running ones alone.
+
+    A batch of one sample has no statistics: where there is one, norms stay in eval mode.
+    """
+    with eval_mode(gm):
+        norms = list(norms_of(gm).values()) if all(b.size > 1 for b in batches) else []
+        try:
+            for m in norms:
+                m.training, m.track_running_stats = True, False
+            yield
+        finally:
+            for m in norms:
+                m.track_running_stats = True
+
+
 def mean_loss(graph: fx.GraphModule, batches: Sequence[Batch], loss_fn: LossFn | None) -> float:
     """Mean loss over samples, in the graph's mode."""
     total = 0.0
@@ -73,11 +104,13 @@ def mean_loss(graph: fx.GraphModule, batches: Sequence[Batch], loss_fn: LossFn |
 def search(line: Line, batches: Sequence[Batch], loss_fn: LossFn | None) -> Search:
     """Starts at the plan's scale, moves by factors of `STRIDE` while the loss falls, then closes in on the best.
 
+    With the running statistics of BatchNorm the loss would credit a step for what training normalises away at once.
+
     The predicted scale rests on the gradients' second moment, which is the curvature of a likelihood only: for other
     losses it can be off by orders of magnitude, so the search goes as far as it must, in both directions.
     """
     losses: dict[float, float] = {}
-    with eval_mode(line.graph):
+    with batch_statistics(line.graph, batches):
 
         def at(gamma: float) -> float:
             if gamma not in losses:
