@@ -18,10 +18,13 @@ from torch.utils import _pytree as pytree
 
 import fxgrow.ops  # noqa: F401  (enters the rules)
 from fxgrow._axes import Axis, Dims, fixed, is_fixed, length, multiplicity, pin, resolve
+from fxgrow._compensate import compensate
+from fxgrow._opaque import KEY
 from fxgrow._records import Reason
 from fxgrow._runtime import guard
 from fxgrow._sizes import Size, measured
-from fxgrow.ops.registry import Context, Structure, Unsupported, find_rule
+from fxgrow.ops.probe import probe
+from fxgrow.ops.registry import Check, Context, Structure, Unsupported, find_rule
 
 
 def analyse(gm: fx.GraphModule) -> Structure:
@@ -32,9 +35,10 @@ def analyse(gm: fx.GraphModule) -> Structure:
         args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
         context = Context(structure, gm, node)
         env[node] = _evaluate(context, args, kwargs)
-    for size, axis, why in structure.checks:
-        _check(size, axis, why)
+    for check in structure.checks:
+        _check(structure, check)
     _pin_frozen(gm, structure)
+    compensate(gm, structure)
     return structure
 
 
@@ -54,6 +58,10 @@ def _evaluate(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if node.target is guard:
         _pin_sizes(args, ctx.reason("branch", "the model's code branches on this size"))
         return None
+    if KEY in node.meta:
+        why = ctx.reason("opaque", f"the model's code cannot be followed there: {node.meta[KEY]}")
+        _pin_all(ctx, args, kwargs, why)
+        return _fixed(ctx.value, why)
     if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(ctx.value)):
         return _number(ctx, args, kwargs)
     if all(is_fixed(a) for a in _axes((args, kwargs))) and not any(measured((args, kwargs))) and not _writes(ctx):
@@ -67,13 +75,11 @@ def _apply(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     rule = find_rule(ctx.node, ctx.module)
     what = _name(ctx)
     try:
-        if rule is None:
-            raise Unsupported(f"{what} is not described by any rule")
         if ctx.node.kwargs.get("out") is not None:
             raise Unsupported(f"{what} writes its result into out=")
         if _changes_a_parameter(ctx, args):
             raise Unsupported(f"{what} changes a parameter in place")
-        out = rule(ctx, *args, **kwargs)
+        out = probe(ctx, what, args, kwargs) if rule is None else rule(ctx, *args, **kwargs)
         _agree(ctx, out)
     except (Unsupported, TypeError, IndexError, KeyError, ValueError) as refusal:
         code = refusal.code if isinstance(refusal, Unsupported) else "operator"
@@ -156,11 +162,21 @@ def _number(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         sources = [(Fraction(1), a) for a in tensors if not is_fixed(a)]
     if known or not sources:
         return out
+    if isinstance(out, float) and _of_widths_alone(node, sources):
+        # such as 1/sqrt(d): what was computed with it stays when it does
+        ctx.keep(out, [axis for _, axis in sources])
+        return out
     if any(isinstance(leaf, float) for leaf in pytree.tree_leaves(out)):
-        # such as 1/sqrt(d): it would change what is computed, and nothing says how
+        # it would change what is computed, and nothing says how
         for _, axis in sources:
             pin(axis, ctx.reason("size", "its size is used as a number"))
     return pytree.tree_map_only(int, lambda n: Size.make(int(n), Fraction(0), sources, opaque=True), out)
+
+
+def _of_widths_alone(node: fx.Node, sources: list[tuple[Fraction, Axis]]) -> bool:
+    """Whether a number comes from one size that only a width gives: other sizes may change from call to call."""
+    whole = len(sources) == 1 and all(s.var is not None for s in resolve(sources[0][1]))
+    return whole and len(node.all_input_nodes) == 1
 
 
 _IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"})
@@ -179,12 +195,18 @@ _LINEAR = frozenset(
 )  # fmt: skip
 
 
-def _check(size: Size, axis: Axis, why: Reason) -> None:
+def _check(structure: Structure, check: Check) -> None:
     """A computed size must be the same linear form as the axis it is used for."""
-    expected = _entries(axis), {v: Fraction(m) for v, m in multiplicity(axis).items()}
-    if size.form() != expected:
-        for a in (*size.axes, axis):
-            pin(a, why)
+    expected = _entries(check.axis), {v: Fraction(m) for v, m in multiplicity(check.axis).items()}
+    if check.size.form() == expected:
+        return
+    axes = (*check.size.axes, check.axis)
+    # one size of a view can be inferred, whatever the others are
+    if check.infer is not None and all(node is not check.infer[0] for node, _, _ in structure.inferred):
+        structure.inferred.append((*check.infer, axes))
+        return
+    for a in axes:
+        pin(a, check.why)
 
 
 def _entries(axis: Axis) -> Fraction:

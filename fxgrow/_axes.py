@@ -212,9 +212,18 @@ def _same(s: Segment, t: Segment, why: Reason) -> None:
         _bind(t.var, axis_of(unit, whole // t.inner))
 
 
+def _rigid(axis: Axis) -> Axis:
+    """An axis whose every variable is pinned is as good as fixed."""
+    found = variables(axis)
+    if found and all(var.pinned for var in found):
+        return fixed(length(axis), found[0].pinned)
+    return axis
+
+
 def product(outer: Axis, inner: Axis, why: Reason) -> Axis:
     """The axis of `flatten(outer, inner)`: at most one of the two may have units, otherwise both are pinned."""
     n_outer, n_inner = length(outer), length(inner)
+    outer, inner = _rigid(outer), _rigid(inner)
     if n_inner == 1 and is_fixed(inner):
         return outer
     if n_outer == 1 and is_fixed(outer):

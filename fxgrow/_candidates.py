@@ -34,6 +34,7 @@ class Candidates:
         graph: the copy; it computes the same function as the original.
         projections: uses of weights in the copy.
         units: candidates per width.
+        atoms: the same in steps of the width: what is added or left out as one.
         places: new entries per parameter, in the copy.
         values: their values as slices for `rewrite`, outgoing weights left out.
     """
@@ -41,6 +42,7 @@ class Candidates:
     graph: fx.GraphModule
     projections: list[Projection]
     units: dict[str, int]
+    atoms: dict[str, int]
     places: Places
     values: dict[str, dict[tuple[str, int], Tensor]]
 
@@ -96,7 +98,8 @@ def candidates(
                 slices.setdefault(parameter, {})[name, dim] = _slice(lookup(graph, parameter), dim, positions, new)
     twins = wide.twins
     projections = [replace(p, node=twins[p.node], source=twins[p.source]) for p in structure.projections]
-    return Candidates(graph, projections, dict(additions), where, slices)
+    atoms = {name: k // found[name].width.step for name, k in additions.items()}
+    return Candidates(graph, projections, dict(additions), atoms, where, slices)
 
 
 def _slice(tensor: Tensor, dim: int, positions: Tensor, new: Mapping[tuple[str, int], Tensor]) -> Tensor:

@@ -16,8 +16,10 @@ from torch.nn.parameter import is_lazy
 
 from fxgrow._errors import CaptureError
 from fxgrow._modes import guard_modes, merge_modes
+from fxgrow._opaque import Obstacles
 from fxgrow._runtime import in_mode
 from fxgrow._trace import ValueTracer
+from fxgrow.ops.registry import recognised
 
 _PURE_MODULES = ("torch", "_operator", "math", "builtins", "operator")
 _STATEFUL = ("batch_norm", "instance_norm", "dropout", "rrelu", "rand", "bernoulli", "normal", "multinomial")
@@ -37,13 +39,17 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
         example_inputs: positional arguments as a tuple, or keyword arguments as a dict; only shapes, dtypes
             and Python values count. A single tensor counts as a tuple of one.
 
+    A submodule whose code cannot be followed (it decides on a tensor's values, say) stays one node, the smallest
+    one possible; ``fxgrow.explain`` lists them.
+
     Returns:
         A GraphModule with the keys of the model's ``state_dict()``. ``node.meta["val"]`` holds each node's
         value on the example (tensors are fake), ``node.meta["tensor_meta"]`` the shapes,
         ``gm.meta["example_inputs"]`` the inputs in the order of the placeholders.
 
     Raises:
-        CaptureError: the inputs do not fit, the model's code fails on them, or it looks at a tensor's values.
+        CaptureError: the inputs do not fit, the model's code fails on them, or the code of the model itself (not
+            of one of its submodules) looks at a tensor's values.
 
     Example:
         >>> import torch, fxgrow
@@ -62,7 +68,9 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
     if lazy:
         raise CaptureError(f"{lazy[0]} has no shape yet. Run the model once on a batch, then capture it.")
     inputs, call = _bind(model, example_inputs)
-    with _untouched(model):
+    for module in model.modules():
+        recognised(module)  # runs it on numbers of its own, which tracing would record
+    with _untouched(model), _without_caches(model), _without_fast_path():
         tracer = _trace(model, inputs, call)
     return _assemble(model, tracer, tuple(inputs.values()))
 
@@ -117,9 +125,14 @@ def _bind(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], Callab
 def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]], Any]) -> ValueTracer:
     """Trace until train and eval mode are both described, or the other one is refused."""
     leaves: frozenset[nn.Module] = frozenset()
+    obstacles = Obstacles(model)
     while True:
-        tracer = ValueTracer(inputs, call, leaves)
-        tracer.record(model)
+        tracer = ValueTracer(inputs, call, leaves, opaque=obstacles.reasons)
+        try:
+            tracer.record(model)
+        except CaptureError as error:
+            obstacles.go_around(tracer.failed_in, error)
+            continue
         innermost = {model.get_submodule(path) for path, _, _ in tracer.branches.values() if path}
         # The likes of DropPath: nothing inside to grow, so the whole module may as well be one node.
         small = {module for module in innermost if isinstance(module, _NormBase) or not _holds_anything(module)}
@@ -128,7 +141,7 @@ def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]],
         leaves |= small
     _prune(tracer.graph)
     if tracer.branches:
-        other = ValueTracer(inputs, call, leaves, flipped=frozenset(tracer.branches))
+        other = ValueTracer(inputs, call, leaves, frozenset(tracer.branches), obstacles.reasons)
         try:
             other.record(model)
             _prune(other.graph)
@@ -205,6 +218,31 @@ def _keep_buffer_flags(copied: fx.GraphModule) -> None:
         if name in copied._parameters:
             copied._buffers[name] = copied._parameters.pop(name)
         copied._non_persistent_buffers_set.add(name)
+
+
+@contextlib.contextmanager
+def _without_caches(model: nn.Module) -> Iterator[None]:
+    """No key-value caches in the outputs: they are for generation, and no tensors."""
+    found = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(c): c for c in found if getattr(c, "use_cache", None) is True}
+    for config in configs.values():
+        config.use_cache = False  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def _without_fast_path() -> Iterator[None]:
+    """Transformer layers of torch.nn show their parts instead of one fused operator for inference."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager

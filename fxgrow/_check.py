@@ -12,6 +12,7 @@ from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
 from fxgrow._errors import RewriteError
+from fxgrow._opaque import KEY
 
 #: largest relative difference of outputs that rounding explains, per dtype
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
@@ -21,6 +22,10 @@ class _ShapeProp(fx.Interpreter):
     """`torch.fx.passes.shape_prop.ShapeProp` on fake tensors, keeping `node.meta["val"]`."""
 
     def run_node(self, n: fx.Node) -> Any:
+        if KEY in n.meta:
+            # its code may look at data; whatever it touches is pinned, so that its output is what it was
+            n.meta["val"] = pytree.tree_map_only(Tensor, _like, n.meta["val"])
+            return n.meta["val"]
         value = super().run_node(n)
         n.meta["val"] = value
         if isinstance(value, Tensor):
@@ -36,6 +41,10 @@ class _ShapeProp(fx.Interpreter):
                     raise ValueError(f"{target} has {len(tensor)} entries for {args[0].shape[1]} channels")
             return torch.empty_like(args[0])
         return super().call_module(target, args, kwargs)
+
+
+def _like(t: Tensor) -> Tensor:
+    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
 
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

@@ -193,6 +193,6 @@ def _tilt(profile: Profile, count: _Count, free: Iterable[str]) -> dict[str, flo
         width = profile[name].width
         k = min(profile[name].significant, max(width.step, math.ceil(width.size / 8)))
         k = max(width.step, k // width.step * width.step)
-        score[name] = refit.marginal(name, k) / (count.total({name: k}) - base)
+        score[name] = refit.marginal(name, k // width.step) / (count.total({name: k}) - base)
     middle = sorted(score.values())[len(score) // 2] or 1.0
     return {n: min(max((s / middle) ** 0.5, TILT[0]), TILT[1]) for n, s in score.items()}

@@ -16,7 +16,8 @@ from torch import fx, nn
 from fxgrow._analyse import analyse
 from fxgrow._axes import multiplicity
 from fxgrow._capture import capture
-from fxgrow._records import Width
+from fxgrow._opaque import KEY
+from fxgrow._records import OpaqueModule, Width
 from fxgrow._report import count, few
 from fxgrow._rewrite import lookup
 from fxgrow._table import Column, table
@@ -34,6 +35,7 @@ class Explanation:
         parameters: number of parameters of the model.
         reachable: how many of them are in weights that a free width would make larger.
         places: per pinned width, file and line of the model's code where it is pinned, as far as known.
+        opaque: submodules that are one node of the graph because their code cannot be followed, and why.
     """
 
     model: str
@@ -41,6 +43,7 @@ class Explanation:
     parameters: int
     reachable: int
     places: dict[str, str]
+    opaque: tuple[OpaqueModule, ...] = ()
 
     def __str__(self) -> str:
         free = [w for w in self.widths if w.pinned is None]
@@ -49,6 +52,8 @@ class Explanation:
             f"{self.model}: {len(free)} of {count(len(self.widths), 'width')} can grow; {share:.1%} of "
             f"{self.parameters:,} parameters are in weights that would grow with them"
         ]
+        if self.opaque:
+            lines += ["", _opaque_table(self.opaque, self.parameters)]
         if free:
             lines += ["", _free_table(free)]
         if len(free) < len(self.widths):
@@ -103,6 +108,7 @@ def explain(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
         parameters=sum(p.numel() for p in gm.parameters()),
         reachable=_reachable(gm, structure),
         places=_places(gm, widths),
+        opaque=_opaque(gm),
     )
 
 
@@ -118,6 +124,25 @@ def _free_table(free: list[Width]) -> str:
     rows = [
         (w.name, str(w.size), str(w.step), few(w.producers, 1), few(w.consumers, 1), few(w.followers, 1)) for w in free
     ]
+    return table(columns, rows)
+
+
+def _opaque(gm: fx.GraphModule) -> tuple[OpaqueModule, ...]:
+    found = {str(node.target): node.meta[KEY] for node in gm.graph.nodes if KEY in node.meta}
+    return tuple(
+        OpaqueModule(name, sum(p.numel() for p in gm.get_submodule(name).parameters()), why)
+        for name, why in found.items()
+    )
+
+
+def _opaque_table(modules: tuple[OpaqueModule, ...], total: int) -> str:
+    columns = [
+        Column("opaque module", shrink=True),
+        Column("parameters", right=True),
+        Column("share", right=True),
+        Column("because", wrap=True),
+    ]
+    rows = [(m.name, f"{m.parameters:,}", f"{m.parameters / total if total else 0:.1%}", m.reason) for m in modules]
     return table(columns, rows)
 
 

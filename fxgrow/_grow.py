@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
 from torch import fx, nn
@@ -16,6 +16,7 @@ from fxgrow._check import check_function
 from fxgrow._data import Batch, Data, LossFn, check_device, random_state_kept
 from fxgrow._decide import plan as make_plan
 from fxgrow._errors import PlanError
+from fxgrow._into import check_into, into_module, keep_record
 from fxgrow._norms import follow
 from fxgrow._optim import repoint
 from fxgrow._plan import Plan
@@ -28,6 +29,7 @@ from fxgrow._search import SEARCH_SAMPLES, Line, Search, mean_loss, search
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+M = TypeVar("M", bound=nn.Module)
 log = logging.getLogger("fxgrow")
 
 
@@ -65,6 +67,44 @@ class Growth:
         return plot_growth(self, path)
 
 
+@overload
+def grow(
+    model: nn.Module,
+    dataloader: Iterable[Any],
+    *,
+    loss_fn: LossFn | None = ...,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None = ...,
+    budget: str | int | None = ...,
+    neurons: int | Mapping[str, int] | None = ...,
+    method: str = ...,
+    samples: int | None = ...,
+    optimizer: torch.optim.Optimizer | None = ...,
+    update_existing: bool = ...,
+    progress: bool = ...,
+    seed: int = ...,
+    into: Literal["graph"] = ...,
+) -> fx.GraphModule: ...
+
+
+@overload
+def grow(
+    model: M,
+    dataloader: Iterable[Any],
+    *,
+    loss_fn: LossFn | None = ...,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None = ...,
+    budget: str | int | None = ...,
+    neurons: int | Mapping[str, int] | None = ...,
+    method: str = ...,
+    samples: int | None = ...,
+    optimizer: torch.optim.Optimizer | None = ...,
+    update_existing: bool = ...,
+    progress: bool = ...,
+    seed: int = ...,
+    into: Literal["module"],
+) -> M: ...
+
+
 @random_state_kept()
 def grow(
     model: nn.Module,
@@ -80,7 +120,8 @@ def grow(
     update_existing: bool = True,
     progress: bool = True,
     seed: int = 0,
-) -> fx.GraphModule:
+    into: Literal["graph", "module"] = "graph",
+) -> nn.Module:
     """Makes a network wider where the loss asks for what its weights cannot express.
 
     The model is captured as a graph, every hidden width is profiled on the data, units are chosen within the budget,
@@ -99,6 +140,8 @@ def grow(
         update_existing: also move the weights that exist (dW).
         progress: show a progress bar (if tqdm is installed).
         seed: of all random choices.
+        into: `graph` for a GraphModule; `module` for a copy of the model itself, with its class, methods and
+            attributes, where its code computes what the grown graph does.
 
     Returns:
         A GraphModule with the model's parameter names, wider. `.meta["fxgrow"]` is its `Growth`: where nothing is worth
@@ -107,7 +150,7 @@ def grow(
     Raises:
         CaptureError: the model cannot be traced.
         ProfileError: the data or the loss do not allow a profile, or no width is free.
-        PlanError: the budget or the neurons cannot be met.
+        PlanError: the budget or the neurons cannot be met, or the model's code does not allow `into="module"`.
 
     Example:
         >>> import torch, fxgrow
@@ -119,14 +162,24 @@ def grow(
         >>> grown.state_dict()["0.weight"].shape
         torch.Size([5, 6])
     """
+    check_into(into, model)
     clock = _Clock()
     data = Data(dataloader, samples)
     first = data.first()
     check_device(first, model)
-    gm = capture(model, first.inputs if example_inputs is None else example_inputs)
+    inputs = first.inputs if example_inputs is None else example_inputs
+    gm = capture(model, inputs)
     clock.lap("capture")
     found = make_profile(
-        gm, data.loader, loss_fn, samples, method, units=_candidates(neurons), progress=progress, seed=seed
+        gm,
+        data.loader,
+        loss_fn,
+        samples,
+        method,
+        units=_candidates(neurons),
+        progress=progress,
+        seed=seed,
+        widths=list(neurons) if isinstance(neurons, Mapping) else None,
     )
     clock.lap("profile")
     decided = make_plan(found, budget, neurons, update_existing=update_existing)
@@ -134,12 +187,13 @@ def grow(
     held = _held(data)
     grown, growth = _apply_best(gm, decided, found.record(), held, loss_fn, neurons is not None, update_existing)
     clock.lap("search")
+    out = into_module(model, inputs, gm, grown) if into == "module" else grown
     if optimizer is not None:
-        repoint(optimizer, model, grown, growth.index)
+        repoint(optimizer, model, out, growth.index)
     record = replace(growth.record, seconds=clock.laps)
-    grown.meta["fxgrow"] = record
+    keep_record(out, record)
     log.info("%s", record.declined or record.plan)
-    return grown
+    return out
 
 
 @dataclass(frozen=True)
@@ -257,6 +311,30 @@ def apply(gm: nn.Module, plan: Plan, example_inputs: tuple[Any, ...] | dict[str,
     return grown
 
 
+@overload
+def widen(
+    model: nn.Module,
+    example_inputs: tuple[Any, ...] | dict[str, Any],
+    units: Mapping[str, int],
+    *,
+    optimizer: torch.optim.Optimizer | None = ...,
+    seed: int = ...,
+    into: Literal["graph"] = ...,
+) -> fx.GraphModule: ...
+
+
+@overload
+def widen(
+    model: M,
+    example_inputs: tuple[Any, ...] | dict[str, Any],
+    units: Mapping[str, int],
+    *,
+    optimizer: torch.optim.Optimizer | None = ...,
+    seed: int = ...,
+    into: Literal["module"],
+) -> M: ...
+
+
 def widen(
     model: nn.Module,
     example_inputs: tuple[Any, ...] | dict[str, Any],
@@ -264,7 +342,8 @@ def widen(
     *,
     optimizer: torch.optim.Optimizer | None = None,
     seed: int = 0,
-) -> fx.GraphModule:
+    into: Literal["graph", "module"] = "graph",
+) -> nn.Module:
     """Adds units without data; the network computes exactly the same function.
 
     New rows of producers are random (Kaiming), new columns of consumers zero, followers the identity.
@@ -275,12 +354,14 @@ def widen(
         units: units to add per width, multiples of the width's step.
         optimizer: re-pointed to the new parameters, its state kept.
         seed: of the random rows.
+        into: `graph` for a GraphModule, `module` for a copy of the model itself; see `grow`.
 
     Returns:
-        The wider GraphModule.
+        The wider network.
 
     Raises:
-        PlanError: a width is unknown or pinned, or the units do not fit its step.
+        PlanError: a width is unknown or pinned, the units do not fit its step, or the model's code does not allow
+            `into="module"`.
         RewriteError: the outputs are not the same; nothing is returned.
 
     Example:
@@ -290,10 +371,12 @@ def widen(
         >>> torch.allclose(fxgrow.widen(net, (x,), {"0": 8})(x), net(x))
         True
     """
+    check_into(into, model)
     gm = capture(model, example_inputs)
     generator = torch.Generator().manual_seed(seed)
     grown, index = rewrite(gm, units, generator=generator)
     check_function(gm, grown, gm.meta["example_inputs"])
+    out = into_module(model, example_inputs, gm, grown) if into == "module" else grown
     if optimizer is not None:
-        repoint(optimizer, model, grown, index)
-    return grown
+        repoint(optimizer, model, out, index)
+    return out

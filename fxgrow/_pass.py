@@ -178,7 +178,8 @@ def run_pass(
                     )
                 # starting from -n instead of 1 gives V itself everywhere, without a copy at each reader
                 start = torch.full_like(loss, -float(batch.size))
-                gradients = torch.autograd.grad(loss, parameters, start, allow_unused=True)
+                # no weight is asked for where every consumer is of a kind that has no statistics
+                gradients = torch.autograd.grad(loss, parameters, start, allow_unused=True) if parameters else ()
                 for name, p, g in zip(names, parameters, gradients, strict=True):
                     g = torch.zeros_like(p) if g is None else g
                     seen.gradients[name] = g.detach()

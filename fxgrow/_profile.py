@@ -20,6 +20,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxgrow._analyse import analyse
 from fxgrow._candidates import Candidates, candidates
 from fxgrow._capture import capture
+from fxgrow._compensate import silent
 from fxgrow._data import Batch, Data, LossFn, check_device, random_state_kept
 from fxgrow._errors import PlanError, ProfileError
 from fxgrow._pass import Seen, run_pass
@@ -31,6 +32,7 @@ from fxgrow._solve import bottleneck as expressivity_bottleneck
 from fxgrow._statistics import Statistics
 from fxgrow._widths import Hidden, hidden
 from fxgrow.initialisers import Initialiser, Proposal, find_initialiser
+from fxgrow.ops.registry import Structure
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,8 +51,8 @@ class Bottleneck:
         bottleneck: expressivity bottleneck Psi = E|V - dW* h|^2, in squared units of loss per pre-activation: what the
             loss asks of the consumers that no move of their weights can express (Verbockhaven et al. 2024, def. 2.3).
         desired: E|V|^2, what the loss asks for in all; `bottleneck / desired` is between 0 and 1.
-        gains: predicted decrease of the loss per unit, best first. For `tiny` the squared singular values (decrease
-            per unit of gamma); with a refit, nats measured on held-back batches.
+        gains: predicted decrease of the loss per step of the width (one unit for most), best first. For `tiny` the
+            squared singular values (decrease per unit of gamma); with a refit, nats measured on held-back batches.
         singular_values: of the whitened E[b V^T], largest first.
         significant: how many units a held-back test accepts (with no test: how many there are).
         samples: samples that were read.
@@ -164,7 +166,8 @@ def profile(
         method: the initialiser: `default`, `tiny`, `random`, `random-refit`.
         positions: `"sampled"` estimates second moments from sampled positions; `"all"` uses every one, and one more
             forward pass, for exact figures.
-        widths: names of the widths to profile; None for all that are free.
+        widths: names of the widths to profile; None for all that are free, but for those whose new units send nothing
+            on at first, so that the data say nothing of them: streams under a norm, queries and keys.
         units: how many units to propose per width; None for a quarter of its size, at least 4.
         progress: show a progress bar (if tqdm is installed).
         seed: of the sampling.
@@ -195,7 +198,7 @@ def profile(
         gm = capture(gm, first.inputs)
     structure = analyse(gm)
     every = hidden(structure)
-    chosen = _chosen(every, widths)
+    chosen = _chosen(structure, every, widths)
     exact = positions == "all"
     generator = torch.Generator().manual_seed(seed)
 
@@ -249,11 +252,11 @@ def profile(
     )
 
 
-def _chosen(every: Sequence[Hidden], names: Sequence[str] | None) -> list[Hidden]:
+def _chosen(structure: Structure, every: Sequence[Hidden], names: Sequence[str] | None) -> list[Hidden]:
     if names is not None:
         by_name = {h.width.name: h for h in every}
         return [require_free(by_name, n) for n in names]
-    free = [h for h in every if h.width.pinned is None]
+    free = [h for h in every if h.width.pinned is None and not silent(structure, h.var)]
     if not free:
         pinned = "; ".join(f"{h.width.name}: {h.width.pinned}" for h in every[:6]) or "there are no hidden layers"
         raise ProfileError(
@@ -361,10 +364,10 @@ def _bottleneck(
     gains, significant = tuple(v * v for v in values[:k]), min(k, len(values)) if proposal.alpha else k
     if refit is not None and refit.of(name):
         evidence = refit.evidence[name]
-        total = refit.marginal(name, k)
+        total = refit.marginal(name, k // h.width.step)
         shares = evidence.shares.clamp_min(0)
         gains = tuple(float(g) for g in (total * shares / shares.sum().clamp_min(1e-30)).sort(descending=True).values)
-        significant = evidence.significant
+        significant = evidence.significant * h.width.step
     elif refit is not None:
         gains, significant = (), 0
     moments = stats.widths.get(name)

@@ -11,7 +11,7 @@ class Reason:
 
     Attributes:
         code: one word: ``input``, ``output``, ``operator``, ``norm``, ``reduce``,
-            ``broadcast``, ``size``, ``branch`` or ``frozen``.
+            ``broadcast``, ``size``, ``branch``, ``frozen`` or ``opaque``.
         node: the name of the graph node that pins the width.
         message: one sentence for people.
     """
@@ -45,3 +45,18 @@ class Width:
     consumers: tuple[str, ...]
     step: int = 1
     pinned: Reason | None = None
+
+
+@dataclass(frozen=True)
+class OpaqueModule:
+    """A submodule that is one node of the graph because its code cannot be followed.
+
+    Attributes:
+        name: its qualified name.
+        parameters: how many parameters it holds.
+        reason: the line of the code and what is wrong with it.
+    """
+
+    name: str
+    parameters: int
+    reason: str

@@ -38,7 +38,7 @@ class Readout:
         bias: name of its bias.
         outputs: rows of the weight that are not new units themselves.
         old: columns of h (the bias last).
-        new: per width `[K, columns per unit]`.
+        new: per width `[K, columns per atom]`; an atom is the least that can be added, `step` units.
         m: E[[h, z] [h, z]^T].
         g: E[V V^T] per position.
         fit: E[V [h, z]^T] on the fitting batches.
@@ -95,7 +95,7 @@ class Evidence:
 
     @property
     def significant(self) -> int:
-        """How many stand before the first one that fails."""
+        """How many atoms stand before the first one that fails."""
         failed = (self.z <= Z).nonzero()
         return int(failed[0]) if len(failed) else len(self.z)
 
@@ -114,7 +114,7 @@ class Refit:
         return [r for r in self.readouts.values() if width in r.new]
 
     def marginal(self, width: str, k: int) -> float:
-        """Predicted decrease that k units add to what updating the existing weights alone would bring.
+        """Predicted decrease that k atoms add to what updating the existing weights alone would bring.
 
         p(units + dW) - p(dW alone), p = max(s, 0)^2 / 2q, fitted on one part of the data, measured on the other.
         """
@@ -200,7 +200,7 @@ def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: 
 
 
 def _consumers(found: Candidates) -> dict[str, Consumer]:
-    wanted = {w for w in found.units}
+    wanted = {w for w in found.atoms}
     uses: dict[str, Consumer] = {}
     for p in found.projections:
         if p.plain and any((w, p.in_dim) in found.places.get(p.weight, {}) for w in wanted) and p.weight not in uses:
@@ -218,7 +218,7 @@ def _readout(c: Consumer, found: Candidates) -> Readout:
         if dim == 1:
             channels[positions] = False
             columns = positions[:, None] * taps + torch.arange(taps)
-            new[width] = columns.reshape(found.units[width], -1).to(c.vh.device)
+            new[width] = columns.reshape(found.atoms[width], -1).to(c.vh.device)
     old = (channels.nonzero() * taps + torch.arange(taps)).flatten()
     if c.bias is not None:
         old = torch.cat([old, torch.tensor([c.vh.shape[1] - 1])])
@@ -233,7 +233,7 @@ def _readout(c: Consumer, found: Candidates) -> Readout:
 
 def rank_by_fit(out: Refit, found: Candidates) -> None:
     """Orders the candidates of each width by their part of the fitted slope."""
-    for width, k in found.units.items():
+    for width, k in found.atoms.items():
         share = torch.zeros(k)
         for r in out.of(width):
             weights, columns = r.solve({width: torch.arange(k)}, True)
@@ -248,13 +248,13 @@ class _Tests:
 
     def __init__(self, out: Refit, found: Candidates) -> None:
         self.out, self.found = out, found
-        self.sums = {w: torch.zeros(k, dtype=torch.float64) for w, k in found.units.items()}
-        self.squares = {w: torch.zeros(k, dtype=torch.float64) for w, k in found.units.items()}
-        self.whole = dict.fromkeys(found.units, 0.0)
+        self.sums = {w: torch.zeros(k, dtype=torch.float64) for w, k in found.atoms.items()}
+        self.squares = {w: torch.zeros(k, dtype=torch.float64) for w, k in found.atoms.items()}
+        self.whole = dict.fromkeys(found.atoms, 0.0)
         self.count = 0
         self.steps: dict[tuple[str, str], Tensor] = {}
-        self.curvature = dict.fromkeys(found.units, 0.0)
-        for width, k in found.units.items():
+        self.curvature = dict.fromkeys(found.atoms, 0.0)
+        for width, k in found.atoms.items():
             for r in out.of(width):
                 weights, columns = solution = r.solve({width: torch.arange(k)}, True)
                 self.curvature[width] += r.predict(solution)[1]

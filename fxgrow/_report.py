@@ -133,7 +133,7 @@ def _row(b: Bottleneck) -> tuple[str, ...]:
     width = b.width
     return (
         width.name, str(width.size), str(width.step), flow(width), f"{b.bottleneck:.3g}", share, gains or "·",
-        f"{b.significant} of {max(len(b.gains), b.significant)}",
+        f"{b.significant} of {max(len(b.gains) * b.width.step, b.significant)}",
     )  # fmt: skip
 
 

@@ -24,6 +24,7 @@ from fxgrow._analyse import analyse
 from fxgrow._axes import Axis, Dims, Var, length, resolve
 from fxgrow._check import check_shapes
 from fxgrow._errors import PlanError
+from fxgrow._settle import settle_entries, settle_norms, settle_numbers, settle_products, shrunk
 from fxgrow._widths import Hidden, hidden
 from fxgrow.ops.registry import Structure
 
@@ -114,18 +115,23 @@ def widened(
         changed = any(g.new for g in plan)
         if not changed and name not in values.delta:
             continue
-        new = _fill(name, old.detach(), dims, plan, structure, values, names, generator)
+        new = _fill(name, old.detach(), dims, plan, structure, values, names, generator, grow)
+        scales = {n: lookup(gm, n).detach() for c in structure.compensations.values() for n in c.scales.values()}
+        settle_entries(new, name, [g.new for g in plan], structure, grow, scales)
         if changed:
             index[name] = tuple(g.old if g.new else None for g in plan)
         replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     grown = copy_graph(gm, replaced)
     twins = dict(zip(gm.graph.nodes, grown.graph.nodes, strict=True))
     _write_constants(grown, structure, grow, twins)
+    settle_norms(grown, structure, grow, twins)
+    settle_numbers(structure, grow, twins)
     with warnings.catch_warnings():
         # lint would have `training` flags be tensors or modules
         warnings.filterwarnings("ignore", message=".*does not reference an nn.Module.*")
         grown.graph.lint()
     grown.recompile()
+    settle_products(grown, structure, grow, twins, gm.meta["example_inputs"], index)
     return Wide(grown, index, twins, _lengths(structure, grow, twins))
 
 
@@ -182,18 +188,20 @@ def require_free(found: Mapping[str, Hidden], name: str) -> Hidden:
 
 
 def extend(axis: Axis, grow: Mapping[Var, int]) -> Extended:
-    """New entries stand at the end of each of their width's segments."""
+    """New entries stand at the end of each of their width's segments; they are listed unit by unit."""
     old: list[int] = []
-    new: dict[Var, list[int]] = {}
+    new: dict[Var, list[list[int]]] = {}
     at = 0
     for s in resolve(axis):
         old.extend(range(at, at + s.length))
         at += s.length
         if s.var is not None and grow.get(s.var):
-            n = grow[s.var] * s.inner
-            new.setdefault(s.var, []).extend(range(at, at + n))
-            at += n
-    return Extended(at, torch.tensor(old, dtype=torch.long), {v: torch.tensor(i) for v, i in new.items()})
+            units = new.setdefault(s.var, [[] for _ in range(grow[s.var])])
+            for unit in units:
+                unit.extend(range(at, at + s.inner))
+                at += s.inner
+    positions = {v: torch.tensor([i for unit in units for i in unit]) for v, units in new.items()}
+    return Extended(at, torch.tensor(old, dtype=torch.long), positions)
 
 
 def _fill(
@@ -205,6 +213,7 @@ def _fill(
     values: Values,
     names: Mapping[Var, str],
     generator: torch.Generator | None,
+    grow: Mapping[Var, int],
 ) -> Tensor:
     uses = [p for p in structure.projections if p.weight == name]
     biases = any(p.bias == name for p in structure.projections)
@@ -214,16 +223,20 @@ def _fill(
         for positions in g.new.values():
             new.index_fill_(dim, positions.to(new.device), _constant_fill(fill, old))
     if uses or fill == "random":
-        _random_rows(new, plan, uses[0].out_dim if uses else 0, generator)
+        out_dim = uses[0].out_dim if uses else 0
+        _random(new, out_dim, list(plan[out_dim].new.values()), out_dim, generator)
     for p in uses:
         # whoever read the width before must not see the new units
-        _zero(new, plan, p.in_dim, p.out_dim, corner=not values.corner)
+        free = {var for var, c in structure.compensations.items() if (p.weight, p.in_dim) in c.free}
+        _random(new, p.in_dim, [i for v, i in plan[p.in_dim].new.items() if v in free], p.out_dim, generator)
+        _zero(new, plan, p.in_dim, p.out_dim, corner=not values.corner, free=free)
     for (width, dim), given in values.new.get(name, {}).items():
         for var, positions in plan[dim].new.items():
             if names[var] == width:
                 where = [positions if d == dim else other.old for d, other in enumerate(plan)]
                 _put(new, where, given.to(old))
     delta = values.delta.get(name)
+    old = shrunk(old, name, structure, grow)
     _put(new, [g.old for g in plan], old if delta is None else old + delta.to(old))
     return new
 
@@ -234,17 +247,19 @@ def _constant_fill(fill: float | str, old: Tensor) -> float:
     return float(old.double().mean()) if old.is_floating_point() and old.numel() else 0.0
 
 
-def _random_rows(new: Tensor, plan: list[Extended], out_dim: int, generator: torch.Generator | None) -> None:
-    """Kaiming-normal rows for the new fan-in (He et al. 2015, eq. 10)."""
+def _random(new: Tensor, dim: int, places: list[Tensor], out_dim: int, generator: torch.Generator | None) -> None:
+    """Kaiming-normal entries at places of a dimension, for the new fan-in (He et al. 2015, eq. 10)."""
     std = math.sqrt(2 / max(1, new.numel() // max(1, new.shape[out_dim])))
-    for rows in plan[out_dim].new.values():
-        shape = [len(rows) if d == out_dim else n for d, n in enumerate(new.shape)]
+    for positions in places:
+        shape = [len(positions) if d == dim else n for d, n in enumerate(new.shape)]
         drawn = torch.randn(shape, generator=generator, dtype=torch.promote_types(new.dtype, torch.float32))
-        new.index_copy_(out_dim, rows.to(new.device), (drawn * std).to(new))
+        new.index_copy_(dim, positions.to(new.device), (drawn * std).to(new))
 
 
-def _zero(new: Tensor, plan: list[Extended], in_dim: int, out_dim: int, corner: bool) -> None:
-    for positions in plan[in_dim].new.values():
+def _zero(new: Tensor, plan: list[Extended], in_dim: int, out_dim: int, corner: bool, free: set[Var]) -> None:
+    for var, positions in plan[in_dim].new.items():
+        if var in free:
+            continue
         positions = positions.to(new.device)
         columns = new.index_select(in_dim, positions)
         rows = torch.arange(plan[out_dim].size) if corner else plan[out_dim].old
@@ -309,9 +324,13 @@ def _write_constants(
         if n == length(c.axis):
             continue
         if isinstance(target, str):
-            setattr(gm.get_submodule(target), path[0], n)
+            module, (name, *rest) = gm.get_submodule(target), path
+            setattr(module, name, _with(getattr(module, name), rest, n))
         else:
             _set_argument(twins[target], path, n)
+    for node, path, axes in structure.inferred:
+        if any(_new_length(a, grow) != length(a) for a in axes):
+            _set_argument(twins[node], path, -1)
 
 
 def _set_argument(node: fx.Node, path: tuple[Any, ...], value: int) -> None:

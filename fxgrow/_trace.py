@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
+import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FrameType
 from typing import Any
 
@@ -14,16 +15,27 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxgrow._attention import is_packed, self_attention
 from fxgrow._errors import CaptureError
 from fxgrow._fake import FakeRunner, arithmetic_key, set_value
 from fxgrow._intercept import FACTORIES, intercept
 from fxgrow._leaf import is_layer
+from fxgrow._opaque import KEY
+from fxgrow._opaque import run as run_opaque
 from fxgrow._proxy import INPLACE, ValueProxy
 from fxgrow._runtime import guard, set_grad_enabled
 from fxgrow._where import failure, last_user_line, source, stack_trace, user_frame
+from fxgrow.ops.registry import recognised
 
 # Values the model's code gets as they are, without a proxy.
 _PLAIN = (type(None), str, torch.dtype, torch.layout, torch.memory_format, type, enum.Enum)
+
+
+def _same_three(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether query, key and value are one tensor."""
+    names = ("query", "key", "value")
+    given = [*args[:3], *(kwargs[n] for n in names[len(args) :] if n in kwargs)]
+    return len(given) == 3 and len({id(getattr(a, "node", a)) for a in given}) == 1
 
 
 class ValueTracer(fx.Tracer):
@@ -34,6 +46,7 @@ class ValueTracer(fx.Tracer):
         call: calls the model's forward, given the placeholders' proxies.
         leaves: modules to keep whole, besides those of ``torch.nn``.
         flipped: paths of ``training`` flags to read as their opposite.
+        opaque: modules to keep whole because their code cannot be followed, and why.
     """
 
     def __init__(
@@ -42,9 +55,14 @@ class ValueTracer(fx.Tracer):
         call: Callable[[list[Any]], Any],
         leaves: frozenset[nn.Module] = frozenset(),
         flipped: frozenset[str] = frozenset(),
+        opaque: Mapping[nn.Module, str] | None = None,
     ) -> None:
         super().__init__(autowrap_functions=tuple(FACTORIES))
         self.inputs, self.call, self.leaves, self.flipped = inputs, call, leaves, flipped
+        self.opaque = opaque or {}
+        #: path of the innermost module in which tracing failed
+        self.failed_in = ""
+        self._written_out: set[nn.Module] = set()
         self.runner = FakeRunner()
         self.constants: dict[str, torch.Tensor] = {}
         self.branches: dict[str, tuple[str, bool, str]] = {}  # flag -> (innermost module, value, where)
@@ -70,8 +88,10 @@ class ValueTracer(fx.Tracer):
             with intercept(self), torch.random.fork_rng(devices=_cuda_devices()):
                 return self.trace(model)
         except CaptureError:
+            self.failed_in = self._innermost()[0]
             raise
         except Exception as error:
+            self.failed_in = self._innermost()[0]
             raise CaptureError(failure(error, self._module(), last_user_line(error))) from error
         finally:
             torch._C._set_grad_enabled(grad)
@@ -153,6 +173,9 @@ class ValueTracer(fx.Tracer):
             return fx.node.map_arg(node.args[0], lambda result: result.meta["val"])
         if node.target is guard or node.target is set_grad_enabled:
             return None
+        if node.op == "call_module" and (why := self.opaque.get(self.root.get_submodule(str(node.target)))):
+            node.meta[KEY] = why
+            return run_opaque(node, self.root, self.runner)
         return self.runner.call(node, self.root)
 
     def _attribute(self, name: str) -> Any:
@@ -218,8 +241,10 @@ class ValueTracer(fx.Tracer):
         return self._attributes[name]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Layers of torch.nn, subclasses that change nothing about them, and ``leaves``."""
-        return m in self.leaves or is_layer(type(m))
+        """Layers of torch.nn, subclasses that change nothing about them, ``leaves`` and what is opaque."""
+        if m in self._written_out:
+            return False
+        return m in self.leaves or m in self.opaque or is_layer(type(m)) or recognised(m) is not None
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -230,7 +255,10 @@ class ValueTracer(fx.Tracer):
         path = (self.submodule_paths or {}).get(m)
         if path is None:
             return forward(*args, **kwargs)
-        if self.is_leaf_module(m, path):
+        if type(m) is nn.MultiheadAttention and is_packed(m) and _same_three(args, kwargs):
+            self._written_out.add(m)
+            forward = functools.partial(self_attention, m)
+        elif self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         with self._training_at_run_time(m, path):
             return super().call_module(m, forward, args, kwargs)

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fxgrow._compensate import silent
 from fxgrow._plan import Plan
 from fxgrow._profile import Profile
 from fxgrow._refit import decrease
@@ -20,7 +21,8 @@ def fill_plan(
 ) -> Plan:
     found, refit = profile.candidates(), profile.refit
     order = {
-        name: refit.evidence[name].order[:k] if refit is not None else torch.arange(k) for name, k in units.items()
+        name: refit.evidence[name].order[:k] if refit is not None else torch.arange(k)
+        for name, k in ((n, k * found.atoms[n] // found.units[n]) for n, k in units.items())
     }
     values = Values(corner=False)
     incoming: list[tuple[str, str, int]] = []
@@ -30,7 +32,7 @@ def fill_plan(
     for name, slices in found.values.items():
         for (width, dim), t in slices.items():
             if width in units:
-                values.new.setdefault(name, {})[width, dim] = _pick(t, dim, order[width], found.units[width])
+                values.new.setdefault(name, {})[width, dim] = _pick(t, dim, order[width], found.atoms[width])
                 if (name, dim) in produces:
                     incoming.append((name, width, dim))
     scale = 1.0
@@ -54,7 +56,7 @@ def fill_plan(
 
 
 def _pick(t: Tensor, dim: int, chosen: Tensor, candidates: int) -> Tensor:
-    """Slices of the chosen units, of so many candidates, along one dimension."""
+    """Slices of the chosen atoms, of so many candidates, along one dimension."""
     each = t.shape[dim] // candidates
     index = (chosen[:, None] * each + torch.arange(each)).flatten()
     return t.index_select(dim, index.to(t.device))
@@ -73,6 +75,8 @@ def _from_refit(
     if refit is None:
         return 1.0, {}
     terms = []
+    # what reads a new unit that is zero at first needs columns that are not
+    mute = {h.width.name for h in hidden(structure) if silent(structure, h.var)}
     for name, r in refit.readouts.items():
         chosen = {w: u for w, u in order.items() if w in r.new}
         if not chosen:
@@ -84,6 +88,9 @@ def _from_refit(
         at = len(r.old) if update_existing else 0
         for width, picked in chosen.items():
             n = r.new[width][picked].numel()
+            if width in mute:
+                at += n
+                continue
             block = weights[:, at : at + n]
             values.new.setdefault(name, {})[width, 1] = block.reshape(weight.shape[0], -1, *weight.shape[2:])
             outgoing.append((name, width, 1))

@@ -62,7 +62,7 @@ def hidden(structure: Structure) -> list[Hidden]:
             name = f"{name}[{numbers[name] - 1}]"
         step = multiplicity(h.writes[0].out)[var]
         pinned = var.pinned
-        if pinned is None and not h.reads:
+        if pinned is None and not h.reads and var not in structure.compensations:
             pinned = Reason("output", h.writes[0].node.name, "no weight reads it")
         h.width = Width(
             name=name,

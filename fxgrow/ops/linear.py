@@ -1,12 +1,19 @@
-"""Layers that write a fresh axis at every position: Linear, Embedding."""
+"""Layers that write a fresh axis at every position: Linear, Embedding, products with a parameter."""
 
 from __future__ import annotations
 
+import operator
+from dataclasses import replace
+from typing import Any
+
+import torch
 from torch import nn
 from torch.nn import functional as F
 
 from fxgrow._axes import Dims
-from fxgrow.ops.registry import Context, op
+from fxgrow.ops import reduce
+from fxgrow.ops.pointwise import broadcast
+from fxgrow.ops.registry import Context, Unsupported, op
 
 
 @op(F.linear)
@@ -24,12 +31,104 @@ def linear_module(ctx: Context, x: Dims) -> Dims:
     return linear(ctx, x, weight, ctx.parameter("bias"))
 
 
-@op(nn.Embedding)
-def embedding(ctx: Context, index: Dims) -> Dims:
-    weight = ctx.parameter("weight") or Dims()
+@op(F.embedding)
+def embedding(
+    ctx: Context, input: Dims, weight: Dims, padding_idx: Any = None, max_norm: Any = None, *args: Any, **kwargs: Any
+) -> Dims:
     ctx.pin(weight[0], "input", "one entry per index that the input can hold")
-    if ctx.module.max_norm is not None:
+    if max_norm is not None:
         ctx.pin(weight[1], "norm", "max_norm scales by the norm over the whole axis")
-    ctx.attribute("embedding_dim", weight[1])
     ctx.project(weight, None, weight[1], out_dim=1, in_dim=0, plain=False)
-    return Dims((*index, weight[1]))
+    return Dims((*input, weight[1]))
+
+
+@op(nn.Embedding)
+def embedding_module(ctx: Context, index: Dims) -> Dims:
+    weight = ctx.parameter("weight") or Dims()
+    ctx.attribute("embedding_dim", weight[1])
+    return embedding(ctx, index, weight, None, ctx.module.max_norm)
+
+
+# -- products with a parameter, stored [in, out]. The statistics read [out, in]: such weights are not plain.
+
+
+# the rule of `reduce` for two activations is entered when that file is imported, above: this one stands in front of it
+@op(torch.matmul, torch.mm, operator.matmul, "matmul", "mm", "__matmul__")
+def matmul(ctx: Context, a: Dims, b: Dims) -> Dims:
+    if b.parameter is None or len(b) != 2 or len(a) < 2:
+        return reduce.matmul(ctx, a, b)
+    return _times(ctx, a, b, None, ctx.argument(0, "input", "mat1"))
+
+
+@op(torch.addmm, "addmm")
+def addmm(ctx: Context, input: Dims, mat1: Dims, mat2: Dims, *args: Any, **kwargs: Any) -> Dims:
+    if mat2.parameter is None:
+        raise Unsupported("a product of two activations, added to a third")
+    bias = input if input.parameter is not None and len(input) == 1 else None
+    out = _times(ctx, mat1, mat2, bias, ctx.argument(1, "mat1"))
+    return out if bias is not None else broadcast(ctx, out, input)
+
+
+@op("transformers.pytorch_utils.Conv1D")
+def transposed_linear(ctx: Context, x: Dims) -> Dims:
+    """`addmm` with its sizes as attributes, in the first GPTs."""
+    weight = ctx.parameter("weight") or Dims()
+    ctx.attribute("nf", weight[1])
+    ctx.attribute("nx", weight[0])
+    return _times(ctx, x, weight, ctx.parameter("bias"), ctx.node.all_input_nodes[0])
+
+
+def _times(ctx: Context, x: Dims, weight: Dims, bias: Dims | None, source: Any) -> Dims:
+    ctx.same(x[-1], weight[0])
+    ctx.project(weight, bias, weight[1], out_dim=1, in_dim=0, plain=False)
+    _reads_from(ctx, source)
+    return Dims((*x[:-1], weight[1]))
+
+
+def _reads_from(ctx: Context, source: Any) -> None:
+    """What the weight just entered reads, where that is not the node's first argument."""
+    if not isinstance(source, torch.fx.Node):
+        raise Unsupported("a product whose first factor is not computed in the graph")
+    ctx.structure.projections[-1] = replace(ctx.structure.projections[-1], source=source)
+
+
+@op(torch.einsum, "torch.functional.einsum")
+def einsum(ctx: Context, equation: str, *operands: Any) -> Dims:
+    """A linear map along one letter, such as `bth,hd->btd` with a parameter [h, d]; else a product of activations."""
+    tensors = list(operands[0]) if len(operands) == 1 and not isinstance(operands[0], Dims) else list(operands)
+    terms, _, out = equation.replace(" ", "").replace("...", ".").partition("->")
+    letters = terms.split(",")
+    at = [i for i, t in enumerate(tensors) if t.parameter is not None and len(t) == 2]
+    if len(at) != 1 or len(tensors) != 2 or len(letters) != 2 or not out:
+        return reduce.einsum(ctx, equation, *operands)
+    weight, x = tensors[at[0]], tensors[1 - at[0]]
+    term, given = letters[at[0]], letters[1 - at[0]]
+    summed, made = set(term) - set(out), set(term) - set(given)
+    simple = len(summed) == len(made) == 1 and summed | made == set(term) and "." not in term
+    if not simple or any(len(set(word)) < len(word) for word in (term, given, out)):
+        return reduce.einsum(ctx, equation, *operands)
+    (c,), (o,) = summed, made
+    if {*given, o} - {c} != set(out):
+        return reduce.einsum(ctx, equation, *operands)  # something else is summed over
+    axes = dict(_lettered(given, x))
+    ctx.same(axes[c][0], weight[term.index(c)])
+    # [out, in] and features last, as in `F.linear`: only there the statistics know their way
+    plain = term == o + c and given == out[:-1] + c and out[-1] == o
+    produced = weight[term.index(o)]
+    ctx.project(weight, None, produced, out_dim=term.index(o), in_dim=term.index(c), plain=plain)
+    operand_nodes = ctx.node.args[1:] if len(ctx.node.args) > 2 else ctx.node.args[1]
+    _reads_from(ctx, operand_nodes[1 - at[0]])  # type: ignore[index]
+    axes[o] = (produced,)
+    return Dims(axis for letter in out for axis in axes[letter])
+
+
+def _lettered(term: str, x: Dims) -> list[tuple[str, tuple[Any, ...]]]:
+    """The axes of every letter; a dot takes as many as are left."""
+    spare = len(x) - len(term) + 1
+    found: list[tuple[str, tuple[Any, ...]]] = []
+    at = 0
+    for letter in term:
+        n = spare if letter == "." else 1
+        found.append((letter, tuple(x[at : at + n])))
+        at += n
+    return found

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fxgrow._axes import Axis, Dims, Var, axis_of, fixed, length
-from fxgrow.ops.registry import Context, op
+from fxgrow._axes import Axis, Dims, Var, axis_of, fixed, is_fixed, length
+from fxgrow.ops.probe import keeps_units
+from fxgrow.ops.registry import Constant, Context, Unsupported, op
 
 #: new entries of a per-channel norm: the identity
 IDENTITY = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
@@ -52,6 +54,15 @@ def channel_norm_module(ctx: Context, x: Dims) -> Dims:
     return Dims(out[-len(ctx.shape) :])
 
 
+@op("timm.layers.norm_act.BatchNormAct2d")
+def channel_norm_and_activation(ctx: Context, x: Dims) -> Dims:
+    """A batch norm that applies its own activation and dropout."""
+    for part in (ctx.module.drop, ctx.module.act):
+        if any(True for _ in part.parameters()) or not keeps_units(part, (2, 4, 3, 3), 1):
+            raise Unsupported(f"{type(ctx.module).__name__} with {type(part).__name__} inside", "norm")
+    return channel_norm_module(ctx, x)
+
+
 def _grouped(ctx: Context, x: Dims, groups: int, weight: Dims | None, bias: Dims | None) -> Axis:
     """Whole groups: the axis is `groups` units of `channels / groups` entries. Returns the axis of groups."""
     _normalised(ctx, *x[2:])
@@ -78,24 +89,75 @@ def group_norm_module(ctx: Context, x: Dims) -> Dims:
     return x
 
 
-def _over(ctx: Context, x: Dims, n: int, *parameters: Dims | None) -> Dims:
-    _normalised(ctx, *x[len(x) - n :])
-    for p in parameters:
-        ctx.fix(p or ())
+def over(
+    ctx: Context,
+    x: Dims,
+    n: int,
+    kind: str,
+    weight: Dims | None,
+    bias: Dims | None,
+    eps: float | None,
+    **form: Any,
+) -> Dims:
+    """Over the last `n` axes. One that grows alone is made up for: new units start so that the statistics stay."""
+    named = [p for p in (weight, bias) if p is not None and p.parameter is not None]
+    whole = [p for p in (weight, bias) if p is not None and p.parameter is None]
+    if n != 1 or whole:
+        _normalised(ctx, *x[len(x) - n :])
+        for p in (*named, *whole):
+            ctx.fix(p)
+        return x
+    _follow(ctx, x[-1], {"weight": weight, "bias": bias})
+    if not is_fixed(x[-1]):
+        given = eps if eps is not None else torch.finfo(ctx.value.dtype).eps
+        source = ctx.node.args[0] if ctx.node.args else ctx.node.kwargs["input"]
+        ctx.demand(
+            kind,
+            source,  # type: ignore[arg-type]
+            x[-1],
+            weight=None if weight is None else weight.parameter,
+            bias=None if bias is None else bias.parameter,
+            eps=float(given),
+            **form,
+        )
     return x
 
 
-@op(F.layer_norm, F.rms_norm)
+@op(F.layer_norm)
 def layer_norm(
-    ctx: Context, input: Dims, normalized_shape: Any, weight: Dims | None = None, bias: Any = None, eps: Any = None
+    ctx: Context,
+    input: Dims,
+    normalized_shape: Any,
+    weight: Dims | None = None,
+    bias: Dims | None = None,
+    eps: float = 1e-5,
 ) -> Dims:
-    return _over(ctx, input, len(normalized_shape), weight, bias if isinstance(bias, Dims) else None)
+    return _functional(ctx, input, normalized_shape, "layer", weight, bias, eps)
+
+
+@op(F.rms_norm)
+def rms_norm(
+    ctx: Context, input: Dims, normalized_shape: Any, weight: Dims | None = None, eps: float | None = None
+) -> Dims:
+    return _functional(ctx, input, normalized_shape, "rms", weight, None, eps)
+
+
+def _functional(ctx: Context, x: Dims, shape: Any, kind: str, weight: Any, bias: Any, eps: float | None) -> Dims:
+    out = over(ctx, x, len(shape), kind, weight, bias, eps)
+    for i, size in enumerate(shape):
+        path: tuple[Any, ...] = ("normalized_shape",) if "normalized_shape" in ctx.node.kwargs else (1,)
+        ctx.size_argument(size, x[len(x) - len(shape) + i], *path, i)
+    return out
 
 
 @op(nn.LayerNorm, nn.RMSNorm)
 def layer_norm_module(ctx: Context, x: Dims) -> Dims:
-    n = len(ctx.module.normalized_shape)
-    return _over(ctx, x, n, ctx.parameter("weight"), ctx.parameter("bias"))
+    m = ctx.module
+    kind = "layer" if isinstance(m, nn.LayerNorm) else "rms"
+    out = over(ctx, x, len(m.normalized_shape), kind, ctx.parameter("weight"), ctx.parameter("bias"), m.eps)
+    if len(m.normalized_shape) == 1:
+        ctx.structure.constants.append(Constant((str(ctx.node.target), ("normalized_shape", 0)), x[-1]))
+    return out
 
 
 @op(nn.LocalResponseNorm, nn.CrossMapLRN2d, F.local_response_norm)

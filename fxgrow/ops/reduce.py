@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from fxgrow._axes import Axis, Dims, fixed
+from fxgrow._axes import Axis, Dims, fixed, is_fixed, length
 from fxgrow.ops.pointwise import broadcast
 from fxgrow.ops.registry import Context, Unsupported, op
 
@@ -69,16 +69,18 @@ def softmax2d(ctx: Context, x: Dims) -> Dims:
     return x
 
 
-def _contract(ctx: Context, a: Axis, b: Axis) -> None:
+def _contract(ctx: Context, a: Axis, b: Axis, source: Any) -> None:
+    """Summed over in a product of two activations: stays when the second one's new units are zero."""
     ctx.same(a, b)
-    ctx.pin(a, "reduce", "summed over in a product of two activations")
+    if not is_fixed(a):
+        ctx.demand("product", source, a)
 
 
 @op(torch.matmul, torch.bmm, torch.mm, operator.matmul, "matmul", "bmm", "mm", "__matmul__")
 def matmul(ctx: Context, a: Dims, b: Dims) -> Dims:
     if len(a) < 2 or len(b) < 2:
         raise Unsupported("product with a vector")
-    _contract(ctx, a[-1], b[-2])
+    _contract(ctx, a[-1], b[-2], ctx.argument(1, "other", "mat2"))
     batch = broadcast(ctx, Dims(a[:-2]), Dims(b[:-2])) if len(ctx.shape) > 2 else ()
     return Dims((*batch, a[-2], b[-1]))
 
@@ -97,15 +99,37 @@ def einsum(ctx: Context, equation: str, *operands: Any) -> Dims:
             else:
                 axes[letter] = axis
     for letter in axes.keys() - set(out):
-        ctx.pin(axes[letter], "reduce", f"summed over ({letter!r} in {equation!r})")
+        if len(terms.split(",")) == 2 and all(term.count(letter) == 1 for term in terms.split(",")):
+            sources = ctx.node.args[1:] if len(ctx.node.args) > 2 else ctx.node.args[1]
+            _contract(ctx, axes[letter], axes[letter], sources[1])  # type: ignore[index]
+        else:
+            ctx.pin(axes[letter], "reduce", f"summed over ({letter!r} in {equation!r})")
     return Dims(axes[letter] for letter in out)
 
 
 @op(F.scaled_dot_product_attention)
-def attention(ctx: Context, query: Dims, key: Dims, value: Dims, attn_mask: Any = None, *a: Any, **k: Any) -> Dims:
-    _contract(ctx, query[-1], key[-1])
+def attention(
+    ctx: Context,
+    query: Dims,
+    key: Dims,
+    value: Dims,
+    attn_mask: Any = None,
+    dropout_p: Any = 0.0,
+    is_causal: Any = False,
+    scale: float | None = None,
+    enable_gqa: Any = False,
+) -> Dims:
+    _contract(ctx, query[-1], key[-1], ctx.argument(1, "key"))
+    if scale is None:
+        # the operator takes the root of the size that it finds: the old one stays
+        ctx.keep(length(query[-1]) ** -0.5, [query[-1]], "scale")
     ctx.pin(key[-2], "reduce", "attention is normalised over the keys")
     ctx.pin(query[-2], "reduce", "attention is normalised over the keys")
-    ctx.fix(attn_mask if isinstance(attn_mask, Dims) else ())
-    batch = broadcast(ctx, Dims(query[:-2]), Dims(key[:-2]), Dims(value[:-2]))
+    mask = attn_mask if isinstance(attn_mask, Dims) else Dims()
+    ctx.fix(mask[-2:])
+    if enable_gqa:
+        ctx.fix(mask)
+        ctx.fix([query[-3], key[-3], value[-3]], "heads are shared in groups")
+        return Dims((*query[:-1], value[-1]))
+    batch = broadcast(ctx, Dims(query[:-2]), Dims(key[:-2]), Dims(value[:-2]), Dims(mask[:-2]))
     return Dims((*batch, query[-2], value[-1]))

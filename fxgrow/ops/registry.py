@@ -23,6 +23,7 @@ from fxgrow._sizes import Size
 Rule = Callable[..., Any]
 R = TypeVar("R", bound=Rule)
 _RULES: dict[Any, Rule] = {}
+_RECOGNISED: list[tuple[Callable[[nn.Module], bool], Rule]] = []
 
 
 class Unsupported(Exception):
@@ -52,6 +53,21 @@ def op(*targets: Any) -> Callable[[R], R]:
     return enter
 
 
+def recogniser(test: Callable[[nn.Module], bool]) -> Callable[[R], R]:
+    """Enters a rule for modules that `test` recognises, of whatever class; such a module stays one node."""
+
+    def enter(rule: R) -> R:
+        _RECOGNISED.append((test, rule))
+        return rule
+
+    return enter
+
+
+def recognised(module: nn.Module) -> Rule | None:
+    """The rule of a module that is known by what it does."""
+    return next((rule for test, rule in _RECOGNISED if test(module)), None)
+
+
 def is_described(target: Any) -> bool:
     """Whether `target` itself has a rule: a user's own layer, entered with `@op`, stays one node."""
     return target in _RULES
@@ -62,7 +78,7 @@ def find_rule(node: fx.Node, module: nn.Module | None) -> Rule | None:
         # a subclass that computes the same follows its parent's rule
         kinds = type(module).__mro__
         rule = next((_RULES[k] for k in kinds if k in _RULES and k.forward is kinds[0].forward), None)  # type: ignore[attr-defined]
-        return rule or _RULES.get(f"{kinds[0].__module__}.{kinds[0].__qualname__}")
+        return rule or _RULES.get(f"{kinds[0].__module__}.{kinds[0].__qualname__}") or recognised(module)
     if node.op == "call_method":
         return _RULES.get(node.target)
     return _RULES.get(node.target) or _RULES.get(
@@ -103,6 +119,35 @@ class Constant:
     axis: Axis
 
 
+@dataclass(frozen=True)
+class Check:
+    """A computed size must follow the axis it is used for; where it does not, `infer` may be left to the operator."""
+
+    size: Size
+    axis: Axis
+    why: Reason
+    infer: tuple[fx.Node, tuple[Any, ...]] | None = None
+
+
+@dataclass(frozen=True)
+class Demand:
+    """A node that keeps its function only if the new units of an axis arrive in a known state.
+
+    `kind`: "layer" or "rms" for a norm over the axis, "product" for a product summed over it. `source` brings the units
+    in. A norm multiplies by `weight + offset` and adds `eps`, of a module its attribute `eps_name`, to the variance.
+    """
+
+    node: fx.Node
+    source: fx.Node
+    axis: Axis
+    kind: str
+    weight: str | None = None
+    bias: str | None = None
+    eps: float = 0.0
+    eps_name: str = "eps"
+    offset: float = 0.0
+
+
 @dataclass
 class Structure:
     """What running a graph on axes finds out."""
@@ -112,8 +157,15 @@ class Structure:
     fills: dict[str, float | str] = field(default_factory=dict)
     constants: list[Constant] = field(default_factory=list)
     outputs: dict[fx.Node, Any] = field(default_factory=dict)
-    checks: list[tuple[Size, Axis, Reason]] = field(default_factory=list)
+    checks: list[Check] = field(default_factory=list)
+    #: size arguments of views that are to be inferred (-1) when one of these axes grows
+    inferred: list[tuple[fx.Node, tuple[Any, ...], tuple[Axis, ...]]] = field(default_factory=list)
     aliases: dict[int, str] = field(default_factory=dict)
+    demands: list[Demand] = field(default_factory=list)
+    #: per variable with a demand, how its new units start (`fxgrow._compensate`)
+    compensations: dict[Var, Any] = field(default_factory=dict)
+    #: numbers computed from sizes, and the arguments that hold them, which stay as they are when an axis grows
+    kept: list[tuple[fx.Node, str | None, float, tuple[Axis, ...]]] = field(default_factory=list)
 
 
 class Context:
@@ -140,6 +192,11 @@ class Context:
     def values(self) -> list[torch.Tensor]:
         """The output's tensors, where there are several."""
         return list(self.value)
+
+    def argument(self, position: int, *names: str) -> Any:
+        """The raw argument of the node at a position, or under one of these names."""
+        args, kwargs = self.node.args, self.node.kwargs
+        return args[position] if len(args) > position else next(kwargs[n] for n in names if n in kwargs)
 
     def reason(self, code: str, message: str) -> Reason:
         """A reason that names this node."""
@@ -186,6 +243,14 @@ class Context:
         if parameter is not None and parameter.parameter is not None:
             self.structure.fills[parameter.parameter] = value
 
+    def demand(self, kind: str, source: fx.Node, axis: Axis, **norm: Any) -> None:
+        """New units of `axis` must arrive from `source` in the state that this node needs; see `Demand`."""
+        self.structure.demands.append(Demand(self.node, source, axis, kind, **norm))
+
+    def keep(self, value: float, axes: Sequence[Axis], keyword: str | None = None) -> None:
+        """A number that the sizes of `axes` gave: this node's result, or one of its keyword arguments."""
+        self.structure.kept.append((self.node, keyword, value, tuple(axes)))
+
     def project(
         self, weight: Dims, bias: Dims | None, out: Axis, *, out_dim: int = 0, in_dim: int = 1, **window: Any
     ) -> None:
@@ -214,23 +279,23 @@ class Context:
         if isinstance(getattr(self.module, name, None), int):
             self.structure.constants.append(Constant((str(self.node.target), (name,)), axis))
 
-    def size_argument(self, value: Any, axis: Axis, *path: Any) -> None:
+    def size_argument(self, value: Any, axis: Axis, *path: Any, infer: bool = False) -> None:
         """An argument (at `path` in the node's args or kwargs) that must be the length of `axis`.
 
-        A literal is rewritten when the axis grows; a computed size is checked to follow by itself.
+        A literal is rewritten when the axis grows; a computed size is checked to follow by itself, or, with `infer`,
+        becomes the -1 that a view infers.
         """
+        why = self.reason("size", "a computed size does not follow the width")
+        # a shape that is computed as a whole has no place for a -1
+        where = (self.node, path) if infer and not isinstance(_at(self.node, path[:-1]), fx.Node) else None
         if isinstance(value, Size):
             self.followed.append(value)
-            self.structure.checks.append(
-                (value, axis, self.reason("size", "a computed size does not follow the width"))
-            )
+            self.structure.checks.append(Check(value, axis, why, where))
         elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             if isinstance(_at(self.node, path), fx.Node):
                 # a computed size that measures no width: the axis may not change
                 if int(value) == length(axis):
-                    self.structure.checks.append(
-                        (_constant(value), axis, self.reason("size", "a computed size does not follow the width"))
-                    )
+                    self.structure.checks.append(Check(_constant(value), axis, why, where))
             else:
                 self.structure.constants.append(Constant((self.node, path), axis))
 

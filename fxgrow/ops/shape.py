@@ -30,10 +30,13 @@ def identity(ctx: Context, x: Dims, *args: Any, **kwargs: Any) -> Dims:
 # -- reshaping
 
 
-def _sizes(ctx: Context, sizes: Sequence[Any], out: Sequence[Axis], path: tuple[Any, ...], start: int) -> None:
+def _sizes(
+    ctx: Context, sizes: Sequence[Any], out: Sequence[Axis], path: tuple[Any, ...], start: int, infer: bool = False
+) -> None:
     """Size arguments of view, reshape and expand: `start` is the index of the first."""
+    infer = infer and all(int(size) != -1 for size in sizes)
     for i, (size, axis) in enumerate(zip(sizes, out, strict=True)):
-        ctx.size_argument(size, axis, *path, start + i)
+        ctx.size_argument(size, axis, *path, start + i, infer=infer)
 
 
 def flat(sizes: Sequence[Any]) -> tuple[list[Any], tuple[Any, ...], int]:
@@ -54,7 +57,7 @@ def reshape(ctx: Context, x: Dims, *sizes: Any, **kwargs: Any) -> Dims:
     else:
         given, path, start = flat(sizes)
     out = regroup(ctx, x, ctx.shape, given)
-    _sizes(ctx, given, out, path, start)
+    _sizes(ctx, given, out, path, start, infer=True)
     return out
 
 

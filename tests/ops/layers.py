@@ -134,6 +134,54 @@ T.rows.append(
     )
 )
 
+# -- products with a parameter -----------------------------------------------------------------------------------------
+
+T.vector(
+    "addmm",
+    lambda: {"w": nn.Parameter(torch.randn(8, 5)), "b": nn.Parameter(torch.randn(5)), "out": nn.Linear(5, 3)},
+    lambda m, x: m.out(torch.addmm(m.b, m.a(x), m.w).relu()),
+    a=F8, w=(5, 1),
+)  # fmt: skip
+T.vector(
+    "addmm-method",
+    lambda: {"w": nn.Parameter(torch.randn(8, 8))},
+    lambda m, x: m.out((h := m.a(x)).addmm(h.sin(), m.w)),
+    a=F8,
+)
+T.vector(
+    "addmm-of-activations",
+    lambda: {"b": nn.Linear(6, 8)},
+    lambda m, x: m.out(torch.addmm(m.a(x), m.a(x), m.b(x).T @ m.b(x))),
+    a="operator",
+    b="operator",
+)
+T.vector(
+    "mm-parameter",
+    lambda: {"w": nn.Parameter(torch.randn(8, 5)), "out": nn.Linear(5, 3)},
+    lambda m, x: m.out(torch.mm(m.a(x), m.w)),
+    a=F8, w=(5, 1),
+)  # fmt: skip
+for _name, _shape, _einsum in (
+    ("in-out", (8, 5), lambda x, w: torch.einsum("bth,hd->btd", x, w)),
+    ("out-in", (5, 8), lambda x, w: torch.einsum("bth, dh -> btd", x, w)),
+    ("any-batch", (8, 5), lambda x, w: torch.einsum("...h,hd->...d", x, w)),
+    ("weight-first", (8, 5), lambda x, w: torch.einsum("hd,bth->btd", w, x)),
+    ("features-inside", (5, 8), lambda x, w: torch.einsum("bth,dh->bdt", x, w).mT),
+    ("as-a-list", (8, 5), lambda x, w: torch.einsum("bth,hd->btd", [x, w])),
+):
+    T.tokens(
+        f"einsum-parameter-{_name}",
+        lambda shape=_shape: {"w": nn.Parameter(torch.randn(*shape)), "out": nn.Linear(5, 3)},
+        lambda m, x, f=_einsum: m.out(f(m.a(x).sin(), m.w)),
+        a=F8, w=(5, 1),
+    )  # fmt: skip
+T.tokens(
+    "einsum-sums-more",
+    lambda: {"w": nn.Parameter(torch.randn(8, 5)), "out": nn.Linear(5, 3)},
+    lambda m, x: m.out(torch.einsum("bth,hd->bd", m.a(x), m.w)),
+    a=F8,
+)
+
 # -- convolutions ------------------------------------------------------------------------------------------------------
 
 for _nd, _conv in ((1, nn.Conv1d), (2, nn.Conv2d), (3, nn.Conv3d)):
@@ -295,8 +343,30 @@ T.image(
     lambda m, x: m.out(m.n(torch.cat([m.a(x), m.b(x)], 1))),
     a="size", b="size",
 )  # fmt: skip
-T.tokens("layernorm", lambda: {"n": nn.LayerNorm(8)}, lambda m, x: m.out(m.n(m.a(x))), a="norm")
+T.tokens("layernorm", lambda: {"n": nn.LayerNorm(8)}, lambda m, x: m.out(m.n(m.a(x))), a=F8)
+T.tokens("layernorm-behind-relu", lambda: {"n": nn.LayerNorm(8)}, lambda m, x: m.out(m.n(m.a(x).relu())), a="norm")
+T.tokens(
+    "layernorm-no-weight",
+    lambda: {"n": nn.LayerNorm(8, elementwise_affine=False)},
+    lambda m, x: m.out(m.n(m.a(x))),
+    a="norm",
+)
+T.image(
+    "layernorm-over-image",
+    lambda: {"n": nn.LayerNorm((8, 6, 6))},
+    lambda m, x: m.out(m.n(m.a(x))),
+    a="norm",
+    one_size=True,
+)
 T.tokens("functional-layernorm", nothing, lambda m, x: m.out(F.layer_norm(m.a(x), (8,))), a="norm")
-T.tokens("rmsnorm", lambda: {"n": nn.RMSNorm(8)}, lambda m, x: m.out(m.n(m.a(x))), a="norm")
+T.tokens("rmsnorm", lambda: {"n": nn.RMSNorm(8)}, lambda m, x: m.out(m.n(m.a(x))), a=F8)
+T.tokens("rmsnorm-behind-relu", lambda: {"n": nn.RMSNorm(8)}, lambda m, x: m.out(m.n(m.a(x).relu())), a=F8)
+T.tokens("rmsnorm-behind-sigmoid", lambda: {"n": nn.RMSNorm(8)}, lambda m, x: m.out(m.n(m.a(x).sigmoid())), a="norm")
+T.tokens(
+    "two-norms-of-one-width",
+    lambda: {"n": nn.RMSNorm(8), "k": nn.LayerNorm(8)},
+    lambda m, x: m.out(m.n(h := m.a(x)) + m.k(h)),
+    a="norm",
+)
 T.image("local-response-norm", lambda: {"n": nn.LocalResponseNorm(3)}, lambda m, x: m.out(m.n(m.a(x))), a="norm")
 T.vector("normalize", nothing, lambda m, x: m.out(F.normalize(m.a(x), dim=-1)), a="norm")

@@ -132,7 +132,7 @@ T.vector(
     "repeat-interleave",
     lambda: {"out": nn.Linear(16, 3)},
     lambda m, x: m.out(m.a(x).repeat_interleave(2, 1)),
-    a="operator",
+    a=F8,
 )
 T.vector("one-sample-at-a-time", nothing, lambda m, x: m.out(torch.stack([m.a(x[0]), m.a(x[1])])), a=F8)
 
@@ -201,9 +201,7 @@ T.vector("split-remainder", nothing, lambda m, x: m.out(torch.cat(m.a(x).split(3
 T.vector("glu", lambda: {"out": nn.Linear(4, 3)}, lambda m, x: m.out(F.glu(m.a(x))), a=(8, 2))
 T.image("glu-module", lambda: {"g": nn.GLU(1), "out": nn.Conv2d(4, 3, 1)}, lambda m, x: m.out(m.g(m.a(x))), a=(8, 2))
 T.vector("unbind", nothing, lambda m, x: m.out(torch.stack(m.a(x).unbind(1), 1)), a="size")
-T.vector(
-    "tensor-split", lambda: {"out": nn.Linear(4, 3)}, lambda m, x: m.out(m.a(x).tensor_split(2, 1)[0]), a="operator"
-)
+T.vector("tensor-split", lambda: {"out": nn.Linear(4, 3)}, lambda m, x: m.out(m.a(x).tensor_split(2, 1)[0]), a=(8, 2))
 T.tokens("first-token", nothing, lambda m, x: m.out(m.a(x)[:, 0]), a=F8)
 T.tokens("select-token", nothing, lambda m, x: m.out(m.a(x).select(1, 2) + m.a(x).narrow(1, 0, 1).squeeze(1)), a=F8)
 T.vector("slice", lambda: {"out": nn.Linear(4, 3)}, lambda m, x: m.out(m.a(x)[:, :4]), a="size")

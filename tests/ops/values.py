@@ -72,7 +72,7 @@ T.vector(
     a="operator",
 )
 T.vector("sum-of-size", nothing, lambda m, x: m.out((h := m.a(x)) + h.size(1)), a="size")
-T.vector("scaled-by-root-of-size", nothing, lambda m, x: m.out((h := m.a(x)) / math.sqrt(h.size(1))), a="size")
+T.vector("scaled-by-root-of-size", nothing, lambda m, x: m.out((h := m.a(x)) / math.sqrt(h.size(1))), a=F8)
 T.vector("times-tensor-of-size", nothing, lambda m, x: m.out((h := m.a(x)) * torch.full((1,), h.size(1))), a="size")
 T.vector(
     "times-mean-of-arange", nothing, lambda m, x: m.out((h := m.a(x)) * torch.arange(h.size(1)).sum()), a="operator"
@@ -247,24 +247,27 @@ for _name, _over in {
     )  # fmt: skip
 T.tokens("gumbel-positional", nothing, lambda m, x: m.out(F.gumbel_softmax(m.a(x), 1) * 0 + m.a(x)), a="operator")
 T.vector(
-    "matmul-parameter", lambda: {"w": nn.Parameter(torch.randn(8, 8))}, lambda m, x: m.out(m.a(x) @ m.w), a="reduce"
-)
+    "matmul-parameter",
+    lambda: {"w": nn.Parameter(torch.randn(8, 5)), "out": nn.Linear(5, 3)},
+    lambda m, x: m.out((m.a(x) @ m.w).tanh()),
+    a=F8, w=(5, 1),
+)  # fmt: skip
 T.tokens(
     "scores", lambda: {"k": nn.Linear(6, 8), "v": nn.Linear(6, 8)},
-    lambda m, x: m.out(torch.softmax(m.a(x) @ m.k(x).transpose(1, 2) / 3, -1) @ m.v(x)), a="reduce", k=None, v=F8,
+    lambda m, x: m.out(torch.softmax(m.a(x) @ m.k(x).transpose(1, 2) / 3, -1) @ m.v(x)), a=F8, k=None, v=F8,
 )  # fmt: skip
 T.tokens("bmm", nothing, lambda m, x: m.out(torch.bmm(x @ x.transpose(1, 2), m.a(x))), a=F8)
 T.tokens(
     "einsum",
     lambda: {"k": nn.Linear(6, 8), "v": nn.Linear(6, 8)},
     lambda m, x: m.out(torch.einsum("nqk,nkd->nqd", torch.einsum("nqd,nkd->nqk", m.a(x), m.k(x)), m.v(x))),
-    a="reduce",
+    a=F8,
     k=None,
     v=F8,
 )
 T.tokens(
     "attention", lambda: {"k": nn.Linear(6, 8), "v": nn.Linear(6, 8)},
-    lambda m, x: m.out(F.scaled_dot_product_attention(m.a(x), m.k(x), m.v(x))), a="reduce", k=None, v=F8,
+    lambda m, x: m.out(F.scaled_dot_product_attention(m.a(x), m.k(x), m.v(x))), a=F8, k=None, v=F8,
 )  # fmt: skip
 T.vector("branch-on-size", nothing, lambda m, x: m.out(h if (h := m.a(x)).size(1) > 4 else -h), a="branch")
 T.vector("size-returned", nothing, lambda m, x: (m.out(h := m.a(x)), h.size(1)), a="output")

@@ -1,0 +1,307 @@
+"""One network, measured stage by stage; each stage's findings are handed on at once, so that a timeout keeps them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
+
+import fxgrow
+from benchmarks.coverage.subjects import Inputs, Subject
+from fxgrow._analyse import analyse
+from fxgrow._axes import resolve
+from fxgrow._into import into_module
+from fxgrow._leaf import is_layer
+from fxgrow._rewrite import copy_graph, lookup, rewrite
+from fxgrow._widths import hidden
+from fxgrow.ops.registry import Structure
+
+Findings = dict[str, Any]
+#: largest relative difference of outputs in float64 that counts as equal
+EXACT = 1e-9
+#: the same in float32, for networks with an operator that has no float64
+SINGLE = 1e-4
+#: seconds spent on finding out which widths break a network
+BLAME = 40.0
+
+
+def measure(subject: Subject, options: Mapping[str, bool]) -> Iterator[Findings]:
+    """Yields findings; the last stage that yielded is the last that worked.
+
+    Args:
+        subject: a network and its inputs.
+        options: `onnx`, whether to export.
+    """
+    model = subject.model.eval()
+    example = subject.inputs(2, 0)
+    yield {"parameters": sum(p.numel() for p in model.parameters())}
+    yield _baseline(model, example)
+    start = time.process_time()
+    try:
+        gm = fxgrow.capture(model, example)
+    except fxgrow.CaptureError as error:
+        yield {"captured": False, "capture_error": str(error)}
+        return
+    captured = time.process_time() - start
+    found = fxgrow.widths(gm)
+    seconds = time.process_time() - start
+    yield {
+        "captured": True,
+        "nodes": len(gm.graph.nodes),
+        "capture_seconds": captured,
+        "seconds": seconds,
+        "opaque": _opaque(gm),
+    }
+    free = [w for w in found if w.pinned is None]
+    reasons: dict[str, int] = defaultdict(int)
+    for w in found:
+        if w.pinned is not None:
+            reasons[f"{w.pinned.code}: {w.pinned.message}"] += 1
+    yield {"free": len(free), "pinned": dict(reasons), **_shares(gm)}
+    if not free:
+        return
+    bound = EXACT
+    try:
+        model = model.double()
+        _run(model, _cast(example), False)
+    except RuntimeError:  # an operator that has no float64
+        model, bound = model.float(), SINGLE
+
+    def inputs(batch: int, other: int) -> Inputs:
+        given = subject.inputs(batch, other)
+        return _cast(given) if bound == EXACT else given
+
+    yield {"dtype": "float64" if bound == EXACT else "float32"}
+    units = {w.name: w.step * (1 + i % 2) for i, w in enumerate(free)}
+    gm = fxgrow.capture(model, inputs(2, 0))
+    try:
+        grown, _ = rewrite(gm, units, generator=torch.Generator().manual_seed(0))
+    except Exception as error:
+        yield {
+            "widened": False,
+            "error": f"{type(error).__name__}: {error}",
+            "blame": _blame(gm, inputs(2, 0), units, bound),
+        }
+        return
+    yield (compared := _compare(model, grown, inputs, bound))
+    if not compared["widened"]:
+        yield {"blame": _blame(gm, inputs(2, 0), units, bound)}
+    if subject.sizes:
+        yield _other_size(model, grown, inputs(2, 1), bound)
+    yield _module(model, inputs(2, 0), gm, {w.name: w.step for w in free})
+    if _train_step(copy_graph(gm), inputs(2, 0)).get("train_step"):
+        yield _train_step(grown, inputs(2, 0))
+    if options.get("onnx"):
+        yield _onnx(grown, inputs(2, 0))
+
+
+def _baseline(model: nn.Module, example: Inputs) -> Findings:
+    """`torch.fx.symbolic_trace` and one forward, in CPU seconds."""
+    start = time.process_time()
+    try:
+        fx.symbolic_trace(model)
+        traced = time.process_time() - start
+    except Exception as error:  # what it raises on code it cannot trace is anything
+        return {"symbolic_trace": None, "symbolic_trace_error": f"{type(error).__name__}: {error}"[:200]}
+    start = time.process_time()
+    with torch.no_grad():
+        _call(model, example)
+    return {"symbolic_trace": traced, "forward": time.process_time() - start}
+
+
+def _opaque(gm: fx.GraphModule) -> dict[str, int]:
+    """Parameters in modules that stay one node though they are no layer of torch.nn, by class."""
+    share: dict[str, int] = defaultdict(int)
+    for node in gm.graph.find_nodes(op="call_module"):
+        module = gm.get_submodule(str(node.target))
+        if not is_layer(type(module)):
+            count = sum(p.numel() for p in module.parameters())
+            if count:
+                share[type(module).__name__] += count
+    return dict(share)
+
+
+def _shares(gm: fx.GraphModule) -> Findings:
+    """Parameters in layers with at least one free width, and the others by what pins them."""
+    structure = analyse(gm)
+    free = {h.var for h in hidden(structure) if h.width.pinned is None}
+    owners: dict[str, bool] = defaultdict(bool)
+    for name, dims in structure.parameters.items():
+        owners[name.rpartition(".")[0]] |= any(s.var in free for axis in dims for s in resolve(axis))
+    names = {id(p): name for name, p in reversed(list(gm.named_parameters(remove_duplicate=False)))}
+    known = {id(lookup(gm, name)): name for name in structure.parameters}
+    open_, pinned = 0, defaultdict(int)
+    for p in gm.parameters():
+        name = known.get(id(p), names[id(p)])
+        if owners[name.rpartition(".")[0]]:
+            open_ += p.numel()
+        else:
+            pinned[_why(structure, name if id(p) in known else None)] += p.numel()
+    return {"open": open_, "pinned_parameters": dict(pinned)}
+
+
+def _why(structure: Structure, name: str | None) -> str:
+    """The first reason that is not that an axis is the model's input or output, else that one."""
+    if name is None:
+        return "unused: no node that reads it is described"
+    reasons = []
+    for axis in structure.parameters[name]:
+        for s in resolve(axis):
+            reason = s.var.pinned if s.var is not None else s.reason
+            reasons.append(f"{reason.code}: {reason.message}" if reason else "output: no weight reads or writes it")
+    inner = [r for r in reasons if not r.startswith(("output", "input"))]
+    return (inner or reasons or ["scalar"])[0]
+
+
+@torch.no_grad()
+def _run(module: nn.Module, inputs: Inputs, training: bool) -> list[Tensor]:
+    """Outputs, with buffers and flags left as they were."""
+    state = [(b, b.clone()) for b in module.buffers()]
+    modes = [(m, m.training) for m in module.modules()]
+    module.train(training)
+    torch.manual_seed(0)
+    double = any(p.dtype is torch.float64 for p in module.parameters())
+    try:
+        with _InDouble() if double else contextlib.nullcontext():
+            return [t.clone() for t in _flat(_call(module, inputs))]
+    finally:
+        for b, before in state:
+            b.copy_(before)
+        for m, mode in modes:
+            m.training = mode
+
+
+def _call(module: nn.Module, inputs: Inputs) -> Any:
+    return module(**inputs) if isinstance(inputs, dict) else module(*inputs)
+
+
+def _flat(value: Any) -> Iterator[Tensor]:
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from _flat([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+
+
+def _distance(a: list[Tensor], b: list[Tensor]) -> float:
+    """Largest relative difference of corresponding outputs; infinite where they are not alike."""
+    if [t.shape for t in a] != [t.shape for t in b]:
+        return float("inf")
+    worst = 0.0
+    for x, y in zip(a, b, strict=True):
+        if not x.is_floating_point():
+            worst = max(worst, 0.0 if torch.equal(x, y) else float("inf"))
+        elif x.numel():
+            # where both have the same infinity or nothing (masked scores) they agree
+            same = (x == y) | (x.isnan() & y.isnan())
+            scale = float(x[x.isfinite()].abs().max()) if bool(x.isfinite().any()) else 1.0
+            error = float((x - y).abs().masked_fill(same, 0).max()) / max(scale, 1e-300)
+            worst = max(worst, error if error == error else float("inf"))
+    return worst
+
+
+def _compare(reference: nn.Module, wide: nn.Module, inputs: Callable[[int, int], Inputs], bound: float) -> Findings:
+    """Two batch sizes, eval and train mode; a mode that the network itself has not is left out."""
+    worst: dict[str, float] = {}
+    errors: dict[str, str] = {}
+    for training in (False, True):
+        for batch in (2, 3):
+            key = f"{'train' if training else 'eval'} {batch}"
+            given = inputs(batch, 0)
+            try:
+                expected = _run(reference, given, training)
+            except Exception:  # detection in train mode wants targets
+                continue
+            try:
+                worst[key] = _distance(expected, _run(wide, given, training))
+            except Exception as error:
+                errors[key] = f"{type(error).__name__}: {error}"[:500]
+    ok = bool(worst) and not errors and max(worst.values()) <= bound
+    return {"widened": ok, "differences": worst, **({"error": next(iter(errors.values()))} if errors else {})}
+
+
+def _other_size(reference: nn.Module, wide: nn.Module, inputs: Inputs, bound: float) -> Findings:
+    try:
+        expected = _run(reference, inputs, False)
+    except Exception:  # the network itself has one size only
+        return {}
+    try:
+        distance = _distance(expected, _run(wide, inputs, False))
+    except Exception as error:
+        return {"other_size": False, "other_size_error": f"{type(error).__name__}: {error}"[:500]}
+    return {"other_size": distance <= bound, "other_size_error": f"differs by {distance:.2g}"}
+
+
+def _blame(gm: fx.GraphModule, given: Inputs, units: Mapping[str, int], bound: float) -> dict[str, str]:
+    """The widths that break the network on their own, as far as time allows."""
+    found: dict[str, str] = {}
+    start = time.monotonic()
+    expected = _run(gm, given, False)
+    for name, k in units.items():
+        if time.monotonic() - start > BLAME or len(found) == 6:
+            break
+        try:
+            grown, _ = rewrite(gm, {name: k}, generator=torch.Generator().manual_seed(0))
+            distance = _distance(expected, _run(grown, given, False))
+            if distance > bound:
+                found[name] = f"differs by {distance:.2g}"
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"[:300]
+    return found
+
+
+def _module(model: nn.Module, example: Inputs, gm: fx.GraphModule, units: Mapping[str, int]) -> Findings:
+    """Every width by one step: what one attribute counts, such as the size of a head, grows alike everywhere."""
+    try:
+        into_module(model, example, gm, rewrite(gm, units, generator=torch.Generator().manual_seed(0))[0])
+    except fxgrow.PlanError as error:
+        return {"into_module": False, "into_module_error": str(error)[:500]}
+    return {"into_module": True}
+
+
+def _train_step(grown: fx.GraphModule, inputs: Inputs) -> Findings:
+    """Gradients of the mean square of the outputs are finite."""
+    if sum(p.numel() for p in grown.parameters()) > 5e7:
+        return {}  # memory and time
+    torch.manual_seed(0)
+    try:
+        out = [t for t in _flat(_call(grown.train(), inputs)) if t.is_floating_point() and t.requires_grad]
+    except Exception as error:
+        return {"train_step": False, "train_error": f"{type(error).__name__}: {error}"[:300]}
+    torch.stack([t[t.isfinite()].square().mean() for t in out]).sum().backward()
+    gradients = [p.grad for p in grown.parameters() if p.grad is not None]
+    return {"train_step": bool(gradients) and all(bool(g.isfinite().all()) for g in gradients)}
+
+
+def _onnx(grown: fx.GraphModule, inputs: Inputs) -> Findings:
+    import tempfile
+
+    single = pytree.tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, inputs)
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            fxgrow.export_onnx(grown.float(), f"{folder}/net.onnx", single)
+        except fxgrow.FxgrowError as error:
+            return {"onnx": False, "onnx_error": str(error)[:300]}
+    return {"onnx": True}
+
+
+def _cast(inputs: Inputs) -> Inputs:
+    return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
+
+
+class _InDouble(TorchFunctionMode):
+    """Code that computes in float32 by name (norms, softmax) would round away what is compared."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = pytree.tree_map(lambda a: torch.float64 if a is torch.float32 else a, (args, kwargs or {}))
+        return (torch.Tensor.double if func is torch.Tensor.float else func)(*args, **kwargs)

@@ -1,0 +1,61 @@
+"""`nn.MultiheadAttention` written out, so that a graph shows its queries, keys, values and heads.
+
+The module keeps its parameters and their names; only its call is traced through this instead of staying one node.
+Self-attention with one packed projection is written out; anything else stays as it is.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def is_packed(m: nn.MultiheadAttention) -> bool:
+    """Whether one weight makes queries, keys and values, and nothing is added to the keys."""
+    return m._qkv_same_embed_dim and m.bias_k is None and not m.add_zero_attn
+
+
+def self_attention(
+    m: nn.MultiheadAttention,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Any]:
+    """What `m(query, query, query, ...)` returns, by its parameters; `key` and `value` are the query."""
+    x = query if m.batch_first or query.dim() == 2 else query.transpose(0, 1)
+    q, k, v = F.linear(x, m.in_proj_weight, m.in_proj_bias).chunk(3, -1)
+    q, k, v = (t.unflatten(-1, (m.num_heads, m.head_dim)).transpose(-3, -2) for t in (q, k, v))
+    mask = _mask(m, q, attn_mask, key_padding_mask)
+    weights = None
+    if need_weights or m.dropout:
+        # the fused operator takes a number, which could not follow the mode
+        scores = (q * m.head_dim**-0.5) @ k.transpose(-2, -1)
+        weights = (scores if mask is None else scores + mask).softmax(-1)
+        weights = F.dropout(weights, m.dropout, m.training)
+        y = weights @ v
+        weights = (weights.mean(-3) if average_attn_weights else weights) if need_weights else None
+    else:
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    y = m.out_proj(y.transpose(-3, -2).flatten(-2))
+    return y if m.batch_first or query.dim() == 2 else y.transpose(0, 1), weights
+
+
+def _mask(m: nn.MultiheadAttention, q: Tensor, attn: Tensor | None, padding: Tensor | None) -> Tensor | None:
+    """One mask that is added to the scores."""
+    masks = []
+    if attn is not None:
+        attn = torch.zeros_like(attn, dtype=q.dtype).masked_fill(attn, -torch.inf) if attn.dtype == torch.bool else attn
+        masks.append(attn.unflatten(0, (-1, m.num_heads)) if attn.dim() == 3 and q.dim() == 4 else attn)
+    if padding is not None:
+        if padding.dtype == torch.bool:
+            padding = torch.zeros_like(padding, dtype=q.dtype).masked_fill(padding, -torch.inf)
+        masks.append(padding[..., None, None, :])
+    return sum(masks[1:], masks[0]) if masks else None

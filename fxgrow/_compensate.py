@@ -1,0 +1,259 @@
+"""Widths whose new units must start in a known state for the function to stay, and the proof that they do.
+
+A norm over a width keeps its statistics when every new unit is the mean of the old ones (LayerNorm) or zero
+(RMSNorm), with weight and eps rescaled for the new size; its output at the new units is then zero, so whoever reads it
+may have any new columns. A product of two activations summed over a width (queries and keys) stays when one side is
+zero. Rules enter such a `Demand`; here the units' state is followed from the layers that write them to where it is
+demanded. What arrives in another state pins the width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from fxgrow._axes import Dims, Var, multiplicity, resolve
+from fxgrow._records import Reason
+from fxgrow.ops.registry import Demand, Structure
+
+MEAN, ZERO, ANY = "mean", "zero", "any"
+
+#: what moves entries about, or mixes positions linearly, leaves a unit's state as it is
+_LINEAR = frozenset(
+    "view reshape permute transpose contiguous flatten unflatten squeeze unsqueeze expand expand_as cat concat "
+    "concatenate stack chunk split split_with_sizes unbind getitem select narrow clone detach to type type_as float "
+    "double half bfloat16 repeat repeat_interleave movedim moveaxis swapaxes swapdims t adjoint view_as reshape_as "
+    "flip roll neg negative Identity Flatten Unflatten matmul bmm mm einsum mean sum pad scaled_dot_product_attention "
+    "avg_pool1d avg_pool2d avg_pool3d AvgPool1d AvgPool2d AvgPool3d adaptive_avg_pool1d adaptive_avg_pool2d "
+    "AdaptiveAvgPool1d AdaptiveAvgPool2d DropPath stochastic_depth StochasticDepth __getitem__ mT T".split()
+)
+_SUM = frozenset("add sub iadd isub subtract add_ sub_ __add__ __radd__".split())
+_PRODUCT = frozenset("mul div truediv imul itruediv multiply divide mul_ div_ __mul__ __rmul__".split())
+#: elementwise functions that are zero at zero
+_ODD = frozenset(
+    "relu relu_ relu6 gelu silu tanh sin asin atan elu celu selu leaky_relu hardswish hardtanh mish softsign erf abs "
+    "sign round ReLU ReLU6 GELU SiLU Tanh ELU CELU SELU LeakyReLU Hardswish Hardtanh Mish Softsign PReLU prelu "
+    "dropout Dropout square pow nan_to_num masked_fill".split()
+)
+
+
+@dataclass
+class Compensation:
+    """How the new units of one width start.
+
+    Attributes:
+        kind: what the writers' new entries are: the mean over the old units, or zero.
+        writers: parameters, and their dimension, whose new entries are set so.
+        scales: per writer, the parameter that multiplies it unit by unit on the way into the width.
+        free: weights, and their dimension, that read new units which are zero: any columns will do.
+        norms: norms over the width.
+        products: products summed over the width, of whose second operand the writers are set.
+    """
+
+    kind: str
+    writers: set[tuple[str, int]] = field(default_factory=set)
+    scales: dict[str, str] = field(default_factory=dict)
+    free: set[tuple[str, int]] = field(default_factory=set)
+    norms: list[Demand] = field(default_factory=list)
+    products: list[Demand] = field(default_factory=list)
+
+
+def compensate(gm: fx.GraphModule, structure: Structure) -> None:
+    """Fills `structure.compensations` for every variable with a demand; pins those whose demands cannot be met."""
+    demands: dict[Var, list[Demand]] = {}
+    for d in structure.demands:
+        counts = multiplicity(d.axis)
+        whole = len(counts) == 1 and all(s.var is not None for s in resolve(d.axis))
+        for var in counts:
+            if d.kind != "product" and not whole:
+                var.pinned = var.pinned or Reason("norm", d.node.name, "normalised together with other units")
+            demands.setdefault(var, []).append(d)
+    carriers = _carriers(structure, demands)
+    for var, own in demands.items():
+        if var.pinned is None:
+            outcome = _Follow(gm, structure, var, own, carriers[var]).run()
+            if isinstance(outcome, Reason):
+                var.pinned = outcome
+            else:
+                structure.compensations[var] = outcome
+
+
+def silent(structure: Structure, var: Var) -> bool:
+    """Whether new units of a variable can send nothing on at first: a profile finds no signal in them."""
+    c = structure.compensations.get(var)
+    return c is not None and (
+        bool(c.norms) or not any(var in _variables(Dims((p.reads,))) for p in structure.projections)
+    )
+
+
+def _carriers(structure: Structure, wanted: Mapping[Var, object]) -> dict[Var, list[fx.Node]]:
+    """The nodes whose output has each variable, in order."""
+    found: dict[Var, list[fx.Node]] = {var: [] for var in wanted}
+    for node, value in structure.outputs.items():
+        for var in _variables(value):
+            if var in found:
+                found[var].append(node)
+    return found
+
+
+def _variables(value: object) -> set[Var]:
+    leaves = pytree.tree_leaves(value, is_leaf=lambda x: isinstance(x, Dims))
+    return {var for d in leaves if isinstance(d, Dims) for a in d for var in multiplicity(a)}
+
+
+class _Refused(Exception):
+    pass
+
+
+class _Follow:
+    """Follows the state of one variable's new units through the graph."""
+
+    def __init__(
+        self, gm: fx.GraphModule, structure: Structure, var: Var, demands: list[Demand], carriers: list[fx.Node]
+    ) -> None:
+        self.gm, self.structure, self.var, self.demands = gm, structure, var, demands
+        self.nodes = carriers
+        self.inside = set(carriers)
+        self.norms = {d.node: d for d in demands if d.kind != "product"}
+        self.products = [d for d in demands if d.kind == "product"]
+        kinds = {d.kind for d in demands}
+        self.kind = MEAN if "layer" in kinds else ZERO
+        self.mixed = len(kinds) > 1
+        self.result = Compensation(self.kind, norms=list(self.norms.values()), products=self.products)
+        self.writes = {p.node: p for p in structure.projections if var in _variables(Dims((p.out,)))}
+        self.projections = {p.node for p in structure.projections}
+        #: the parameters behind a node's new units
+        self.behind: dict[fx.Node, frozenset[tuple[str, int]]] = {}
+        self.state: dict[fx.Node, str] = {}
+
+    def run(self) -> Compensation | Reason:
+        if self.mixed:
+            d = self.demands[0]
+            return Reason("norm", d.node.name, "one width is normalised in different ways, or also summed over")
+        silent = self._ancestors() if self.products else self.inside
+        for node in self.nodes:
+            try:
+                self.state[node] = self._evaluate(node, node in silent)
+            except _Refused as refusal:
+                return Reason("norm", node.name, str(refusal))
+        for d in self.products:
+            if self.state.get(d.source) != ZERO:
+                return Reason("reduce", d.node.name, "summed over in a product, and neither side can be kept silent")
+        return self._readers()
+
+    def _ancestors(self) -> set[fx.Node]:
+        """What flows into the second operand of a product."""
+        queue = [d.source for d in self.products]
+        found = set(queue)
+        for node in queue:
+            for n in node.all_input_nodes:
+                if n in self.inside and n not in found and node not in self.writes:
+                    found.add(n)
+                    queue.append(n)
+        return found
+
+    def _evaluate(self, node: fx.Node, silent: bool) -> str:
+        if node in self.writes:
+            p = self.writes[node]
+            return self._written(node, [(p.weight, p.out_dim), *([] if p.bias is None else [(p.bias, 0)])], silent)
+        value = self.structure.outputs[node]
+        if node.op == "get_attr":
+            if not isinstance(value, Dims) or value.parameter is None:
+                return ANY
+            if all(u in self.norms or u in self.projections or self._name(u) in _PRODUCT for u in node.users):
+                return ANY  # a weight or a scale per unit, not a value
+            dims = [i for i, a in enumerate(value) if self.var in multiplicity(a)]
+            return self._written(node, [(value.parameter, dims[0])], silent) if len(dims) == 1 else ANY
+        inputs = [n for n in node.all_input_nodes if n in self.inside]
+        states = {self.state[n] for n in inputs}
+        self.behind[node] = frozenset().union(*(self.behind.get(n, frozenset()) for n in inputs))
+        if node in self.norms:
+            return self._normalised(self.norms[node])
+        name = self._name(node)
+        if name in _LINEAR:
+            return states.pop() if len(states) == 1 else ANY
+        if name in _SUM:
+            whole = all(n in self.inside for n in node.all_input_nodes) and not self._numbers(node)
+            return states.pop() if len(states) == 1 and (whole or states == {MEAN}) else ANY
+        if name in _PRODUCT:
+            return self._product(node, inputs, states)
+        if name in _ODD and states == {ZERO}:
+            return ZERO
+        return MEAN if states == {MEAN} and self._no_dropout(node) else ANY
+
+    def _written(self, node: fx.Node, parameters: list[tuple[str, int]], silent: bool) -> str:
+        self.behind[node] = frozenset(parameters)
+        if not silent:
+            return ANY
+        self.result.writers.update(parameters)
+        return self.kind
+
+    def _normalised(self, d: Demand) -> str:
+        if self.state[d.source] != self.kind:
+            raise _Refused(
+                "normalised over the whole axis: new units would change the statistics of the old ones, and what flows "
+                "in cannot be kept at " + ("their mean" if self.kind == MEAN else "zero")
+            )
+        if d.weight is None:
+            raise _Refused("normalised over the whole axis without a weight that could make up for the new size")
+        return ZERO
+
+    def _product(self, node: fx.Node, inputs: list[fx.Node], states: set[str]) -> str:
+        if ZERO in states and not (self._name(node).startswith(("div", "true", "itrue")) and len(inputs) > 1):
+            return ZERO
+        if len(inputs) == 1:
+            return states.pop()
+        # layer scale: one weight per unit on the way from a single writer into the width
+        scale = next((n for n in inputs if n.op == "get_attr"), None)
+        others = [n for n in inputs if n is not scale]
+        if self.kind != MEAN or scale is None or len(others) != 1 or self.state[others[0]] != MEAN:
+            return ANY
+        writer = self._single_writer(others[0])
+        own = self.structure.outputs[scale]
+        if writer is None or not isinstance(own, Dims) or own.parameter is None or len(scale.users) > 1:
+            return ANY
+        self.structure.fills[own.parameter] = 1.0
+        p = self.writes[writer]
+        for name in (p.weight, p.bias):
+            if name is not None:
+                self.result.scales[name] = own.parameter
+        return MEAN
+
+    def _single_writer(self, node: fx.Node) -> fx.Node | None:
+        """The projection that alone flows into `node`, and nowhere else."""
+        while node not in self.writes:
+            inputs = [n for n in node.all_input_nodes if n in self.inside]
+            passes = self._name(node) in _LINEAR or self._no_dropout(node)
+            if len(inputs) != 1 or not passes or len(node.users) != 1:
+                return None
+            node = inputs[0]
+        return node if len([n for n in node.users if n in self.inside]) == 1 else None
+
+    def _no_dropout(self, node: fx.Node) -> bool:
+        module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        return isinstance(module, nn.Dropout) and module.p == 0
+
+    def _numbers(self, node: fx.Node) -> bool:
+        """Whether a plain number is added."""
+        return any(isinstance(a, (int, float)) for a in node.args)
+
+    def _name(self, node: fx.Node) -> str:
+        if node.op == "call_module":
+            return type(self.gm.get_submodule(str(node.target))).__name__
+        return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
+
+    def _readers(self) -> Compensation | Reason:
+        """Weights that only ever read zeros may have any columns; one that also writes the width must."""
+        seen: dict[tuple[str, int], set[str]] = {}
+        for p in self.structure.projections:
+            if self.var in _variables(Dims((p.reads,))):
+                seen.setdefault((p.weight, p.in_dim), set()).add(self.state.get(p.source, ANY))
+        if not self.products:  # a packed layer writes zeros for the keys, not for who reads the values
+            self.result.free = {key for key, states in seen.items() if states == {ZERO}}
+        for key in seen.keys() & self.result.writers:
+            if key not in self.result.free:
+                return Reason("norm", self.demands[0].node.name, f"{key[0]} is tied, and reads the width unnormalised")
+        return self.result

@@ -1,0 +1,71 @@
+"""RMSNorm as people write it themselves, recognised by what it computes: one node of the graph, with its rule."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fxgrow._axes import Dims
+from fxgrow.ops.norm import over
+from fxgrow.ops.registry import Context, recogniser
+
+_EPS = ("eps", "variance_epsilon", "epsilon")
+
+
+@dataclass(frozen=True)
+class Form:
+    """y = x / sqrt(mean(x^2) + eps) * (weight + offset), eps an attribute of that name."""
+
+    eps: str
+    offset: float
+
+
+_seen: WeakKeyDictionary[nn.Module, Form | None] = WeakKeyDictionary()
+
+
+def form(module: nn.Module) -> Form | None:
+    """Which RMSNorm a module computes, if any: looked up by its parts, proved by running it on random numbers."""
+    if module not in _seen:
+        _seen[module] = _form(module)
+    return _seen[module]
+
+
+def _form(module: nn.Module) -> Form | None:
+    names = [n for n in _EPS if isinstance(getattr(module, n, None), float)]
+    weight = module._parameters.get("weight")
+    if "norm" not in type(module).__name__.lower() or len(names) != 1 or len([*module.parameters()]) != 1:
+        return None
+    if weight is None or weight.dim() != 1 or any(True for _ in (*module.children(), *module.buffers())):
+        return None
+    try:
+        twin = copy.deepcopy(module).to("cpu", torch.float32)
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(3, 2, len(weight), generator=generator)
+        eps = 0.3  # large, so that it shows where it stands
+        setattr(twin, names[0], eps)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            twin.weight.copy_(torch.randn(len(weight), generator=generator))  # type: ignore[operator]
+            found = twin(x)
+    except Exception:
+        # not a norm of one tensor
+        return None
+    if not isinstance(found, Tensor) or found.shape != x.shape:
+        return None
+    plain = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    w = twin.weight.detach()  # type: ignore[operator]
+    for offset in (0.0, 1.0):
+        if torch.allclose(found, plain * (w + offset), rtol=1e-4, atol=1e-5):
+            return Form(names[0], offset)
+    return None
+
+
+@recogniser(lambda module: form(module) is not None)
+def rms_norm_module(ctx: Context, x: Dims) -> Dims:
+    found: Any = form(ctx.module)
+    eps = float(getattr(ctx.module, found.eps))
+    return over(ctx, x, 1, "rms", ctx.parameter("weight"), None, eps, eps_name=found.eps, offset=found.offset)
