@@ -171,15 +171,7 @@ def grow(
     gm = capture(model, inputs)
     clock.lap("capture")
     found = make_profile(
-        gm,
-        data.loader,
-        loss_fn,
-        samples,
-        method,
-        units=_candidates(neurons),
-        progress=progress,
-        seed=seed,
-        widths=list(neurons) if isinstance(neurons, Mapping) else None,
+        gm, data.loader, loss_fn, samples, method, units=_candidates(neurons), progress=progress, seed=seed
     )
     clock.lap("profile")
     decided = make_plan(found, budget, neurons, update_existing=update_existing)

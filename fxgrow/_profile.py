@@ -167,7 +167,8 @@ def profile(
         positions: `"sampled"` estimates second moments from sampled positions; `"all"` uses every one, and one more
             forward pass, for exact figures.
         widths: names of the widths to profile; None for all that are free, but for those whose new units send nothing
-            on at first, so that the data say nothing of them: streams under a norm, queries and keys.
+            on at first, so that the data say nothing of them (streams under a norm, queries and keys), unless `units`
+            names them.
         units: how many units to propose per width; None for a quarter of its size, at least 4.
         progress: show a progress bar (if tqdm is installed).
         seed: of the sampling.
@@ -198,7 +199,7 @@ def profile(
         gm = capture(gm, first.inputs)
     structure = analyse(gm)
     every = hidden(structure)
-    chosen = _chosen(structure, every, widths)
+    chosen = _chosen(structure, every, widths, units if isinstance(units, Mapping) else {})
     exact = positions == "all"
     generator = torch.Generator().manual_seed(seed)
 
@@ -252,11 +253,13 @@ def profile(
     )
 
 
-def _chosen(structure: Structure, every: Sequence[Hidden], names: Sequence[str] | None) -> list[Hidden]:
+def _chosen(
+    structure: Structure, every: Sequence[Hidden], names: Sequence[str] | None, wanted: Mapping[str, int]
+) -> list[Hidden]:
     if names is not None:
         by_name = {h.width.name: h for h in every}
         return [require_free(by_name, n) for n in names]
-    free = [h for h in every if h.width.pinned is None and not silent(structure, h.var)]
+    free = [h for h in every if h.width.pinned is None and (h.width.name in wanted or not silent(structure, h.var))]
     if not free:
         pinned = "; ".join(f"{h.width.name}: {h.width.pinned}" for h in every[:6]) or "there are no hidden layers"
         raise ProfileError(
