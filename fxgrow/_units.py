@@ -21,7 +21,7 @@ def fill_plan(
 ) -> Plan:
     found, refit = profile.candidates(), profile.refit
     order = {
-        name: refit.evidence[name].order[:k] if refit is not None else torch.arange(k)
+        name: refit.evidence[name].order[:k] if refit is not None and name in refit.evidence else torch.arange(k)
         for name, k in ((n, k * found.atoms[n] // found.units[n]) for n, k in units.items())
     }
     values = Values(corner=False)
