@@ -127,7 +127,8 @@ def _rows(
         missing = k - len(features)
         drawn = torch.randn(missing, features.shape[1], generator=generator) * (2 / features.shape[1]) ** 0.5
         features = torch.cat([features, drawn.to(features)])
-        values.new.setdefault(p.weight, {})[h.width.name, 0] = features.reshape(k, *weight.shape[1:])
+        slices = features.mT if p.out_dim == 1 else features.reshape(k, *weight.shape[1:])
+        values.new.setdefault(p.weight, {})[h.width.name, p.out_dim] = slices
         if p.bias is not None:
             bias = torch.cat([rows[:k, -1], rows.new_zeros(missing)])
             values.new.setdefault(p.bias, {})[h.width.name, 0] = bias

@@ -28,6 +28,12 @@ def rows_for(features: int) -> int:
     return min(max(20 * features, 2048), 12_000 + 2 * features)
 
 
+def uses_of(weight: str, projections: list[Projection]) -> list[Projection]:
+    """Every use of a weight, if all of them read it alike; a weight that is also an embedding has no statistics."""
+    uses = [p for p in projections if p.weight == weight]
+    return uses if all(p.plain and p.out_dim == uses[0].out_dim for p in uses) else []
+
+
 def some_rows(count: int, limit: int, generator: torch.Generator | None, device: torch.device) -> Tensor | None:
     """At most `limit` of so many rows, drawn without replacement; None for all."""
     return torch.randperm(count, generator=generator)[:limit].to(device) if limit < count else None
@@ -55,6 +61,8 @@ class Consumer:
         self.uses = uses
         self.output_side = output_side
         self.weight = uses[0].weight
+        #: where the weight itself is stored [in, out]; here it is [out, in] throughout
+        self.transposed = uses[0].out_dim == 1
         self.bias = _movable(uses[0])
         self.window = window(uses[0])
         self.vh = torch.zeros(0)
@@ -67,7 +75,8 @@ class Consumer:
 
     def add_gradient(self, seen: Seen) -> None:
         """The sum of V h^T over a batch is its weight gradient."""
-        g = seen.gradients[self.weight].flatten(1)
+        g = seen.gradients[self.weight]
+        g = g.mT if self.transposed else g.flatten(1)
         if not self.vh.numel():
             self.vh = g.new_zeros(g.shape[0], g.shape[1] + (self.bias is not None), dtype=accumulator(g))
         self.vh[:, : g.shape[1]] += g

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fxgrow._candidates import Candidates
-from fxgrow._consumer import Consumer
+from fxgrow._consumer import Consumer, uses_of
 from fxgrow._data import Batch, Data, LossFn
 from fxgrow._pass import Seen, run_pass
 from fxgrow._rewrite import lookup
@@ -36,6 +36,7 @@ class Readout:
     Attributes:
         weight: name of its weight.
         bias: name of its bias.
+        transposed: whether the weight is stored [in, out]; everything here is [out, in].
         outputs: rows of the weight that are not new units themselves.
         old: columns of h (the bias last).
         new: per width `[K, columns per atom]`; an atom is the least that can be added, `step` units.
@@ -47,6 +48,7 @@ class Readout:
 
     weight: str
     bias: str | None
+    transposed: bool
     outputs: Tensor
     old: Tensor
     new: dict[str, Tensor]
@@ -203,8 +205,9 @@ def _consumers(found: Candidates) -> dict[str, Consumer]:
     wanted = {w for w in found.atoms}
     uses: dict[str, Consumer] = {}
     for p in found.projections:
-        if p.plain and any((w, p.in_dim) in found.places.get(p.weight, {}) for w in wanted) and p.weight not in uses:
-            uses[p.weight] = Consumer([q for q in found.projections if q.weight == p.weight])
+        own = uses_of(p.weight, found.projections)
+        if own and any((w, p.in_dim) in found.places.get(p.weight, {}) for w in wanted) and p.weight not in uses:
+            uses[p.weight] = Consumer(own)
     return uses
 
 
@@ -215,7 +218,7 @@ def _readout(c: Consumer, found: Candidates) -> Readout:
     new: dict[str, Tensor] = {}
     channels = torch.ones((c.vh.shape[1] - (c.bias is not None)) // taps, dtype=torch.bool)
     for (width, dim), positions in found.places[c.weight].items():
-        if dim == 1:
+        if dim == c.uses[0].in_dim:
             channels[positions] = False
             columns = positions[:, None] * taps + torch.arange(taps)
             new[width] = columns.reshape(found.atoms[width], -1).to(c.vh.device)
@@ -224,11 +227,13 @@ def _readout(c: Consumer, found: Candidates) -> Readout:
         old = torch.cat([old, torch.tensor([c.vh.shape[1] - 1])])
     rows = torch.ones(len(c.vh), dtype=torch.bool)
     for (_, dim), positions in found.places[c.weight].items():
-        if dim == 0:
+        if dim == c.uses[0].out_dim:
             rows[positions] = False
     outputs, fit = rows.nonzero().flatten().to(c.vh.device), c.vh[rows.to(c.vh.device)]
     g = c.curvature()[outputs][:, outputs]
-    return Readout(c.weight, c.bias, outputs, old.to(c.vh.device), new, c.m, g, fit, torch.zeros_like(fit))
+    return Readout(
+        c.weight, c.bias, c.transposed, outputs, old.to(c.vh.device), new, c.m, g, fit, torch.zeros_like(fit)
+    )
 
 
 def rank_by_fit(out: Refit, found: Candidates) -> None:
@@ -270,7 +275,7 @@ class _Tests:
             dim = 1 if c.window.kernel else -1
             v = v.index_select(dim, r.outputs.to(v.device)).to(r.m.dtype)
             for (width, axis), positions in self.found.places[c.weight].items():
-                if axis != 1:
+                if axis != c.uses[0].in_dim:
                     continue
                 step = self.steps[width, c.weight]
                 slope = (c.apply(step, h) * v).flatten(1).sum(1)

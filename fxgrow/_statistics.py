@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fxgrow._axes import length
-from fxgrow._consumer import Consumer, rows_for, some_rows
+from fxgrow._consumer import Consumer, rows_for, some_rows, uses_of
 from fxgrow._links import Link, gradient_map, links, producer_map
 from fxgrow._memory import Memory
 from fxgrow._moments import accumulating, add_gram, coverage, cross_moment, mirrored, patch_rows
@@ -196,11 +196,11 @@ class Statistics:
         self.widths: dict[str, WidthMoments] = {}
         for h in hiddens:
             for p in h.reads:
-                if p.plain and p.weight not in self.consumers:
-                    uses = [q for q in structure.projections if q.weight == p.weight]
+                uses = uses_of(p.weight, structure.projections)
+                if uses and p.weight not in self.consumers:
                     self.consumers[p.weight] = Consumer(uses, output_side)
             found = links(h, structure) if link else None
-            if found is not None:
+            if found is not None and all(k.reads.weight in self.consumers for k in found):
                 self.widths[h.width.name] = WidthMoments(h, found, _spans(h, structure))
         self.reads = {p.node: (c, p) for c in self.consumers.values() for p in c.uses}
         self.by_node: dict[fx.Node, list[tuple[WidthMoments, Link]]] = {}
@@ -333,7 +333,8 @@ def _spans(h: Hidden, structure: Structure) -> dict[str, tuple[int, int]]:
     at = 0
     for p in h.writes:
         if p.weight not in spans:
-            size = math.prod(length(a) for a in structure.parameters[p.weight][1:]) + (p.bias is not None)
+            own = structure.parameters[p.weight]
+            size = math.prod(length(a) for d, a in enumerate(own) if d != p.out_dim) + (p.bias is not None)
             spans[p.weight] = (at, at + size)
             at += size
     return spans

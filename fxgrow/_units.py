@@ -92,15 +92,17 @@ def _from_refit(
                 at += n
                 continue
             block = weights[:, at : at + n]
-            values.new.setdefault(name, {})[width, 1] = block.reshape(weight.shape[0], -1, *weight.shape[2:])
-            outgoing.append((name, width, 1))
+            into = 0 if r.transposed else 1
+            slices = block.mT if r.transposed else block.reshape(weight.shape[0], -1, *weight.shape[2:])
+            values.new.setdefault(name, {})[width, into] = slices
+            outgoing.append((name, width, into))
             at += n
         if update_existing:
             moved = weights[:, : len(r.old)]
             if r.bias is not None:
                 values.delta[r.bias] = moved[:, -1]
                 moved = moved[:, :-1]
-            values.delta[name] = moved.reshape(weight.shape)
+            values.delta[name] = moved.mT if r.transposed else moved.reshape(weight.shape)
     s, q = sum(t[0] for t in terms), sum(t[1] for t in terms)
     predicted = {w: refit.marginal(w, len(u)) for w, u in order.items() if refit.of(w)}
     best = s / q if q > 0 and decrease(terms) > 0 else 0.0
@@ -116,13 +118,16 @@ def _from_proposals(
     outgoing: list[tuple[str, str, int]],
 ) -> None:
     touched: set[str] = set()
+    into_rows = {p.weight for p in structure.projections if p.in_dim == 0}
     for width, k in units.items():
         for name, omega in profile.proposals[width].omega.items():
             weight = lookup(profile.graph, name)
             block = omega[:k].permute(2, 0, 1)  # [O, k, taps]
             block = torch.cat([block, block.new_zeros(block.shape[0], k - block.shape[1], block.shape[2])], 1)
-            values.new.setdefault(name, {})[width, 1] = block.reshape(weight.shape[0], -1, *weight.shape[2:])
-            outgoing.append((name, width, 1))
+            transposed = name in into_rows
+            slices = block.flatten(1).mT if transposed else block.reshape(weight.shape[0], -1, *weight.shape[2:])
+            values.new.setdefault(name, {})[width, 0 if transposed else 1] = slices
+            outgoing.append((name, width, 0 if transposed else 1))
             touched.add(name)
     if not update_existing:
         return
@@ -133,4 +138,4 @@ def _from_proposals(
         if bias is not None and lookup(profile.graph, bias).requires_grad:
             values.delta[bias] = update[:, -1]
             update = update[:, :-1]
-        values.delta[name] = update.reshape(lookup(profile.graph, name).shape)
+        values.delta[name] = update.mT if name in into_rows else update.reshape(lookup(profile.graph, name).shape)

@@ -317,3 +317,49 @@ def test_unit_of_a_regression_changes_nothing(unit: float) -> None:
         decreases.append(1 - after / before)
     assert decreases[0] > 0.01
     assert decreases[1] == pytest.approx(decreases[0], rel=0.3)
+
+
+class Rows(nn.Module):
+    """The same two layers with weights stored [in, out]."""
+
+    def __init__(self, first: nn.Linear, last: nn.Linear) -> None:
+        super().__init__()
+        self.w, self.b = (nn.Parameter(t.detach().mT.clone()) for t in (first.weight, last.weight))
+        self.v, self.c = (nn.Parameter(t.detach().clone()) for t in (first.bias, last.bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.c, torch.addmm(self.v, x, self.w).tanh(), self.b)
+
+
+@pytest.mark.parametrize("method", ["default", "tiny"])
+def test_weights_stored_the_other_way_round_grow_alike(method: str) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    rows = Rows(net[0], net[2])
+    x = torch.randn(256, 6, dtype=torch.float64)
+    batches = [(x[i : i + 32], (x[i : i + 32, :1] * x[i : i + 32, 1:2]).expand(-1, 3)) for i in range(0, 256, 32)]
+    one, other = (fxgrow.grow(m, batches, neurons=3, method=method, progress=False) for m in (net, rows))
+    torch.testing.assert_close(one(x), other(x), rtol=1e-10, atol=1e-12)
+    first, second = one.meta["fxgrow"].profile["0"], other.meta["fxgrow"].profile["w"]
+    assert first.bottleneck == pytest.approx(second.bottleneck, rel=1e-10) and first.bottleneck > 0
+    assert one.meta["fxgrow"].losses["eval"][1] < one.meta["fxgrow"].losses["eval"][0]
+
+
+def test_batches_of_different_lengths_and_outputs_without_a_loss() -> None:
+    class Tagger(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.tokens, self.up, self.down = nn.Embedding(20, 8), nn.Linear(8, 16), nn.Linear(16, 5)
+            self.other = nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 3))
+
+        def forward(self, ids: Tensor) -> tuple[Tensor, Tensor]:
+            h = self.tokens(ids).mean(1)
+            return self.down(self.up(h).relu()), self.other(h)
+
+    torch.manual_seed(0)
+    batches = [(torch.randint(20, (16, t)), torch.randint(5, (16,))) for t in (7, 9, 7, 12, 5, 9, 8, 3)]
+    loss = lambda out, y: F.cross_entropy(out[0], y)  # noqa: E731
+    grown = fxgrow.grow(Tagger(), batches, loss_fn=loss, neurons=2, progress=False)
+    profile = grown.meta["fxgrow"].profile
+    assert profile["up"].bottleneck > 0 == profile["other.0"].bottleneck
+    assert grown.get_submodule("up").out_features == 18

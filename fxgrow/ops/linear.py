@@ -49,7 +49,7 @@ def embedding_module(ctx: Context, index: Dims) -> Dims:
     return embedding(ctx, index, weight, None, ctx.module.max_norm)
 
 
-# -- products with a parameter, stored [in, out]. The statistics read [out, in]: such weights are not plain.
+# -- products with a parameter, stored [in, out]
 
 
 # the rule of `reduce` for two activations is entered when that file is imported, above: this one stands in front of it
@@ -80,7 +80,7 @@ def transposed_linear(ctx: Context, x: Dims) -> Dims:
 
 def _times(ctx: Context, x: Dims, weight: Dims, bias: Dims | None, source: Any) -> Dims:
     ctx.same(x[-1], weight[0])
-    ctx.project(weight, bias, weight[1], out_dim=1, in_dim=0, plain=False)
+    ctx.project(weight, bias, weight[1], out_dim=1, in_dim=0)
     _reads_from(ctx, source)
     return Dims((*x[:-1], weight[1]))
 
@@ -112,8 +112,8 @@ def einsum(ctx: Context, equation: str, *operands: Any) -> Dims:
         return reduce.einsum(ctx, equation, *operands)  # something else is summed over
     axes = dict(_lettered(given, x))
     ctx.same(axes[c][0], weight[term.index(c)])
-    # [out, in] and features last, as in `F.linear`: only there the statistics know their way
-    plain = term == o + c and given == out[:-1] + c and out[-1] == o
+    # features last, as in `F.linear`: only there the statistics know their way
+    plain = given == out[:-1] + c and out[-1] == o
     produced = weight[term.index(o)]
     ctx.project(weight, None, produced, out_dim=term.index(o), in_dim=term.index(c), plain=plain)
     operand_nodes = ctx.node.args[1:] if len(ctx.node.args) > 2 else ctx.node.args[1]
