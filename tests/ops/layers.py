@@ -370,3 +370,25 @@ T.tokens(
 )
 T.image("local-response-norm", lambda: {"n": nn.LocalResponseNorm(3)}, lambda m, x: m.out(m.n(m.a(x))), a="norm")
 T.vector("normalize", nothing, lambda m, x: m.out(F.normalize(m.a(x), dim=-1)), a="norm")
+
+# -- recurrent layers --------------------------------------------------------------------------------------------------
+
+
+def _recurrent(cls: type, **options: Any) -> Any:
+    width = 8 // (2 if options.get("bidirectional") else 1)
+    return lambda: {"r": cls(8, width, batch_first=True, **options)}
+
+
+T.tokens("lstm", _recurrent(nn.LSTM), lambda m, x: m.out(m.r(m.a(x))[0]), a=F8, r=F8)
+T.tokens("gru", _recurrent(nn.GRU, num_layers=2), lambda m, x: m.out(m.r(m.a(x))[0]), a=F8, r=F8)
+T.tokens("rnn-last-state", _recurrent(nn.RNN), lambda m, x: m.out(m.r(m.a(x))[1][0]), a=F8, r=F8)
+T.tokens(
+    "lstm-bidirectional",
+    _recurrent(nn.LSTM, num_layers=2, bidirectional=True),
+    lambda m, x: m.out(m.r(m.a(x))[0]),
+    a=F8,
+    r=(4, 1),
+)
+T.tokens(
+    "lstm-projected", _recurrent(nn.LSTM, proj_size=4), lambda m, x: m.r(m.a(x))[0], a="operator", r=None, out=None
+)

@@ -1,0 +1,48 @@
+"""Recurrent layers: one hidden width for all layers, directions and gates, read again at the next step."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from fxgrow._axes import Axis, Dims, Var, axis_of, fixed
+from fxgrow.ops.registry import Context, Unsupported, op
+
+_GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
+
+
+@op(*_GATES)
+def recurrent(ctx: Context, x: Any, state: Any = None) -> Any:
+    m = ctx.module
+    if not isinstance(x, Dims) or m.proj_size:
+        raise Unsupported("a packed sequence" if not isinstance(x, Dims) else "its output is projected (proj_size)")
+    gates = _GATES[type(m)]
+    hidden = axis_of(Var(m.hidden_size))
+    reverse = ("", "_reverse") if m.bidirectional else ("",)
+    for given in pytree.tree_leaves(state, is_leaf=lambda s: isinstance(s, Dims)):
+        if isinstance(given, Dims):
+            ctx.same(given[-1], hidden)
+    reads = x[-1]
+    for layer in range(m.num_layers):
+        for suffix in reverse:
+            _cell(ctx, f"l{layer}{suffix}", reads, hidden, gates)
+        reads = hidden * len(reverse)
+    ctx.attribute("input_size", x[-1])
+    ctx.attribute("hidden_size", hidden)
+    batch = () if len(x) == 2 else (x[0] if m.batch_first else x[1],)
+    last = Dims((fixed(m.num_layers * len(reverse)), *batch, hidden))
+    return Dims((*x[:-1], reads)), (last, last) if isinstance(m, nn.LSTM) else last
+
+
+def _cell(ctx: Context, name: str, reads: Axis, hidden: Axis, gates: int) -> None:
+    """The weights of one layer in one direction: a block of rows per gate."""
+    for kind, source in (("ih", reads), ("hh", hidden)):
+        weight = ctx.parameter(f"weight_{kind}_{name}") or Dims()
+        ctx.same(weight[0], hidden * gates)
+        ctx.same(weight[1], source)
+        bias = ctx.parameter(f"bias_{kind}_{name}")
+        if bias is not None:
+            ctx.same(bias[0], hidden * gates)
+        ctx.project(weight, None, hidden, plain=False)
