@@ -2,16 +2,16 @@
 
 make demo        (or: python -m examples.demo [seed])
 
-Profile by default: loss 0.2316 over 1,347 samples, 4 free widths, 1 pinned
+Profile by default: loss 0.2366 over 1,347 samples, 4 free widths, 1 pinned
 
 width           size  step  producers → consumers                 Ψ  share            best gains      ok  add
 ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-conv1              4     1  conv1 +1 → layer1.0.conv1 +2       4.25  99.3%  0.0203 0.0052 0.0010  2 of 4    ·
-layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2    1.23  99.1%  0.0082 0.0060 0.0048  4 of 4   +2
-layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2  0.0981  96.4%  0.0094 0.0062 0.0023  0 of 4    ·
-layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear       0.0922  95.3%       0.0225 0.0147 0  1 of 4   +1
+conv1              4     1  conv1 +1 → layer1.0.conv1 +2       4.04  99.3%  0.0199 0.0041 0.0017  4 of 4    ·
+layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2    1.18  99.1%  0.0107 0.0057 0.0043  4 of 4   +1
+layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2  0.0975  96.1%       0.0150 0.0013 0  1 of 4   +1
+layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear       0.0915  95.0%  0.0185 0.0087 0.0078  1 of 4   +1
 
-add: with the default budget: 3 units, 1,382 → 1,620 parameters (+17.2%)
+add: with the default budget: 3 units, 1,382 → 1,665 parameters (+20.5%)
 
 Ψ: what the loss asks of the consumers and no change of their weights can express; share: of all it asks for.
 best gains: predicted decrease of the loss per unit; ok: units that a test on held-back batches accepts.
@@ -20,18 +20,19 @@ pinned width  at node  because
 ────────────────────────────────────────────────────────
 linear        output   a dimension of the model's output
 
-Growth by default: 5 units, 1,382 → 2,024 parameters (+46.5%)
-held-back loss: eval 0.2457 → 0.2190 (-10.9%), train 0.2642 → 0.2559 (-3.1%)
-gamma: 0.583 applied, 2.33 best on held-back batches
-loss along gamma: 0: 0.2457  0.583: 0.2190  1.17: 0.2017  1.65: 0.1936  2.33: 0.1911  3.3: 0.2031  4.66: 0.2524
-seconds: 0.49 (capture 0.02, profile 0.38, plan 0.01, search 0.08)
+Growth by default: 5 units, 1,382 → 2,051 parameters (+48.4%)
+held-back loss: eval 0.2502 → 0.2214 (-11.5%), train 0.2655 → 0.2441 (-8.1%)
+gamma: 1.49 applied, 5.96 best on held-back batches
+loss along gamma: 0: 0.2655  1.05: 0.2497  2.11: 0.2369  4.21: 0.2202  5.96: 0.2136  8.42: 0.2157  11.9: 0.2404
+                  16.8: 0.3325
+seconds: 1.24 (capture 0.06, profile 0.82, plan 0.03, search 0.33)
 
 width           size  step  producers → consumers                 Ψ  share            best gains      ok  added
 ───────────────────────────────────────────────────────────────────────────────────────────────────────────────
-conv1              4     1  conv1 +1 → layer1.0.conv1 +2       4.25  99.3%  0.0203 0.0052 0.0010  2 of 4     +2
-layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2    1.23  99.1%  0.0082 0.0060 0.0048  4 of 4     +2
-layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2  0.0981  96.4%  0.0094 0.0062 0.0023  0 of 4      ·
-layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear       0.0922  95.3%       0.0225 0.0147 0  1 of 4     +1
+conv1              4     1  conv1 +1 → layer1.0.conv1 +2       4.04  99.3%  0.0199 0.0041 0.0017  4 of 4     +2
+layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2    1.18  99.1%  0.0107 0.0057 0.0043  4 of 4     +1
+layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2  0.0975  96.1%       0.0150 0.0013 0  1 of 4     +1
+layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear       0.0915  95.0%  0.0185 0.0087 0.0078  1 of 4     +1
 
 Ψ: what the loss asks of the consumers and no change of their weights can express; share: of all it asks for.
 best gains: predicted decrease of the loss per unit; ok: units that a test on held-back batches accepts.
@@ -40,12 +41,12 @@ pinned width  at node  because
 ────────────────────────────────────────────────────────
 linear        output   a dimension of the model's output
 
-the second growth: conv1 +1, layer1.0.conv1 +3, layer2.0.conv1 +1, layer2.0.conv2 +2;
-2,024 -> 2,960 parameters, gamma 0.944
+the second growth: conv1 +1, layer1.0.conv1 +2, layer2.0.conv1 +2, layer2.0.conv2 +2;
+2,051 -> 3,032 parameters, gamma 1.72
 
 wrote out/growth.png and out/grown.onnx (the same outputs in onnxruntime)
 
-test accuracy 92.7 % before growth, 97.1 % after two growths, 96.0 % ungrown; 1,382 -> 2,960 parameters; 1.0 s growing
+test accuracy 92.2 % before growth, 96.9 % after two growths, 95.8 % ungrown; 1,382 -> 3,032 parameters; 2.3 s growing
 """
 
 from __future__ import annotations
