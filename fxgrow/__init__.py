@@ -1,5 +1,6 @@
 """fxgrow: makes any PyTorch network wider where it needs it, while it learns."""
 
+from fxgrow._bottleneck import Bottleneck, Profile
 from fxgrow._capture import capture
 from fxgrow._decide import plan
 from fxgrow._errors import (
@@ -13,11 +14,12 @@ from fxgrow._errors import (
 )
 from fxgrow._explain import Explanation, explain
 from fxgrow._export import export_onnx
-from fxgrow._grow import Growth, apply, grow, widen
+from fxgrow._grow import Growth, grow
 from fxgrow._networkx import to_networkx
 from fxgrow._plan import Plan
-from fxgrow._profile import Bottleneck, Profile, profile
+from fxgrow._profile import profile
 from fxgrow._records import Reason, Width
+from fxgrow._widen import apply, widen
 from fxgrow._widths import widths
 from fxgrow.ops import op
 

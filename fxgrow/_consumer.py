@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from fxgrow._gram import add_gram, mirrored
 from fxgrow._links import window
-from fxgrow._moments import add_gram, mirrored, patch_rows
+from fxgrow._moments import patch_rows
 from fxgrow._pass import Seen
 from fxgrow._rewrite import lookup
 from fxgrow._solve import best_update

@@ -20,19 +20,10 @@ from torch import Tensor
 
 from fxgrow._borders import strips
 from fxgrow._errors import ProfileError
+from fxgrow._gram import accumulating
 from fxgrow._window import Axis, Strip, Window, axes
 
-__all__ = [
-    "Window",
-    "accumulating",
-    "add_gram",
-    "coverage",
-    "cross_moment",
-    "gram",
-    "mirrored",
-    "patch_rows",
-    "patches",
-]
+__all__ = ["Window", "coverage", "cross_moment", "patch_rows", "patches"]
 
 
 def patches(x: Tensor, window: Window, bias: bool = False) -> Tensor:
@@ -158,61 +149,6 @@ def coverage(read_shape: tuple[int, ...], consumer: Window) -> Tensor:
                 count[axis.position(p, tap)] += 1
         total = total[..., None] * count
     return total
-
-
-def gram(rows: Tensor, weight: Tensor | None = None, bias: bool = False) -> Tensor:
-    """Weighted second moment rows^T diag(weight) rows.
-
-    Args:
-        rows: ``[m, P]``.
-        weight: ``[m]``, not negative.
-        bias: as if every row had one more feature that is 1.
-
-    Returns:
-        ``[P, P]`` (with ``bias``: ``[P + 1, P + 1]``), exactly symmetric.
-    """
-    return mirrored(add_gram(None, rows, weight, bias))
-
-
-def add_gram(
-    total: Tensor | None, rows: Tensor, weight: Tensor | None = None, bias: bool = False, scale: float = 1.0
-) -> Tensor:
-    """Adds ``scale * gram(rows, weight, bias)`` to the upper triangle of ``total``, the only part that counts."""
-    rows = accumulating(rows)
-    ones = None
-    if weight is not None:
-        ones = weight.to(rows.dtype).sqrt()
-        rows = rows * ones[:, None]
-    size = rows.shape[1]
-    beta = 1.0
-    if total is None:
-        total, beta = rows.new_zeros(size + bias, size + bias), 0.0
-    # BLAS' symmetric product is not exposed; the upper block triangle alone is little more than half the work.
-    blocks = min(8, max(1, size // 96))
-    edges = [size * i // blocks for i in range(blocks + 1)]
-    for low, high in zip(edges, edges[1:], strict=False):
-        here = total[low:high, low:size]
-        torch.addmm(here, rows[:, low:high].mT, rows[:, low:], beta=beta, alpha=scale, out=here)
-    if bias:
-        total[:size, size] += (rows.sum(0) if ones is None else rows.mT @ ones) * scale
-        total[size, size] += (len(rows) if ones is None else ones @ ones) * scale
-    return total
-
-
-def mirrored(upper: Tensor) -> Tensor:
-    """The symmetric matrix with this upper triangle, in place."""
-    size = len(upper)
-    for low in range(0, size, 128):
-        high = min(low + 128, size)
-        upper[high:, low:high] = upper[low:high, high:].mT
-        block = upper[low:high, low:high].triu()
-        upper[low:high, low:high] = block + block.triu(1).mT
-    return upper
-
-
-def accumulating(x: Tensor) -> Tensor:
-    """Half precision becomes float32, in which sums are formed; float32 and float64 stay."""
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
 def _place(x: Tensor, lead: Sequence[int], length: Sequence[int]) -> Tensor:

@@ -11,9 +11,9 @@ from fxgrow._records import Reason, Width
 from fxgrow._table import WIDTH, Column, table
 
 if TYPE_CHECKING:
+    from fxgrow._bottleneck import Bottleneck, Profile
     from fxgrow._grow import Growth
     from fxgrow._plan import Plan
-    from fxgrow._profile import Bottleneck, Profile
 
 #: gains of so many units are printed
 GAINS = 3

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxgrow._errors import ProfileError
-from fxgrow._moments import accumulating, gram
+from fxgrow._gram import accumulating, gram
 
 EXACT = {torch.float64: 320, torch.float32: 128}  # up to so many rows or columns, all singular values are computed
 SWEEPS = {torch.float64: 12, torch.float32: 8}  # applications of the operator above that: to working precision

@@ -16,9 +16,10 @@ from torch import Tensor, fx
 
 from fxgrow._axes import length
 from fxgrow._consumer import Consumer, rows_for, some_rows, uses_of
+from fxgrow._gram import accumulating, add_gram, mirrored
 from fxgrow._links import Link, gradient_map, links, producer_map
 from fxgrow._memory import Memory
-from fxgrow._moments import accumulating, add_gram, coverage, cross_moment, mirrored, patch_rows
+from fxgrow._moments import coverage, cross_moment, patch_rows
 from fxgrow._pass import Seen
 from fxgrow._widths import Hidden
 from fxgrow.ops.registry import Projection, Structure

@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fxgrow._bottleneck import Profile
 from fxgrow._compensate import silent
 from fxgrow._plan import Plan
-from fxgrow._profile import Profile
 from fxgrow._refit import decrease
 from fxgrow._rewrite import Values, lookup
 from fxgrow._widths import hidden

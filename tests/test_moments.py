@@ -14,7 +14,8 @@ from torch import Tensor
 
 from fxgrow import _moments
 from fxgrow._errors import ProfileError
-from fxgrow._moments import Window, coverage, cross_moment, gram, patch_rows, patches
+from fxgrow._gram import gram
+from fxgrow._moments import Window, coverage, cross_moment, patch_rows, patches
 from fxgrow._window import axes
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}

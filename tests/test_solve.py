@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fxgrow import _solve
 from fxgrow._errors import ProfileError
-from fxgrow._moments import Window, cross_moment, gram
+from fxgrow._gram import gram
+from fxgrow._moments import Window, cross_moment
 from fxgrow._solve import (
     Cholesky,
     Dual,

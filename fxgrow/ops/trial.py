@@ -285,8 +285,9 @@ def _narrow(
     return left
 
 
-def _picked(a: object, axis: int, layout: Layout, chosen: Tensor, units: int) -> Tensor:
-    assert isinstance(a, Tensor)
+def _picked(a: object, axis: int, layout: Layout, chosen: Tensor, units: int) -> object:
+    if not isinstance(a, Tensor):
+        return a
     return a.index_select(axis, layout.positions(chosen, units))
 
 
