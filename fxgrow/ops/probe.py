@@ -25,8 +25,9 @@ from fxgrow.ops.trial import Call, Place, Refused, Trial, Verdict
 
 #: an operator of torch is tried at small sizes if its tensors have more entries than this ...
 SMALL = 1 << 16
-#: ... and no operator is tried on tensors of more than this
+#: ... and no operator is tried on tensors of more than this, nor code from elsewhere on as much, or on as many tensors
 LARGE = 1 << 22
+OTHER, ARGUMENTS = 1 << 18, 4
 #: numbers up to this are dimensions or factors; a larger one may be a size, and the sizes beside the width stay
 _LITERAL = 4
 _REMEMBERED = 4096
@@ -128,8 +129,10 @@ def _judge(
                 return verdict
         except Refused:
             pass  # it may need the real sizes
-    if size > LARGE:
+    if size > (LARGE if _is_torch(ctx) else OTHER):
         return "its tensors are too large to try it"
+    if len(shapes) > ARGUMENTS and not _is_torch(ctx):
+        return "it takes too many tensors to try it"
     try:
         return Trial(calls, shapes, dtypes).judge(axes)
     except Refused as why:
