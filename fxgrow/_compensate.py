@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
-from fxgrow._axes import Dims, Var, multiplicity, resolve
+from fxgrow._axes import Axis, Dims, Var, multiplicity, resolve
 from fxgrow._records import Reason
 from fxgrow.ops.registry import Demand, Structure
 
@@ -26,17 +26,18 @@ _LINEAR = frozenset(
     "view reshape permute transpose contiguous flatten unflatten squeeze unsqueeze expand expand_as cat concat "
     "concatenate stack chunk split split_with_sizes unbind getitem select narrow clone detach to type type_as float "
     "double half bfloat16 repeat repeat_interleave movedim moveaxis swapaxes swapdims t adjoint view_as reshape_as "
-    "flip roll neg negative Identity Flatten Unflatten matmul bmm mm einsum mean sum pad scaled_dot_product_attention "
+    "flip roll neg negative Identity Flatten Unflatten matmul bmm mm einsum mean sum scaled_dot_product_attention "
     "avg_pool1d avg_pool2d avg_pool3d AvgPool1d AvgPool2d AvgPool3d adaptive_avg_pool1d adaptive_avg_pool2d "
     "AdaptiveAvgPool1d AdaptiveAvgPool2d DropPath stochastic_depth StochasticDepth __getitem__ mT T".split()
 )
 _SUM = frozenset("add sub iadd isub subtract add_ sub_ __add__ __radd__".split())
 _PRODUCT = frozenset("mul div truediv imul itruediv multiply divide mul_ div_ __mul__ __rmul__".split())
+_QUOTIENT = frozenset("div truediv itruediv divide div_".split())
 #: elementwise functions that are zero at zero
 _ODD = frozenset(
     "relu relu_ relu6 gelu silu tanh sin asin atan elu celu selu leaky_relu hardswish hardtanh mish softsign erf abs "
     "sign round ReLU ReLU6 GELU SiLU Tanh ELU CELU SELU LeakyReLU Hardswish Hardtanh Mish Softsign PReLU prelu "
-    "dropout Dropout square pow nan_to_num masked_fill".split()
+    "dropout Dropout square nan_to_num".split()
 )
 
 
@@ -67,6 +68,8 @@ def compensate(gm: fx.GraphModule, structure: Structure) -> None:
     for d in structure.demands:
         counts = multiplicity(d.axis)
         whole = len(counts) == 1 and all(s.var is not None for s in resolve(d.axis))
+        if d.kind == "layer":
+            whole = _single(d.axis)
         for var in counts:
             if d.kind != "product" and not whole:
                 var.pinned = var.pinned or Reason("norm", d.node.name, "normalised together with other units")
@@ -79,6 +82,12 @@ def compensate(gm: fx.GraphModule, structure: Structure) -> None:
                 var.pinned = outcome
             else:
                 structure.compensations[var] = outcome
+
+
+def _single(axis: Axis) -> bool:
+    """Whether an axis is one entry for each unit of one variable."""
+    segments = resolve(axis)
+    return len(segments) == 1 and segments[0].var is not None and segments[0].inner == 1
 
 
 def silent(structure: Structure, var: Var) -> bool:
@@ -125,8 +134,6 @@ class _Follow:
         self.result = Compensation(self.kind, norms=list(self.norms.values()), products=self.products)
         self.writes = {p.node: p for p in structure.projections if var in _variables(Dims((p.out,)))}
         self.projections = {p.node for p in structure.projections}
-        #: the parameters behind a node's new units
-        self.behind: dict[fx.Node, frozenset[tuple[str, int]]] = {}
         self.state: dict[fx.Node, str] = {}
 
     def run(self) -> Compensation | Reason:
@@ -169,7 +176,6 @@ class _Follow:
             return self._written(node, [(value.parameter, dims[0])], silent) if len(dims) == 1 else ANY
         inputs = [n for n in node.all_input_nodes if n in self.inside]
         states = {self.state[n] for n in inputs}
-        self.behind[node] = frozenset().union(*(self.behind.get(n, frozenset()) for n in inputs))
         if node in self.norms:
             return self._normalised(self.norms[node])
         name = self._name(node)
@@ -185,11 +191,14 @@ class _Follow:
         return MEAN if states == {MEAN} and self._no_dropout(node) else ANY
 
     def _written(self, node: fx.Node, parameters: list[tuple[str, int]], silent: bool) -> str:
-        self.behind[node] = frozenset(parameters)
-        if not silent:
+        if not silent or not all(self._alone(name, dim) for name, dim in parameters):
             return ANY
         self.result.writers.update(parameters)
         return self.kind
+
+    def _alone(self, name: str, dim: int) -> bool:
+        """Whether a mean over a parameter's dimension is the mean over the units, and over nothing else."""
+        return self.kind == ZERO or _single(self.structure.parameters[name][dim])
 
     def _normalised(self, d: Demand) -> str:
         if self.state[d.source] != self.kind:
@@ -202,7 +211,10 @@ class _Follow:
         return ZERO
 
     def _product(self, node: fx.Node, inputs: list[fx.Node], states: set[str]) -> str:
-        if ZERO in states and not (self._name(node).startswith(("div", "true", "itrue")) and len(inputs) > 1):
+        divides = self._name(node) in _QUOTIENT
+        if divides and inputs != [node.args[0]]:
+            return ANY  # units are divided by
+        if ZERO in states:
             return ZERO
         if len(inputs) == 1:
             return states.pop()
@@ -238,7 +250,7 @@ class _Follow:
 
     def _numbers(self, node: fx.Node) -> bool:
         """Whether a plain number is added."""
-        return any(isinstance(a, (int, float)) for a in node.args)
+        return any(isinstance(a, (int, float)) for a in (*node.args, node.kwargs.get("other")))
 
     def _name(self, node: fx.Node) -> str:
         if node.op == "call_module":

@@ -327,7 +327,7 @@ def _outputs(module: nn.Module, inputs: Any) -> list[Tensor]:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             out = module(**inputs) if isinstance(inputs, Mapping) else module(*inputs)
-        return [t.clone() for t in _flat(out)]
+        return [t.clone() for t in flat(out)]
     finally:
         for m, training in modes:
             m.training = training
@@ -335,9 +335,9 @@ def _outputs(module: nn.Module, inputs: Any) -> list[Tensor]:
             buffer.copy_(before)
 
 
-def _flat(value: Any) -> Iterator[Tensor]:
+def flat(value: Any) -> Iterator[Tensor]:
     for leaf in pytree.tree_leaves(value):
         if isinstance(leaf, Tensor):
             yield leaf
         elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from _flat([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+            yield from flat([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])

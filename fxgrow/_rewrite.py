@@ -109,6 +109,7 @@ def widened(
     values = values or Values()
     index: dict[str, tuple[Tensor | None, ...]] = {}
     replaced: dict[int, Tensor] = {}
+    scales = {n: lookup(gm, n).detach() for c in structure.compensations.values() for n in c.scales.values()}
     for name, dims in structure.parameters.items():
         old = lookup(gm, name)
         plan = [extend(axis, grow) for axis in dims]
@@ -116,7 +117,6 @@ def widened(
         if not changed and name not in values.delta:
             continue
         new = _fill(name, old.detach(), dims, plan, structure, values, names, generator, grow)
-        scales = {n: lookup(gm, n).detach() for c in structure.compensations.values() for n in c.scales.values()}
         settle_entries(new, name, [g.new for g in plan], structure, grow, scales)
         if changed:
             index[name] = tuple(g.old if g.new else None for g in plan)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import fx, nn
@@ -17,11 +16,7 @@ from fxgrow._optim import repoint
 from fxgrow._plan import Plan
 from fxgrow._rewrite import rewrite
 
-if TYPE_CHECKING:
-    pass
-
 M = TypeVar("M", bound=nn.Module)
-log = logging.getLogger("fxgrow")
 
 
 def apply(gm: nn.Module, plan: Plan, example_inputs: tuple[Any, ...] | dict[str, Any] | None = None) -> fx.GraphModule:

@@ -290,3 +290,60 @@ def test_transformer_encoder_of_torch(first: bool) -> None:
     assert "1.layers.0.self_attn.in_proj_weight" in free and "1.layers.1.linear1" in free
     assert_same(net, gm, x)
     assert_same(gm, grown, x)
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        lambda h: 1 / h,
+        lambda h: torch.add(h, other=1),
+        lambda h: h.masked_fill(torch.ones(8, dtype=torch.bool), 2.0),
+        lambda h: h.pow(0),
+        lambda h: F.pad(h, (0, 0, 1, 0), value=3.0),
+    ],
+    ids=["divided by", "plus one", "filled", "power", "padded"],
+)
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+def test_what_loses_the_state_of_new_units_pins_or_stays_exact(
+    norm: Callable[[int], nn.Module], between: Callable[[Tensor], Tensor]
+) -> None:
+    class Between(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.out = nn.Linear(6, 8), norm(8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.norm(between(self.a(x))))
+
+    net, x = Between(), torch.randn(2, 5, 6)
+    gm, grown, _ = widen_all(net, x)
+    assert_same(gm, grown, x)
+
+
+def test_a_mean_over_more_than_the_units_is_no_mean_of_them() -> None:
+    class Flat(nn.Module):
+        """The norm reads five entries for each unit."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.out = nn.Conv1d(2, 4, 1), nn.LayerNorm(20), nn.Linear(20, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.norm(self.a(x).flatten(1)))
+
+    class Shared(nn.Module):
+        """One layer writes the normalised width and another one."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm = nn.Linear(6, 12), nn.LayerNorm(8)
+            self.one, self.other = nn.Linear(8, 3), nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h, rest = self.a(x).split([8, 4], -1)
+            return self.one(self.norm(h)) + self.other(rest)
+
+    for net, x in ((Flat(), torch.randn(2, 2, 5)), (Shared(), torch.randn(2, 6))):
+        gm, grown, _ = widen_all(net, x)
+        assert_same(gm, grown, x)
+        assert any(r.code == "norm" for r in pinned(net, x).values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +17,7 @@ import fxgrow
 from benchmarks.coverage.subjects import Inputs, Subject
 from fxgrow._analyse import analyse
 from fxgrow._axes import resolve
-from fxgrow._into import into_module
+from fxgrow._into import flat, into_module
 from fxgrow._leaf import is_layer
 from fxgrow._rewrite import copy_graph, lookup, rewrite
 from fxgrow._widths import hidden
@@ -171,7 +170,7 @@ def _run(module: nn.Module, inputs: Inputs, training: bool) -> list[Tensor]:
     double = any(p.dtype is torch.float64 for p in module.parameters())
     try:
         with _InDouble() if double else contextlib.nullcontext():
-            return [t.clone() for t in _flat(_call(module, inputs))]
+            return [t.clone() for t in flat(_call(module, inputs))]
     finally:
         for b, before in state:
             b.copy_(before)
@@ -181,14 +180,6 @@ def _run(module: nn.Module, inputs: Inputs, training: bool) -> list[Tensor]:
 
 def _call(module: nn.Module, inputs: Inputs) -> Any:
     return module(**inputs) if isinstance(inputs, dict) else module(*inputs)
-
-
-def _flat(value: Any) -> Iterator[Tensor]:
-    for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from _flat([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
 
 
 def _distance(a: list[Tensor], b: list[Tensor]) -> float:
@@ -273,7 +264,7 @@ def _train_step(grown: fx.GraphModule, inputs: Inputs) -> Findings:
         return {}  # memory and time
     torch.manual_seed(0)
     try:
-        out = [t for t in _flat(_call(grown.train(), inputs)) if t.is_floating_point() and t.requires_grad]
+        out = [t for t in flat(_call(grown.train(), inputs)) if t.is_floating_point() and t.requires_grad]
     except Exception as error:
         return {"train_step": False, "train_error": f"{type(error).__name__}: {error}"[:300]}
     torch.stack([t[t.isfinite()].square().mean() for t in out]).sum().backward()
