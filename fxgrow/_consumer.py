@@ -80,9 +80,9 @@ class Consumer:
         g = g.mT if self.transposed else g.flatten(1)
         if not self.vh.numel():
             self.vh = g.new_zeros(g.shape[0], g.shape[1] + (self.bias is not None), dtype=accumulator(g))
-        self.vh[:, : g.shape[1]] += g
+        self.vh[:, : g.shape[1]].add_(g)
         if self.bias is not None:
-            self.vh[:, -1] += seen.gradients[self.bias]
+            self.vh[:, -1].add_(seen.gradients[self.bias])
 
     def add_norm(self, v: Tensor) -> None:
         self.vv = self.vv + torch.linalg.vector_norm(v, dtype=accumulator(v)).square()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import random
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -21,7 +22,6 @@ LossFn = Callable[[Any, Any], Tensor]
 
 #: `samples=None` reads at most this many
 DEFAULT_SAMPLES = 8192
-_END = object()
 #: one batch in so many is held back from fitting
 HOLD = 4
 
@@ -62,9 +62,13 @@ class Batch:
 def parse(raw: Any, index: int) -> Batch:
     """Reads one item of a loader: `(inputs, targets)`, or a dict for a model that returns its own `.loss`.
 
+    What has been read already stays as it is.
+
     Raises:
         ProfileError: the item has another layout, or holds no tensor.
     """
+    if isinstance(raw, Batch):
+        return raw
     if isinstance(raw, Mapping):
         inputs: Any = dict(raw)
         targets = None
@@ -82,10 +86,21 @@ def parse(raw: Any, index: int) -> Batch:
             f"Batch {index} is {what}. A batch is (inputs, targets), where inputs may be a tuple or a dict, "
             "or a dict for models that return an object with a loss."
         )
-    tensors = [t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)]
-    if not tensors or tensors[0].dim() == 0:
+    given = first_tensor(inputs)
+    if given is None or given.dim() == 0:
         raise ProfileError(f"Batch {index} has no input tensor with a batch dimension.")
-    return Batch(inputs, targets, tensors[0].shape[0], index)
+    return Batch(inputs, targets, given.shape[0], index)
+
+
+def first_tensor(inputs: tuple[Any, ...] | dict[str, Any]) -> Tensor | None:
+    """The first tensor of a batch, however deep it lies."""
+    for value in inputs.values() if isinstance(inputs, dict) else inputs:
+        if isinstance(value, Tensor):
+            return value
+        inner = next((t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)), None)
+        if inner is not None:
+            return inner
+    return None
 
 
 class Data:
@@ -123,15 +138,15 @@ class Data:
             ProfileError: there is none, or one has another layout.
         """
         count = 0
-        for raw in self._raw():
-            yield parse(raw, count)
+        for batch in self._batches():
+            yield batch
             count += 1
         if not count:
             raise ProfileError("The dataloader is empty: give at least one batch of (inputs, targets).")
         self.batches = count
 
-    def _raw(self) -> Iterator[Any]:
-        """Items of the loader, drawn from the same random state at every pass."""
+    def _batches(self) -> Iterator[Batch]:
+        """Drawn from the same random state at every pass."""
         iterator = _until(self.loader, self.limit)
         if isinstance(self.loader, (list, tuple)):
             # draws nothing, and a generator's state takes as long to copy as a small network to run
@@ -143,13 +158,13 @@ class Data:
             outside = _random_state(self.loader)
             _set_random_state(inside, self.loader)
             try:
-                raw = next(iterator, _END)
+                batch = next(iterator, None)
             finally:
                 inside = _random_state(self.loader)
                 _set_random_state(outside, self.loader)
-            if raw is _END:
+            if batch is None:
                 return
-            yield raw
+            yield batch
 
     def expected(self, size: int) -> int:
         """How many batches of `size` samples a pass will read, as far as anybody can tell."""
@@ -182,7 +197,7 @@ def _once(loader: Iterable[Any]) -> bool:
     return hasattr(loader, "__next__")
 
 
-def _until(loader: Iterable[Any], limit: int) -> Iterator[Any]:
+def _until(loader: Iterable[Any], limit: int) -> Iterator[Batch]:
     seen = 0
     iterator = iter(loader)
     for index in itertools.count():
@@ -192,8 +207,9 @@ def _until(loader: Iterable[Any], limit: int) -> Iterator[Any]:
             raw = next(iterator)
         except StopIteration:
             return
-        yield raw
-        seen += parse(raw, index).size
+        batch = parse(raw, index)
+        yield batch
+        seen += batch.size
 
 
 def _generators(loader: Any) -> list[torch.Generator]:
@@ -261,7 +277,7 @@ def loss_of(output: Any, batch: Batch, loss_fn: LossFn | None) -> Tensor:
     if not isinstance(loss, Tensor):
         raise ProfileError(f"The loss of batch {batch.index} is a {type(loss).__name__}, not a tensor.")
     loss = loss.mean() if loss.dim() else loss
-    if not bool(torch.isfinite(loss)):
+    if not math.isfinite(loss.detach()):
         raise ProfileError(
             f"The loss of batch {batch.index} is {loss.item()}: growth needs finite losses. Look for bad samples in "
             "this batch, a learning rate that is too high, or an overflow in half precision."
@@ -309,7 +325,7 @@ def _describe(value: Any) -> str:
 def check_device(batch: Batch, gm: nn.Module) -> None:
     """Raises a `ProfileError` when the batch is on another device than the model's parameters."""
     own = next(gm.parameters(), None)
-    given = next((t for t in pytree.tree_leaves(batch.inputs) if isinstance(t, Tensor)), None)
+    given = first_tensor(batch.inputs)
     if own is not None and given is not None and own.device != given.device:
         raise ProfileError(
             f"Batch {batch.index} is on {given.device}, the model on {own.device}. Move one of them: "

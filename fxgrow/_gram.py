@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+#: side of the blocks: a multiple of what matrix products are tiled by
+BLOCK = 128
+
 
 def accumulating(x: Tensor) -> Tensor:
     """Half precision becomes float32, in which sums are formed; float32 and float64 stay."""
@@ -39,9 +42,8 @@ def add_gram(
     if total is None:
         total, beta = rows.new_zeros(size + bias, size + bias), 0.0
     # BLAS' symmetric product is not exposed; the upper block triangle alone is little more than half the work.
-    blocks = min(8, max(1, size // 96))
-    edges = [size * i // blocks for i in range(blocks + 1)]
-    for low, high in zip(edges, edges[1:], strict=False):
+    for low in range(0, size, BLOCK):
+        high = min(low + BLOCK, size)
         here = total[low:high, low:size]
         torch.addmm(here, rows[:, low:high].mT, rows[:, low:], beta=beta, alpha=scale, out=here)
     if bias:
@@ -53,8 +55,8 @@ def add_gram(
 def mirrored(upper: Tensor) -> Tensor:
     """The symmetric matrix with this upper triangle, in place."""
     size = len(upper)
-    for low in range(0, size, 128):
-        high = min(low + 128, size)
+    for low in range(0, size, BLOCK):
+        high = min(low + BLOCK, size)
         upper[high:, low:high] = upper[low:high, high:].mT
         block = upper[low:high, low:high].triu()
         upper[low:high, low:high] = block + block.triu(1).mT

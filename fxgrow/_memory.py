@@ -3,67 +3,105 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
 
-#: smaller batches are joined up to so many samples
-GROUP = 1024
+#: batches are copied side by side into pieces of up to so many bytes, so that few products serve many small ones
+PIECE = 8 << 20
+
+
+class Chunk(NamedTuple):
+    """What is kept of one batch: rows of a piece of memory."""
+
+    piece: Tensor
+    start: int
+    stop: int
+
+    @property
+    def size(self) -> int:
+        """How many samples."""
+        return self.stop - self.start
+
+
+class Store:
+    """One tensor per batch."""
+
+    def __init__(self) -> None:
+        self.chunks: list[Chunk] = []
+
+    def add(self, batch: Tensor, keep: int, expected: int) -> None:
+        """Remembers the first `keep` samples of one of about so many batches."""
+        count, *shape = batch.shape
+        n = min(keep, count)
+        part = batch if n == count else batch[:n]
+        chunk = self._next(n, shape)
+        if chunk is None:
+            places = _places(part.nbytes, expected - len(self.chunks))
+            if places == 1:
+                # held whole where it is taken whole, but never for the sake of a part
+                self.chunks.append(Chunk(part if n == count else part.clone(), 0, n))
+                return
+            chunk = Chunk(part.new_empty(places * n, *shape), 0, n)
+        chunk.piece.narrow(0, chunk.start, n).copy_(part)
+        self.chunks.append(chunk)
+
+    def _next(self, n: int, shape: Sequence[int]) -> Chunk | None:
+        """Room for n samples where the last batch lies, if there is any."""
+        if not self.chunks:
+            return None
+        piece, start = self.chunks[-1].piece, self.chunks[-1].stop
+        room, *own = piece.shape
+        return Chunk(piece, start, start + n) if start + n <= room and own == list(shape) else None
+
+    def read(self, start: int, stop: int, keep: int) -> Tensor:
+        """The first `keep` samples of the batches from `start` to `stop`, which lie in one piece."""
+        chunks = self.chunks[start:stop]
+        piece = chunks[0].piece
+        if all(c.size <= keep for c in chunks):
+            return piece[chunks[0].start : chunks[-1].stop]
+        return torch.cat([piece[c.start : min(c.stop, c.start + keep)] for c in chunks])
 
 
 class Memory:
     """Inputs of weights and what came back to their outputs, a chunk per batch."""
 
     def __init__(self) -> None:
-        self.inputs: dict[fx.Node, list[Tensor]] = {}
-        self.updates: dict[fx.Node, list[Tensor]] = {}
-        self.pieces: dict[tuple[int, int, int], Tensor] = {}
+        self.inputs: dict[fx.Node, Store] = {}
+        self.updates: dict[fx.Node, Store] = {}
+        #: about how many batches there will be
+        self.expected = 1
 
     def add_input(self, node: fx.Node, batch: Tensor, keep: int) -> None:
-        self.inputs.setdefault(node, []).append(_part(batch, keep))
+        self.inputs.setdefault(node, Store()).add(batch, keep, self.expected)
 
     def add_update(self, node: fx.Node, batch: Tensor, keep: int) -> None:
-        self.updates.setdefault(node, []).append(_part(batch, keep))
+        self.updates.setdefault(node, Store()).add(batch, keep, self.expected)
 
     def groups(
         self, keep: int, inputs: Sequence[fx.Node], updates: Sequence[fx.Node] = ()
     ) -> Iterator[tuple[dict[fx.Node, Tensor], dict[fx.Node, Tensor]]]:
-        """The first `keep` samples of every batch, at all these nodes; small batches of one shape are joined."""
+        """The first `keep` samples of every batch, at all these nodes: as many batches at once as share a piece."""
         stores = [*(self.inputs[n] for n in inputs), *(self.updates[n] for n in updates)]
         start = 0
-        for stop in _ends(stores, keep):
-            whole = [self._joined(store, start, stop, keep) for store in stores]
+        for stop in _ends(stores):
+            whole = [store.read(start, stop, keep) for store in stores]
             start = stop
             yield dict(zip(inputs, whole, strict=False)), dict(zip(updates, whole[len(inputs) :], strict=True))
 
-    def _joined(self, store: list[Tensor], start: int, stop: int, keep: int) -> Tensor:
-        """Chunks in one piece; where they were taken whole they become views of it, so that it is made once."""
-        chunks = store[start:stop]
-        if stop - start == 1:
-            return chunks[0][:keep]
-        if any(len(c) > keep for c in chunks):
-            return torch.cat([c[:keep] for c in chunks])
-        key = (id(store), start, stop)
-        if key not in self.pieces:
-            self.pieces[key] = torch.cat(chunks)
-            store[start:stop] = self.pieces[key].split([len(c) for c in chunks])
-        return self.pieces[key]
+
+def _places(size: int, expected: int) -> int:
+    """How many batches of so many bytes share a piece: a power of two, so that pieces of several stores nest."""
+    fit = PIECE // max(1, size)
+    if 0 < expected <= fit:
+        return expected
+    return 1 << (fit.bit_length() - 1) if fit else 1
 
 
-def _part(batch: Tensor, keep: int) -> Tensor:
-    """A batch is held whole, or copied in part: never held for the sake of a part."""
-    return batch if keep >= len(batch) else batch[:keep].clone()
-
-
-def _ends(stores: Sequence[Sequence[Tensor]], keep: int) -> Iterator[int]:
-    """Where groups of batches end: at a change of shape, or when they are large enough."""
-    size = 0
-    shapes: list[torch.Size] = []
-    for i, chunks in enumerate(zip(*stores, strict=True)):
-        n = min(keep, len(chunks[0]))
-        now = [c.shape[1:] for c in chunks]
-        if i and (size + n > GROUP or now != shapes):
+def _ends(stores: Sequence[Store]) -> Iterator[int]:
+    """Where groups of batches end: where any store begins a new piece."""
+    for i, chunks in enumerate(zip(*(s.chunks for s in stores), strict=True)):
+        if i and any(c.start == 0 for c in chunks):
             yield i
-            size = 0
-        size, shapes = size + n, now
-    yield len(stores[0])
+    yield len(stores[0].chunks)

@@ -119,8 +119,11 @@ def cross_moment(
     x, v = accumulating(x), accumulating(v)
     if not producer.kernel:
         x, v = x.flatten(0, -2), v.flatten(0, -2)
-        moment = (x.mT @ v).unsqueeze(1)
-        return torch.cat([moment, v.sum(0)[None, None]]) if bias else moment
+        moment = x.new_empty(x.shape[1] + bias, v.shape[1])
+        torch.mm(x.mT, v, out=moment[: x.shape[1]])
+        if bias:
+            torch.sum(v, 0, out=moment[-1])
+        return moment.unsqueeze(1)
     geometry = axes(tuple(x.shape[2:]), producer, consumer, pool)
     if tuple(v.shape[2:]) != tuple(a.out for a in geometry):
         raise ProfileError(f"v has positions {tuple(v.shape[2:])}, the consumer {[a.out for a in geometry]}")

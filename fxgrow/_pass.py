@@ -57,8 +57,8 @@ class _Recorder:
         self.nodes = [n for n in gm.graph.nodes if n in self.sources or n in self.targets]
         self.hooks: list[Any] = []
         self.seen = Seen()
-        #: targets that nothing has come back to yet, with a scalar of the kind and the shape they put out
-        self.waiting: dict[fx.Node, Tensor] = {}
+        #: targets that nothing has come back to yet, with the shape, dtype and device of what they put out
+        self.waiting: dict[fx.Node, tuple[torch.Size, torch.dtype, torch.device]] = {}
         code = self._tapped().python_code("self")
         names = dict(code.globals)
         exec(code.src, names)
@@ -89,7 +89,7 @@ class _Recorder:
         if node in self.targets:
             if not value.requires_grad:
                 value = value.detach().requires_grad_()
-            self.waiting[node] = value.detach().new_zeros(()).expand(value.shape)
+            self.waiting[node] = value.shape, value.dtype, value.device
             self.hooks.append(value.register_hook(lambda g: self.returned(node, g.detach())))
         return value
 
@@ -99,8 +99,8 @@ class _Recorder:
 
     def finish(self) -> None:
         """The loss does not depend on what is still waiting: V is zero there."""
-        for node, zeros in list(self.waiting.items()):
-            self.returned(node, zeros)
+        for node, (shape, dtype, device) in list(self.waiting.items()):
+            self.returned(node, torch.zeros((), dtype=dtype, device=device).expand(shape))
 
     def close(self) -> None:
         """Lets the batch go: the autograd graph holds the hooks, which hold us, and no collector sees that circle."""

@@ -112,7 +112,7 @@ def factor(A: Tensor | None = None, rows: Tensor | None = None, scale: float = 1
     samples, a dead feature) gets the eigen-decomposition and acts as its pseudo-inverse.
 
     Args:
-        A: symmetric positive semi-definite ``[P, P]``.
+        A: symmetric positive semi-definite ``[P, P]``, of which the upper triangle is read.
         rows: instead of A: ``[m, P]``, A = scale * rows^T rows. With m < P and a ridge, the m x m dual is
             factored.
         scale: see ``rows``.
@@ -139,16 +139,18 @@ def _factored(A: Tensor, eps: float) -> Factor:
         raise ProfileError(
             f"a second moment of size {A.shape[0]} holds NaN or infinity: look for non-finite activations or gradients"
         )
-    A = A.clone()
-    A.diagonal().add_(eps)
     noise = A.shape[0] * torch.finfo(A.dtype).eps
-    lower, failed = torch.linalg.cholesky_ex(A)
+    # transposed, as LAPACK stores it: factored in place, in the one copy that is made
+    lower = A.clone(memory_format=torch.contiguous_format).mT
+    lower.diagonal().add_(eps)
+    failed = torch.linalg.cholesky_ex(lower, out=(lower, A.new_empty(0, dtype=torch.int))).info
     # Without a ridge, a pivot at rounding level is noise that the inverse would blow up.
     safe = eps > 0 or bool((lower.diagonal().square() > noise * A.diagonal()).all())
     if not failed and safe:
         return Cholesky(lower)
     # in float64: LAPACK's float32 eigensolver does not always converge on a singular matrix
-    values, vectors = (t.to(A.dtype) for t in torch.linalg.eigh(A.double()))
+    shifted = A.double() + eps * torch.eye(len(A), dtype=torch.float64, device=A.device)
+    values, vectors = (t.to(A.dtype) for t in torch.linalg.eigh(shifted, UPLO="U"))
     keep = values > noise * values[-1:].clamp_min(0)
     return Spectral(vectors[:, keep], values[keep].sqrt())
 
@@ -191,7 +193,8 @@ def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int) -
     if not all(math.isfinite(block.sum()) for block in blocks):
         raise ProfileError("the moment of inputs and gradients holds NaN or infinity: look for a non-finite loss")
     white = [_whiten_columns(block, g[i] if g else None) for i, block in enumerate(blocks)]
-    matrix = torch.cat([w.flatten(1) for w in white], 1)
+    columns = [w.flatten(1) for w in white]
+    matrix = torch.cat(columns, 1) if len(columns) > 1 else columns[0]
     if isinstance(s, Dual):
         alpha, right, values = _by_columns(matrix, s, k)
     elif min(matrix.shape) <= EXACT[matrix.dtype]:
@@ -221,14 +224,6 @@ def _on_columns(block: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
     return out.reshape(*block.shape[:2], out.shape[-1])
 
 
-def _inner(matrix: Tensor, s: Factor) -> Tensor:
-    """N^T S^-1 N, symmetric."""
-    if isinstance(s, Dual):
-        product = matrix.mT @ s.solve(matrix)
-        return (product + product.mT) / 2
-    return gram(s.whiten(matrix))
-
-
 def _by_columns(matrix: Tensor, s: Factor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Top singular triples from S^-1 alone, as eigenvectors of N^T S^-1 N ``[c, c]``.
 
@@ -236,14 +231,18 @@ def _by_columns(matrix: Tensor, s: Factor, k: int) -> tuple[Tensor, Tensor, Tens
     iteration that keeps what it has seen, which costs the same products and converges in far fewer.
     """
     columns = matrix.shape[1]
-    product = _inner(matrix, s) if columns <= SMALL else None
+    white = None if isinstance(s, Dual) or columns > SMALL else s.whiten(matrix)
+    product = None if white is None else gram(white)
 
     def operate(x: Tensor) -> Tensor:
         return matrix.mT @ s.solve(matrix @ x) if product is None else product @ x
 
     width, sweeps = min(k + OVERSAMPLING, columns), SWEEPS[matrix.dtype]
     if columns <= EXACT[matrix.dtype] or width * sweeps >= columns:
-        squares, vectors = torch.linalg.eigh(_inner(matrix, s) if product is None else product)
+        if product is None:
+            product = matrix.mT @ s.solve(matrix)
+            product = (product + product.mT) / 2
+        squares, vectors = torch.linalg.eigh(product)
     else:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(columns, width, generator=generator, dtype=torch.float64).to(matrix)
@@ -263,7 +262,8 @@ def _by_columns(matrix: Tensor, s: Factor, k: int) -> tuple[Tensor, Tensor, Tens
     values = squares[squares > noise * squares[:1].clamp_min(0)].sqrt()
     found = min(k, len(values))
     right = vectors[:, :found]
-    return s.solve(matrix @ right) / values[:found].sqrt(), right, values
+    alpha = s.solve(matrix @ right) if white is None else s.unwhiten(white @ right)
+    return alpha / values[:found].sqrt(), right, values
 
 
 def best_update(M: Tensor, vh: Tensor, ridge: float = 0.0) -> Tensor:

@@ -63,6 +63,11 @@ class WidthMoments:
     @property
     def second_moment(self) -> Tensor:
         """S."""
+        return mirrored(self.upper)
+
+    @property
+    def upper(self) -> Tensor:
+        """S in its upper triangle, which is what a factor reads; the rest is unspecified."""
         if self.s is None:
             raise RuntimeError("no rows were added")
         return self.s
@@ -77,12 +82,15 @@ class WidthMoments:
             bias=link.writes.bias is not None,
             pool=link.pool,
         )
+        moment.mul_(scale)
         block = self.blocks.get(link.reads.weight)
+        if block is None and len(moment) == self.features:
+            self.blocks[link.reads.weight] = moment
+            return
         if block is None:
-            block = moment.new_zeros(self.features, *moment.shape[1:])
-            self.blocks[link.reads.weight] = block
+            block = self.blocks[link.reads.weight] = moment.new_zeros(self.features, *moment.shape[1:])
         start, stop = self.spans[link.writes.weight]
-        block[start:stop] += moment if scale == 1.0 else moment * scale
+        block[start:stop].add_(moment)
 
     def reading(self) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
         """The map that new units are read on: its shape, the pool before it, how often each position is read."""
@@ -228,7 +236,7 @@ class Statistics:
 
     def _plan(self, seen: Seen, batches: int | None) -> None:
         """How many samples of each batch to remember, from the first batch's shapes."""
-        per_batch = max(1, batches or 8)
+        per_batch = self.memory.expected = max(1, batches or 8)
         for p in (p for _, p in self.reads.values()):
             self.keep[p.node] = self.keep[p.source] = math.ceil(FEW_SAMPLES / per_batch)
         for w in self.widths.values():
@@ -284,7 +292,7 @@ class Statistics:
                 for share, inputs, _ in self._groups(w.keep, [k.writes.source for k in w.links]):
                     w.add_rows(inputs, share * self.samples, generator, share)
             w.blocks = {name: block / self.samples for name, block in w.blocks.items()}
-            w.s = None if w.s is None else mirrored(w.s).div_(self.samples)
+            w.s = None if w.s is None else w.s.div_(self.samples)
             w.ridge = 0.0 if self.exact else SAMPLED_RIDGE[w.rows < 10 * w.features]
 
     def _groups(
@@ -292,7 +300,7 @@ class Statistics:
     ) -> Iterator[tuple[float, dict[fx.Node, Tensor], dict[fx.Node, Tensor]]]:
         """Remembered samples, and which share of them this is."""
         sources, targets = list(dict.fromkeys(inputs)), list(dict.fromkeys(updates))
-        total = sum(min(keep, len(chunk)) for chunk in self.memory.inputs[sources[0]])
+        total = sum(min(keep, c.size) for c in self.memory.inputs[sources[0]].chunks)
         for ins, outs in self.memory.groups(keep, sources, targets):
             yield len(ins[sources[0]]) / total, ins, outs
 

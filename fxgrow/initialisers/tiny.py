@@ -18,6 +18,6 @@ from fxgrow.initialisers.registry import Proposal, initialiser, split_rows
 def tiny(width: WidthMoments, consumers: Mapping[str, Consumer], k: int) -> Proposal:
     """Incoming and outgoing weights of at most k units."""
     names = list(width.blocks)
-    s = factor(width.second_moment, ridge=width.ridge)
+    s = factor(width.upper, ridge=width.ridge)
     units = top_units([width.blocks[n] for n in names], s, None, k)
     return Proposal(split_rows(units.alpha, width), dict(zip(names, units.omega, strict=True)), units.values)
