@@ -82,7 +82,7 @@ def candidates(
     where = places(structure, additions)
     values = Values(corner=False)
     for name in additions:
-        _rows(gm, found[name], proposals[name], additions[name], values, generator)
+        _rows(gm, found[name], proposals[name], where, values, generator)
         _pass_on(gm, structure, name, proposals[name], where, values)
     wide = widened(gm, structure, additions, values, generator)
     graph = wide.graph
@@ -115,14 +115,14 @@ def _slice(tensor: Tensor, dim: int, positions: Tensor, new: Mapping[tuple[str, 
 
 
 def _rows(
-    gm: fx.GraphModule, h: Hidden, proposal: Proposal, k: int, values: Values, generator: torch.Generator
+    gm: fx.GraphModule, h: Hidden, proposal: Proposal, where: Places, values: Values, generator: torch.Generator
 ) -> None:
     """Proposed incoming weights as slices of the producers' weights and biases; random ones (Kaiming) fill up."""
     for p in {p.weight: p for p in h.writes}.values():
         rows = proposal.alpha.get(p.weight)
         if rows is None:
             continue
-        weight = lookup(gm, p.weight)
+        weight, k = lookup(gm, p.weight), len(where[p.weight][h.width.name, p.out_dim])
         features = rows[:k, :-1] if p.bias is not None else rows[:k]
         missing = k - len(features)
         drawn = torch.randn(missing, features.shape[1], generator=generator) * (2 / features.shape[1]) ** 0.5

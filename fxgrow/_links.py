@@ -14,11 +14,19 @@ from math import prod
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
 from fxgrow._axes import Axis, Dims, Var, multiplicity, resolve
 from fxgrow._widths import Hidden
 from fxgrow._window import Window
 from fxgrow.ops.registry import Projection, Structure
+
+
+#: products with another tensor move what a unit says to other positions
+_MIXES = {
+    torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, operator.matmul, F.scaled_dot_product_attention,
+    "matmul", "bmm", "baddbmm", "__matmul__",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ def _carries(value: object, var: Var) -> bool:
 def _link(
     writes: Projection, reads: Projection, var: Var, step: int, path: list[fx.Node], structure: Structure
 ) -> Link | None:
-    if not (writes.plain and reads.plain) or any(_selects(n, var, structure) for n in path):
+    if not (writes.plain and reads.plain) or any(n.target in _MIXES or _selects(n, var, structure) for n in path):
         return None
     per_read = _entries(reads.reads, var, step)
     if _entries(writes.writes, var, step) != 1 or per_read is None:

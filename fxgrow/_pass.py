@@ -23,6 +23,8 @@ _INPLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
 #: called with a node and V = -dl/da at its output, for the loss of each sample: `[n, ...]`
 Reader = Callable[[fx.Node, Tensor], None]
+#: called with what a node put out and the gradient there, returns the gradient to go on with
+Correction = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -49,9 +51,14 @@ class _Recorder:
     """
 
     def __init__(
-        self, gm: fx.GraphModule, sources: Iterable[fx.Node], targets: Iterable[fx.Node], read: Reader
+        self,
+        gm: fx.GraphModule,
+        sources: Iterable[fx.Node],
+        targets: Iterable[fx.Node],
+        read: Reader,
+        corrections: Mapping[fx.Node, Correction],
     ) -> None:
-        self.gm, self.read = gm, read
+        self.gm, self.read, self.corrections = gm, read, corrections
         self.sources, self.targets = set(sources), set(targets)
         self.copied = {n for n in self.sources if _overwritten(gm, n)}
         self.nodes = [n for n in gm.graph.nodes if n in self.sources or n in self.targets]
@@ -91,6 +98,10 @@ class _Recorder:
                 value = value.detach().requires_grad_()
             self.waiting[node] = value.shape, value.dtype, value.device
             self.hooks.append(value.register_hook(lambda g: self.returned(node, g.detach())))
+        correct = self.corrections.get(node)
+        if correct is not None and value.requires_grad:
+            kept = self.seen.inputs[node]
+            self.hooks.append(value.register_hook(lambda g: correct(kept, g)))
         return value
 
     def returned(self, node: fx.Node, v: Tensor) -> None:
@@ -145,6 +156,7 @@ def run_pass(
     weights: Mapping[str, Tensor],
     reader: Callable[[Seen, fx.Node, Tensor], None],
     done: Callable[[Batch, Seen], None],
+    corrections: Mapping[fx.Node, Correction] | None = None,
 ) -> None:
     """Forward and backward over `batches`.
 
@@ -157,13 +169,14 @@ def run_pass(
         weights: parameters whose gradients are wanted, by name.
         reader: called during backward with what was kept, the node and V.
         done: called after each batch.
+        corrections: by source, what becomes of the gradient there.
 
     Raises:
         ProfileError: a batch does not fit, the forward pass fails, or the loss is not finite.
     """
     sources, targets, names = list(sources), list(targets), list(weights)
     parameters = [weights[n] for n in names]
-    recorder = _Recorder(gm, sources, targets, lambda node, v: reader(recorder.seen, node, v))
+    recorder = _Recorder(gm, sources, targets, lambda node, v: reader(recorder.seen, node, v), corrections or {})
     with eval_mode(gm), torch.enable_grad():
         for batch in batches:
             seen = recorder.seen

@@ -29,6 +29,7 @@ from fxgrow._records import Width
 from fxgrow._refit import Refit, run_refit
 from fxgrow._rewrite import lookup, require_free
 from fxgrow._solve import bottleneck as expressivity_bottleneck
+from fxgrow._sketch import sketch
 from fxgrow._statistics import Statistics
 from fxgrow._widths import Hidden, hidden
 from fxgrow.initialisers import Proposal, find_initialiser
@@ -124,6 +125,11 @@ def profile(
         name: initialiser.propose(stats.widths[name], stats.consumers, k) if name in stats.widths else Proposal()
         for name, k in additions.items()
     }
+    if initialiser.sketch:
+        rest = [h for h in chosen if h.width.name not in stats.widths]
+        proposals |= sketch(
+            gm, structure, rest, stats.consumers, updates, data, loss_fn, additions, initialiser.refit, generator
+        )
     calibration = _calibration(gm, data, initialiser.refit)
     found = refit = None
     if initialiser.refit:

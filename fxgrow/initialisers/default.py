@@ -21,7 +21,7 @@ INPUT_RIDGE = 1.0
 OUTPUT_RIDGE = 1e-2
 
 
-@initialiser("default", output_side=True, refit=True, share=0.25)
+@initialiser("default", output_side=True, sketch=True, refit=True, share=0.25)
 def default(width: WidthMoments, consumers: Mapping[str, Consumer], k: int) -> Proposal:
     """Units for one width; outgoing weights are left to the refit."""
     names = list(width.blocks)

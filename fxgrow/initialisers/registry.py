@@ -45,6 +45,7 @@ class Initialiser:
         project: subtract from E[b V^T] what the existing weights can express.
         moments: whether E[b V^T] and E[b b^T] are needed at all.
         output_side: whether E[V V^T] is needed.
+        sketch: widths without a window between producer and consumer get units from the slope of silent ones.
         refit: fit outgoing weights and the update of existing ones on what the units really put out.
         symmetric: the line search scales incoming and outgoing weights alike (by the root of gamma).
         share: the part of the best gamma that is applied.
@@ -55,6 +56,7 @@ class Initialiser:
     project: bool = True
     moments: bool = True
     output_side: bool = False
+    sketch: bool = False
     refit: bool = False
     symmetric: bool = False
     share: float = 1.0

@@ -1,0 +1,377 @@
+"""E[b V^T] where no window describes the way from producer to consumer: from the slope of units that put out nothing.
+
+A unit with incoming weights alpha = 0 and outgoing weights omega leaves the function as it is, and there
+-dL/dalpha = E[b (V . omega)] = N omega, whatever lies between: attention that mixes tokens, a gate, a recurrence. One
+pass over a copy of the graph with random omega gives N's range (Halko, Martinsson and Tropp 2011, section 4). For
+attention values b(t) = sum_s A(t, s) x(s) per head; a new head attends like an old one until its values are found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, fx
+
+from fxgrow._axes import Axis, Var, resolve
+from fxgrow._candidates import places
+from fxgrow._consumer import Consumer, accumulator, rows_for, some_rows
+from fxgrow._data import Batch, Data, LossFn
+from fxgrow._gram import add_gram, mirrored
+from fxgrow._links import window
+from fxgrow._moments import patch_rows
+from fxgrow._pass import Seen, run_pass
+from fxgrow._rewrite import Values, lookup, widened
+from fxgrow._solve import DROP, Factor, factor
+from fxgrow._widths import Hidden
+from fxgrow.initialisers.registry import Proposal
+from fxgrow.ops.registry import Projection, Structure
+
+#: ridges as for widths whose S and N are known (`initialisers/default.py`)
+INPUT_RIDGE, OUTPUT_RIDGE = 1.0, 1e-2
+#: old units that new ones may be like in what has no slope, and copies of each
+CONTEXTS, COPIES = 8, 2
+
+
+@dataclass
+class _Producer:
+    """One weight that writes the width: its entries per unit, those that have a slope, and what was collected."""
+
+    use: Projection
+    #: positions of old units' entries in the weight, `[units, slots]`, and the segment of the axis that holds each slot
+    old: Tensor
+    segment: Tensor
+    #: slots with a slope
+    steep: Tensor
+    #: sum of N omega, `[atoms, slots, P]`, with a trailing entry for the bias
+    slope: Tensor | None = None
+    #: second moment of the inputs
+    s: Tensor | None = None
+    rows: int = 0
+
+
+@dataclass
+class _Sketch:
+    """One width: its producers, and which old unit each candidate is like (none if all of a unit has a slope)."""
+
+    hidden: Hidden
+    producers: dict[str, _Producer]
+    atoms: int = 1
+    contexts: list[int] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.hidden.width.name
+
+
+def sketch(
+    gm: fx.GraphModule,
+    structure: Structure,
+    hiddens: Sequence[Hidden],
+    consumers: Mapping[str, Consumer],
+    updates: Mapping[str, Tensor],
+    data: Data,
+    loss_fn: LossFn | None,
+    additions: Mapping[str, int],
+    hold: bool,
+    generator: torch.Generator,
+) -> dict[str, Proposal]:
+    """Incoming weights for widths without links.
+
+    Args:
+        gm: the graph.
+        structure: its structure.
+        hiddens: the widths.
+        consumers: moments of the weights that read them.
+        updates: what the existing weights can express, dW* per consumer.
+        data: batches.
+        loss_fn: see `fxgrow._data.loss_of`.
+        additions: units wanted per width.
+        hold: leave the held-back batches out.
+        generator: draws omega.
+
+    Returns:
+        Per width whose units have a slope at zero: at most that many units, best first.
+    """
+    sketches = [_sketch(h, structure) for h in hiddens if _possible(h, consumers)]
+    if not sketches:
+        return {}
+    copy = _Copy(gm, structure, consumers, updates, sketches, generator)
+    first = data.first()
+    copy.run([first], loss_fn)
+    sketches = [s for s in sketches if copy.silent[s.name] and _keep_steep(s)]
+    if not sketches:
+        return {}
+    for s in sketches:
+        _size(s, additions[s.name] // s.hidden.width.step, consumers, generator)
+    copy = _Copy(gm, structure, consumers, updates, sketches, generator)
+    copy.run(data.fitting(hold), loss_fn)
+    return {s.name: _solve(gm, s, additions[s.name] // s.hidden.width.step) for s in sketches}
+
+
+def _possible(h: Hidden, consumers: Mapping[str, Consumer]) -> bool:
+    trained = {p.weight for p in h.writes}.isdisjoint(p.weight for p in h.reads)
+    return trained and bool(h.reads) and all(p.plain for p in h.writes) and all(p.weight in consumers for p in h.reads)
+
+
+def _sketch(h: Hidden, structure: Structure) -> _Sketch:
+    producers = {}
+    for p in h.writes:
+        old, segment = _units(structure.parameters[p.weight][p.out_dim], h.var)
+        producers[p.weight] = _Producer(p, old, segment, torch.ones(len(segment), dtype=torch.bool))
+    return _Sketch(h, producers)
+
+
+def _units(axis: Axis, var: Var) -> tuple[Tensor, Tensor]:
+    """Where each unit's entries stand in an axis, `[units, slots]`, and in which of its segments, `[slots]`."""
+    at, columns, segment = 0, [], []
+    own = 0
+    for s in resolve(axis):
+        if s.var is var:
+            block = torch.arange(at, at + s.length).view(var.size, s.inner)
+            columns.append(block)
+            segment += [own] * s.inner
+            own += 1
+        at += s.length
+    return torch.cat(columns, 1), torch.tensor(segment)
+
+
+def _keep_steep(s: _Sketch) -> bool:
+    """Notes which slots have a slope; whether those are all of one weight, so that its rows alone decide."""
+    for p in s.producers.values():
+        if p.slope is None:
+            return False
+        p.steep = p.slope.abs().amax((0, 2)) > 0
+    return sum(bool(p.steep.any()) for p in s.producers.values()) == 1
+
+
+def _size(s: _Sketch, wanted: int, consumers: Mapping[str, Consumer], generator: torch.Generator) -> None:
+    """How many candidates, and like which old units."""
+    if all(p.steep.all() for p in s.producers.values()):
+        outputs = sum(consumers[w].vh.shape[0] for w in {p.weight for p in s.hidden.reads})
+        s.atoms = min(2 * wanted + 4, outputs)
+        return
+    units = s.hidden.var.size
+    chosen = torch.randperm(units, generator=generator)[: max(CONTEXTS, wanted)].tolist()
+    s.contexts = [c for c in chosen for _ in range(COPIES)]
+    s.atoms = len(s.contexts)
+
+
+class _Copy:
+    """A copy of the graph with silent units, and one pass over it."""
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        structure: Structure,
+        consumers: Mapping[str, Consumer],
+        updates: Mapping[str, Tensor],
+        sketches: Sequence[_Sketch],
+        generator: torch.Generator,
+    ) -> None:
+        self.sketches, self.consumers, self.updates = sketches, consumers, updates
+        self.generator = generator
+        additions = {s.name: s.atoms * s.hidden.width.step for s in sketches}
+        self.where = places(structure, additions)
+        values = Values(corner=False)
+        for s in sketches:
+            self._incoming(gm, s, values)
+            self._outgoing(gm, s, values)
+        wide = widened(gm, structure, additions, values, generator)
+        self.graph, twins = wide.graph, wide.twins
+        self.uses = [replace(p, node=twins[p.node], source=twins[p.source]) for p in structure.projections]
+        #: whether all that a width's readers saw of its new units was zero
+        self.silent = {s.name: True for s in sketches}
+
+    def _incoming(self, gm: fx.GraphModule, s: _Sketch, values: Values) -> None:
+        for p in s.producers.values():
+            put_rows(gm, p.use, s.name, incoming(gm, p, s.contexts, s.atoms).flatten(0, 1), values)
+            p.slope, p.s, p.rows = None, None, 0
+
+    def _outgoing(self, gm: fx.GraphModule, s: _Sketch, values: Values) -> None:
+        for p in {p.weight: p for p in s.hidden.reads}.values():
+            weight = lookup(gm, p.weight)
+            n = len(self.where[p.weight][s.name, p.in_dim])
+            shape = [n if d == p.in_dim else size for d, size in enumerate(weight.shape)]
+            c = self.consumers[p.weight]
+            omega = torch.randn(shape, generator=self.generator, dtype=torch.float64)
+            if c.g is not None:
+                g = factor(c.curvature(), ridge=OUTPUT_RIDGE)
+                flat = omega.movedim(p.out_dim, 0).flatten(1).to(c.g)
+                omega = g.unwhiten(flat).unflatten(1, [m for d, m in enumerate(shape) if d != p.out_dim])
+                omega = omega.movedim(0, p.out_dim)
+            values.new.setdefault(p.weight, {})[s.name, p.in_dim] = omega
+
+    def run(self, batches: Sequence[Batch] | object, loss_fn: LossFn | None) -> None:
+        """One pass; slopes and second moments are added to the producers."""
+        producers = [(s, p) for s in self.sketches for p in s.producers.values()]
+        names = {p.use.weight for _, p in producers} | {p.use.bias for _, p in producers if p.use.bias is not None}
+        twins = {id(p): [u for u in self.uses if u.weight == p.use.weight] for _, p in producers}
+        readers: dict[fx.Node, list[tuple[_Sketch, Projection]]] = {}
+        for s in self.sketches:
+            reads = {p.weight for p in s.hidden.reads}
+            for u in self.uses:
+                if u.weight in reads:
+                    readers.setdefault(u.source, []).append((s, u))
+
+        def done(batch: Batch, seen: Seen) -> None:
+            for s, p in producers:
+                self._add(s, p, twins[id(p)], seen)
+            for node, own in readers.items():
+                for s, u in own:
+                    columns = self._columns(s, u)
+                    dim = 1 if u.kernel else -1
+                    if seen.inputs[node].index_select(dim, columns.to(seen.inputs[node].device)).any():
+                        self.silent[s.name] = False
+
+        run_pass(
+            self.graph,
+            batches,  # type: ignore[arg-type]
+            loss_fn,
+            sources={*readers, *(u.source for uses in twins.values() for u in uses)},
+            targets=[],
+            weights={n: lookup(self.graph, n) for n in sorted(names)},
+            reader=lambda seen, node, v: None,
+            done=done,
+            corrections={node: lambda h, g, own=own: self._rest(h, g, own) for node, own in readers.items()},
+        )
+
+    def _columns(self, s: _Sketch, u: Projection) -> Tensor:
+        return self.where[u.weight][s.name, u.in_dim]
+
+    def _rest(self, h: Tensor, g: Tensor, own: Sequence[tuple[_Sketch, Projection]]) -> Tensor:
+        """The gradient g at what consumers read, where new units see V - dW* h instead of V."""
+        g = g.clone()
+        for weight in dict.fromkeys(u.weight for _, u in own):
+            c = self.consumers[weight]
+            u = next(u for _, u in own if u.weight == weight)
+            dim = 1 if u.kernel else -1
+            every = torch.cat([p for (_, d), p in self.where[weight].items() if d == u.in_dim]).to(h.device)
+            kept = torch.ones(h.shape[dim], dtype=torch.bool, device=h.device)
+            kept[every] = False
+            moved = c.apply(self.updates[weight], h.index_select(dim, kept.nonzero().flatten()))
+            matrix = lookup(self.graph, weight).detach()
+            rows = [p for (_, d), p in self.where[weight].items() if d == u.out_dim]
+            if rows:  # new rows of this weight belong to other widths
+                old = torch.ones(matrix.shape[u.out_dim], dtype=torch.bool)
+                old[torch.cat(rows)] = False
+                matrix = matrix.index_select(u.out_dim, old.nonzero().flatten().to(matrix.device))
+            new = matrix.index_select(u.in_dim, every).movedim(u.out_dim, 0).flatten(1).to(moved)
+            with torch.enable_grad():
+                z = moved.new_zeros([len(every) if d == dim % h.dim() else n for d, n in enumerate(h.shape)])
+                z.requires_grad_()
+                (back,) = torch.autograd.grad(c.outgoing(new, z), z, moved)
+            g.index_add_(dim % h.dim(), every, -back.to(g))
+        return g
+
+    def _add(self, s: _Sketch, p: _Producer, uses: Sequence[Projection], seen: Seen) -> None:
+        use = p.use
+        own = self.where[use.weight][s.name, use.out_dim]
+        gradient = seen.gradients[use.weight]
+        kind = accumulator(gradient)
+        rows = gradient.index_select(use.out_dim, own.to(gradient.device)).movedim(use.out_dim, 0).flatten(1).to(kind)
+        rows = self._old_features(use, rows, gradient)
+        if use.bias is not None:
+            bias = seen.gradients[use.bias].index_select(0, own.to(gradient.device))
+            rows = torch.cat([rows, bias.to(kind)[:, None]], 1)
+        rows = rows.unflatten(0, (s.atoms, -1))
+        p.slope = rows if p.slope is None else p.slope + rows
+        for u in uses:
+            x = seen.inputs[u.source]
+            x = x if u.kernel else x.reshape(x.shape[0], -1, x.shape[-1])
+            x = x.index_select(1 if u.kernel else -1, self._old_channels(u, x).to(x.device))
+            features = rows.shape[-1]
+            if p.rows >= rows_for(features):
+                continue
+            count = x.shape[0] * (x[0].numel() // x.shape[1] if u.kernel else x.shape[1])
+            chosen = some_rows(count, rows_for(features), self.generator, x.device) if not u.kernel else None
+            inputs = patch_rows(x, window(u), chosen)[: rows_for(features)]
+            p.s = add_gram(p.s, inputs, bias=use.bias is not None)
+            p.rows += len(inputs)
+
+    def _old_channels(self, u: Projection, x: Tensor) -> Tensor:
+        kept = torch.ones(x.shape[1 if u.kernel else -1], dtype=torch.bool)
+        for (_, d), positions in self.where.get(u.weight, {}).items():
+            if d == u.in_dim:
+                kept[positions] = False
+        return kept.nonzero().flatten()
+
+    def _old_features(self, use: Projection, rows: Tensor, gradient: Tensor) -> Tensor:
+        """Columns of the gradient that belong to inputs the original has."""
+        new = [p for (_, d), p in self.where[use.weight].items() if d == use.in_dim]
+        if not new:
+            return rows
+        channels = gradient.shape[use.in_dim]
+        kept = torch.ones(channels, dtype=torch.bool)
+        kept[torch.cat(new)] = False
+        return rows.unflatten(1, (channels, -1))[:, kept.to(rows.device)].flatten(1)
+
+
+def incoming(gm: fx.GraphModule, p: _Producer, contexts: Sequence[int], atoms: int) -> Tensor:
+    """Rows of `atoms` units, `[atoms, slots, P (+ 1)]`: those of their contexts, zero where there is a slope."""
+    weight = lookup(gm, p.use.weight).detach()
+    matrix = weight.movedim(p.use.out_dim, 0).flatten(1)
+    if p.use.bias is not None:
+        matrix = torch.cat([matrix, lookup(gm, p.use.bias).detach()[:, None]], 1)
+    rows = matrix.new_zeros(atoms, len(p.steep), matrix.shape[1])
+    if contexts:
+        rows[:, ~p.steep] = matrix[p.old[contexts][:, ~p.steep]]
+    return rows
+
+
+def put_rows(gm: fx.GraphModule, use: Projection, name: str, rows: Tensor, values: Values) -> None:
+    """Enters incoming weights `[units, P (+ 1)]` as new slices of a weight and its bias."""
+    weight = lookup(gm, use.weight)
+    features = rows[:, :-1] if use.bias is not None else rows
+    slices = features.mT if use.out_dim == 1 else features.reshape(len(rows), *weight.shape[1:])
+    values.new.setdefault(use.weight, {})[name, use.out_dim] = slices
+    if use.bias is not None:
+        values.new.setdefault(use.bias, {})[name, 0] = rows[:, -1]
+
+
+def _solve(gm: fx.GraphModule, s: _Sketch, wanted: int) -> Proposal:
+    """The best directions: left singular vectors of S^(-1/2) N omega, for each group of slots that share N."""
+    steep = next(p for p in s.producers.values() if p.steep.any())
+    if steep.s is None or steep.slope is None:
+        raise RuntimeError("nothing was collected")
+    second = mirrored(steep.s).div_(steep.rows)
+    root = factor(second, ridge=INPUT_RIDGE)
+    contexts = list(dict.fromkeys(s.contexts))
+    if contexts:
+        like = torch.tensor(s.contexts)
+        found = [_directions(steep, steep.slope[like == c], second, root, 1) for c in contexts]
+        found = sorted(zip(found, contexts, strict=True), key=lambda f: -float(f[0][1].square().sum()))[:wanted]
+        contexts = [c for _, c in found]
+        best, values = torch.cat([rows for (rows, _), _ in found]), torch.cat([v for (_, v), _ in found])
+    else:
+        best, values = _directions(steep, steep.slope, second, root, wanted)
+    alpha = {}
+    for weight, p in s.producers.items():
+        rows = incoming(gm, p, contexts, len(best))
+        if p is steep:
+            rows = rows.to(best)
+            rows[:, p.steep] = best
+        alpha[weight] = rows.flatten(0, 1)
+    return Proposal(alpha, {}, values.sort(descending=True).values)
+
+
+def _directions(p: _Producer, slope: Tensor, second: Tensor, root: Factor, atoms: int) -> tuple[Tensor, Tensor]:
+    """Rows for the slots with a slope, `[atoms, steep slots, P]` with unit mean square, and their singular values.
+
+    Slots in one segment are dimensions of one head: they share N, and get one direction each.
+    """
+    slope, segment = slope[:, p.steep], p.segment[p.steep]
+    out, found = slope.new_zeros(atoms, *slope.shape[1:]), []
+    for own in segment.unique():
+        slots = (segment == own).nonzero().flatten()
+        y = slope[:, slots].flatten(0, 1).mT
+        u, values, _ = torch.linalg.svd(root.whiten(y), full_matrices=False)
+        n = min(len(slots) * atoms, int((values > DROP * values[:1]).sum()))
+        alpha = root.unwhiten(u[:, :n])
+        alpha = alpha / (alpha * (second @ alpha)).sum(0).clamp_min(torch.finfo(alpha.dtype).tiny).sqrt()
+        rows = out.new_zeros(len(slots) * atoms, out.shape[-1])
+        rows[:n] = alpha.mT
+        out[:, slots] = rows.unflatten(0, (atoms, len(slots)))
+        found.append(values[:n])
+    return out, torch.cat(found)
