@@ -21,7 +21,6 @@ from fxgrow._widths import Hidden
 from fxgrow._window import Window
 from fxgrow.ops.registry import Projection, Structure
 
-
 #: products with another tensor move what a unit says to other positions
 _MIXES = {
     torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, operator.matmul, F.scaled_dot_product_attention,

@@ -28,8 +28,8 @@ from fxgrow._progress import progress as bar
 from fxgrow._records import Width
 from fxgrow._refit import Refit, run_refit
 from fxgrow._rewrite import lookup, require_free
-from fxgrow._solve import bottleneck as expressivity_bottleneck
 from fxgrow._sketch import sketch
+from fxgrow._solve import bottleneck as expressivity_bottleneck
 from fxgrow._statistics import Statistics
 from fxgrow._widths import Hidden, hidden
 from fxgrow.initialisers import Proposal, find_initialiser

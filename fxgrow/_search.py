@@ -44,15 +44,21 @@ class Line:
 
     def __init__(self, gm: fx.GraphModule, plan: Plan) -> None:
         self.original, self.plan = gm, plan
-        self.graph, self.index = rewrite(gm, plan.units, plan.at(0.0))
-        whole = dict(rewrite(gm, plan.units, plan.at(1.0))[0].named_parameters())
+        self.graph, self.index = self._rewritten(0.0)
+        whole = dict(self._rewritten(1.0)[0].named_parameters())
         # new entries and updates of old ones move at one rate, unless incoming weights share gamma
-        units = dict(rewrite(gm, plan.units, plan.at(1.0, False))[0].named_parameters()) if plan.symmetric else whole
+        units = dict(self._rewritten(1.0, update=False)[0].named_parameters()) if plan.symmetric else whole
         self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
         for name, p in self.graph.named_parameters():
             new, update = (units[name] - p).detach(), (whole[name] - units[name]).detach()
             if bool(new.any()) or bool(update.any()):
                 self.steps.append((p, p.detach().clone(), new, update))
+
+    def _rewritten(
+        self, gamma: float, update: bool = True
+    ) -> tuple[fx.GraphModule, dict[str, tuple[Tensor | None, ...]]]:
+        # what is drawn at random is drawn alike, as in `apply`: only what depends on gamma differs
+        return rewrite(self.original, self.plan.units, self.plan.at(gamma, update), torch.Generator().manual_seed(0))
 
     def move(self, gamma: float) -> fx.GraphModule:
         """The graph at this gamma, the same object every time."""

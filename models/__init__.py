@@ -4,6 +4,7 @@ Plain PyTorch: nothing here imports fxgrow or was written for it. Every network 
 on all its hidden widths.
 """
 
+from .decoder import Decoder
 from .gpt import GPT
 from .mlp import MLP
 from .resnet import DigitsResNet, ResNet, resnet20
@@ -11,4 +12,4 @@ from .unet import UNet
 from .vgg import VGG, vgg11, vgg11_bn
 from .vit import ViT
 
-__all__ = ["GPT", "MLP", "VGG", "DigitsResNet", "ResNet", "UNet", "ViT", "resnet20", "vgg11", "vgg11_bn"]
+__all__ = ["GPT", "MLP", "VGG", "Decoder", "DigitsResNet", "ResNet", "UNet", "ViT", "resnet20", "vgg11", "vgg11_bn"]

@@ -10,17 +10,17 @@ from ._scale import scaled
 
 
 class Attention(nn.Module):
-    """Causal self-attention with as many heads as its layers are wide enough for, and rotary positions."""
+    """Causal self-attention with rotary positions; the code fixes the number of heads, or else their size."""
 
-    def __init__(self, size: int, heads: int, head_size: int) -> None:
+    def __init__(self, size: int, heads: int, head_size: int, fixed_heads: bool) -> None:
         super().__init__()
-        self.head_size = head_size
+        self.shape = (heads, -1) if fixed_heads else (-1, head_size)
         self.q, self.k, self.v = (nn.Linear(size, heads * head_size, bias=False) for _ in range(3))
         self.o = nn.Linear(heads * head_size, size, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         n, t, _ = x.shape
-        q, k, v = (layer(x).view(n, t, -1, self.head_size).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (layer(x).view(n, t, *self.shape).transpose(1, 2) for layer in (self.q, self.k, self.v))
         y = F.scaled_dot_product_attention(_rotated(q, cos, sin), _rotated(k, cos, sin), v, is_causal=True)
         return self.o(y.transpose(1, 2).reshape(n, t, -1))
 
@@ -45,10 +45,10 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """Attention and a gated perceptron, each normalised first and added to the stream."""
 
-    def __init__(self, size: int, heads: int, head_size: int, hidden: int) -> None:
+    def __init__(self, size: int, heads: int, head_size: int, hidden: int, fixed_heads: bool) -> None:
         super().__init__()
         self.norm1, self.norm2 = nn.RMSNorm(size, eps=1e-5), nn.RMSNorm(size, eps=1e-5)
-        self.attention = Attention(size, heads, head_size)
+        self.attention = Attention(size, heads, head_size, fixed_heads)
         self.mlp = SwiGLU(size, hidden)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -65,6 +65,7 @@ class Decoder(nn.Module):
         depth: number of blocks.
         heads: attention heads in each block, of ``head_size``.
         head_size: even.
+        fixed_heads: whether the code holds the number of heads or their size; the other follows the layers.
         width: factor on the stream (64) and the perceptrons (128).
     """
 
@@ -76,12 +77,15 @@ class Decoder(nn.Module):
         depth: int = 2,
         heads: int = 4,
         head_size: int = 16,
+        fixed_heads: bool = False,
         width: float = 1.0,
     ) -> None:
         super().__init__()
         size = scaled(64, width)
         self.tokens = nn.Embedding(vocabulary, size)
-        self.blocks = nn.ModuleList(Block(size, heads, head_size, scaled(128, width)) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(size, heads, head_size, scaled(128, width), fixed_heads) for _ in range(depth)
+        )
         self.norm = nn.RMSNorm(size, eps=1e-5)
         self.head = nn.Linear(size, vocabulary, bias=False)
         nn.init.normal_(self.tokens.weight, std=0.02)

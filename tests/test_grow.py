@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxgrow
+from models.decoder import Decoder
 from models.mlp import MLP
 from models.resnet import DigitsResNet, resnet20
 
@@ -363,3 +364,16 @@ def test_batches_of_different_lengths_and_outputs_without_a_loss() -> None:
     profile = grown.meta["fxgrow"].profile
     assert profile["up"].bottleneck > 0 == profile["other.0"].bottleneck
     assert grown.get_submodule("up").out_features == 18
+
+
+def test_random_columns_of_silent_units_do_not_move_with_gamma():
+    torch.manual_seed(0)
+    net = Decoder(11, 12, depth=1, heads=2, head_size=4, width=0.25)
+    tokens = torch.randint(11, (40, 13))
+    data = [(t[:, :-1], t[:, 1:]) for t in tokens.split(10)]
+    grown = fxgrow.grow(net, data, neurons={"tokens": 4}, progress=False)
+    new = grown.blocks[0].mlp.gate.weight[:, 16:]
+    again = fxgrow.apply(fxgrow.capture(net, (data[0][0],)), grown.meta["fxgrow"].plan)
+    assert 0.2 < new.std() < 0.6  # Kaiming for 20 inputs: 0.32
+    assert torch.equal(again.blocks[0].mlp.gate.weight[:, 16:], new)
+    torch.testing.assert_close(grown(tokens[:2, :-1]), again(tokens[:2, :-1]))

@@ -1,0 +1,122 @@
+"""What new units are worth at each kind of width of a small decoder, by initialiser, over paired seeds.
+
+A two-layer character-level decoder (RMSNorm, rotary positions, SwiGLU) is trained on Shakespeare. One kind of width
+then grows in both layers by a quarter, with every method from the same checkpoint and with the same line search, and
+all of it trains on with the same batches and the old Adam state. Figures are held-back losses in nats per character: at
+once and after further steps; differences are paired over seeds, with their standard error.
+
+    FXGROW_DATA=... python -m benchmarks.widths [--seeds 6] [--steps 300] [--further 200] [--only values heads ...]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import math
+import statistics
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import fxgrow
+from examples.data import shakespeare
+from models import Decoder
+
+METHODS = ("random", "random-refit", "default")
+#: the end of the names of the widths of each kind
+KINDS = {"values": "attention.v", "heads": "attention.q", "gated": "mlp.gate", "stream": "tokens"}
+SHARE = 0.25
+CONTEXT, BATCH, RATE = 64, 32, 2e-3
+
+Batches = list[tuple[Tensor, Tensor]]
+#: per method: the losses `now` and `after`, and what was added
+Row = dict[str, dict[str, float]]
+
+
+def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+
+
+def draw(text: Tensor, count: int, generator: torch.Generator) -> Batches:
+    """Batches of (characters, next characters) from random places."""
+    out = []
+    for _ in range(count):
+        start = torch.randint(len(text) - CONTEXT - 1, (BATCH,), generator=generator)
+        part = text[start[:, None] + torch.arange(CONTEXT + 1)]
+        out.append((part[:, :-1], part[:, 1:]))
+    return out
+
+
+@torch.no_grad()
+def evaluate(net: nn.Module, data: Batches) -> float:
+    return statistics.mean(float(loss_of(net(x), y)) for x, y in data)
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, data: Batches) -> None:
+    for x, y in data:
+        optimizer.zero_grad()
+        loss_of(net(x), y).backward()
+        optimizer.step()
+
+
+def one_seed(kind: str, seed: int, steps: int, further: int) -> Row:
+    train_text, test_text, characters = shakespeare()
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    net = Decoder(len(characters), CONTEXT, fixed_heads=kind == "values")
+    optimizer = torch.optim.Adam(net.parameters(), RATE)
+    train(net, optimizer, draw(train_text, steps, generator))
+    state, profiled = optimizer.state_dict(), draw(train_text, 32, generator)
+    continued, test = draw(train_text, further, generator), draw(test_text, 32, torch.Generator().manual_seed(99))
+    every = fxgrow.widths(fxgrow.capture(net, (test[0][0],)))
+    chosen = [w for w in every if w.pinned is None and w.name.endswith(KINDS[kind])]
+    neurons = {w.name: max(1, round(SHARE * w.size / w.step)) * w.step for w in chosen}
+    out: Row = {"ungrown": {"now": evaluate(net, test)}}
+    for method in METHODS:
+        twin = copy.deepcopy(net)
+        own = torch.optim.Adam(twin.parameters(), RATE)
+        own.load_state_dict(copy.deepcopy(state))
+        options = {"neurons": neurons, "method": method, "seed": seed, "progress": False}
+        grown = fxgrow.grow(twin, profiled, loss_fn=loss_of, optimizer=own, **options)
+        plan = grown.meta["fxgrow"].plan
+        row = {"now": evaluate(grown, test), "units": sum(plan.units.values()), "gamma": plan.scale}
+        train(grown, own, continued)
+        row["after"] = evaluate(grown, test)
+        out[method] = row
+    return out
+
+
+def paired(rows: list[Row], other: str, key: str) -> str:
+    """Mean difference of the default to another method in thousandths of a nat, and its standard error."""
+    d = [1e3 * (r["default"][key] - r[other][key]) for r in rows]
+    error = statistics.stdev(d) / math.sqrt(len(d)) if len(d) > 1 else math.nan
+    return f"{statistics.mean(d):+.2f} ± {error:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=6)
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--further", type=int, default=200)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--only", nargs="+", choices=list(KINDS), default=list(KINDS))
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    rows: dict[str, list[Row]] = {kind: [] for kind in arguments.only}
+    for kind in arguments.only:
+        for seed in range(arguments.seeds):
+            row = one_seed(kind, seed, arguments.steps, arguments.further)
+            rows[kind].append(row)
+            parts = [f"{m} " + " ".join(f"{k} {v:.4f}" for k, v in r.items()) for m, r in row.items()]
+            print(f"{kind}, seed {seed}: " + "; ".join(parts), flush=True)
+    print(f"\nDefault minus the other, 10^-3 nats, {arguments.seeds} paired seeds (negative: the default is better)\n")
+    print("| width | now, random | now, random-refit | after, random | after, random-refit |")
+    print("|---|---|---|---|---|")
+    for kind in arguments.only:
+        cells = [paired(rows[kind], other, key) for key in ("now", "after") for other in METHODS[:2]]
+        print(f"| {kind} | " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
