@@ -178,15 +178,20 @@ def _next(stack: list[Segment]) -> Segment | None:
 def _meet(s: Segment, left: list[Segment], t: Segment, right: list[Segment], why: Reason) -> None:
     """Segment `s` meets several shorter ones, `t` and what follows it: it is made of them, or it is cut."""
     run, total = [t], t.length
-    while total < s.length and (u := _next(right)):
+    # it can be made of them only as far as they have units of its kind; thousands may stand behind
+    while s.var and _part_of(s, run[-1]) and total < s.length and (u := _next(right)):
         run.append(u)
         total += u.length
-    if total == s.length and s.var and all(u.var not in (None, s.var) and u.inner % s.inner == 0 for u in run):
+    if s.var and total == s.length and _part_of(s, run[-1]):
         _bind(s.var, tuple(Segment(u.var, u.inner // s.inner) for u in run))
         return
     right.extend(reversed(run))
     first, second = cut((s,), t.length, why)
     left.extend(reversed(first + second))
+
+
+def _part_of(s: Segment, u: Segment) -> bool:
+    return u.var not in (None, s.var) and u.inner % s.inner == 0
 
 
 def _same(s: Segment, t: Segment, why: Reason) -> None:

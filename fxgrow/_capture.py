@@ -39,8 +39,8 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
         example_inputs: positional arguments as a tuple, or keyword arguments as a dict; only shapes, dtypes
             and Python values count. A single tensor counts as a tuple of one.
 
-    A submodule whose code cannot be followed (it decides on a tensor's values, say) stays one node, the smallest
-    one possible; ``fxgrow.explain`` lists them.
+    A function, a method or a submodule whose code cannot be followed (it decides on a tensor's values, say) stays one
+    node, the smallest one possible; ``fxgrow.explain`` lists them.
 
     Returns:
         A GraphModule with the keys of the model's ``state_dict()``. ``node.meta["val"]`` holds each node's
@@ -70,7 +70,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
     inputs, call = _bind(model, example_inputs)
     for module in model.modules():
         recognised(module)  # runs it on numbers of its own, which tracing would record
-    with _untouched(model), _without_caches(model), _without_fast_path():
+    with _without_caches(model), _without_fast_path():
         tracer = _trace(model, inputs, call)
     return _assemble(model, tracer, tuple(inputs.values()))
 
@@ -129,9 +129,10 @@ def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]],
     while True:
         tracer = ValueTracer(inputs, call, leaves, opaque=obstacles.reasons)
         try:
-            tracer.record(model)
+            with _untouched(model), obstacles.in_the_way():
+                tracer.record(model)
         except CaptureError as error:
-            obstacles.go_around(tracer.failed_in, error)
+            obstacles.go_around(tracer.failed_in, error, tracer.under_way)
             continue
         innermost = {model.get_submodule(path) for path, _, _ in tracer.branches.values() if path}
         # The likes of DropPath: nothing inside to grow, so the whole module may as well be one node.
@@ -143,13 +144,15 @@ def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]],
     if tracer.branches:
         other = ValueTracer(inputs, call, leaves, frozenset(tracer.branches), obstacles.reasons)
         try:
-            other.record(model)
+            with _untouched(model), obstacles.in_the_way():
+                other.record(model)
             _prune(other.graph)
             merged = merge_modes(tracer, other)
         except CaptureError:
             merged = False
         if not merged:
             guard_modes(tracer)
+    tracer.wholes.update({name: whole for name, (_, whole) in obstacles.wholes.items()})
     return tracer
 
 
@@ -188,6 +191,8 @@ _OPERATORS_WITH_I = {"is_", "is_not", "invert", "inv", "index", "indexOf", "item
 def _assemble(model: nn.Module, tracer: ValueTracer, values: tuple[Any, ...]) -> fx.GraphModule:
     gm = fx.GraphModule(nn.Module(), fx.Graph(), class_name=type(model).__name__)
     gm._modules.update(model._modules)
+    used = {str(node.target) for node in tracer.graph.find_nodes(op="call_module")}
+    gm._modules.update({name: whole.train(model.training) for name, whole in tracer.wholes.items() if name in used})
     gm._parameters.update(model._parameters)
     gm._buffers.update(model._buffers)
     gm._non_persistent_buffers_set.update(model._non_persistent_buffers_set)

@@ -15,11 +15,15 @@ from fxgrow._where import looks_at_data
 
 
 class FakeRunner:
-    """Evaluates single nodes; ``silent`` is true while it does, so that a tracer can look away."""
+    """Evaluates single nodes; ``silent`` is true while it does, so that a tracer can look away.
+
+    ``guessed`` says of the last one whether its sizes depend on data and were learnt from some that were made up.
+    """
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.silent = False
+        self.guessed = False
 
     @contextlib.contextmanager
     def quiet(self) -> Iterator[None]:
@@ -36,6 +40,7 @@ class FakeRunner:
         """The value of a ``call_*`` node, from the values of its arguments."""
         args = fx.node.map_arg(node.args, lambda source: source.meta["val"])
         kwargs = fx.node.map_arg(node.kwargs, lambda source: source.meta["val"])
+        self.guessed = False
         try:
             with self.quiet():
                 if node.op == "call_module":
@@ -50,8 +55,9 @@ class FakeRunner:
             home = str(getattr(node.target, "__module__", None) or "torch")
             if node.op != "call_function" or home.startswith("torch") or not looks_at_data(error):
                 raise
-        # A function marked with torch.fx.wrap may look at data; to learn its result's shape, give it some.
-        before, self.silent = self.silent, True
+        # Indexing with a mask, or a function marked with torch.fx.wrap, may look at data: to learn its result's shape,
+        # give it some.
+        before, self.silent, self.guessed = self.silent, True, True
         try:
             with torch.no_grad():
                 real_args, real_kwargs = fx.node.map_aggregate((args, kwargs), _made_up)

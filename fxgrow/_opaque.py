@@ -1,14 +1,14 @@
-"""Modules whose code no graph can follow: each stays one node, the smallest that holds the obstacle.
+"""Code that no graph can follow: it stays one node, the smallest that holds the obstacle.
 
-requires: a trace that failed, and in which module.
-ensures:  the next trace keeps that module whole or, where it cannot be a node, the one around it; the node carries the
-          reason under `node.meta["opaque"]`, and what it touches is pinned by it.
+requires: a trace that failed, in which module and in which calls.
+ensures:  the next trace keeps a function of that module whole, or else the module or the one around it; the node
+          carries the reason under `node.meta["opaque"]`, and what it touches is pinned by it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 from fxgrow._errors import CaptureError
 from fxgrow._fake import FakeRunner, _made_up
+from fxgrow._whole import Call, Whole, in_place
 
 KEY = "opaque"
 
@@ -26,17 +27,24 @@ class Obstacles:
     """What the traces of one model ran into so far.
 
     Attributes:
-        reasons: the modules to keep whole, and why.
+        reasons: the modules to keep whole, and why; functions kept whole are modules here.
+        wholes: those functions, by the name of the module that stands for each in the model's place.
     """
 
     def __init__(self, model: nn.Module) -> None:
         """Nothing yet is in the way of tracing `model`."""
         self.model = model
         self.reasons: dict[nn.Module, str] = {}
+        self.wholes: dict[str, tuple[Call, Whole]] = {}
         self._first: dict[str, CaptureError] = {}
 
-    def go_around(self, path: str, error: CaptureError) -> None:
-        """Keeps another module whole, given the error of a trace and the path of the innermost module it was in.
+    def go_around(self, path: str, error: CaptureError, under_way: Sequence[Call]) -> None:
+        """Keeps something else whole.
+
+        Args:
+            path: of the innermost module that the trace was in.
+            error: what it ended with.
+            under_way: calls in that module, outermost first: that one hides the most of what depends on data.
 
         Raises:
             CaptureError: the obstacle is in the model's own code, or the code does not run on real tensors either.
@@ -44,6 +52,13 @@ class Obstacles:
         inside = path and self.model.get_submodule(path) in self.reasons
         if not inside:
             self._first.setdefault(path, error)
+        known = {call.key for call, _ in self.wholes.values()}
+        for call in under_way:
+            if not inside and call.key not in known and not call.has_parameters:
+                whole = Whole(call.function, call.owner)
+                self.wholes[f"_whole{len(self.wholes)}"] = call, whole
+                self.reasons[whole] = _why(error)
+                return
         for around in _outwards(path):
             module = self.model.get_submodule(around)
             if module not in self.reasons and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
@@ -55,6 +70,17 @@ class Obstacles:
         """The first error of the module, or of the innermost one in it; a node's own failure says less."""
         inner = [p for p in self._first if p == path or p.startswith(f"{path}.")] if path else []
         return self._first[max(inner, key=len)] if inner and path not in self._first else self._first.get(path, error)
+
+    @contextmanager
+    def in_the_way(self) -> Iterator[None]:
+        """While a trace runs: the functions are modules of the model."""
+        self.model._modules.update({name: whole for name, (_, whole) in self.wholes.items()})
+        try:
+            with in_place(list(self.wholes.values())):
+                yield
+        finally:
+            for name in self.wholes:
+                del self.model._modules[name]
 
 
 def _outwards(path: str) -> Iterator[str]:

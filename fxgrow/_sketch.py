@@ -8,17 +8,19 @@ attention values b(t) = sum_s A(t, s) x(s) per head; a new head attends like an 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
 
 from fxgrow._axes import Axis, Var, resolve
 from fxgrow._candidates import places
-from fxgrow._consumer import Consumer, accumulator, rows_for, some_rows
+from fxgrow._consumer import Consumer, rows_for, some_rows
 from fxgrow._data import Batch, Data, LossFn
-from fxgrow._gram import add_gram, mirrored
+from fxgrow._gram import accumulating, add_gram, mirrored
 from fxgrow._links import window
 from fxgrow._moments import patch_rows
 from fxgrow._pass import Seen, run_pass
@@ -49,6 +51,7 @@ class _Producer:
     #: second moment of the inputs
     s: Tensor | None = None
     rows: int = 0
+    features: int = 0
 
 
 @dataclass
@@ -186,8 +189,9 @@ class _Copy:
 
     def _incoming(self, gm: fx.GraphModule, s: _Sketch, values: Values) -> None:
         for p in s.producers.values():
-            put_rows(gm, p.use, s.name, incoming(gm, p, s.contexts, s.atoms).flatten(0, 1), values)
-            p.slope, p.s, p.rows = None, None, 0
+            rows = incoming(gm, p, s.contexts, s.atoms).flatten(0, 1)
+            put_rows(gm, p.use, s.name, rows, values)
+            p.slope, p.s, p.rows, p.features = None, None, 0, rows.shape[1]
 
     def _outgoing(self, gm: fx.GraphModule, s: _Sketch, values: Values) -> None:
         for p in {p.weight: p for p in s.hidden.reads}.values():
@@ -203,11 +207,11 @@ class _Copy:
                 omega = omega.movedim(0, p.out_dim)
             values.new.setdefault(p.weight, {})[s.name, p.in_dim] = omega
 
-    def run(self, batches: Sequence[Batch] | object, loss_fn: LossFn | None) -> None:
+    def run(self, batches: Iterable[Batch], loss_fn: LossFn | None) -> None:
         """One pass; slopes and second moments are added to the producers."""
         producers = [(s, p) for s in self.sketches for p in s.producers.values()]
-        names = {p.use.weight for _, p in producers} | {p.use.bias for _, p in producers if p.use.bias is not None}
-        twins = {id(p): [u for u in self.uses if u.weight == p.use.weight] for _, p in producers}
+        names = {n for _, p in producers for n in (p.use.weight, p.use.bias) if n is not None}
+        written = {p.use.weight: [u for u in self.uses if u.weight == p.use.weight] for _, p in producers}
         readers: dict[fx.Node, list[tuple[_Sketch, Projection]]] = {}
         for s in self.sketches:
             reads = {p.weight for p in s.hidden.reads}
@@ -217,95 +221,84 @@ class _Copy:
 
         def done(batch: Batch, seen: Seen) -> None:
             for s, p in producers:
-                self._add(s, p, twins[id(p)], seen)
+                self._add_slope(s, p, seen)
+                for u in written[p.use.weight]:
+                    self._add_inputs(p, u, seen.inputs[u.source])
             for node, own in readers.items():
                 for s, u in own:
-                    columns = self._columns(s, u)
-                    dim = 1 if u.kernel else -1
-                    if seen.inputs[node].index_select(dim, columns.to(seen.inputs[node].device)).any():
+                    columns = self.where[u.weight][s.name, u.in_dim].to(seen.inputs[node].device)
+                    if seen.inputs[node].index_select(_channels(u), columns).any():
                         self.silent[s.name] = False
 
         run_pass(
             self.graph,
-            batches,  # type: ignore[arg-type]
+            batches,
             loss_fn,
-            sources={*readers, *(u.source for uses in twins.values() for u in uses)},
+            sources={*readers, *(u.source for uses in written.values() for u in uses)},
             targets=[],
             weights={n: lookup(self.graph, n) for n in sorted(names)},
             reader=lambda seen, node, v: None,
             done=done,
-            corrections={node: lambda h, g, own=own: self._rest(h, g, own) for node, own in readers.items()},
+            corrections={node: partial(self._without_expressible, own) for node, own in readers.items()},
         )
 
-    def _columns(self, s: _Sketch, u: Projection) -> Tensor:
-        return self.where[u.weight][s.name, u.in_dim]
-
-    def _rest(self, h: Tensor, g: Tensor, own: Sequence[tuple[_Sketch, Projection]]) -> Tensor:
-        """The gradient g at what consumers read, where new units see V - dW* h instead of V."""
+    def _without_expressible(self, own: Sequence[tuple[_Sketch, Projection]], h: Tensor, g: Tensor) -> Tensor:
+        """The gradient g at what consumers read, h, where new units see V - dW* h instead of V."""
         g = g.clone()
-        for weight in dict.fromkeys(u.weight for _, u in own):
-            c = self.consumers[weight]
-            u = next(u for _, u in own if u.weight == weight)
-            dim = 1 if u.kernel else -1
-            every = torch.cat([p for (_, d), p in self.where[weight].items() if d == u.in_dim]).to(h.device)
-            kept = torch.ones(h.shape[dim], dtype=torch.bool, device=h.device)
-            kept[every] = False
-            moved = c.apply(self.updates[weight], h.index_select(dim, kept.nonzero().flatten()))
-            matrix = lookup(self.graph, weight).detach()
-            rows = [p for (_, d), p in self.where[weight].items() if d == u.out_dim]
-            if rows:  # new rows of this weight belong to other widths
-                old = torch.ones(matrix.shape[u.out_dim], dtype=torch.bool)
-                old[torch.cat(rows)] = False
-                matrix = matrix.index_select(u.out_dim, old.nonzero().flatten().to(matrix.device))
-            new = matrix.index_select(u.in_dim, every).movedim(u.out_dim, 0).flatten(1).to(moved)
+        for u in {u.weight: u for _, u in own}.values():
+            c, dim = self.consumers[u.weight], _channels(u) % h.dim()
+            new = self._new(u.weight, u.in_dim).to(h.device)
+            moved = c.apply(self.updates[u.weight], h.index_select(dim, self._old(u.weight, u.in_dim).to(h.device)))
+            # its own new rows belong to other widths
+            omega = lookup(self.graph, u.weight).detach().index_select(u.in_dim, new)
+            omega = omega.index_select(u.out_dim, self._old(u.weight, u.out_dim).to(h.device))
             with torch.enable_grad():
-                z = moved.new_zeros([len(every) if d == dim % h.dim() else n for d, n in enumerate(h.shape)])
-                z.requires_grad_()
-                (back,) = torch.autograd.grad(c.outgoing(new, z), z, moved)
-            g.index_add_(dim % h.dim(), every, -back.to(g))
+                z = moved.new_zeros([len(new) if d == dim else n for d, n in enumerate(h.shape)], requires_grad=True)
+                out = c.outgoing(omega.movedim(u.out_dim, 0).flatten(1).to(moved), z)
+                (back,) = torch.autograd.grad(out, z, moved)
+            g.index_add_(dim, new, -back.to(g))
         return g
 
-    def _add(self, s: _Sketch, p: _Producer, uses: Sequence[Projection], seen: Seen) -> None:
+    def _add_slope(self, s: _Sketch, p: _Producer, seen: Seen) -> None:
         use = p.use
-        own = self.where[use.weight][s.name, use.out_dim]
         gradient = seen.gradients[use.weight]
-        kind = accumulator(gradient)
-        rows = gradient.index_select(use.out_dim, own.to(gradient.device)).movedim(use.out_dim, 0).flatten(1).to(kind)
-        rows = self._old_features(use, rows, gradient)
+        own = self.where[use.weight][s.name, use.out_dim].to(gradient.device)
+        rows = gradient.index_select(use.out_dim, own)
+        rows = rows.index_select(use.in_dim, self._old(use.weight, use.in_dim).to(own.device))
+        rows = rows.movedim(use.out_dim, 0).flatten(1)
         if use.bias is not None:
-            bias = seen.gradients[use.bias].index_select(0, own.to(gradient.device))
-            rows = torch.cat([rows, bias.to(kind)[:, None]], 1)
-        rows = rows.unflatten(0, (s.atoms, -1))
+            rows = torch.cat([rows, seen.gradients[use.bias].index_select(0, own)[:, None]], 1)
+        rows = accumulating(rows).unflatten(0, (s.atoms, -1))
         p.slope = rows if p.slope is None else p.slope + rows
-        for u in uses:
-            x = seen.inputs[u.source]
-            x = x if u.kernel else x.reshape(x.shape[0], -1, x.shape[-1])
-            x = x.index_select(1 if u.kernel else -1, self._old_channels(u, x).to(x.device))
-            features = rows.shape[-1]
-            if p.rows >= rows_for(features):
-                continue
-            count = x.shape[0] * (x[0].numel() // x.shape[1] if u.kernel else x.shape[1])
-            chosen = some_rows(count, rows_for(features), self.generator, x.device) if not u.kernel else None
-            inputs = patch_rows(x, window(u), chosen)[: rows_for(features)]
-            p.s = add_gram(p.s, inputs, bias=use.bias is not None)
-            p.rows += len(inputs)
 
-    def _old_channels(self, u: Projection, x: Tensor) -> Tensor:
-        kept = torch.ones(x.shape[1 if u.kernel else -1], dtype=torch.bool)
-        for (_, d), positions in self.where.get(u.weight, {}).items():
-            if d == u.in_dim:
-                kept[positions] = False
+    def _add_inputs(self, p: _Producer, use: Projection, x: Tensor) -> None:
+        x = x.index_select(_channels(use), self._old(use.weight, use.in_dim).to(x.device))
+        x = x if use.kernel else x.reshape(x.shape[0], -1, x.shape[-1])
+        limit = rows_for(p.features) - p.rows
+        if limit <= 0:
+            return
+        if use.kernel:
+            chosen = some_rows(len(x) * math.prod(use.node.meta["val"].shape[2:]), limit, self.generator, x.device)
+        else:
+            chosen = some_rows(len(x) * x.shape[1], limit, self.generator, x.device)
+        rows = patch_rows(x, window(use), chosen)
+        p.s = add_gram(p.s, rows, bias=use.bias is not None)
+        p.rows += len(rows)
+
+    def _new(self, weight: str, dim: int) -> Tensor:
+        """Entries of a weight that the original does not have."""
+        found = [positions for (_, d), positions in self.where.get(weight, {}).items() if d == dim]
+        return torch.cat([torch.zeros(0, dtype=torch.long), *found])
+
+    def _old(self, weight: str, dim: int) -> Tensor:
+        kept = torch.ones(lookup(self.graph, weight).shape[dim], dtype=torch.bool)
+        kept[self._new(weight, dim)] = False
         return kept.nonzero().flatten()
 
-    def _old_features(self, use: Projection, rows: Tensor, gradient: Tensor) -> Tensor:
-        """Columns of the gradient that belong to inputs the original has."""
-        new = [p for (_, d), p in self.where[use.weight].items() if d == use.in_dim]
-        if not new:
-            return rows
-        channels = gradient.shape[use.in_dim]
-        kept = torch.ones(channels, dtype=torch.bool)
-        kept[torch.cat(new)] = False
-        return rows.unflatten(1, (channels, -1))[:, kept.to(rows.device)].flatten(1)
+
+def _channels(p: Projection) -> int:
+    """The dimension of what it reads that its weight sums over."""
+    return 1 if p.kernel else -1
 
 
 def incoming(gm: fx.GraphModule, p: _Producer, contexts: Sequence[int], atoms: int) -> Tensor:
@@ -340,10 +333,10 @@ def _solve(gm: fx.GraphModule, s: _Sketch, wanted: int) -> Proposal:
     contexts = list(dict.fromkeys(s.contexts))
     if contexts:
         like = torch.tensor(s.contexts)
-        found = [_directions(steep, steep.slope[like == c], second, root, 1) for c in contexts]
-        found = sorted(zip(found, contexts, strict=True), key=lambda f: -float(f[0][1].square().sum()))[:wanted]
-        contexts = [c for _, c in found]
-        best, values = torch.cat([rows for (rows, _), _ in found]), torch.cat([v for (_, v), _ in found])
+        found = [(c, *_directions(steep, steep.slope[like == c], second, root, 1)) for c in contexts]
+        found = sorted(found, key=lambda f: -float(f[2].square().sum()))[:wanted]
+        contexts = [c for c, _, _ in found]
+        best, values = torch.cat([rows for _, rows, _ in found]), torch.cat([v for _, _, v in found])
     else:
         best, values = _directions(steep, steep.slope, second, root, wanted)
     alpha = {}

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
 
 from fxgrow._attention import is_packed, self_attention
 from fxgrow._errors import CaptureError
@@ -24,7 +24,8 @@ from fxgrow._opaque import KEY
 from fxgrow._opaque import run as run_opaque
 from fxgrow._proxy import INPLACE, ValueProxy
 from fxgrow._runtime import guard, set_grad_enabled
-from fxgrow._where import failure, last_user_line, source, stack_trace, user_frame
+from fxgrow._where import failure, last_place, last_user_line, source, stack_trace, user_frame
+from fxgrow._whole import Call, Whole, calls
 from fxgrow.ops.registry import recognised
 
 # Values the model's code gets as they are, without a proxy.
@@ -62,6 +63,10 @@ class ValueTracer(fx.Tracer):
         self.opaque = opaque or {}
         #: path of the innermost module in which tracing failed
         self.failed_in = ""
+        #: calls under way there, outermost first
+        self.under_way: list[Call] = []
+        #: functions that were kept whole, as modules by name
+        self.wholes: dict[str, nn.Module] = {}
         self._written_out: set[nn.Module] = set()
         self.runner = FakeRunner()
         self.constants: dict[str, torch.Tensor] = {}
@@ -71,6 +76,7 @@ class ValueTracer(fx.Tracer):
         self._seen: dict[tuple[Any, ...], Any] = {}
         self._fixed: set[fx.Node] = set()  # nodes that no input can change
         self._flags: dict[fx.Node, frozenset[str]] = {}  # numbers that depend on a `training` flag
+        self._guessed: set[fx.Node] = set()  # empty tensors whose size depends on data, and numbers made of it
         self._guards: dict[tuple[str, str], fx.Node] = {}
         self._asked: dict[tuple[int, CodeType, int], tuple[tuple[str, str], fx.Node]] = {}
         self._grad_modes: list[tuple[bool, fx.Node]] = []
@@ -87,11 +93,11 @@ class ValueTracer(fx.Tracer):
         try:
             with intercept(self), torch.random.fork_rng(devices=_cuda_devices()):
                 return self.trace(model)
-        except CaptureError:
-            self.failed_in = self._innermost()[0]
+        except CaptureError as error:
+            self.failed_in, self.under_way = self._innermost()[0], calls(error)
             raise
         except Exception as error:
-            self.failed_in = self._innermost()[0]
+            self.failed_in, self.under_way = self._innermost()[0], calls(error)
             raise CaptureError(failure(error, self._module(), last_user_line(error))) from error
         finally:
             torch._C._set_grad_enabled(grad)
@@ -159,12 +165,16 @@ class ValueTracer(fx.Tracer):
         sources = node.all_input_nodes
         if kind != "placeholder" and all(source in self._fixed for source in sources):
             self._fixed.add(node)
+        guessed = self.runner.guessed or any(source in self._guessed for source in sources)
+        if guessed and (value.numel() == 0 if isinstance(value, torch.Tensor) else kind != "call_module"):
+            self._guessed.add(node)
         flags = frozenset().union(*(self._flags.get(source, frozenset()) for source in sources))
         if flags and not isinstance(value, torch.Tensor):
             self._flags[node] = flags
         return node
 
     def _run(self, node: fx.Node) -> Any:
+        self.runner.guessed = False
         if node.op == "placeholder":
             return self.runner.fake(self.inputs[str(node.target)])
         if node.op == "get_attr":
@@ -308,11 +318,12 @@ class ValueTracer(fx.Tracer):
         except (TypeError, ValueError, OverflowError):
             raise
         except Exception as error:
-            user = user_frame(sys._getframe(1))
-            place = (user.f_code.co_filename, user.f_lineno) if user is not None else None
-            raise CaptureError(failure(error, self._module(), place)) from error
+            raise CaptureError(failure(error, self._module(), last_place(sys._getframe(1)))) from error
         if isinstance(proxy.carried, torch.Tensor) or self.runner.silent:
             return value
+        if node in self._guessed:
+            unknown = DynamicOutputShapeException("a size")
+            raise CaptureError(failure(unknown, self._module(), last_place(sys._getframe(1))))
         if node in self._flags:
             for flag in self._flags[node]:
                 current = self._attributes[flag].carried
@@ -349,10 +360,10 @@ class ValueTracer(fx.Tracer):
         torch._C._set_grad_enabled(enabled)
 
     def _innermost(self) -> tuple[str, str]:
-        if not self.module_stack:
-            return "", type(self.root).__name__
-        path, kind = next(reversed(self.module_stack.values()))
-        return path, getattr(kind, "__name__", str(kind))
+        for path, kind in reversed(self.module_stack.values()):
+            if kind is not Whole:
+                return path, getattr(kind, "__name__", str(kind))
+        return "", type(self.root).__name__
 
     def _module(self) -> str:
         path, kind = self._innermost()

@@ -23,6 +23,17 @@ def user_frame(frame: FrameType | None) -> FrameType | None:
     return frame
 
 
+def last_place(frame: FrameType | None) -> tuple[str, int] | None:
+    """File and line of the innermost frame of the model's own code."""
+    user = user_frame(frame)
+    return (user.f_code.co_filename, user.f_lineno) if user is not None else None
+
+
+def is_user_code(frame: FrameType) -> bool:
+    """Whether a frame runs neither PyTorch's code nor ours."""
+    return not frame.f_code.co_filename.startswith(_INTERNAL)
+
+
 def source(file: str, line: int) -> str:
     """One line of a file, without its indentation."""
     return linecache.getline(file, line).strip()

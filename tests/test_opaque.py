@@ -232,3 +232,64 @@ def test_the_module_around_it_where_it_cannot_be_a_node() -> None:
     assert opaque.name == "middle" and "module 'middle.opens' (Opens)" in opaque.reason
     wide = fxgrow.widen(model, (x,), {"first": 2, "out": 2})
     assert torch.allclose(wide(x), model(x), rtol=1e-10, atol=1e-12)
+
+
+class Finds(nn.Module):
+    """A detector in small: its own method keeps what scores well, and counts it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 8), nn.Linear(8, 2)
+        self.threshold = 0.1
+
+    def keep(self, scores: Tensor) -> list[Tensor]:
+        best = scores[scores[:, 0] > self.threshold]
+        count = min(3, len(best))
+        return [best[:count], best[:count].flip(0)] if self.training else [best[:count]]
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        scores = self.head(self.body(x).relu())
+        return {"all": scores, "kept": self.keep(scores)[0]}
+
+
+def positive(x: Tensor) -> Tensor:
+    return x if x.sum() > 0 else -x
+
+
+class Calls(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(positive(self.b(self.a(x).relu())))
+
+
+def test_a_method_of_the_root_that_counts_data_is_one_node() -> None:
+    torch.manual_seed(0)
+    model = Finds().double()
+    x = torch.randn(7, 3, dtype=torch.float64)
+    gm = fxgrow.capture(model, (x,))
+    (opaque,) = fxgrow.explain(gm).opaque
+    assert "keep" in str(gm.get_submodule(opaque.name)) and opaque.parameters == 0
+    assert "keep" not in vars(model) and not any(n.startswith("_whole") for n, _ in model.named_modules())
+    grown = fxgrow.widen(gm, (x,), {"body": 3})
+    for data in (x, torch.randn(40, 3, dtype=torch.float64), -x):
+        for mode in (True, False):
+            found, expected = grown.train(mode)(data), model.train(mode)(data)
+            torch.testing.assert_close(found["all"], expected["all"])
+            torch.testing.assert_close(found["kept"], expected["kept"])
+    assert list(grown.state_dict()) == list(model.state_dict())
+
+
+def test_a_function_that_decides_is_one_node() -> None:
+    torch.manual_seed(0)
+    model = Calls().double()
+    x = torch.randn(5, 3, dtype=torch.float64)
+    before = positive
+    grown = fxgrow.widen(model, (x,), {"a": 4})
+    assert positive is before
+    free = {w.name: w.pinned for w in fxgrow.widths(grown)}
+    assert free["a"] is None and free["b"] is not None and free["b"].code == "opaque"
+    for data in (x, -x, torch.randn(9, 3, dtype=torch.float64)):
+        torch.testing.assert_close(grown(data), model(data))

@@ -123,7 +123,13 @@ def _video(name: str) -> Subject:
 def _detection(name: str) -> Subject:
     from torchvision import models
 
-    model = models.get_model(name, weights=None, weights_backbone=None)
+    from benchmarks.coverage.kernels import provide_kernels
+
+    provide_kernels()
+    # few proposals: the operators that read them are slow in Python
+    few = {"rpn_pre_nms_top_n_test": 64, "rpn_post_nms_top_n_test": 16, "rpn_pre_nms_top_n_train": 64}
+    few |= {"rpn_post_nms_top_n_train": 16}
+    model = models.get_model(name, weights=None, weights_backbone=None, **(few if "rcnn" in name else {}))
 
     def inputs(batch: int, other: int) -> Inputs:
         # images of different sizes: the model's own transform makes a batch of them
