@@ -2,7 +2,8 @@
 
 A two-layer character-level decoder (RMSNorm, rotary positions, SwiGLU) is trained on Shakespeare. One kind of width
 then grows in both layers by a quarter, with every method from the same checkpoint and with the same line search, and
-all of it trains on with the same batches and the old Adam state. Figures are held-back losses in nats per character: at
+all of it trains on with the same batches and the old Adam state. The weights that exist are not moved by the growth
+unless `--update`: their move is most of the gain at once, the same for all methods, and gone after some steps. Figures are held-back losses in nats per character: at
 once and after further steps; differences are paired over seeds, with their standard error.
 
     FXGROW_DATA=... python -m benchmarks.widths [--seeds 6] [--steps 300] [--further 200] [--only values heads ...]
@@ -60,7 +61,7 @@ def train(net: nn.Module, optimizer: torch.optim.Optimizer, data: Batches) -> No
         optimizer.step()
 
 
-def one_seed(kind: str, seed: int, steps: int, further: int) -> Row:
+def one_seed(kind: str, seed: int, steps: int, further: int, update: bool) -> Row:
     train_text, test_text, characters = shakespeare()
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
@@ -77,7 +78,7 @@ def one_seed(kind: str, seed: int, steps: int, further: int) -> Row:
         twin = copy.deepcopy(net)
         own = torch.optim.Adam(twin.parameters(), RATE)
         own.load_state_dict(copy.deepcopy(state))
-        options = {"neurons": neurons, "method": method, "seed": seed, "progress": False}
+        options = {"neurons": neurons, "method": method, "seed": seed, "progress": False, "update_existing": update}
         grown = fxgrow.grow(twin, profiled, loss_fn=loss_of, optimizer=own, **options)
         plan = grown.meta["fxgrow"].plan
         row = {"now": evaluate(grown, test), "units": sum(plan.units.values()), "gamma": plan.scale}
@@ -100,13 +101,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--further", type=int, default=200)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--update", action="store_true", help="also move the weights that exist")
     parser.add_argument("--only", nargs="+", choices=list(KINDS), default=list(KINDS))
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows: dict[str, list[Row]] = {kind: [] for kind in arguments.only}
     for kind in arguments.only:
         for seed in range(arguments.seeds):
-            row = one_seed(kind, seed, arguments.steps, arguments.further)
+            row = one_seed(kind, seed, arguments.steps, arguments.further, arguments.update)
             rows[kind].append(row)
             parts = [f"{m} " + " ".join(f"{k} {v:.4f}" for k, v in r.items()) for m, r in row.items()]
             print(f"{kind}, seed {seed}: " + "; ".join(parts), flush=True)

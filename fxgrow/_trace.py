@@ -322,7 +322,7 @@ class ValueTracer(fx.Tracer):
         if isinstance(proxy.carried, torch.Tensor) or self.runner.silent:
             return value
         if node in self._guessed:
-            unknown = DynamicOutputShapeException("a size")
+            unknown = DynamicOutputShapeException(torch.ops.aten.nonzero.default)
             raise CaptureError(failure(unknown, self._module(), last_place(sys._getframe(1))))
         if node in self._flags:
             for flag in self._flags[node]:

@@ -83,7 +83,7 @@ def _call(frame: FrameType, caller: FrameType) -> Call | None:
     owner = frame.f_locals.get("self")
     if isinstance(owner, nn.Module):
         method = getattr(type(owner), name, None)
-        return Call(method, owner, ()) if getattr(method, "__code__", None) is code else None
+        return Call(method, owner, ()) if method is not None and getattr(method, "__code__", None) is code else None
     for scope in (frame.f_globals, caller.f_globals):
         names = [n for n, value in scope.items() if getattr(value, "__code__", None) is code]
         if names:
