@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from fxgrow._capture import capture
 from fxgrow._check import TOLERANCE
 from fxgrow._errors import CaptureError, PlanError
+from fxgrow._whole import Whole
 
 #: more ways than this to explain the changed sizes by attributes are not tried
 TRIES = 16
@@ -122,7 +123,7 @@ def _filled_copy(model: nn.Module, gm: fx.GraphModule, grown: fx.GraphModule) ->
     except Exception as error:
         raise PlanError(f"{type(model).__name__} cannot be copied: {error}. {_ADVICE}.") from error
     for path, new in grown.named_modules():
-        if not path:
+        if not path or isinstance(new, Whole):  # what stands for a function is no part of the model
             continue
         before = gm.get_submodule(path)
         if type(before) is not type(new):

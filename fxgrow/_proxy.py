@@ -114,8 +114,9 @@ class ValueProxy(fx.Proxy):
             return _method(self, name)
         if isinstance(value, (torch.Tensor, torch.Size, torch.device)):
             return tracer.create_proxy("call_function", getattr, (self, name), {})
-        number = isinstance(value, (bool, int, float, complex))
-        if number and not isinstance(self.carried, (torch.Tensor, torch.device)):
+        # numbers, and lists of them, that another input would change
+        own = isinstance(value, (bool, int, float, complex, list, tuple, dict))
+        if own and not isinstance(self.carried, (torch.Tensor, torch.device)):
             return tracer.create_proxy("call_function", getattr, (self, name), {})
         return value
 

@@ -116,6 +116,11 @@ class ValueTracer(fx.Tracer):
 
     def _input(self, name: str, value: Any) -> Any:
         proxy = self.create_proxy("placeholder", name, (), {})
+        if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+            # the model's code gets the items one by one
+            node = next(reversed(self.graph.find_nodes(op="placeholder")))
+            length = self.create_node("call_function", len, (node,), {})
+            self.create_node("call_function", guard, (length, len(value), f"the length of the input {name!r}"), {})
         if isinstance(value, _PLAIN):  # strings, None, dtypes: the model's code sees them as they are
             node = next(reversed(self.graph.nodes))
             self.create_node("call_function", guard, (node, value, f"the input {name!r}"), {})

@@ -293,3 +293,42 @@ def test_a_function_that_decides_is_one_node() -> None:
     assert free["a"] is None and free["b"] is not None and free["b"].code == "opaque"
     for data in (x, -x, torch.randn(9, 3, dtype=torch.float64)):
         torch.testing.assert_close(grown(data), model(data))
+
+
+class Sized:
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor, self.sizes = tensor, [tuple(tensor.shape)]
+
+
+class Measures(nn.Module):
+    """Nothing inside to grow and two modes: one node, which puts out an object of the model's own."""
+
+    def forward(self, x: Tensor) -> Sized:
+        return Sized(x * 1.0 if self.training else x)
+
+
+class Reads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.measure, self.a, self.b = Measures(), nn.Linear(3, 8), nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        sized = self.measure(x)
+        count = sized.sizes[0][0]
+        return self.b(self.a(sized.tensor).relu()) * count
+
+
+def test_numbers_in_an_object_of_the_model_follow_the_input() -> None:
+    torch.manual_seed(0)
+    model = Reads().double()
+    grown = fxgrow.widen(model, (torch.randn(5, 3).double(),), {"a": 2})
+    for n in (5, 9):
+        x = torch.randn(n, 3, dtype=torch.float64)
+        torch.testing.assert_close(grown(x), model(x))
+
+
+def test_another_number_of_images_is_refused() -> None:
+    model = Sums()
+    gm = fxgrow.capture(model, ([torch.randn(2, 3), torch.randn(4, 3)],))
+    with pytest.raises(CaptureError, match="length of the input 'images'"):
+        gm([torch.randn(2, 3)] * 3)

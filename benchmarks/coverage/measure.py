@@ -90,11 +90,11 @@ def measure(subject: Subject, options: Mapping[str, bool]) -> Iterator[Findings]
             "blame": _blame(gm, inputs(2, 0), units, bound),
         }
         return
-    yield (compared := _compare(model, grown, inputs, bound))
+    yield (compared := _compare(model, grown, inputs, bound, subject.outputs))
     if not compared["widened"]:
         yield {"blame": _blame(gm, inputs(2, 0), units, bound)}
     if subject.sizes:
-        yield _other_size(model, grown, inputs(2, 1), bound)
+        yield _other_size(model, grown, inputs(2, 1), bound, subject.outputs)
     yield _module(model, inputs(2, 0), gm, {w.name: w.step for w in free})
     if _train_step(copy_graph(gm), inputs(2, 0)).get("train_step"):
         yield _train_step(grown, inputs(2, 0))
@@ -161,7 +161,9 @@ def _why(structure: Structure, name: str | None) -> str:
 
 
 @torch.no_grad()
-def _run(module: nn.Module, inputs: Inputs, training: bool) -> list[Tensor]:
+def _run(
+    module: nn.Module, inputs: Inputs, training: bool, outputs: Callable[[Any], Any] = lambda given: given
+) -> list[Tensor]:
     """Outputs, with buffers and flags left as they were."""
     state = [(b, b.clone()) for b in module.buffers()]
     modes = [(m, m.training) for m in module.modules()]
@@ -170,7 +172,7 @@ def _run(module: nn.Module, inputs: Inputs, training: bool) -> list[Tensor]:
     double = any(p.dtype is torch.float64 for p in module.parameters())
     try:
         with _InDouble() if double else contextlib.nullcontext():
-            return [t.clone() for t in flat(_call(module, inputs))]
+            return [t.clone() for t in flat(outputs(_call(module, inputs)))]
     finally:
         for b, before in state:
             b.copy_(before)
@@ -199,7 +201,13 @@ def _distance(a: list[Tensor], b: list[Tensor]) -> float:
     return worst
 
 
-def _compare(reference: nn.Module, wide: nn.Module, inputs: Callable[[int, int], Inputs], bound: float) -> Findings:
+def _compare(
+    reference: nn.Module,
+    wide: nn.Module,
+    inputs: Callable[[int, int], Inputs],
+    bound: float,
+    outputs: Callable[[Any], Any],
+) -> Findings:
     """Two batch sizes, eval and train mode; a mode that the network itself has not is left out."""
     worst: dict[str, float] = {}
     errors: dict[str, str] = {}
@@ -208,24 +216,26 @@ def _compare(reference: nn.Module, wide: nn.Module, inputs: Callable[[int, int],
             key = f"{'train' if training else 'eval'} {batch}"
             given = inputs(batch, 0)
             try:
-                expected = _run(reference, given, training)
+                expected = _run(reference, given, training, outputs)
             except Exception:  # detection in train mode wants targets
                 continue
             try:
-                worst[key] = _distance(expected, _run(wide, given, training))
+                worst[key] = _distance(expected, _run(wide, given, training, outputs))
             except Exception as error:
                 errors[key] = f"{type(error).__name__}: {error}"[:500]
     ok = bool(worst) and not errors and max(worst.values()) <= bound
     return {"widened": ok, "differences": worst, **({"error": next(iter(errors.values()))} if errors else {})}
 
 
-def _other_size(reference: nn.Module, wide: nn.Module, inputs: Inputs, bound: float) -> Findings:
+def _other_size(
+    reference: nn.Module, wide: nn.Module, inputs: Inputs, bound: float, outputs: Callable[[Any], Any]
+) -> Findings:
     try:
-        expected = _run(reference, inputs, False)
+        expected = _run(reference, inputs, False, outputs)
     except Exception:  # the network itself has one size only
         return {}
     try:
-        distance = _distance(expected, _run(wide, inputs, False))
+        distance = _distance(expected, _run(wide, inputs, False, outputs))
     except Exception as error:
         return {"other_size": False, "other_size_error": f"{type(error).__name__}: {error}"[:500]}
     return {"other_size": distance <= bound, "other_size_error": f"differs by {distance:.2g}"}
