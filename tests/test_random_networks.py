@@ -62,6 +62,14 @@ class Random(nn.Module):
             return c, nn.BatchNorm1d(c)
         if kind == "groupnorm":
             return c, nn.GroupNorm(c // 2 if c % 2 == 0 else 1, c)
+        if kind == "layernorm":
+            return c, nn.LayerNorm(c)
+        if kind == "rmsnorm":
+            return c, nn.RMSNorm(c, eps=1e-5)
+        if kind == "gated":
+            return size, nn.ModuleList([nn.Linear(c, size), nn.Linear(c, size)])
+        if kind == "attention":
+            return size, nn.ModuleList([nn.Linear(c, 3 * size), nn.Linear(size, size)])
         if kind in ("chunk", "glu"):
             return c // 2, None
         return c, None
@@ -71,8 +79,17 @@ class Random(nn.Module):
         for kind, a, b, name in self.steps:
             h = made[a]
             n, c, length = h.shape
-            if kind == "linear":
+            if kind in ("linear", "layernorm", "rmsnorm"):
                 h = self.layers[name](h.transpose(1, 2)).transpose(1, 2)
+            elif kind == "gated":
+                gate, up = self.layers[name]
+                h = (F.silu(gate(h.transpose(1, 2))) * up(h.transpose(1, 2))).transpose(1, 2)
+            elif kind == "attention":
+                qkv, o = self.layers[name]
+                heads = 2 if qkv.out_features % 4 == 0 else 1
+                q, k, v = qkv(h.transpose(1, 2)).view(n, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+                h = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+                h = o(h).transpose(1, 2)
             elif name in self.layers:
                 h = self.layers[name](h)
             elif kind == "add":
@@ -97,7 +114,8 @@ class Random(nn.Module):
 
 
 KINDS = (
-    "conv conv conv grouped depthwise linear batchnorm groupnorm add add cat chunk glu shuffle gate flat again tanh"
+    "conv conv conv grouped depthwise linear batchnorm groupnorm layernorm rmsnorm add add add cat chunk glu shuffle "
+    "gate gated attention flat again tanh"
 ).split()
 STEPS = st.lists(
     st.tuples(st.sampled_from(KINDS), st.integers(-3, -1), st.integers(-5, -1), st.sampled_from([2, 3, 4, 6])),
@@ -139,7 +157,7 @@ def test_random_networks(steps: list[tuple[str, int, int, int]], order: list[int
 
 
 @pytest.mark.slow
-@settings(max_examples=1500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck))
 @given(STEPS, st.lists(st.integers(0, 20), min_size=1, max_size=6))
 def test_many_random_networks(steps: list[tuple[str, int, int, int]], order: list[int]) -> None:
     grow_twice_and_compare(steps, order)
