@@ -102,7 +102,7 @@ def run(node: fx.Node, root: nn.Module, runner: FakeRunner) -> Any:
     except Exception:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
         module = root.get_submodule(str(node.target))
-        before, runner.silent = runner.silent, True
+        before, runner.silent, runner.guessed = runner.silent, True, True
         try:
             with torch.no_grad(), torch._C.DisableTorchFunction(), _own_buffers(module):
                 real_args, real_kwargs = pytree.tree_map_only(Tensor, _made_up, (args, kwargs))

@@ -8,6 +8,7 @@ attention values b(t) = sum_s A(t, s) x(s) per head; a new head attends like an 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +26,7 @@ from fxgrow._links import window
 from fxgrow._moments import patch_rows
 from fxgrow._pass import Seen, run_pass
 from fxgrow._rewrite import Values, lookup, widened
-from fxgrow._solve import DROP, Factor, factor
+from fxgrow._solve import DROP, factor
 from fxgrow._widths import Hidden
 from fxgrow.initialisers.registry import Proposal
 from fxgrow.ops.registry import Projection, Structure
@@ -34,6 +35,8 @@ from fxgrow.ops.registry import Projection, Structure
 INPUT_RIDGE, OUTPUT_RIDGE = 1.0, 1e-2
 #: old units that new ones may be like in what has no slope, and copies of each
 CONTEXTS, COPIES = 8, 2
+#: batches on which new units are tried out
+PROBES = 4
 
 
 @dataclass
@@ -62,10 +65,31 @@ class _Sketch:
     producers: dict[str, _Producer]
     atoms: int = 1
     contexts: list[int] = field(default_factory=list)
+    groups: list[_Group] = field(default_factory=list)
 
     @property
     def name(self) -> str:
         return self.hidden.width.name
+
+    @property
+    def steep(self) -> _Producer:
+        return next(p for p in self.producers.values() if p.steep.any())
+
+
+@dataclass
+class _Group:
+    """Entries of candidates that share N: one slot of all of them, or the dimensions of heads like one old head.
+
+    `basis` spans the directions that matter, `[P, m]` for the m entries of `atoms` x `slots`; `second` is the second
+    moment of what units with these incoming weights put out, `[m, m]`.
+    """
+
+    context: int | None
+    atoms: Tensor
+    slots: Tensor
+    basis: Tensor
+    slope: Tensor
+    second: Tensor
 
 
 def sketch(
@@ -103,13 +127,17 @@ def sketch(
     copy = _Copy(gm, structure, consumers, updates, sketches, generator)
     first = data.first()
     copy.run([first], loss_fn)
-    sketches = [s for s in sketches if copy.silent[s.name] and _keep_steep(s)]
+    sketches = [s for s in sketches if copy.silent[s.name] and _keep_steep(s) and copy.reads_slots(s)]
     if not sketches:
         return {}
     for s in sketches:
         _size(s, additions[s.name] // s.hidden.width.step, consumers, generator)
     copy = _Copy(gm, structure, consumers, updates, sketches, generator)
     copy.run(data.fitting(hold), loss_fn)
+    for s in sketches:
+        s.groups = _groups(s)
+    copy = _Copy(gm, structure, consumers, updates, sketches, generator)
+    copy.probe(data.fitting(hold), loss_fn)
     return {s.name: _solve(gm, s, additions[s.name] // s.hidden.width.step) for s in sketches}
 
 
@@ -189,7 +217,11 @@ class _Copy:
 
     def _incoming(self, gm: fx.GraphModule, s: _Sketch, values: Values) -> None:
         for p in s.producers.values():
-            rows = incoming(gm, p, s.contexts, s.atoms).flatten(0, 1)
+            rows = incoming(gm, p, s.contexts, s.atoms)
+            for group in s.groups if p is s.steep else []:
+                alpha = group.basis.mT.unflatten(0, (len(group.atoms), len(group.slots)))
+                rows[group.atoms[:, None], group.slots] = alpha.to(rows)
+            rows = rows.flatten(0, 1)
             put_rows(gm, p.use, s.name, rows, values)
             p.slope, p.s, p.rows, p.features = None, None, 0, rows.shape[1]
 
@@ -199,6 +231,8 @@ class _Copy:
             n = len(self.where[p.weight][s.name, p.in_dim])
             shape = [n if d == p.in_dim else size for d, size in enumerate(weight.shape)]
             c = self.consumers[p.weight]
+            if s.groups:
+                continue  # zero
             omega = torch.randn(shape, generator=self.generator, dtype=torch.float64)
             if c.g is not None:
                 g = factor(c.curvature(), ridge=OUTPUT_RIDGE)
@@ -241,6 +275,37 @@ class _Copy:
             done=done,
             corrections={node: partial(self._without_expressible, own) for node, own in readers.items()},
         )
+
+    def reads_slots(self, s: _Sketch) -> bool:
+        """Whether what a reader takes of a unit comes apart into its slots."""
+        p = s.hidden.reads[0]
+        return len(self.where[p.weight][s.name, p.in_dim]) // s.atoms % int(s.steep.steep.sum()) == 0
+
+    def probe(self, batches: Iterable[Batch], loss_fn: LossFn | None) -> None:
+        """What units with the groups' bases for incoming weights put out where they are read."""
+        reads = {s.name: next(u for u in self.uses if u.weight == s.hidden.reads[0].weight) for s in self.sketches}
+        rows = dict.fromkeys(reads, 0)
+
+        def done(batch: Batch, seen: Seen) -> None:
+            for s in self.sketches:
+                u = reads[s.name]
+                h = seen.inputs[u.source]
+                z = h.index_select(_channels(u), self.where[u.weight][s.name, u.in_dim].to(h.device))
+                # entries of one slot at several positions, or read by several heads, are rows
+                z = z.movedim(_channels(u), -1).unflatten(-1, (s.atoms, int(s.steep.steep.sum()), -1)).movedim(-1, 0)
+                z = accumulating(z).flatten(0, -3)
+                place = s.steep.steep.cumsum(0) - 1
+                for group in s.groups:
+                    own = z[:, group.atoms[:, None], place[group.slots]].flatten(1)
+                    group.second = group.second + own.mT @ own
+                rows[s.name] += len(z)
+
+        few = list(itertools.islice(batches, PROBES))
+        sources = {u.source for u in reads.values()}
+        run_pass(self.graph, few, loss_fn, sources=sources, targets=[], weights={}, reader=lambda *_: None, done=done)
+        for s in self.sketches:
+            for group in s.groups:
+                group.second = group.second / rows[s.name]
 
     def _without_expressible(self, own: Sequence[tuple[_Sketch, Projection]], h: Tensor, g: Tensor) -> Tensor:
         """The gradient g at what consumers read, h, where new units see V - dW* h instead of V."""
@@ -323,48 +388,58 @@ def put_rows(gm: fx.GraphModule, use: Projection, name: str, rows: Tensor, value
         values.new.setdefault(use.bias, {})[name, 0] = rows[:, -1]
 
 
-def _solve(gm: fx.GraphModule, s: _Sketch, wanted: int) -> Proposal:
-    """The best directions: left singular vectors of S^(-1/2) N omega, for each group of slots that share N."""
-    steep = next(p for p in s.producers.values() if p.steep.any())
-    if steep.s is None or steep.slope is None:
+def _groups(s: _Sketch) -> list[_Group]:
+    """Bases of (S + eps)^-1 N omega, for S of the inputs."""
+    p = s.steep
+    if p.s is None or p.slope is None:
         raise RuntimeError("nothing was collected")
-    second = mirrored(steep.s).div_(steep.rows)
+    second = mirrored(p.s).div_(p.rows)
     root = factor(second, ridge=INPUT_RIDGE)
-    contexts = list(dict.fromkeys(s.contexts))
+    like = torch.tensor(s.contexts or [-1] * s.atoms)
+    groups = []
+    for context in like.unique().tolist():
+        atoms = (like == context).nonzero().flatten()
+        for own in p.segment[p.steep].unique():
+            slots = ((p.segment == own) & p.steep).nonzero().flatten()
+            slope = p.slope[atoms[:, None], slots].flatten(0, 1).mT
+            basis = torch.linalg.qr(root.solve(slope)).Q
+            basis = basis / (basis * (second @ basis)).sum(0).clamp_min(torch.finfo(basis.dtype).tiny).sqrt()
+            wide = basis.new_zeros(len(basis), slope.shape[1])
+            wide[:, : basis.shape[1]] = basis
+            empty = basis.new_zeros(slope.shape[1], slope.shape[1])
+            groups.append(_Group(None if context < 0 else context, atoms, slots, wide, slope, empty))
+    return groups
+
+
+def _solve(gm: fx.GraphModule, s: _Sketch, wanted: int) -> Proposal:
+    """The best directions: left singular vectors of S^(-1/2) N omega in each group's basis, S of what is put out."""
+    found = [(g, *_directions(g, wanted if g.context is None else 1)) for g in s.groups]
+    contexts = list(dict.fromkeys(g.context for g in s.groups if g.context is not None))
     if contexts:
-        like = torch.tensor(s.contexts)
-        found = [(c, *_directions(steep, steep.slope[like == c], second, root, 1)) for c in contexts]
-        found = sorted(found, key=lambda f: -float(f[2].square().sum()))[:wanted]
-        contexts = [c for c, _, _ in found]
-        best, values = torch.cat([rows for _, rows, _ in found]), torch.cat([v for _, _, v in found])
-    else:
-        best, values = _directions(steep, steep.slope, second, root, wanted)
+        worth = {c: sum(float(v.square().sum()) for g, _, v in found if g.context == c) for c in contexts}
+        contexts = sorted(contexts, key=lambda c: -worth[c])[:wanted]
+    atoms = len(contexts) or wanted
     alpha = {}
     for weight, p in s.producers.items():
-        rows = incoming(gm, p, contexts, len(best))
-        if p is steep:
-            rows = rows.to(best)
-            rows[:, p.steep] = best
+        rows = incoming(gm, p, contexts, atoms)
+        if p is s.steep:
+            rows = rows.to(found[0][1])
+            for g, directions, _ in found:
+                if g.context is None:
+                    rows[:, g.slots] = directions
+                elif g.context in contexts:
+                    rows[contexts.index(g.context), g.slots] = directions[0]
         alpha[weight] = rows.flatten(0, 1)
-    return Proposal(alpha, {}, values.sort(descending=True).values)
+    return Proposal(alpha, {}, torch.cat([v for _, _, v in found]).sort(descending=True).values)
 
 
-def _directions(p: _Producer, slope: Tensor, second: Tensor, root: Factor, atoms: int) -> tuple[Tensor, Tensor]:
-    """Rows for the slots with a slope, `[atoms, steep slots, P]` with unit mean square, and their singular values.
-
-    Slots in one segment are dimensions of one head: they share N, and get one direction each.
-    """
-    slope, segment = slope[:, p.steep], p.segment[p.steep]
-    out, found = slope.new_zeros(atoms, *slope.shape[1:]), []
-    for own in segment.unique():
-        slots = (segment == own).nonzero().flatten()
-        y = slope[:, slots].flatten(0, 1).mT
-        u, values, _ = torch.linalg.svd(root.whiten(y), full_matrices=False)
-        n = min(len(slots) * atoms, int((values > DROP * values[:1]).sum()))
-        alpha = root.unwhiten(u[:, :n])
-        alpha = alpha / (alpha * (second @ alpha)).sum(0).clamp_min(torch.finfo(alpha.dtype).tiny).sqrt()
-        rows = out.new_zeros(len(slots) * atoms, out.shape[-1])
-        rows[:n] = alpha.mT
-        out[:, slots] = rows.unflatten(0, (atoms, len(slots)))
-        found.append(values[:n])
-    return out, torch.cat(found)
+def _directions(g: _Group, atoms: int) -> tuple[Tensor, Tensor]:
+    """Rows for the group's slots, `[atoms, slots, P]` with unit mean square of what they put out, and their values."""
+    root = factor(g.second, ridge=INPUT_RIDGE)
+    u, values, _ = torch.linalg.svd(root.whiten(g.basis.mT @ g.slope), full_matrices=False)
+    n = min(len(g.slots) * atoms, int((values > DROP * values[:1]).sum()))
+    inner = root.unwhiten(u[:, :n])
+    inner = inner / (inner * (g.second @ inner)).sum(0).clamp_min(torch.finfo(inner.dtype).tiny).sqrt()
+    rows = inner.new_zeros(len(g.slots) * atoms, len(g.basis))
+    rows[:n] = (g.basis @ inner).mT
+    return rows.unflatten(0, (atoms, len(g.slots))), values[:n]

@@ -76,7 +76,7 @@ class ValueTracer(fx.Tracer):
         self._seen: dict[tuple[Any, ...], Any] = {}
         self._fixed: set[fx.Node] = set()  # nodes that no input can change
         self._flags: dict[fx.Node, frozenset[str]] = {}  # numbers that depend on a `training` flag
-        self._guessed: set[fx.Node] = set()  # empty tensors whose size depends on data, and numbers made of it
+        self._guessed: set[fx.Node] = set()  # what depends on data: empty tensors, and all that is no tensor
         self._guards: dict[tuple[str, str], fx.Node] = {}
         self._asked: dict[tuple[int, CodeType, int], tuple[tuple[str, str], fx.Node]] = {}
         self._grad_modes: list[tuple[bool, fx.Node]] = []
@@ -171,7 +171,9 @@ class ValueTracer(fx.Tracer):
         if kind != "placeholder" and all(source in self._fixed for source in sources):
             self._fixed.add(node)
         guessed = self.runner.guessed or any(source in self._guessed for source in sources)
-        if guessed and (value.numel() == 0 if isinstance(value, torch.Tensor) else kind != "call_module"):
+        if target is len and not isinstance(sources[0].meta["val"], torch.Tensor):
+            guessed = False  # the items of a list may depend on data, their number rarely does
+        if guessed and (not isinstance(value, torch.Tensor) or value.numel() == 0):
             self._guessed.add(node)
         flags = frozenset().union(*(self._flags.get(source, frozenset()) for source in sources))
         if flags and not isinstance(value, torch.Tensor):
