@@ -7,6 +7,7 @@ ensures:  the next trace keeps a function of that module whole, or else the modu
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -56,7 +57,7 @@ class Obstacles:
         for call in under_way:
             if not inside and call.key not in known and not call.has_parameters:
                 whole = Whole(call.function, call.owner)
-                self.wholes[f"_whole{len(self.wholes)}"] = call, whole
+                self.wholes[self._name(call.function.__name__)] = call, whole
                 self.reasons[whole] = _why(error)
                 return
         for around in _outwards(path):
@@ -70,6 +71,12 @@ class Obstacles:
         """The first error of the module, or of the innermost one in it; a node's own failure says less."""
         inner = [p for p in self._first if p == path or p.startswith(f"{path}.")] if path else []
         return self._first[max(inner, key=len)] if inner and path not in self._first else self._first.get(path, error)
+
+    def _name(self, function: str) -> str:
+        """A name that no part of the model has."""
+        taken = {*self.wholes, *dir(self.model)}
+        names = (f"{function}_whole{i or ''}" for i in itertools.count())
+        return next(name for name in names if name not in taken)
 
     @contextmanager
     def in_the_way(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from torch import nn
 import fxgrow
 from fxgrow._analyse import analyse
 from fxgrow._data import Data
-from fxgrow._sketch import _Copy, _sketch
+from fxgrow._silent import SilentCopy, start
 from fxgrow._statistics import Statistics
 from fxgrow._widths import hidden
 from models.decoder import Decoder
@@ -55,11 +55,11 @@ def sketched(net, data, name, atoms, contexts=()):
     fxgrow._profile._collect(gm, stats, loader, None, False, False)
     stats.finish(torch.Generator())
     updates, _ = fxgrow._profile._project(stats)
-    s = _sketch(h, structure)
+    s = start(h, structure)
     s.atoms, s.contexts = atoms, list(contexts)
     if contexts:
         s.producers["q.weight"].steep[:] = s.producers["k.weight"].steep[:] = False
-    copy = _Copy(gm, structure, stats.consumers, updates, [s], torch.Generator().manual_seed(1))
+    copy = SilentCopy(gm, structure, stats.consumers, updates, [s], torch.Generator().manual_seed(1))
     copy.run(loader, None)
     return copy, s, updates
 
