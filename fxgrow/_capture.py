@@ -17,13 +17,10 @@ from torch.nn.parameter import is_lazy
 from fxgrow._errors import CaptureError
 from fxgrow._modes import guard_modes, merge_modes
 from fxgrow._opaque import Obstacles
-from fxgrow._runtime import in_mode
+from fxgrow._purity import is_pure
 from fxgrow._trace import ValueTracer
 from fxgrow.ops.registry import recognised
 
-_PURE_MODULES = ("torch", "_operator", "math", "builtins", "operator")
-_STATEFUL = ("batch_norm", "instance_norm", "dropout", "rrelu", "rand", "bernoulli", "normal", "multinomial")
-_MUTATING = {"append", "extend", "insert", "pop", "update", "setdefault", "clear", "remove"}
 _KEEP = "fxgrow.non_persistent"
 
 
@@ -163,29 +160,8 @@ def _holds_anything(module: nn.Module) -> bool:
 def _prune(graph: fx.Graph) -> None:
     """Remove nodes nobody uses that change nothing (fx's own pass also removes in-place methods)."""
     for node in reversed(list(graph.nodes)):
-        if not node.users and _is_pure(node):
+        if not node.users and is_pure(node):
             graph.erase_node(node)
-
-
-def _is_pure(node: fx.Node) -> bool:
-    if node.op == "get_attr":
-        return True
-    if node.op == "call_method":
-        name, home = str(node.target), "torch"
-    elif node.op == "call_function" and not node.is_impure():
-        name, home = getattr(node.target, "__name__", ""), getattr(node.target, "__module__", "") or "torch"
-        if home == "_operator" and (name == "setitem" or (name.startswith("i") and name not in _OPERATORS_WITH_I)):
-            return False
-    else:
-        return False
-    changes = name.rstrip("_") != name and not name.endswith("__") and name not in ("and_", "or_")
-    changes = changes or name in _MUTATING or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
-    if changes or any(word in name for word in _STATEFUL):
-        return False
-    return home.split(".")[0] in _PURE_MODULES or node.target is in_mode
-
-
-_OPERATORS_WITH_I = {"is_", "is_not", "invert", "inv", "index", "indexOf", "itemgetter"}
 
 
 def _assemble(model: nn.Module, tracer: ValueTracer, values: tuple[Any, ...]) -> fx.GraphModule:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.utils import _pytree as pytree
 
+import fxgrow
 from fxgrow._capture import capture
 from fxgrow._errors import CaptureError
 from fxgrow._torchvision import import_torchvision
@@ -384,9 +385,54 @@ class AuxInTraining(nn.Module):
         return self.fc(x)
 
 
+class Deep(nn.Module):
+    """Auxiliary heads as GoogLeNet has them: norms, dropout and activations in place that only training reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.fc = nn.Linear(6, 8), nn.Linear(8, 2)
+        self.aux = nn.ModuleList([nn.Linear(8, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)])
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        extra = None
+        if self.training:
+            extra = self.aux[2](F.relu(self.aux[1](self.aux[0](x)), inplace=True))
+        x = self.fc(x)
+        return {"out": x, "aux": extra} if extra is not None else x
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("make", [AuxInTraining, Deep])
+def test_what_one_mode_alone_returns(make: Any, training: bool) -> None:
+    model = make().train(training)
+    gm = capture(model, rows(2))
+    statistics = {n: b.clone() for n, b in model.named_buffers()}
+    for mode in (False, True):
+        x = rows(5)
+        expected = copy.deepcopy(model).train(mode)(*x)
+        run = copy.deepcopy(gm).train(mode)
+        assert same(run(*x), expected)
+        wide = fxgrow.widen(gm, rows(2), {w.name: w.step for w in fxgrow.widths(gm) if w.pinned is None})
+        assert make is AuxInTraining or wide.stem.out_features == 9
+        assert same(wide.train(mode)(*x), expected)
+        moved = any(not torch.equal(b, statistics[n]) for n, b in run.named_buffers())
+        assert moved == (mode and bool(statistics))
+
+
+class NormInEval(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.norm = nn.Linear(6, 6), nn.BatchNorm1d(6)
+
+    def forward(self, x):
+        return self.fc(x) if self.training else self.norm(self.fc(x))
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_a_graph_for_one_mode_refuses_the_other(training: bool) -> None:
-    model = AuxInTraining().train(training)
+    # in training the norm of eval mode would take statistics
+    model = NormInEval().train(training)
     gm = capture(model, rows(2))
     x = rows(5)
     assert same(gm(*x), model(*x))

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from fxgrow._axes import Axis, Dims, Var, axis_of, fixed, is_fixed, length, product, resolve
+from fxgrow._runtime import in_mode
 from fxgrow.ops.pointwise import broadcast
 from fxgrow.ops.registry import Context, Unsupported, op
 from fxgrow.ops.shape import flat
@@ -35,6 +36,16 @@ def cat(ctx: Context, tensors: Sequence[Dims], dim: int = 0, axis: int | None = 
                 ctx.same(a, b)
     first = tensors[0]
     return Dims(sum((t[dim] for t in tensors), ()) if i == dim else a for i, a in enumerate(first))
+
+
+@op(in_mode)
+def choose(ctx: Context, training: Any, if_training: Any, if_eval: Any) -> Dims:
+    """One of two tensors, by the module's mode."""
+    if not (isinstance(if_training, Dims) and isinstance(if_eval, Dims)) or len(if_training) != len(if_eval):
+        raise Unsupported("it is one thing in train and another in eval mode")
+    for a, b in zip(if_training, if_eval, strict=True):
+        ctx.same(a, b)
+    return if_training
 
 
 @op(torch.stack)

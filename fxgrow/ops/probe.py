@@ -223,7 +223,8 @@ def _method(method: str) -> Callable[..., Any]:
 
 def _is_switch(node: fx.Node) -> bool:
     """A number that differs between train and eval mode."""
-    return node.target is in_mode or isinstance(node.meta["val"], bool)
+    value = node.meta["val"]
+    return isinstance(value, bool) or (node.target is in_mode and not isinstance(value, Tensor))
 
 
 def _switch(node: fx.Node, training: bool) -> Any:
