@@ -39,9 +39,11 @@ def merge_modes(tracer: ValueTracer, other: ValueTracer) -> bool:
     kinds = {key: i for i, key in enumerate(dict.fromkeys(keys[0] + keys[1]))}
     mine_kinds, your_kinds = ([kinds[k] for k in own] for own in keys)
     steps = SequenceMatcher(None, mine_kinds, your_kinds, autojunk=False).get_opcodes()
-    training = next(iter(tracer.branches.values()))[1]
+    training, *others = {value for _, value, _ in tracer.branches.values()}
     mine_only = {n for kind, a, b, _, _ in steps if kind != "equal" for n in ours[a:b]}
     yours_only = {n for kind, _, _, a, b in steps if kind != "equal" for n in theirs[a:b]}
+    if others and (mine_only or yours_only):
+        return False  # captured with parts in train and parts in eval mode
     if not all(_leaves_no_trace(tracer, n, training, mine_only) for n in mine_only):
         return False
     if not all(_leaves_no_trace(other, n, not training, yours_only) for n in yours_only):
@@ -67,7 +69,6 @@ def merge_modes(tracer: ValueTracer, other: ValueTracer) -> bool:
                 same = [_equal(x, y, pairs, extra) for x, y in ((mine.args, yours.args), (mine.kwargs, yours.kwargs))]
                 if not all(same):
                     changes.append((mine, yours.args, yours.kwargs))
-                    # what is chosen from different nodes is the same node from here on
                 pairs[yours] = mine
     except _Different:
         return False
@@ -105,8 +106,8 @@ def _leaves_no_trace(tracer: ValueTracer, node: fx.Node, training: bool, own: se
     Norms that only training reaches use their own flag and keep their statistics in eval mode; those that only eval
     mode reaches would be fed in training.
     """
-    if node.op in ("placeholder", "output"):
-        return False
+    if node.op in ("placeholder", "output") or (node.op == "get_attr" and str(node.target) in tracer.constants):
+        return False  # constants are numbered by each trace on its own
     if node.op == "call_module":
         module = tracer.root.get_submodule(str(node.target))
         return training or not any(isinstance(m, (_NormBase, _DropoutNd)) for m in module.modules())
