@@ -122,16 +122,23 @@ def _rows(
         rows = proposal.alpha.get(p.weight)
         if rows is None:
             continue
-        weight, k = lookup(gm, p.weight), len(where[p.weight][h.width.name, p.out_dim])
-        features = rows[:k, :-1] if p.bias is not None else rows[:k]
-        missing = k - len(features)
-        drawn = torch.randn(missing, features.shape[1], generator=generator) * (2 / features.shape[1]) ** 0.5
-        features = torch.cat([features, drawn.to(features)])
-        slices = features.mT if p.out_dim == 1 else features.reshape(k, *weight.shape[1:])
-        values.new.setdefault(p.weight, {})[h.width.name, p.out_dim] = slices
+        k = len(where[p.weight][h.width.name, p.out_dim])
+        missing = k - len(rows[:k])
+        drawn = torch.randn(missing, rows.shape[1] - (p.bias is not None), generator=generator)
+        drawn = drawn.to(rows) * (2 / max(1, drawn.shape[1])) ** 0.5
         if p.bias is not None:
-            bias = torch.cat([rows[:k, -1], rows.new_zeros(missing)])
-            values.new.setdefault(p.bias, {})[h.width.name, 0] = bias
+            drawn = torch.cat([drawn, drawn.new_zeros(missing, 1)], 1)
+        put_rows(gm, p, h.width.name, torch.cat([rows[:k], drawn]), values)
+
+
+def put_rows(gm: fx.GraphModule, use: Projection, name: str, rows: Tensor, values: Values) -> None:
+    """Enters incoming weights `[units, P (+ 1)]` as new slices of a weight and its bias."""
+    weight = lookup(gm, use.weight)
+    features = rows[:, :-1] if use.bias is not None else rows
+    slices = features.mT if use.out_dim == 1 else features.reshape(len(rows), *weight.shape[1:])
+    values.new.setdefault(use.weight, {})[name, use.out_dim] = slices
+    if use.bias is not None:
+        values.new.setdefault(use.bias, {})[name, 0] = rows[:, -1]
 
 
 def _pass_on(

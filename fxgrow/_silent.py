@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from fxgrow._axes import Axis, Var, resolve
-from fxgrow._candidates import places
+from fxgrow._candidates import places, put_rows
 from fxgrow._consumer import Consumer, rows_for, some_rows
 from fxgrow._data import Batch, LossFn
 from fxgrow._gram import accumulating, add_gram
@@ -144,7 +144,7 @@ class SilentCopy:
                 alpha = group.basis.mT.unflatten(0, (len(group.atoms), len(group.slots)))
                 rows[group.atoms[:, None], group.slots] = alpha.to(rows)
             rows = rows.flatten(0, 1)
-            _put_rows(gm, p.use, s.name, rows, values)
+            put_rows(gm, p.use, s.name, rows, values)
             p.slope, p.s, p.rows, p.features = None, None, 0, rows.shape[1]
 
     def _outgoing(self, gm: fx.GraphModule, s: Sketch, values: Values) -> None:
@@ -298,13 +298,3 @@ def incoming(gm: fx.GraphModule, p: Producer, contexts: Sequence[int], atoms: in
     if contexts:
         rows[:, ~p.steep] = matrix[p.old[contexts][:, ~p.steep]]
     return rows
-
-
-def _put_rows(gm: fx.GraphModule, use: Projection, name: str, rows: Tensor, values: Values) -> None:
-    """Enters incoming weights `[units, P (+ 1)]` as new slices of a weight and its bias."""
-    weight = lookup(gm, use.weight)
-    features = rows[:, :-1] if use.bias is not None else rows
-    slices = features.mT if use.out_dim == 1 else features.reshape(len(rows), *weight.shape[1:])
-    values.new.setdefault(use.weight, {})[name, use.out_dim] = slices
-    if use.bias is not None:
-        values.new.setdefault(use.bias, {})[name, 0] = rows[:, -1]
