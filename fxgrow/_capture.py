@@ -45,8 +45,8 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
         ``gm.meta["example_inputs"]`` the inputs in the order of the placeholders.
 
     Raises:
-        CaptureError: the inputs do not fit, the model's code fails on them, or the code of the model itself (not
-            of one of its submodules) looks at a tensor's values.
+        CaptureError: the inputs do not fit, the model's code fails on them, or the model's own ``forward``
+            (not a function it calls, nor a submodule) looks at a tensor's values.
 
     Example:
         >>> import torch, fxgrow

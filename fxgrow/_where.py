@@ -11,8 +11,8 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 _INTERNAL = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.abspath(__file__)) + os.sep)
 _DATA_HINT = (
-    "A graph cannot follow a decision on the data: write it with torch.where, or move it into a function of "
-    "its own marked with torch.fx.wrap."
+    "A graph cannot follow a decision on the data: write it with torch.where, or move it into a function of its own, "
+    "which is then kept whole."
 )
 
 
