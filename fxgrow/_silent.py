@@ -192,7 +192,8 @@ class SilentCopy:
             loss_fn,
             sources={*readers, *(u.source for uses in written.values() for u in uses)},
             targets=[],
-            weights={n: lookup(self.graph, n) for n in sorted(names)},
+            # a frozen bias too: new units may have any, and the copy is ours
+            weights={n: lookup(self.graph, n).requires_grad_() for n in sorted(names)},
             reader=lambda seen, node, v: None,
             done=done,
             corrections={node: partial(self._without_expressible, own) for node, own in readers.items()},

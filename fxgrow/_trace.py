@@ -171,7 +171,7 @@ class ValueTracer(fx.Tracer):
         if kind != "placeholder" and all(source in self._fixed for source in sources):
             self._fixed.add(node)
         guessed = self.runner.guessed or any(source in self._guessed for source in sources)
-        if target is len and not isinstance(sources[0].meta["val"], torch.Tensor):
+        if target is len and sources and not isinstance(sources[0].meta["val"], torch.Tensor):
             guessed = False  # the items of a list may depend on data, their number rarely does
         if guessed and (not isinstance(value, torch.Tensor) or value.numel() == 0):
             self._guessed.add(node)

@@ -138,3 +138,16 @@ def test_other_methods_do_without(method):
     net, data = Attention(heads=2), [(x.float(), y) for x, y in batches()]
     profile = fxgrow.profile(net, data, method=method, widths=["v"], progress=False)
     assert profile.proposals["v"].alpha == {}
+
+
+@pytest.mark.parametrize("bias", ["q.bias", "v.bias", "o.bias"])
+def test_frozen_biases_stay_frozen(bias):
+    torch.manual_seed(0)
+    net, data = Attention(heads=None if bias == "q.bias" else 2), [(x.float(), y) for x, y in batches(4)]
+    net.get_parameter(bias).requires_grad_(False)
+    profile = fxgrow.profile(net, data, progress=False)
+    assert any(p.alpha for p in profile.proposals.values())
+    assert not net.get_parameter(bias).requires_grad
+    name = next(n for n, p in profile.proposals.items() if p.alpha)
+    grown = fxgrow.apply(profile.gm, fxgrow.plan(profile, neurons={name: profile[name].width.step}))
+    assert [p.requires_grad for p in grown.parameters()] == [p.requires_grad for p in net.parameters()]
