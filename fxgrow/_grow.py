@@ -18,7 +18,6 @@ from fxgrow._data import Batch, Data, LossFn, check_device, random_state_kept
 from fxgrow._decide import plan as make_plan
 from fxgrow._errors import PlanError
 from fxgrow._into import check_into, into_module, keep_record
-from fxgrow._norms import follow
 from fxgrow._optim import repoint
 from fxgrow._plan import Plan
 from fxgrow._profile import profile as make_profile
@@ -209,11 +208,11 @@ def _apply_best(
     if not decided.units:
         same = {mode: (loss, loss) for mode, loss in before.items()}
         return copy_graph(gm), _Outcome(Growth(decided, found, None, same, pinned, {}, decided.reason), {})
-    line = Line(gm, decided)
+    line = Line(gm, decided, held)
     check_function(gm, line.move(0.0), gm.meta["example_inputs"])
-    result = search(line, held, loss_fn)
+    result = search(line, loss_fn, found.method.share, follow=update_existing)
     declined = None
-    gamma = result.best * found.method.share
+    gamma = result.applied
     if result.best == 0.0 and decided.outgoing:
         declined = "no step along the proposed units lowers the held-back loss (gamma = 0 wins)"
         if not forced:
@@ -221,13 +220,12 @@ def _apply_best(
             same = {mode: (loss, loss) for mode, loss in before.items()}
             return copy_graph(gm), _Outcome(Growth(plan, found, result, same, pinned, {}, declined), {})
         declined = None
-    grown = line.move(gamma)
-    if gamma and update_existing:
-        decided = follow(line, gamma, held)
-    after = _losses(grown, held, loss_fn)
+    if gamma:
+        decided = line.plan_here(gamma)
+    after = _losses(line.graph, held, loss_fn)
     losses = {mode: (before[mode], after[mode]) for mode in before}
     record = Growth(decided.scaled(gamma), found, result, losses, pinned, {}, declined)
-    return grown, _Outcome(record, line.index)
+    return line.graph, _Outcome(record, line.index)
 
 
 def _losses(gm: fx.GraphModule, held: list[Batch], loss_fn: LossFn | None) -> dict[str, float]:

@@ -6,74 +6,98 @@ eval mode the running statistics would lag behind until training has moved them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from fxgrow._analyse import analyse
-from fxgrow._candidates import places
 from fxgrow._data import Batch
-from fxgrow._pass import forward
-from fxgrow._plan import Plan
-from fxgrow._rewrite import Values, lookup
-from fxgrow._search import Line, batch_statistics, norms_of
+from fxgrow._pass import eval_mode
+
+#: mean and variance of what enters a norm, per channel, averaged over batches
+Moments = tuple[Tensor, Tensor]
 
 
-def follow(line: Line, gamma: float, batches: Sequence[Batch]) -> Plan:
-    """The line's plan with running statistics moved as the batch statistics move from 0 to gamma.
+def norms_of(gm: nn.Module) -> dict[str, _BatchNorm]:
+    """Norms that training would feed with batch statistics; a frozen one keeps its own."""
+    return {
+        name: m
+        for name, m in gm.named_modules()
+        if isinstance(m, _BatchNorm)
+        and m.running_mean is not None
+        and m.track_running_stats
+        and (m.weight is None or m.weight.requires_grad)
+    }
 
-    The graph of the line is left at gamma, its running statistics moved too.
+
+class Norms:
+    """The norms of a graph that moves along gamma.
+
+    Attributes:
+        live: norms see batch statistics in training. A batch of one sample has none: where there is one, norms keep
+            their running ones.
     """
-    before = _measure(line.move(0.0), batches)
-    graph = line.move(gamma)
-    after = _measure(graph, batches)
-    plan = line.plan
-    structure = analyse(line.original)
-    where = places(structure, plan.units)
-    new, delta = {n: dict(s) for n, s in plan.values.new.items()}, dict(plan.values.delta)
-    for name, (mean, var) in after.items():
-        old_mean, old_var = before[name]
-        growth = torch.where(old_var > 0, var / old_var, 1.0) - 1
-        for key in ("running_mean", "running_var"):
-            full = f"{name}.{key}"
-            buffer = lookup(graph, full)
-            shift = (mean - old_mean if key == "running_mean" else buffer * growth).to(buffer)
-            if not bool(shift.any()):
-                continue
-            buffer += shift
-            for (width, dim), positions in where.get(full, {}).items():
-                new.setdefault(full, {})[width, dim] = buffer[positions.to(buffer.device)].clone()
-            (old,) = line.index.get(full, (None,))
-            # a plan multiplies its deltas by gamma
-            delta[full] = (shift if old is None else shift[old.to(shift.device)]) / gamma
-    return replace(plan, values=Values(new, delta, plan.values.corner))
+
+    def __init__(self, gm: fx.GraphModule, batches: Sequence[Batch]) -> None:
+        self.graph = gm
+        self.norms = norms_of(gm)
+        self.live = bool(self.norms) and all(b.size > 1 for b in batches)
+        self._running = {name: (_buffers(m)[0].clone(), _buffers(m)[1].clone()) for name, m in self.norms.items()}
+
+    @contextlib.contextmanager
+    def batch_statistics(self) -> Iterator[dict[str, Moments]]:
+        """Eval mode, but norms use the statistics of each batch and leave their running ones alone.
+
+        The dictionary holds these statistics when the block ends.
+        """
+        seen: dict[str, list[Moments]] = {}
+        found: dict[str, Moments] = {}
+
+        def see(name: str, x: Tensor) -> None:
+            rows = x.transpose(0, 1).flatten(1)
+            rows = rows if rows.dtype == torch.float64 else rows.float()
+            seen.setdefault(name, []).append((rows.mean(1), rows.var(1)))
+
+        with eval_mode(self.graph):
+            norms = self.norms if self.live else {}
+            hooks = [
+                m.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0])) for name, m in norms.items()
+            ]
+            try:
+                for m in norms.values():
+                    m.training, m.track_running_stats = True, False
+                yield found
+            finally:
+                for m in norms.values():
+                    m.track_running_stats = True
+                for hook in hooks:
+                    hook.remove()
+        for name, pairs in seen.items():
+            mean, var = (torch.stack(each).mean(0) for each in zip(*pairs, strict=True))
+            found[name] = mean, var
+
+    def follow(self, start: Mapping[str, Moments], now: Mapping[str, Moments]) -> None:
+        """Moves running statistics as batch statistics moved from `start` to `now`."""
+        for name, (mean, var) in now.items():
+            (old_mean, old_var), (base_mean, base_var) = start[name], self._running[name]
+            running_mean, running_var = _buffers(self.norms[name])
+            running_mean.copy_(base_mean + (mean - old_mean))
+            running_var.copy_(base_var * torch.where(old_var > 0, var / old_var, 1.0))
+
+    def shifts(self) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per buffer that has moved: where it is now, and by how much."""
+        out = {}
+        for name, m in self.norms.items():
+            for key, buffer, base in zip(
+                ("running_mean", "running_var"), _buffers(m), self._running[name], strict=True
+            ):
+                if not torch.equal(buffer, base):
+                    out[f"{name}.{key}"] = buffer, buffer - base
+        return out
 
 
-def _measure(gm: fx.GraphModule, batches: Sequence[Batch]) -> dict[str, tuple[Tensor, Tensor]]:
-    """Mean and variance of what enters each norm, per channel, averaged over batches."""
-    sums: dict[str, tuple[Tensor, Tensor]] = {}
-    count: dict[str, int] = {}
-
-    def see(name: str, x: Tensor) -> None:
-        rows = x.transpose(0, 1).flatten(1)
-        rows = rows if rows.dtype == torch.float64 else rows.float()
-        mean, var = rows.mean(1), rows.var(1)
-        old = sums.get(name)
-        sums[name] = (mean, var) if old is None else (old[0] + mean, old[1] + var)
-        count[name] = count.get(name, 0) + 1
-
-    if any(b.size < 2 for b in batches):
-        return {}
-    hooks = [
-        m.register_forward_pre_hook(lambda _, args, name=name: see(name, args[0])) for name, m in norms_of(gm).items()
-    ]
-    try:
-        with torch.no_grad(), batch_statistics(gm, batches):
-            for batch in batches:
-                forward(gm, gm, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return {name: (m / count[name], v / count[name]) for name, (m, v) in sums.items()}
+def _buffers(m: _BatchNorm) -> tuple[Tensor, Tensor]:
+    assert m.running_mean is not None and m.running_var is not None
+    return m.running_mean, m.running_var

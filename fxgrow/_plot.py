@@ -131,22 +131,28 @@ def _line_search(axes: Axes, growth: Growth) -> None:
     start = search.losses[0]
     axes.axhline(start, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
     axes.plot(search.gammas, search.losses, color=INK, linewidth=1.4, marker="o", markersize=4, zorder=3)
+    if search.eval_losses != search.losses:
+        axes.plot(search.gammas, search.eval_losses, color=MUTED, linewidth=1.2, marker="o", markersize=3, zorder=2)
+        axes.annotate("eval mode", (search.gammas[-1], search.eval_losses[-1]), (0, -12), textcoords="offset points",
+                      ha="center", fontsize=8, color=MUTED)  # fmt: skip
     axes.annotate("without growth", (max(search.gammas) / 2, start), (0, 4), textcoords="offset points",
                   ha="center", fontsize=8, color=MUTED)  # fmt: skip
     chosen = growth.plan.scale
     if growth.plan.units:
         axes.axvline(chosen, color=CHOSEN, linewidth=1, alpha=0.5)
-        axes.plot([chosen], [growth.losses["eval"][1]], marker="o", markersize=9, color=CHOSEN, zorder=4)
+        axes.plot([chosen], [growth.losses["train"][1]], marker="o", markersize=9, color=CHOSEN, zorder=4)
         axes.annotate(f"γ = {chosen:.3g} applied", (chosen, 0.93), (5, 0), xycoords=("data", "axes fraction"),
                       textcoords="offset points", fontsize=8.5, color=CHOSEN, fontweight="bold")  # fmt: skip
     if search.best not in (0.0, chosen):
         axes.annotate(f"best: {search.best:.3g}", (search.best, min(search.losses)), (0, -13),
                       textcoords="offset points", ha="center", fontsize=8, color=MUTED)  # fmt: skip
-    low, high = min(search.losses), min(max(search.losses), start + 2.5 * (start - min(search.losses)) + 1e-12)
+    lowest = min(search.losses)
+    low = min(lowest, *search.eval_losses)
+    high = min(max(search.losses), max(start, search.eval_losses[0]) + 2.5 * (start - lowest) + 1e-12)
     margin = 0.2 * max(high - low, 1e-3 * abs(start), 1e-12)
     axes.set_ylim(low - margin, high + margin)
     axes.set_xlabel("γ: scale of the new outgoing weights and of δW", fontsize=8.5, color=MUTED)
-    axes.set_ylabel("held-back loss (eval)", fontsize=8.5, color=MUTED)
+    axes.set_ylabel("held-back loss (train mode)", fontsize=8.5, color=MUTED)
     axes.grid(color=GRID, linewidth=0.7)
     _frame(axes)
 

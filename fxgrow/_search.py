@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, fx
 
+from fxgrow._analyse import analyse
+from fxgrow._candidates import places
 from fxgrow._data import Batch, LossFn, loss_of
+from fxgrow._norms import Moments, Norms
 from fxgrow._pass import eval_mode, forward
 from fxgrow._plan import Plan
-from fxgrow._rewrite import rewrite
+from fxgrow._rewrite import Values, rewrite
 
 #: gamma moves by this factor, at most so many times
 STRIDE, STRIDES = 4.0, 12
@@ -28,23 +29,31 @@ class Search:
     Attributes:
         gammas: the values tried, 0 first.
         losses: mean held-back loss at each, without dropout, norms on batch statistics as in training.
+        eval_losses: the same in eval mode, with the running statistics that growth by this gamma leaves.
         best: the gamma with the smallest loss.
+        applied: the gamma to apply, one of `gammas`.
     """
 
     gammas: tuple[float, ...]
     losses: tuple[float, ...]
+    eval_losses: tuple[float, ...]
+    best: float
+    applied: float
 
     @property
-    def best(self) -> float:
-        return self.gammas[min(range(len(self.losses)), key=self.losses.__getitem__)]
+    def predicted(self) -> dict[str, float]:
+        """The loss in eval and in train mode at the gamma to apply."""
+        at = self.gammas.index(self.applied)
+        return {"eval": self.eval_losses[at], "train": self.losses[at]}
 
 
 class Line:
-    """A grown graph whose parameters move along gamma."""
+    """A grown graph that moves along gamma, and the held-back batches it is measured on."""
 
-    def __init__(self, gm: fx.GraphModule, plan: Plan) -> None:
-        self.original, self.plan = gm, plan
+    def __init__(self, gm: fx.GraphModule, plan: Plan, batches: Sequence[Batch]) -> None:
+        self.original, self.plan, self.batches = gm, plan, batches
         self.graph, self.index = self._rewritten(0.0)
+        self.norms = Norms(self.graph, batches)
         whole = dict(self._rewritten(1.0)[0].named_parameters())
         # new entries and updates of old ones move at one rate, unless incoming weights share gamma
         units = dict(self._rewritten(1.0, update=False)[0].named_parameters()) if plan.symmetric else whole
@@ -61,41 +70,25 @@ class Line:
         return rewrite(self.original, self.plan.units, self.plan.at(gamma, update), torch.Generator().manual_seed(0))
 
     def move(self, gamma: float) -> fx.GraphModule:
-        """The graph at this gamma, the same object every time."""
+        """The graph with the parameters of this gamma, the same object every time."""
         power = gamma**0.5 if self.plan.symmetric else gamma
         with torch.no_grad():
             for p, base, new, update in self.steps:
                 p.copy_(base + power * new + gamma * update)
         return self.graph
 
-
-def norms_of(gm: nn.Module) -> dict[str, _BatchNorm]:
-    """Norms that training would feed with batch statistics; a frozen one keeps its own."""
-    return {
-        name: m
-        for name, m in gm.named_modules()
-        if isinstance(m, _BatchNorm)
-        and m.running_mean is not None
-        and m.track_running_stats
-        and (m.weight is None or m.weight.requires_grad)
-    }
-
-
-@contextlib.contextmanager
-def batch_statistics(gm: nn.Module, batches: Sequence[Batch]) -> Iterator[None]:
-    """Eval mode, but norms use the statistics of each batch and leave their running ones alone.
-
-    A batch of one sample has no statistics: where there is one, norms stay in eval mode.
-    """
-    with eval_mode(gm):
-        norms = list(norms_of(gm).values()) if all(b.size > 1 for b in batches) else []
-        try:
-            for m in norms:
-                m.training, m.track_running_stats = True, False
-            yield
-        finally:
-            for m in norms:
-                m.track_running_stats = True
+    def plan_here(self, gamma: float) -> Plan:
+        """The plan, with the running statistics that the graph has now, at this gamma."""
+        where = places(analyse(self.original), self.plan.units)
+        values = self.plan.values
+        new, delta = {n: dict(s) for n, s in values.new.items()}, dict(values.delta)
+        for name, (buffer, shift) in self.norms.shifts().items():
+            for (width, dim), positions in where.get(name, {}).items():
+                new.setdefault(name, {})[width, dim] = buffer[positions.to(buffer.device)].clone()
+            (old,) = self.index.get(name, (None,))
+            # a plan multiplies its deltas by gamma
+            delta[name] = (shift if old is None else shift[old.to(shift.device)]) / gamma
+        return replace(self.plan, values=Values(new, delta, values.corner))
 
 
 def mean_loss(graph: fx.GraphModule, batches: Sequence[Batch], loss_fn: LossFn | None) -> float:
@@ -107,37 +100,63 @@ def mean_loss(graph: fx.GraphModule, batches: Sequence[Batch], loss_fn: LossFn |
     return total / max(1, sum(b.size for b in batches))
 
 
-def search(line: Line, batches: Sequence[Batch], loss_fn: LossFn | None) -> Search:
+def search(line: Line, loss_fn: LossFn | None, share: float = 1.0, follow: bool = True) -> Search:
     """Starts at the plan's scale, moves by factors of `STRIDE` while the loss falls, then closes in on the best.
 
-    With the running statistics of BatchNorm the loss would credit a step for what training normalises away at once.
+    With the running statistics of BatchNorm the loss would credit a step for what training normalises away at once: the
+    search minimises the loss in train mode, and sees the one in eval mode beside it.
 
     The predicted scale rests on the gradients' second moment, which is the curvature of a likelihood only: for other
     losses it can be off by orders of magnitude, so the search goes as far as it must, in both directions.
+
+    Args:
+        line: the graph that moves; left at the gamma to apply, with the running statistics there.
+        loss_fn: see `fxgrow.profile`.
+        share: the part of the best gamma to apply.
+        follow: running statistics move as batch statistics do.
     """
-    losses: dict[float, float] = {}
-    with batch_statistics(line.graph, batches):
+    norms, batches = line.norms, line.batches
+    start: dict[str, Moments] = {}
+    losses: dict[float, tuple[float, float]] = {}
 
-        def at(gamma: float) -> float:
-            if gamma not in losses:
-                losses[gamma] = mean_loss(line.move(gamma), batches, loss_fn)
-            return losses[gamma]
-
-        gamma = line.plan.scale if line.plan.scale > 0 else 1.0
-        start = at(0.0)
-        if at(gamma) < start:
-            for _ in range(STRIDES):
-                if not at(gamma * STRIDE) < at(gamma):
-                    break
-                gamma *= STRIDE
+    def see(gamma: float) -> None:
+        graph = line.move(gamma)
+        with norms.batch_statistics() as moments:
+            train = mean_loss(graph, batches, loss_fn)
+        if gamma == 0.0:
+            start.update(moments)
+        if follow:
+            norms.follow(start, moments)
+        if norms.live:
+            with eval_mode(graph):
+                losses[gamma] = train, mean_loss(graph, batches, loss_fn)
         else:
-            for _ in range(STRIDES):
-                gamma /= STRIDE
-                if at(gamma) < start:
-                    break
-        for ratio in (2.0, 2**0.5):
-            gamma = min(losses, key=at)
-            if gamma:
-                at(gamma / ratio)
-                at(gamma * ratio)
-    return Search(tuple(sorted(losses)), tuple(losses[g] for g in sorted(losses)))
+            losses[gamma] = train, train
+
+    def at(gamma: float) -> float:
+        if gamma not in losses:
+            see(gamma)
+        return losses[gamma][0]
+
+    gamma = line.plan.scale if line.plan.scale > 0 else 1.0
+    unchanged = at(0.0)
+    if at(gamma) < unchanged:
+        for _ in range(STRIDES):
+            if not at(gamma * STRIDE) < at(gamma):
+                break
+            gamma *= STRIDE
+    else:
+        for _ in range(STRIDES):
+            gamma /= STRIDE
+            if at(gamma) < unchanged:
+                break
+    for ratio in (2.0, 2**0.5):
+        gamma = min(losses, key=at)
+        if gamma:
+            at(gamma / ratio)
+            at(gamma * ratio)
+    best = min(losses, key=at)
+    see(best * share)
+    gammas = tuple(sorted(losses))
+    train, held = zip(*(losses[g] for g in gammas), strict=True)
+    return Search(gammas, train, held, best, best * share)
