@@ -121,7 +121,7 @@ def _bind(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], Callab
 
 def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]], Any]) -> ValueTracer:
     """Trace until train and eval mode are both described, or the other one is refused."""
-    leaves: frozenset[nn.Module] = frozenset()
+    leaves = frozenset(module for module in model.modules() if _asks_for_mode(module))
     obstacles = Obstacles(model)
     while True:
         tracer = ValueTracer(inputs, call, leaves, opaque=obstacles.reasons)
@@ -132,7 +132,6 @@ def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]],
             obstacles.go_around(tracer.failed_in, error, tracer.under_way)
             continue
         innermost = {model.get_submodule(path) for path, _, _ in tracer.branches.values() if path}
-        # The likes of DropPath: nothing inside to grow, so the whole module may as well be one node.
         small = {module for module in innermost if isinstance(module, _NormBase) or not _holds_anything(module)}
         if small <= leaves:
             break
@@ -151,6 +150,12 @@ def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]],
             guard_modes(tracer)
     tracer.wholes.update({name: whole for name, (_, whole) in obstacles.wholes.items()})
     return tracer
+
+
+def _asks_for_mode(module: nn.Module) -> bool:
+    """The likes of DropPath: nothing inside to grow, so the whole module may as well be one node."""
+    code = getattr(type(module).forward, "__code__", None)
+    return code is not None and "training" in code.co_names and not _holds_anything(module)
 
 
 def _holds_anything(module: nn.Module) -> bool:
@@ -230,9 +235,13 @@ def _without_fast_path() -> Iterator[None]:
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Give every module its attributes back, and the random generators their state."""
     saved: list[tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]] = []
+    containers = dict, list, set
     for module in model.modules():
         attributes = vars(module)
-        contents = [(value, value.copy()) for value in attributes.values() if isinstance(value, (dict, list, set))]
+        # most are empty: hooks that nobody registered
+        contents = [
+            (value, value.copy() if value else ()) for value in attributes.values() if isinstance(value, containers)
+        ]
         saved.append((attributes, dict(attributes), contents))
     state = random.getstate()
     try:
@@ -243,6 +252,8 @@ def _untouched(model: nn.Module) -> Iterator[None]:
             attributes.clear()
             attributes.update(before)
             for container, content in contents:
+                if not content and not container:
+                    continue
                 container.clear()
                 if isinstance(container, list):
                     container.extend(content)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 from collections.abc import Iterator
 from typing import Any
@@ -11,7 +12,11 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
+from fxgrow._meta import fake_tensor
+from fxgrow._meta import run as run_on_meta
 from fxgrow._where import looks_at_data
+
+_isinstance, _NOTHING = builtins.isinstance, contextlib.nullcontext()
 
 
 class FakeRunner:
@@ -26,14 +31,16 @@ class FakeRunner:
         self.guessed = False
 
     @contextlib.contextmanager
-    def quiet(self) -> Iterator[None]:
+    def quiet(self, fake: bool = True) -> Iterator[None]:
         """Run torch code on fake values: nothing is recorded, no gradients are kept."""
         before, self.silent = self.silent, True
+        # What a tracer puts in the way has nothing to say here, and asking it costs time.
+        patched, builtins.isinstance = builtins.isinstance, _isinstance
         try:
-            # The tracer's function mode has nothing to say here, and asking it costs time.
-            with self.mode, torch.no_grad(), torch._C.DisableTorchFunction():
+            with self.mode if fake else _NOTHING, torch.no_grad(), torch._C.DisableTorchFunction():
                 yield
         finally:
+            builtins.isinstance = patched
             self.silent = before
 
     def call(self, node: fx.Node, root: nn.Module) -> Any:
@@ -41,10 +48,14 @@ class FakeRunner:
         args = fx.node.map_arg(node.args, lambda source: source.meta["val"])
         kwargs = fx.node.map_arg(node.kwargs, lambda source: source.meta["val"])
         self.guessed = False
+        module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        with self.quiet(fake=False):
+            value = run_on_meta(module or node.target, args, kwargs, self.mode)
+        if value is not None:
+            return value
         try:
             with self.quiet():
-                if node.op == "call_module":
-                    module = root.get_submodule(str(node.target))
+                if module is not None:
                     with self._fake_state(module):
                         # Not __call__: hooks are the user's and must not see fake tensors.
                         return module.forward(*args, **kwargs)
@@ -69,7 +80,7 @@ class FakeRunner:
         """The same value with fake tensors, in nested tuples, lists and dicts too."""
         kind = type(value)
         if isinstance(value, torch.Tensor):
-            return value if isinstance(value, FakeTensor) else self.mode.from_tensor(value)
+            return value if isinstance(value, FakeTensor) else fake_tensor(value, self.mode)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return kind(*(self.fake(item) for item in value))
         if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
@@ -86,8 +97,10 @@ class FakeRunner:
             attributes = vars(part)
             saved.append((attributes, attributes["_parameters"], attributes["_buffers"]))
             for kind in ("_parameters", "_buffers"):
-                if attributes[kind]:
-                    attributes[kind] = self.fake(attributes[kind])
+                attributes[kind] = {
+                    name: None if tensor is None else fake_tensor(tensor, self.mode)
+                    for name, tensor in attributes[kind].items()
+                }
         try:
             yield
         finally:
@@ -112,12 +125,26 @@ def set_value(node: fx.Node, value: Any) -> None:
         nonlocal found
         if isinstance(item, torch.Tensor):
             found = True
-            return _extract_tensor_metadata(item)
+            return _metadata(item)
         return item
 
-    meta = fx.node.map_aggregate(value, extract)
+    with torch._C.DisableTorchFunction():
+        meta = fx.node.map_aggregate(value, extract)
     if found:
         node.meta["tensor_meta"] = meta
+
+
+_known: dict[Any, Any] = {}
+
+
+def _metadata(tensor: torch.Tensor) -> Any:
+    """A network has few different ones, and finding the memory format takes long."""
+    if tensor.is_quantized or tensor.layout is not torch.strided:
+        return _extract_tensor_metadata(tensor)
+    key = tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad
+    if key not in _known:
+        _known[key] = _extract_tensor_metadata(tensor)
+    return _known[key]
 
 
 _SIZES = {"shape", "size", "numel", "nelement", "device"}

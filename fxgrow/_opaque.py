@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 from fxgrow._errors import CaptureError
 from fxgrow._fake import FakeRunner, _made_up
 from fxgrow._whole import Call, Whole, in_place
+from fxgrow._wrapped import marked_followed
 
 KEY = "opaque"
 
@@ -83,7 +84,7 @@ class Obstacles:
         """While a trace runs: the functions are modules of the model."""
         self.model._modules.update({name: whole for name, (_, whole) in self.wholes.items()})
         try:
-            with in_place(list(self.wholes.values())):
+            with in_place(list(self.wholes.values())), marked_followed():
                 yield
         finally:
             for name in self.wholes:

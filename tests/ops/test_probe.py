@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -17,6 +18,12 @@ from fxgrow.ops.registry import find_rule
 from tests.ops.table import Net
 
 # -- a user's own functions: one node each, and no rule
+
+
+@pytest.fixture(autouse=True)
+def marked_functions_stay_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As compiled operators would; capture follows the code of marked functions otherwise."""
+    monkeypatch.setattr("fxgrow._opaque.marked_followed", contextlib.nullcontext)
 
 
 @fx.wrap

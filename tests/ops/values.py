@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 import operator
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.ops.table import F8, T, nothing
 
 
-@fx.wrap
-def opaque(x: Tensor) -> Tensor:
+class Opaque(torch.autograd.Function):
     """An operator nobody described."""
-    return x + x.roll(1, 1)
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x + x.roll(1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad + grad.roll(-1, 1)
 
 
 # -- elementwise -------------------------------------------------------------------------------------------------------
@@ -87,7 +94,7 @@ T.vector(
 T.vector(
     "input-added", lambda: {"a": nn.Linear(6, 6), "out": nn.Linear(6, 3)}, lambda m, x: m.out(m.a(x) + x), a="input"
 )
-T.vector("unknown-function", nothing, lambda m, x: m.out(opaque(m.a(x))), a="operator")
+T.vector("unknown-function", nothing, lambda m, x: m.out(Opaque.apply(m.a(x))), a="operator")
 T.vector("inplace-on-view", nothing, lambda m, x: m.out(_inplace_on_view(m.a(x) * 1.0)), a="size")
 T.vector("inplace-on-chunk", nothing, lambda m, x: m.out(_inplace_on_chunk(m.a(x).detach() * 1.0)), a=(8, 2))
 

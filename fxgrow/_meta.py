@@ -1,0 +1,131 @@
+"""Results of torch's own layers and functions on meta tensors, in a fraction of the time that a fake mode takes.
+
+A fake mode knows more: devices, autocast, what looks at data. Where that could matter there is no answer here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+#: functions and methods whose results may lie on another device, or are no tensors
+_ELSEWHERE = {"cpu", "cuda", "to", "type", "type_as", "item", "tolist", "numpy", "getattr", "__get__"}
+_PLAIN = {bool, int, float, str, slice, type(None), type(...), torch.dtype, torch.Size, torch.memory_format}
+
+
+class _Unknown(Exception):
+    """What meta tensors do not describe."""
+
+
+def run(target: nn.Module | Callable[..., Any] | str, args: Any, kwargs: Any, mode: FakeTensorMode) -> Any:
+    """The value, in fake tensors, of a layer, of a function or of the method of a name; None if it is not known."""
+    if not _is_torch(target):
+        return None
+    devices: set[torch.device] = set()
+    try:
+        given, named = _metas(args, devices), _metas(kwargs, devices)
+        if isinstance(target, nn.Module) and _keeps_shape(target, *given):
+            (device,) = devices
+            return FakeTensor(mode, torch.empty_like(given[0]), device)
+        if isinstance(target, nn.Module):
+            with _state_on_meta(target, devices):
+                result = target.forward(*given, **named)
+        elif isinstance(target, str):
+            result = getattr(given[0], target)(*given[1:], **named)
+        else:
+            result = target(*given, **named)
+        (device,) = devices
+        return None if torch.is_autocast_enabled(device.type) else _fakes(result, mode, device)
+    except Exception:  # where the user's code is wrong, the fake mode says so again
+        return None
+
+
+def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    """What `mode.from_tensor` gives for a tensor of the usual kind, without its history."""
+    try:
+        fake = FakeTensor(mode, _meta(tensor), tensor.device)
+    except _Unknown:
+        return mode.from_tensor(tensor)
+    fake.requires_grad_(tensor.requires_grad)
+    if isinstance(tensor, nn.Parameter):
+        fake._is_param = True
+    return fake
+
+
+def _keeps_shape(module: nn.Module, x: torch.Tensor, *others: Any) -> bool:
+    """Whether the result is like the input: many of these are decomposed on meta tensors, which takes long."""
+    kind = type(module)
+    if others or not x.is_floating_point():
+        return False
+    if kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+        check: Callable[[torch.Tensor], None] = module._check_input_dim  # type: ignore[assignment]
+        check(x)
+        return bool(x.shape[1] == module.num_features)
+    if kind is nn.GroupNorm:
+        return bool(x.shape[1] == module.num_channels)
+    if isinstance(module, nn.LayerNorm):
+        shape = tuple(module.normalized_shape)
+        return kind is nn.LayerNorm and x.shape[-len(shape) :] == shape
+    elementwise = kind.__module__ in ("torch.nn.modules.activation", "torch.nn.modules.dropout")
+    return elementwise and kind not in (nn.GLU, nn.PReLU, nn.MultiheadAttention)
+
+
+def _is_torch(target: Any) -> bool:
+    if isinstance(target, nn.Module):
+        return type(target).__module__.startswith("torch.nn.modules.") and not target._modules
+    name = target if isinstance(target, str) else getattr(target, "__name__", "_")
+    # in place, a method may change the shape of its argument
+    if name in _ELSEWHERE or name.endswith("_"):
+        return False
+    return isinstance(target, str) or (getattr(target, "__module__", None) or "torch").startswith(
+        ("torch", "_operator")
+    )
+
+
+def _meta(tensor: torch.Tensor) -> torch.Tensor:
+    plain = type(tensor) in (torch.Tensor, nn.Parameter, FakeTensor) and tensor.layout is torch.strided
+    if not plain or tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.is_nested:
+        raise _Unknown
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _metas(value: Any, devices: set[torch.device]) -> Any:
+    kind = type(value)
+    if isinstance(value, torch.Tensor):
+        devices.add(value.device)
+        return _meta(value)
+    if isinstance(value, list) or kind is tuple:
+        return kind([_metas(item, devices) for item in value])
+    if isinstance(value, dict):
+        return {name: _metas(item, devices) for name, item in value.items()}
+    if kind in _PLAIN:
+        return value
+    raise _Unknown
+
+
+def _fakes(value: Any, mode: FakeTensorMode, device: torch.device) -> Any:
+    kind = type(value)
+    if kind is torch.Tensor:
+        return FakeTensor(mode, value, device)
+    if kind is tuple or kind is list:
+        return kind([_fakes(item, mode, device) for item in value])
+    if kind is int or kind is torch.Size:
+        return value
+    raise _Unknown
+
+
+@contextlib.contextmanager
+def _state_on_meta(module: nn.Module, devices: set[torch.device]) -> Iterator[None]:
+    attributes = vars(module)
+    saved = attributes["_parameters"], attributes["_buffers"]
+    metas = [{name: _metas(tensor, devices) for name, tensor in kept.items()} for kept in saved]
+    attributes["_parameters"], attributes["_buffers"] = metas
+    try:
+        yield
+    finally:
+        attributes["_parameters"], attributes["_buffers"] = saved
