@@ -231,6 +231,17 @@ def _without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+def _drop_caches(model: nn.Module) -> None:
+    """What a module keeps between evaluations and drops in its own `train()`: a graph would keep it for good."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, training in modes:
+        if type(module).train is not nn.Module.train:
+            module.train(not training)
+            module.train(training)
+    for module, training in modes:
+        module.training = training
+
+
 @contextlib.contextmanager
 def _untouched(model: nn.Module) -> Iterator[None]:
     """Give every module its attributes back, and the random generators their state."""
@@ -245,6 +256,7 @@ def _untouched(model: nn.Module) -> Iterator[None]:
         saved.append((attributes, dict(attributes), contents))
     state = random.getstate()
     try:
+        _drop_caches(model)
         yield
     finally:
         random.setstate(state)

@@ -649,3 +649,47 @@ def test_torchvision_models_in_both_modes(name: str) -> None:
             model.load_state_dict(before)
             assert same(invoke(gm.train(training), x), expected)
             model.load_state_dict(before)
+
+
+class KeepsTable(nn.Module):
+    """Keeps a table between evaluations, as many position biases are kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias, self.layer = nn.Parameter(torch.randn(6)), nn.Linear(6, 6)
+        self.register_buffer("order", torch.tensor([3, 1, 0, 5, 2, 4]))
+        self.kept: dict[str, torch.Tensor] = {}
+        self.calls = 0
+
+    def train(self, mode: bool = True) -> KeepsTable:
+        super().train(mode)
+        self.calls += 1
+        if mode:
+            self.kept = {}
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training:
+            return self.layer(x) + self.bias[self.order]
+        if "bias" not in self.kept:
+            self.kept["bias"] = self.bias[self.order]
+        return self.layer(x) + self.kept["bias"]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_what_a_module_keeps_between_evaluations(training: bool) -> None:
+    torch.manual_seed(0)
+    model, x = KeepsTable().eval(), torch.randn(3, 6)
+    model.layer.eval()
+    expected = model(x)
+    kept = model.kept
+    model.train(training)
+    model.kept, calls = kept, model.calls
+    gm = capture(model, (x,))
+    assert model.kept is kept and list(kept) == ["bias"] and model.training is training and model.calls == calls
+    for mode in (True, False):
+        torch.testing.assert_close(gm.train(mode)(x), expected)
+    with torch.no_grad():
+        model.bias += 1
+    for mode in (True, False):
+        torch.testing.assert_close(gm.train(mode)(x), expected + 1)
