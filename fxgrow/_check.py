@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
 from fxgrow._errors import RewriteError
+from fxgrow._meta import fake_tensor, run
 from fxgrow._opaque import KEY
 
 #: largest relative difference of outputs that rounding explains, per dtype
@@ -20,6 +21,10 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, tor
 
 class _ShapeProp(fx.Interpreter):
     """`torch.fx.passes.shape_prop.ShapeProp` on fake tensors, keeping `node.meta["val"]`."""
+
+    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
+        super().__init__(gm)
+        self.mode = mode
 
     def run_node(self, n: fx.Node) -> Any:
         if KEY in n.meta:
@@ -33,21 +38,23 @@ class _ShapeProp(fx.Interpreter):
         return value
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        module = self.fetch_attr(target)
-        if type(module) in _BATCH_NORMS and len(args) == 1 and not kwargs:
-            # on fake tensors it is a dozen operators, and most of the time a check takes: look at the sizes instead
-            for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
-                if tensor is not None and tensor.shape != args[0].shape[1:2]:
-                    raise ValueError(f"{target} has {len(tensor)} entries for {args[0].shape[1]} channels")
-            return torch.empty_like(args[0])
-        return super().call_module(target, args, kwargs)
+        value = run(self.fetch_attr(target), args, kwargs, self.mode)
+        with self.mode:
+            return super().call_module(target, args, kwargs) if value is None else value
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = run(target, args, kwargs, self.mode)
+        with self.mode:
+            return super().call_function(target, args, kwargs) if value is None else value
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = run(target, args, kwargs, self.mode)
+        with self.mode:
+            return super().call_method(target, args, kwargs) if value is None else value
 
 
 def _like(t: Tensor) -> Tensor:
     return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
-
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
 def check_shapes(gm: fx.GraphModule, expected: Mapping[fx.Node, tuple[int, ...]]) -> None:
@@ -57,15 +64,11 @@ def check_shapes(gm: fx.GraphModule, expected: Mapping[fx.Node, tuple[int, ...]]
         RewriteError: the graph does not run any more, or a shape differs.
     """
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    inputs = pytree.tree_map_only(
-        Tensor,
-        lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device),
-        [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"],
-    )
+    inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
     try:
-        with mode, torch.no_grad():
-            fresh = pytree.tree_map_only(Tensor, lambda t: torch.empty_like(t), inputs)
-            _ShapeProp(gm).run(*fresh, enable_io_processing=False)
+        with torch.no_grad():
+            fresh = pytree.tree_map_only(Tensor, lambda t: fake_tensor(t, mode), inputs)
+            _ShapeProp(gm, mode).run(*fresh, enable_io_processing=False)
     except Exception as error:
         raise RewriteError(f"The rewritten graph does not run: {error}. Nothing was changed.") from error
     for node, shape in expected.items():

@@ -94,7 +94,7 @@ def _link(
     read = _positions(reads.source, len(reads.kernel))
     producer = window(writes)
     if nd == len(reads.kernel):
-        pool = _pool(written, read)
+        pool = () if nd == 0 and _listed(writes.node) == _listed(reads.source) else _pool(written, read)
         if per_read != 1 or pool is None:
             return None
         return Link(writes, reads, producer, window(reads), pool, read if nd else ())
@@ -125,6 +125,12 @@ def _positions(node: fx.Node, nd: int) -> tuple[int, ...]:
     if nd == 0:
         return shape[1:-1]
     return shape[-nd:] if len(shape) > nd else ()
+
+
+def _listed(node: fx.Node) -> int:
+    """All positions of all samples, which the model may hold as one list."""
+    value = node.meta["val"]
+    return prod(value.shape[:-1]) if isinstance(value, Tensor) else 0
 
 
 def _pool(written: tuple[int, ...], read: tuple[int, ...]) -> tuple[int, ...] | None:

@@ -10,8 +10,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules.batchnorm import _BatchNorm
 
 #: functions and methods whose results may lie on another device, or are no tensors
 _ELSEWHERE = {"cpu", "cuda", "to", "type", "type_as", "item", "tolist", "numpy", "getattr", "__get__"}
@@ -38,7 +40,8 @@ def run(target: nn.Module | Callable[..., Any] | str, args: Any, kwargs: Any, mo
         elif isinstance(target, str):
             result = getattr(given[0], target)(*given[1:], **named)
         else:
-            result = target(*given, **named)
+            function: Callable[..., Any] = _OURS.get(target, target)
+            result = function(*given, **named)
         (device,) = devices
         return None if torch.is_autocast_enabled(device.type) else _fakes(result, mode, device)
     except Exception:  # where the user's code is wrong, the fake mode says so again
@@ -62,17 +65,30 @@ def _keeps_shape(module: nn.Module, x: torch.Tensor, *others: Any) -> bool:
     kind = type(module)
     if others or not x.is_floating_point():
         return False
-    if kind in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
-        check: Callable[[torch.Tensor], None] = module._check_input_dim  # type: ignore[assignment]
-        check(x)
-        return bool(x.shape[1] == module.num_features)
-    if kind is nn.GroupNorm:
-        return bool(x.shape[1] == module.num_channels)
-    if isinstance(module, nn.LayerNorm):
+    if kind in _CHANNELS:
+        if isinstance(module, _BatchNorm):
+            check: Callable[[torch.Tensor], None] = module._check_input_dim
+            check(x)
+        state = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and t.dim()]
+        return x.shape[1] == getattr(module, _CHANNELS[kind]) and all(t.shape == x.shape[1:2] for t in state)
+    if isinstance(module, nn.LayerNorm) and kind is nn.LayerNorm:
         shape = tuple(module.normalized_shape)
-        return kind is nn.LayerNorm and x.shape[-len(shape) :] == shape
+        return x.shape[-len(shape) :] == shape and all(p.shape == shape for p in module.parameters())
     elementwise = kind.__module__ in ("torch.nn.modules.activation", "torch.nn.modules.dropout")
     return elementwise and kind not in (nn.GLU, nn.PReLU, nn.MultiheadAttention)
+
+
+def _grouped_mm(mat_a: torch.Tensor, mat_b: torch.Tensor, **options: Any) -> torch.Tensor:
+    """A row times the matrix of its group; the registered kernel knows bfloat16 only."""
+    if mat_a.dim() != 2 or mat_b.dim() != 3 or mat_a.shape[1] != mat_b.shape[1]:
+        raise _Unknown
+    return mat_a.new_empty(mat_a.shape[0], mat_b.shape[2])
+
+
+_CHANNELS = {n: "num_features" for n in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)} | {
+    nn.GroupNorm: "num_channels"
+}
+_OURS = {getattr(F, "grouped_mm", None): _grouped_mm, getattr(torch, "_grouped_mm", None): _grouped_mm}
 
 
 def _is_torch(target: Any) -> bool:

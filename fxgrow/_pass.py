@@ -32,7 +32,7 @@ class Seen:
     """What one batch left behind: inputs of weights by source node, and weight gradients by name.
 
     Attributes:
-        inputs: what the asked-for nodes put out, `[n, ...]`.
+        inputs: what the asked-for nodes put out, `[n, ...]`; rows of a list of positions are the samples' again.
         gradients: -n dl/dW for the asked-for weights, summed over samples: the sum of V h^T.
         size: number of samples n.
         loss: mean loss of the batch.
@@ -92,7 +92,7 @@ class _Recorder:
         """What the graph goes on with after the i-th of `nodes`."""
         node = self.nodes[i]
         if node in self.sources:
-            self.seen.inputs[node] = value.detach().clone() if node in self.copied else value.detach()
+            self.seen.inputs[node] = self._by_sample(value.detach().clone() if node in self.copied else value.detach())
         if node in self.targets:
             if not value.requires_grad:
                 value = value.detach().requires_grad_()
@@ -101,12 +101,17 @@ class _Recorder:
         correct = self.corrections.get(node)
         if correct is not None and value.requires_grad:
             kept = self.seen.inputs[node]
-            self.hooks.append(value.register_hook(lambda g: correct(kept, g)))
+            self.hooks.append(value.register_hook(lambda g: correct(kept, self._by_sample(g)).view_as(g)))
         return value
 
     def returned(self, node: fx.Node, v: Tensor) -> None:
         del self.waiting[node]
-        self.read(node, v)
+        self.read(node, self._by_sample(v))
+
+    def _by_sample(self, value: Tensor) -> Tensor:
+        """`[n, positions, features]`, where the model has made one list of rows of all samples' positions."""
+        n = self.seen.size
+        return value.unflatten(0, (n, -1)) if value.dim() == 2 and len(value) > n and len(value) % n == 0 else value
 
     def finish(self) -> None:
         """The loss does not depend on what is still waiting: V is zero there."""

@@ -182,7 +182,10 @@ def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: 
         done(batch, seen)
         out.samples += seen.size
         out.loss += seen.loss * seen.size
-        tests.add({node: (consumers[c.weight], seen.inputs[p.source], held[node]) for node, (c, p) in reads.items()})
+        tests.add(
+            seen.size,
+            {node: (consumers[c.weight], seen.inputs[p.source], held[node]) for node, (c, p) in reads.items()},
+        )
         held.clear()
 
     run_pass(
@@ -248,6 +251,11 @@ def rank_by_fit(out: Refit, found: Candidates) -> None:
         out.evidence[width] = Evidence(order, torch.zeros(k), torch.zeros(k))
 
 
+def _per_sample(values: Tensor, size: int) -> Tensor:
+    """Sums over what the model has put in a row for each sample: the frames of a clip, say."""
+    return values.unflatten(0, (size, -1)).sum(1) if len(values) > size and len(values) % size == 0 else values
+
+
 class _Tests:
     """Per sample: the slope of the loss along each unit's fitted outgoing weights, and along a width's whole step."""
 
@@ -267,7 +275,7 @@ class _Tests:
                 step[:, columns] = weights
                 self.steps[width, r.weight] = step
 
-    def add(self, uses: Mapping[fx.Node, tuple[Consumer, Tensor, Tensor]]) -> None:
+    def add(self, size: int, uses: Mapping[fx.Node, tuple[Consumer, Tensor, Tensor]]) -> None:
         units: dict[str, Tensor] = {}
         whole: dict[str, Tensor] = {}
         for c, h, v in uses.values():
@@ -278,8 +286,9 @@ class _Tests:
                 if axis != c.uses[0].in_dim:
                     continue
                 step = self.steps[width, c.weight]
-                slope = (c.apply(step, h) * v).flatten(1).sum(1)
+                slope = _per_sample((c.apply(step, h) * v).flatten(1).sum(1), size)
                 own = self._slopes(c, step[:, r.new[width].flatten()], positions, h.to(v.dtype), v, r.new[width])
+                own = _per_sample(own, size)
                 units[width] = units[width] + own if width in units else own
                 whole[width] = whole[width] + slope if width in whole else slope
         for width, t in units.items():

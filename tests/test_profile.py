@@ -254,3 +254,31 @@ def test_pure_noise_gets_no_units() -> None:
         batches = list(zip(x.split(64), y.split(64), strict=True))
         accepted += fxgrow.profile(model, batches, progress=False)["layers.0"].significant
     assert accepted <= 1
+
+
+class Tokens(nn.Module):
+    """An MLP over tokens, which may make one list of them first."""
+
+    def __init__(self, flat: bool) -> None:
+        super().__init__()
+        self.flat = flat
+        self.first, self.second, self.last = nn.Linear(4, 5), nn.Linear(5, 4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.reshape(-1, 4) if self.flat else x
+        h = self.second(self.first(h).tanh()).relu()
+        return self.last(h.unflatten(0, x.shape[:2]) if self.flat else h)
+
+
+@pytest.mark.parametrize("method", ["default", "tiny"])
+def test_tokens_in_one_list(method: str) -> None:
+    """Statistics are of samples, not of what the model's code calls rows."""
+    torch.manual_seed(0)
+    apart, flat = Tokens(False).double(), Tokens(True).double()
+    flat.load_state_dict(apart.state_dict())
+    batches = [(torch.randn(16, 6, 4).double(), torch.randn(16, 6, 3).double()) for _ in range(8)]
+    profiles = [fxgrow.profile(net, batches, F.mse_loss, method=method, progress=False) for net in (apart, flat)]
+    for name in profiles[0]:
+        a, b = profiles[0][name], profiles[1][name]
+        assert a.significant == b.significant and a.bottleneck == pytest.approx(b.bottleneck, rel=1e-6)
+        assert list(a.gains) == pytest.approx(list(b.gains), rel=1e-4)

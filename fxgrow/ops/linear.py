@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fxgrow._axes import Dims
+from fxgrow._axes import Axis, Dims, Var, axis_of, length
 from fxgrow.ops import reduce
 from fxgrow.ops.pointwise import broadcast
 from fxgrow.ops.registry import Context, Unsupported, op
@@ -90,6 +90,34 @@ def _reads_from(ctx: Context, source: Any) -> None:
     if not isinstance(source, torch.fx.Node):
         raise Unsupported("a product whose first factor is not computed in the graph")
     ctx.structure.projections[-1] = replace(ctx.structure.projections[-1], source=source)
+
+
+@op("torch.nn.functional.grouped_mm", "torch._grouped_mm")
+def grouped_mm(ctx: Context, mat_a: Dims, mat_b: Dims, **options: Any) -> Dims:
+    """One weight for each group of rows, [groups, in, out], stored like this or turned: the experts of a mixture."""
+    if len(mat_a) != 2 or len(mat_b) != 3 or options.get("bias") is not None:
+        raise Unsupported("grouped_mm of these dimensions, or with a bias")
+    weight, in_dim, out_dim = mat_b, 1, 2
+    stored = ctx.argument(1, "mat_b")
+    if mat_b.parameter is None and getattr(stored, "target", None) == "transpose":
+        weight, in_dim, out_dim = ctx.structure.outputs[stored.args[0]], 2, 1
+        if not (weight[2] == mat_b[1] and weight[1] == mat_b[2]):
+            raise Unsupported("a weight that is turned about its experts")
+    ctx.pin(weight[0], "size", "one entry per expert")
+    ctx.same(mat_a[1], weight[in_dim])
+    for axis in (weight[in_dim], weight[out_dim]):
+        _aligned(ctx, axis, 16 // ctx.value.element_size())
+    ctx.project(weight, None, weight[out_dim], out_dim=out_dim, in_dim=in_dim, plain=False)
+    _reads_from(ctx, ctx.argument(0, "mat_a"))
+    return Dims((mat_a[0], weight[out_dim]))
+
+
+def _aligned(ctx: Context, axis: Axis, entries: int) -> None:
+    """The kernel wants rows of whole 16 bytes."""
+    if length(axis) % entries:
+        ctx.pin(axis, "size", f"its kernel wants a multiple of {entries}")
+    else:
+        ctx.same(axis, axis_of(Var(length(axis) // entries), entries), f"grows by multiples of {entries}")
 
 
 @op(torch.einsum, "torch.functional.einsum")
