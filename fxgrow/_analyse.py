@@ -216,7 +216,8 @@ def _entries(axis: Axis) -> Fraction:
 def _pin_frozen(gm: fx.GraphModule, structure: Structure) -> None:
     """A frozen weight cannot learn what new units would need, and may not be changed."""
     for p in structure.projections:
-        weight = _lookup(gm, p.weight)
+        with torch.enable_grad():  # a weight may be computed
+            weight = _lookup(gm, p.weight)
         if not weight.requires_grad:
             why = Reason("frozen", p.node.name, f"{p.weight} is frozen (requires_grad=False)")
             pin(p.writes, why)

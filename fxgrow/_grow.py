@@ -24,6 +24,7 @@ from fxgrow._profile import profile as make_profile
 from fxgrow._records import Reason
 from fxgrow._rewrite import copy_graph
 from fxgrow._search import SEARCH_SAMPLES, Line, Search, mean_loss, search
+from fxgrow._weight_norm import folded, unfolded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -167,7 +168,8 @@ def grow(
     first = data.first()
     check_device(first, model)
     inputs = first.inputs if example_inputs is None else example_inputs
-    gm = capture(model, inputs)
+    captured = capture(model, inputs)
+    gm = folded(captured)
     clock.lap("capture")
     found = make_profile(
         gm, data.loader, loss_fn, samples, method, units=_candidates(neurons), progress=progress, seed=seed
@@ -178,9 +180,10 @@ def grow(
     held = _held(data)
     grown, growth = _apply_best(gm, decided, found.record(), held, loss_fn, neurons is not None, update_existing)
     clock.lap("search")
-    out = into_module(model, inputs, gm, grown) if into == "module" else grown
+    grown, index = unfolded(grown, growth.index)
+    out = into_module(model, inputs, captured, grown) if into == "module" else grown
     if optimizer is not None:
-        repoint(optimizer, model, out, growth.index)
+        repoint(optimizer, model, out, index)
     record = replace(growth.record, seconds=clock.laps)
     keep_record(out, record)
     log.info("%s", record.declined or record.plan)

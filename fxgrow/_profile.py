@@ -31,6 +31,7 @@ from fxgrow._rewrite import lookup, require_free
 from fxgrow._sketch import sketch
 from fxgrow._solve import bottleneck as expressivity_bottleneck
 from fxgrow._statistics import Statistics
+from fxgrow._weight_norm import folded
 from fxgrow._widths import Hidden, hidden
 from fxgrow.initialisers import Proposal, find_initialiser
 from fxgrow.ops.registry import Structure
@@ -100,6 +101,7 @@ def profile(
         first = data.first()
         check_device(first, gm)
         gm = capture(gm, first.inputs)
+    asked, gm = gm, folded(gm)
     structure = analyse(gm)
     every = hidden(structure)
     chosen = _chosen(structure, every, widths, units if isinstance(units, Mapping) else {})
@@ -142,8 +144,9 @@ def profile(
         h.width.name: _bottleneck(h, stats, psi, proposals[h.width.name], refit, additions[h.width.name], samples)
         for h in chosen
     }
+    twins = {n.name: n for n in asked.graph.nodes}
     for h in chosen:
-        h.writes[0].node.meta["fxgrow"] = bottlenecks[h.width.name]
+        twins[h.writes[0].node.name].meta["fxgrow"] = bottlenecks[h.width.name]
     return Profile(
         gm=gm,
         widths=tuple(h.width for h in every),

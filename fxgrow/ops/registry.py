@@ -16,7 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import fx, nn
 
-from fxgrow._axes import Axis, Dims, Var, axis_of, fixed, length, pin, unify
+from fxgrow._axes import Axis, Dims, Var, axis_of, length, pin, unify
+from fxgrow._parametrized import computed_by, normed_dimension
 from fxgrow._records import Reason
 from fxgrow._sizes import Size
 
@@ -207,11 +208,17 @@ class Context:
         tensor = getattr(self.module, name, None)
         if not isinstance(tensor, torch.Tensor):
             return None
-        if name not in self.module._parameters and name not in self.module._buffers:
-            # weight_norm, parametrizations, pruning
-            why = self.reason("operator", f"{name} is computed from other parameters")
-            return Dims(fixed(n, why) for n in tensor.shape)
-        return self.dims_of(f"{self.node.target}.{name}", tensor)
+        full = f"{self.node.target}.{name}"
+        if name in self.module._parameters or name in self.module._buffers:
+            return self.dims_of(full, tensor)
+        # computed anew each time: no object to know it by
+        new = Dims.of((axis_of(Var(n)) for n in tensor.shape), full)
+        dims = self.structure.parameters.setdefault(full, new)
+        if normed_dimension(self.module) is None:
+            by = computed_by(self.module, name)
+            for axis in dims:
+                self.pin(axis, "operator", f"{name} is computed from other parameters" + (f" ({by})" if by else ""))
+        return dims
 
     def dims_of(self, name: str, tensor: torch.Tensor) -> Dims:
         """One `Dims` per stored tensor, so that tied and shared parameters share their axes."""
