@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import fx, nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fxgrow._axes import Axis, Dims, Var, multiplicity, resolve
@@ -30,6 +31,8 @@ _LINEAR = frozenset(
     "avg_pool1d avg_pool2d avg_pool3d AvgPool1d AvgPool2d AvgPool3d adaptive_avg_pool1d adaptive_avg_pool2d "
     "AdaptiveAvgPool1d AdaptiveAvgPool2d DropPath stochastic_depth StochasticDepth __getitem__ mT T".split()
 )
+#: of these, what also takes another tensor, or makes one of several
+_MIXING = frozenset("cat concat concatenate stack matmul bmm mm einsum sum scaled_dot_product_attention".split())
 _SUM = frozenset("add sub iadd isub subtract add_ sub_ __add__ __radd__".split())
 _PRODUCT = frozenset("mul div truediv imul itruediv multiply divide mul_ div_ __mul__ __rmul__".split())
 _QUOTIENT = frozenset("div truediv itruediv divide div_".split())
@@ -52,6 +55,7 @@ class Compensation:
         free: weights, and their dimension, that read new units which are zero: any columns will do.
         norms: norms over the width.
         products: products summed over the width, of whose second operand the writers are set.
+        scaled: weights that read a norm without weights, and stand in for them.
     """
 
     kind: str
@@ -60,6 +64,7 @@ class Compensation:
     free: set[tuple[str, int]] = field(default_factory=set)
     norms: list[Demand] = field(default_factory=list)
     products: list[Demand] = field(default_factory=list)
+    scaled: set[str] = field(default_factory=set)
 
 
 def compensate(gm: fx.GraphModule, structure: Structure) -> None:
@@ -207,8 +212,31 @@ class _Follow:
                 "in cannot be kept at " + ("their mean" if self.kind == MEAN else "zero")
             )
         if d.weight is None:
-            raise _Refused("normalised over the whole axis without a weight that could make up for the new size")
+            self._scale_readers(d)
         return ZERO
+
+    def _scale_readers(self, d: Demand) -> None:
+        """Without weights it is the readers' columns that make up for the new size: all that reads must be weights."""
+        readers = {(p.node, p.source): p for p in self.structure.projections}
+        queue = [d.node]
+        for node in queue:
+            for user in node.users:
+                p = readers.get((user, node))
+                if p is not None and self._reads_only(p.weight, node):
+                    self.result.scaled.add(p.weight)
+                elif p is None and user in self.inside and self._keeps_scale(user):
+                    queue.append(user)
+                elif p is not None or isinstance(self.structure.outputs[user], Dims):
+                    raise _Refused(
+                        "normalised over the whole axis without a weight that could make up for the new size"
+                    )
+
+    def _keeps_scale(self, node: fx.Node) -> bool:
+        return self._name(node) in _LINEAR - _MIXING or self._no_dropout(node)
+
+    def _reads_only(self, weight: str, source: fx.Node) -> bool:
+        uses = [p for p in self.structure.projections if p.weight == weight]
+        return len(uses) == 1 and uses[0].source is source and (weight, uses[0].out_dim) not in self.result.writers
 
     def _product(self, node: fx.Node, inputs: list[fx.Node], states: set[str]) -> str:
         divides = self._name(node) in _QUOTIENT
@@ -245,8 +273,11 @@ class _Follow:
         return node if len([n for n in node.users if n in self.inside]) == 1 else None
 
     def _no_dropout(self, node: fx.Node) -> bool:
-        module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-        return isinstance(module, nn.Dropout) and module.p == 0
+        if node.op == "call_module":
+            module = self.gm.get_submodule(str(node.target))
+            return isinstance(module, nn.Dropout) and module.p == 0
+        p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p")
+        return node.target is F.dropout and isinstance(p, (int, float)) and p == 0
 
     def _numbers(self, node: fx.Node) -> bool:
         """Whether a plain number is added."""

@@ -24,11 +24,17 @@ def growing(structure: Structure, grow: Mapping[Var, int]) -> dict[Var, Compensa
 
 
 def shrunk(old: Tensor, name: str, structure: Structure, grow: Mapping[Var, int]) -> Tensor:
-    """A norm's old weights times sqrt(d / (d + k)): new units count in the mean and add nothing to it."""
+    """A norm's old weights times sqrt(d / (d + k)): new units count in the mean and add nothing to it.
+
+    The mean of responses is one of lengths, not of squares. Where a norm has no weights, what reads it is scaled.
+    """
     for var, c in growing(structure, grow).items():
         for d in c.norms:
             if d.weight == name:
-                return (old + d.offset) * math.sqrt(_ratio(var, grow)) - d.offset
+                ratio = _ratio(var, grow)
+                return (old + d.offset) * (ratio if d.kind == "response" else math.sqrt(ratio)) - d.offset
+        if name in c.scaled:
+            return old * math.sqrt(_ratio(var, grow))
     return old
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fxgrow._axes import Dims
 from fxgrow.ops.norm import over
-from fxgrow.ops.registry import Context, recogniser
+from fxgrow.ops.registry import Constant, Context, recogniser
 
 _EPS = ("eps", "variance_epsilon", "epsilon")
 
@@ -68,4 +68,7 @@ def _form(module: nn.Module) -> Form | None:
 def rms_norm_module(ctx: Context, x: Dims) -> Dims:
     found: Any = form(ctx.module)
     eps = float(getattr(ctx.module, found.eps))
+    shape = getattr(ctx.module, "normalized_shape", None)
+    if isinstance(shape, (tuple, list)) and len(shape) == 1:
+        ctx.structure.constants.append(Constant((str(ctx.node.target), ("normalized_shape", 0)), x[-1]))
     return over(ctx, x, 1, "rms", ctx.parameter("weight"), None, eps, eps_name=found.eps, offset=found.offset)
