@@ -221,6 +221,10 @@ ROWS = [
     Row("fused_qkv_head_and_width", "timm ViT", timm_vit, IMAGES, {"blocks.0.attn.qkv": 6}),
     Row("fused_qkv_per_head", "GPT-NeoX", lambda: hugging_face("GPTNeoXForCausalLM", **TEXT), text,
         {"gpt_neox.layers.0.attention.query_key_value": 24}),
+    Row("fused_qkv_per_head", "BLOOM",
+        lambda: hugging_face("BloomForCausalLM", vocab_size=23, hidden_size=16, n_layer=1, n_head=2,
+                             hidden_dropout=0.0, attention_dropout=0.0), text,
+        {"transformer.h.0.self_attention.query_key_value": 6}, slow=True),
     Row("gqa_kv_group", "Llama", LLAMA, text, {Q_PROJ: 16}),
     # the same width grows by a group, which is another way to have more query heads
     Row("gqa_q_head_in_every_group", "Mistral", lambda: hugging_face("MistralForCausalLM", **GROUPED), text,

@@ -85,6 +85,13 @@ def matmul(ctx: Context, a: Dims, b: Dims) -> Dims:
     return Dims((*batch, a[-2], b[-1]))
 
 
+@op(torch.baddbmm, "baddbmm")
+def baddbmm(ctx: Context, input: Dims, batch1: Dims, batch2: Dims, beta: Any = 1, alpha: Any = 1) -> Dims:
+    _contract(ctx, batch1[2], batch2[1], ctx.argument(2, "batch2"))
+    ctx.same(batch1[0], batch2[0])
+    return broadcast(ctx, input, Dims((batch1[0], batch1[1], batch2[2])))
+
+
 @op(torch.einsum, "torch.functional.einsum")
 def einsum(ctx: Context, equation: str, *operands: Any) -> Dims:
     tensors = list(operands[0]) if len(operands) == 1 and not isinstance(operands[0], Dims) else list(operands)

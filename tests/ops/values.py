@@ -263,6 +263,9 @@ T.tokens(
     "scores", lambda: {"k": nn.Linear(6, 8), "v": nn.Linear(6, 8)},
     lambda m, x: m.out(torch.softmax(m.a(x) @ m.k(x).transpose(1, 2) / 3, -1) @ m.v(x)), a=F8, k=None, v=F8,
 )  # fmt: skip
+T.tokens(
+    "baddbmm", nothing, lambda m, x: m.out(torch.baddbmm(x[..., :1], x @ x.transpose(1, 2), m.a(x), alpha=0.5)), a=F8
+)
 T.tokens("bmm", nothing, lambda m, x: m.out(torch.bmm(x @ x.transpose(1, 2), m.a(x))), a=F8)
 T.tokens(
     "einsum",
