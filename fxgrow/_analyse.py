@@ -19,6 +19,7 @@ from torch.utils import _pytree as pytree
 import fxgrow.ops  # noqa: F401  (enters the rules)
 from fxgrow._axes import Axis, Dims, fixed, is_fixed, length, multiplicity, pin, resolve
 from fxgrow._compensate import compensate
+from fxgrow._graph import lookup
 from fxgrow._opaque import KEY
 from fxgrow._records import Reason
 from fxgrow._runtime import guard
@@ -49,7 +50,7 @@ def _evaluate(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
     if node.op == "get_attr":
         name = str(node.target)
         # by the real tensor, not its fake value: tied parameters are one object
-        return ctx.dims_of(name, _lookup(ctx.gm, name)) if _is_state(ctx.gm, node) else _fixed(ctx.value)
+        return ctx.dims_of(name, lookup(ctx.gm, name)) if _is_state(ctx.gm, node) else _fixed(ctx.value)
     if node.op == "output":
         for axis in _axes(args):
             pin(axis, ctx.reason("output", "a dimension of the model's output"))
@@ -100,7 +101,7 @@ def _changes_a_parameter(ctx: Context, args: tuple[Any, ...]) -> bool:
     if not args or not isinstance(args[0], Dims) or args[0].parameter is None:
         return False
     in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
-    return in_place and isinstance(_lookup(ctx.gm, args[0].parameter), torch.nn.Parameter)
+    return in_place and isinstance(lookup(ctx.gm, args[0].parameter), torch.nn.Parameter)
 
 
 def _pin_all(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any], why: Reason) -> None:
@@ -217,17 +218,11 @@ def _pin_frozen(gm: fx.GraphModule, structure: Structure) -> None:
     """A frozen weight cannot learn what new units would need, and may not be changed."""
     for p in structure.projections:
         with torch.enable_grad():  # a weight may be computed
-            weight = _lookup(gm, p.weight)
+            weight = lookup(gm, p.weight)
         if not weight.requires_grad:
             why = Reason("frozen", p.node.name, f"{p.weight} is frozen (requires_grad=False)")
             pin(p.writes, why)
             pin(p.reads, why)
-
-
-def _lookup(gm: fx.GraphModule, name: str) -> torch.Tensor:
-    module, _, leaf = name.rpartition(".")
-    tensor: torch.Tensor = getattr(gm.get_submodule(module), leaf)
-    return tensor
 
 
 def _is_state(gm: fx.GraphModule, node: fx.Node) -> bool:

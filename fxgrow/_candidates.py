@@ -16,8 +16,9 @@ from torch import Tensor, fx
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxgrow._consumer import accumulator
+from fxgrow._graph import lookup
 from fxgrow._pass import eval_mode
-from fxgrow._rewrite import Values, extend, lookup, units_of, widened
+from fxgrow._rewrite import Values, extend, units_of, widened
 from fxgrow._widths import Hidden, hidden
 from fxgrow.initialisers.registry import Proposal
 from fxgrow.ops.registry import Projection, Structure

@@ -9,10 +9,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fxgrow._gram import add_gram, mirrored
+from fxgrow._graph import lookup
 from fxgrow._links import window
 from fxgrow._moments import patch_rows
 from fxgrow._pass import Seen
-from fxgrow._rewrite import lookup
 from fxgrow._solve import best_update
 from fxgrow.ops.registry import Projection
 

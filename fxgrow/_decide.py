@@ -15,8 +15,9 @@ from fxgrow._analyse import analyse
 from fxgrow._axes import Var, length, multiplicity
 from fxgrow._bottleneck import Bottleneck, Profile
 from fxgrow._errors import PlanError
+from fxgrow._graph import lookup
 from fxgrow._plan import Plan
-from fxgrow._rewrite import lookup, require_free
+from fxgrow._rewrite import require_free
 from fxgrow._units import fill_plan
 from fxgrow._widths import hidden
 from fxgrow.ops.registry import Structure

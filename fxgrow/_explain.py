@@ -16,10 +16,10 @@ from torch import fx, nn
 from fxgrow._analyse import analyse
 from fxgrow._axes import multiplicity
 from fxgrow._capture import capture
+from fxgrow._graph import lookup
 from fxgrow._opaque import KEY
 from fxgrow._records import OpaqueModule, Width
 from fxgrow._report import count, few
-from fxgrow._rewrite import lookup
 from fxgrow._table import Column, table
 from fxgrow._widths import hidden
 from fxgrow.ops.registry import Structure

@@ -23,11 +23,12 @@ from fxgrow._capture import capture
 from fxgrow._compensate import silent
 from fxgrow._data import Batch, Data, LossFn, check_device, random_state_kept
 from fxgrow._errors import ProfileError
+from fxgrow._graph import lookup
 from fxgrow._pass import Seen, run_pass
 from fxgrow._progress import progress as bar
 from fxgrow._records import Width
 from fxgrow._refit import Refit, run_refit
-from fxgrow._rewrite import lookup, require_free
+from fxgrow._rewrite import require_free
 from fxgrow._sketch import sketch
 from fxgrow._solve import bottleneck as expressivity_bottleneck
 from fxgrow._statistics import Statistics

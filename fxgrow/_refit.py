@@ -17,8 +17,8 @@ from torch import Tensor, fx
 from fxgrow._candidates import Candidates
 from fxgrow._consumer import Consumer, uses_of
 from fxgrow._data import Batch, Data, LossFn
+from fxgrow._graph import lookup
 from fxgrow._pass import Seen, run_pass
-from fxgrow._rewrite import lookup
 from fxgrow._solve import quadratic, refit
 
 #: relative ridge on E[[h, z] [h, z]^T]

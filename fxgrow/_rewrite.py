@@ -10,7 +10,6 @@ of a producer are random, new columns of a consumer are zero and followers are t
 
 from __future__ import annotations
 
-import copy
 import math
 import warnings
 from collections.abc import Mapping
@@ -24,7 +23,9 @@ from fxgrow._analyse import analyse
 from fxgrow._axes import Axis, Dims, Var, length, resolve
 from fxgrow._check import check_shapes
 from fxgrow._errors import PlanError
+from fxgrow._graph import copy_graph, lookup
 from fxgrow._settle import settle_entries, settle_norms, settle_numbers, settle_products, shrunk
+from fxgrow._weight_norm import folded, unfolded
 from fxgrow._widths import Hidden, hidden
 from fxgrow.ops.registry import Structure
 
@@ -72,10 +73,10 @@ def rewrite(
         PlanError: a width is unknown or pinned, or the units do not fit its step.
         RewriteError: the result does not run, or has other shapes than its axes.
     """
-    structure = analyse(gm)
-    wide = widened(gm, structure, additions, values, generator)
+    plain = folded(gm)
+    wide = widened(plain, analyse(plain), additions, values, generator)
     check_shapes(wide.graph, wide.lengths)
-    return wide.graph, wide.index
+    return (wide.graph, wide.index) if plain is gm else unfolded(wide.graph, wide.index)
 
 
 @dataclass(frozen=True)
@@ -133,30 +134,6 @@ def widened(
     grown.recompile()
     settle_products(grown, structure, grow, twins, gm.meta["example_inputs"], index)
     return Wide(grown, index, twins, _lengths(structure, grow, twins))
-
-
-def copy_graph(gm: fx.GraphModule, replaced: Mapping[int, Tensor] | None = None) -> fx.GraphModule:
-    """A deep copy without gradients and without the record of earlier growth.
-
-    Args:
-        gm: the original.
-        replaced: by the id of a tensor of `gm`, what stands in its place, wherever it stands: tied stays tied.
-    """
-    memo: dict[int, Any] = dict(replaced or {})
-    record = gm.meta.pop("fxgrow", None)
-    try:
-        out = copy.deepcopy(gm, memo)
-    finally:
-        if record is not None:
-            gm.meta["fxgrow"] = record
-    # a GraphModule copies only what its graph calls, in that order
-    for ours, theirs in ((out._modules, gm._modules), (out._parameters, gm._parameters), (out._buffers, gm._buffers)):
-        ours.clear()
-        ours.update({name: memo.get(id(value), value) for name, value in theirs.items()})
-    out._non_persistent_buffers_set = set(gm._non_persistent_buffers_set)
-    for p in out.parameters():
-        p.grad = None
-    return out
 
 
 def units_of(found: Mapping[str, Hidden], additions: Mapping[str, int]) -> dict[Var, int]:
@@ -293,12 +270,6 @@ def _runs(positions: Tensor) -> list[tuple[int, int, int]]:
     breaks = (positions.diff() != 1).nonzero().flatten() + 1
     edges = [0, *breaks.tolist(), len(positions)]
     return [(int(positions[a]), a, b - a) for a, b in zip(edges, edges[1:], strict=False) if b > a]
-
-
-def lookup(gm: nn.Module, name: str) -> Tensor:
-    module, _, leaf = name.rpartition(".")
-    tensor: Tensor = getattr(gm.get_submodule(module), leaf)
-    return tensor
 
 
 def _new_length(axis: Axis, grow: Mapping[Var, int]) -> int:

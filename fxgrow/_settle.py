@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from fxgrow._axes import Dims, Var, multiplicity
 from fxgrow._compensate import MEAN, Compensation
+from fxgrow._graph import lookup
 from fxgrow._pass import eval_mode
 from fxgrow.ops.registry import Structure
 
@@ -138,7 +139,7 @@ def settle_products(
     for source, (var, d, c) in wanted.items():
         writers = sorted(w for w in c.writers if index.get(w[0], ()) and index[w[0]][w[1]] is not None)
         total = _new_entries(seen.values[source], structure.outputs[d.source], var, grow, generator)
-        parameters = [_lookup(gm, name) for name, _ in writers]
+        parameters = [lookup(gm, name) for name, _ in writers]
         gradients = torch.autograd.grad(total, parameters, allow_unused=True, retain_graph=True)
         for writer, g in zip(writers, gradients, strict=True):
             if g is not None:
@@ -149,7 +150,7 @@ def settle_products(
             old = index[name][dim]
             if old is not None:
                 hit[old.to(hit.device)] = False
-            _lookup(gm, name).index_fill_(dim, hit.nonzero().flatten(), 0)
+            lookup(gm, name).index_fill_(dim, hit.nonzero().flatten(), 0)
 
 
 def _new_entries(value: Tensor, dims: Dims, var: Var, grow: Mapping[Var, int], generator: torch.Generator) -> Tensor:
@@ -178,9 +179,3 @@ class _Values(fx.Interpreter):
         if n in self.wanted:
             self.values[n] = out
         return out
-
-
-def _lookup(gm: fx.GraphModule, name: str) -> Tensor:
-    module, _, leaf = name.rpartition(".")
-    tensor: Tensor = getattr(gm.get_submodule(module), leaf)
-    return tensor

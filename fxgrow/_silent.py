@@ -21,10 +21,11 @@ from fxgrow._candidates import places, put_rows
 from fxgrow._consumer import Consumer, rows_for, some_rows
 from fxgrow._data import Batch, LossFn
 from fxgrow._gram import accumulating, add_gram
+from fxgrow._graph import lookup
 from fxgrow._links import window
 from fxgrow._moments import patch_rows
 from fxgrow._pass import Seen, run_pass
-from fxgrow._rewrite import Values, lookup, widened
+from fxgrow._rewrite import Values, widened
 from fxgrow._solve import factor
 from fxgrow._widths import Hidden
 from fxgrow.ops.registry import Projection, Structure

@@ -9,9 +9,10 @@ from torch import Tensor
 
 from fxgrow._bottleneck import Profile
 from fxgrow._compensate import silent
+from fxgrow._graph import lookup
 from fxgrow._plan import Plan
 from fxgrow._refit import decrease
-from fxgrow._rewrite import Values, lookup
+from fxgrow._rewrite import Values
 from fxgrow._widths import hidden
 from fxgrow.ops.registry import Structure
 

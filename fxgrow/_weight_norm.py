@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrizations import weight_norm
 
+from fxgrow._graph import copy_graph, lookup
 from fxgrow._parametrized import normed_dimension
-from fxgrow._rewrite import copy_graph, lookup
 
 #: per folded layer, the dimension that has one length each
 _KEY = "fxgrow.weight_norm"

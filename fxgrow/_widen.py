@@ -15,7 +15,6 @@ from fxgrow._into import check_into, into_module
 from fxgrow._optim import repoint
 from fxgrow._plan import Plan
 from fxgrow._rewrite import rewrite
-from fxgrow._weight_norm import folded, unfolded
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -46,12 +45,11 @@ def apply(gm: nn.Module, plan: Plan, example_inputs: tuple[Any, ...] | dict[str,
         if example_inputs is None:
             raise PlanError("apply needs a captured graph, or example_inputs to capture the model with.")
         gm = capture(gm, example_inputs)
-    gm = folded(gm)
     generator = torch.Generator().manual_seed(0)
     grown, _ = rewrite(gm, plan.units, plan.at(plan.scale), generator)
     if not (plan.values.new or plan.values.delta):
         check_function(gm, grown, gm.meta["example_inputs"])
-    return unfolded(grown, {})[0]
+    return grown
 
 
 @overload
@@ -117,7 +115,7 @@ def widen(
     check_into(into, model)
     gm = capture(model, example_inputs)
     generator = torch.Generator().manual_seed(seed)
-    grown, index = unfolded(*rewrite(folded(gm), units, generator=generator))
+    grown, index = rewrite(gm, units, generator=generator)
     check_function(gm, grown, gm.meta["example_inputs"])
     out = into_module(model, example_inputs, gm, grown) if into == "module" else grown
     if optimizer is not None:

@@ -10,7 +10,8 @@ from torch import Tensor, fx, nn
 
 from fxgrow._analyse import analyse
 from fxgrow._capture import capture
-from fxgrow._rewrite import copy_graph, rewrite
+from fxgrow._graph import copy_graph
+from fxgrow._rewrite import rewrite
 from fxgrow._widths import widths
 
 torchvision = pytest.importorskip("torchvision")

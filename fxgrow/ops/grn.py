@@ -24,6 +24,8 @@ def channel_dim(module: nn.Module) -> int | None:
 
 def _channel_dim(module: nn.Module) -> int | None:
     parameters = dict(module.named_parameters())
+    if type(module).__module__.startswith("torch.nn.") or any(True for _ in (*module.children(), *module.buffers())):
+        return None
     if parameters.keys() != {"weight", "bias"} or not isinstance(getattr(module, "eps", None), float):
         return None
     if "norm" not in type(module).__name__.lower() or any(p.dim() != 1 for p in parameters.values()):

@@ -1,0 +1,40 @@
+"""What every pass does with a graph: copy it, and look up its tensors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+
+def lookup(gm: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of that qualified name."""
+    module, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(gm.get_submodule(module), leaf)
+    return tensor
+
+
+def copy_graph(gm: fx.GraphModule, replaced: Mapping[int, Tensor] | None = None) -> fx.GraphModule:
+    """A deep copy without gradients and without the record of earlier growth.
+
+    Args:
+        gm: the original.
+        replaced: by the id of a tensor of `gm`, what stands in its place, wherever it stands: tied stays tied.
+    """
+    memo: dict[int, Any] = dict(replaced or {})
+    record = gm.meta.pop("fxgrow", None)
+    try:
+        out = copy.deepcopy(gm, memo)
+    finally:
+        if record is not None:
+            gm.meta["fxgrow"] = record
+    # a GraphModule copies only what its graph calls, in that order
+    for ours, theirs in ((out._modules, gm._modules), (out._parameters, gm._parameters), (out._buffers, gm._buffers)):
+        ours.clear()
+        ours.update({name: memo.get(id(value), value) for name, value in theirs.items()})
+    out._non_persistent_buffers_set = set(gm._non_persistent_buffers_set)
+    for p in out.parameters():
+        p.grad = None
+    return out
