@@ -115,6 +115,15 @@ class Function(nn.Module):
         return self.computes(self, x)
 
 
+def llama4_experts() -> nn.Module:
+    """All tokens go to all experts."""
+    config = library("transformers").Llama4TextConfig(hidden_size=6, intermediate_size=8, num_local_experts=3)
+    experts: nn.Module = library("transformers.models.llama4.modeling_llama4").Llama4TextExperts(config)
+    for p in experts.parameters():
+        nn.init.normal_(p)
+    return experts
+
+
 def interleaved() -> nn.Module:
     """Gates and values in turn, as (g0, u0, g1, u1, ...)."""
 
@@ -332,6 +341,7 @@ ROWS = [
     # the kernel takes float32 and rows of 16 bytes, hence four units at once, with a gate and a value for each
     Row("moe_hidden", "Mixtral", lambda: mixtral("grouped_mm"), text, {"model.layers.0.mlp.experts.gate_up_proj": 8},
         single=True),
+    Row("moe_hidden", "Llama 4", llama4_experts, lambda n: (torch.randn(3 * n, 6),), {"gate_up_proj": 2}, slow=True),
     Row("moe_add_expert_topk", "Mixtral", lambda: mixtral("eager"), text,
         pinned={"model.layers.0.mlp.gate": ("reduce", "every entry depends on the whole axis")}),
     Row("lstm_gru_hidden", "torch LSTM", lambda: recurrent(nn.LSTM, True), TOKENS, {"r": 1}),

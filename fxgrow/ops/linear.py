@@ -53,11 +53,23 @@ def embedding_module(ctx: Context, index: Dims) -> Dims:
 
 
 # the rule of `reduce` for two activations is entered when that file is imported, above: this one stands in front of it
-@op(torch.matmul, torch.mm, operator.matmul, "matmul", "mm", "__matmul__")
+@op(torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm", "__matmul__")
 def matmul(ctx: Context, a: Dims, b: Dims) -> Dims:
-    if b.parameter is None or len(b) != 2 or len(a) < 2:
-        return reduce.matmul(ctx, a, b)
-    return _times(ctx, a, b, None, ctx.argument(0, "input", "mat1"))
+    if b.parameter is not None and len(b) == 2 and len(a) >= 2:
+        return _times(ctx, a, b, None, ctx.argument(0, "input", "mat1"))
+    if b.parameter is not None and len(b) == 3 and len(a) == 3:
+        return _each_times(ctx, a, b)
+    return reduce.matmul(ctx, a, b)
+
+
+def _each_times(ctx: Context, x: Dims, weight: Dims) -> Dims:
+    """A weight for each of several, [groups, in, out]: experts that all tokens go to."""
+    ctx.pin(weight[0], "size", "one entry per group")
+    batch = broadcast(ctx, Dims(x[:1]), Dims(weight[:1]))
+    ctx.same(x[2], weight[1])
+    ctx.project(weight, None, weight[2], out_dim=2, in_dim=1, plain=False)
+    _reads_from(ctx, ctx.argument(0, "input"))
+    return Dims((*batch, x[1], weight[2]))
 
 
 @op(torch.addmm, "addmm")

@@ -92,13 +92,15 @@ T.vector(
     "parametrized",
     lambda: {"b": parametrizations.weight_norm(nn.Linear(8, 5)), "out": nn.Linear(5, 3)},
     lambda m, x: m.out(m.b(m.a(x))),
-    a="operator",
+    a=F8,
+    b=(5, 1),
 )
 T.vector(
     "pruned",
     lambda: {"b": prune.random_unstructured(nn.Linear(8, 5), "weight", 0.5), "out": nn.Linear(5, 3)},
     lambda m, x: m.out(m.b(m.a(x))),
     a="operator",
+    b="operator",
 )
 T.rows.append(
     Case(
@@ -349,7 +351,7 @@ T.tokens(
     "layernorm-no-weight",
     lambda: {"n": nn.LayerNorm(8, elementwise_affine=False)},
     lambda m, x: m.out(m.n(m.a(x))),
-    a="norm",
+    a=F8,
 )
 T.image(
     "layernorm-over-image",
@@ -358,7 +360,8 @@ T.image(
     a="norm",
     one_size=True,
 )
-T.tokens("functional-layernorm", nothing, lambda m, x: m.out(F.layer_norm(m.a(x), (8,))), a="norm")
+T.tokens("functional-layernorm", nothing, lambda m, x: m.out(F.layer_norm(m.a(x), (8,))), a=F8)
+T.tokens("layernorm-no-weight-gated", nothing, lambda m, x: m.out(F.layer_norm(m.a(x), (8,)).tanh()), a="norm")
 T.tokens("rmsnorm", lambda: {"n": nn.RMSNorm(8)}, lambda m, x: m.out(m.n(m.a(x))), a=F8)
 T.tokens("rmsnorm-behind-relu", lambda: {"n": nn.RMSNorm(8)}, lambda m, x: m.out(m.n(m.a(x).relu())), a=F8)
 T.tokens("rmsnorm-behind-sigmoid", lambda: {"n": nn.RMSNorm(8)}, lambda m, x: m.out(m.n(m.a(x).sigmoid())), a="norm")

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import fxgrow
 
-pytestmark = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this PyTorch has no grouped_mm")
+grouped = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this PyTorch has no grouped_mm")
 
 
 class Mixture(nn.Module):
@@ -37,6 +37,28 @@ class Mixture(nn.Module):
         return self.last(out).unflatten(0, x.shape[:2])
 
 
+class Dense(nn.Module):
+    """All tokens go to all experts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Parameter(torch.randn(3, 5, 6)), nn.Parameter(torch.randn(3, 6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (torch.bmm(x.expand(3, -1, -1), self.up).relu() @ self.down).sum(0)
+
+
+def test_dense_experts() -> None:
+    torch.manual_seed(0)
+    model, x = Dense().double(), torch.randn(1, 7, 5, dtype=torch.float64)
+    gm = fxgrow.capture(model, (x,))
+    assert [(w.name, w.size, w.step) for w in fxgrow.widths(gm) if w.pinned is None] == [("up", 6, 1)]
+    grown = fxgrow.widen(gm, (x,), {"up": 3})
+    torch.testing.assert_close(grown(x), model(x), rtol=1e-12, atol=1e-12)
+    assert grown.up.shape == (3, 5, 9) and grown.down.shape == (3, 9, 4)
+
+
+@grouped
 @pytest.mark.parametrize("turned", [False, True])
 def test_hidden_width_of_the_experts(turned: bool) -> None:
     torch.manual_seed(0)
@@ -62,6 +84,7 @@ def test_hidden_width_of_the_experts(turned: bool) -> None:
         assert bool((moved > 0).all())
 
 
+@grouped
 def test_sizes_that_the_kernel_refuses() -> None:
     """Rows are whole 16 bytes: a width of ten floats cannot be, and nothing is guessed."""
     with pytest.raises(fxgrow.FxgrowError, match="cannot|Cannot"):
@@ -69,6 +92,7 @@ def test_sizes_that_the_kernel_refuses() -> None:
         fxgrow.widen(gm, (torch.randn(2, 6, 5),), {"up": 2})
 
 
+@grouped
 def test_growth_of_experts() -> None:
     """There are no statistics of grouped products yet: such units are random, with outgoing weights zero."""
     torch.manual_seed(0)
