@@ -236,8 +236,9 @@ def _drop_caches(model: nn.Module) -> None:
     modes = [(module, module.training) for module in model.modules()]
     for module, training in modes:
         if type(module).train is not nn.Module.train:
-            module.train(not training)
-            module.train(training)
+            with contextlib.suppress(Exception):  # some refuse one of the modes
+                module.train(not training)
+                module.train(training)
     for module, training in modes:
         module.training = training
 

@@ -693,3 +693,18 @@ def test_what_a_module_keeps_between_evaluations(training: bool) -> None:
         model.bias += 1
     for mode in (True, False):
         torch.testing.assert_close(gm.train(mode)(x), expected + 1)
+
+
+class OnlyEval(nn.Linear):
+    def train(self, mode: bool = True) -> OnlyEval:
+        if mode:
+            raise NotImplementedError("a teacher")
+        return super().train(mode)
+
+
+def test_a_module_that_refuses_a_mode() -> None:
+    model = nn.Sequential(nn.Linear(4, 3), OnlyEval(3, 2))
+    model[1].training = False
+    x = torch.randn(5, 4)
+    assert same(capture(model, (x,))(x), model(x))
+    assert model.training and not model[1].training
