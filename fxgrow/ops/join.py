@@ -10,8 +10,9 @@ import torch
 
 from fxgrow._axes import Axis, Dims, Var, axis_of, fixed, is_fixed, length, product, resolve
 from fxgrow._runtime import in_mode
+from fxgrow._sizes import Size
 from fxgrow.ops.pointwise import broadcast
-from fxgrow.ops.registry import Context, Unsupported, op
+from fxgrow.ops.registry import Check, Context, Unsupported, op
 from fxgrow.ops.shape import flat
 
 
@@ -151,6 +152,22 @@ def _slice(ctx: Context, axis: Axis, item: slice) -> Axis:
     n = len(range(*item.indices(length(axis))))
     if is_fixed(axis):
         return fixed(n, next((s.reason for s in axis if s.reason), None))
+    every = item.step
+    if type(every) is int and every > 1 and item.stop is None and n * every == length(axis):
+        unit = Var(n)
+        ctx.same(axis, axis_of(unit, every), f"units are read {every} entries at a time")
+        return axis_of(unit)
+    half = item.stop if item.start in (None, 0) else item.start
+    if (
+        isinstance(half, Size)
+        and None in (item.stop, item.start or None)
+        and every in (None, 1)
+        and 2 * n == length(axis)
+    ):
+        part = halves(ctx, axis, 2)
+        ctx.followed.append(half)
+        ctx.structure.checks.append(Check(half, part, ctx.reason("size", "a computed size does not follow the width")))
+        return part
     ctx.fix([axis], "a part of it is cut out")
     return fixed(n, ctx.reason("size", "a part of a width"))
 

@@ -198,6 +198,28 @@ T.rows.append(
     )
 )
 T.vector("split-remainder", nothing, lambda m, x: m.out(torch.cat(m.a(x).split(3, 1), 1)), a="size")
+T.vector(
+    "glu-by-slices",
+    lambda: {"out": nn.Linear(4, 3)},
+    lambda m, x: m.out((h := m.a(x))[:, : h.shape[1] // 2] * h[:, h.shape[1] // 2 :].sigmoid()),
+    a=(8, 2),
+)
+T.vector(
+    "glu-by-slices-of-a-number",
+    lambda: {"out": nn.Linear(4, 3)},
+    lambda m, x: m.out((h := m.a(x))[:, :4] * h[:, 4:].sigmoid()),
+    a="size",
+)
+T.vector(
+    "glu-in-turn",
+    lambda: {"out": nn.Linear(4, 3)},
+    lambda m, x: m.out((h := m.a(x))[:, ::2] * h[..., 1::2].sigmoid()),
+    a=(8, 2),
+)
+T.vector("every-third", lambda: {"out": nn.Linear(3, 3)}, lambda m, x: m.out(m.a(x)[:, ::3]), a="size")
+T.vector(
+    "all-but-some", lambda: {"out": nn.Linear(6, 3)}, lambda m, x: m.out((h := m.a(x))[:, : h.shape[1] - 2]), a="size"
+)
 T.vector("glu", lambda: {"out": nn.Linear(4, 3)}, lambda m, x: m.out(F.glu(m.a(x))), a=(8, 2))
 T.image("glu-module", lambda: {"g": nn.GLU(1), "out": nn.Conv2d(4, 3, 1)}, lambda m, x: m.out(m.g(m.a(x))), a=(8, 2))
 T.vector("unbind", nothing, lambda m, x: m.out(torch.stack(m.a(x).unbind(1), 1)), a="size")
