@@ -1,6 +1,6 @@
 """Operators: importing this package enters every rule into the table."""
 
-from fxgrow.ops import conv, grn, join, linear, norm, pointwise, pool, recurrent, reduce, rms, shape, size
+from fxgrow.ops import conv, grn, join, linear, norm, own_norm, pointwise, pool, recurrent, reduce, shape, size
 from fxgrow.ops.registry import op
 
 __all__ = [
@@ -10,11 +10,11 @@ __all__ = [
     "linear",
     "norm",
     "op",
+    "own_norm",
     "pointwise",
     "pool",
     "recurrent",
     "reduce",
-    "rms",
     "shape",
     "size",
 ]

@@ -1,4 +1,4 @@
-"""RMSNorm as people write it themselves, recognised by what it computes: one node of the graph, with its rule."""
+"""RMSNorm and LayerNorm as people write them themselves, recognised by what they compute: one node, with its rule."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ _EPS = ("eps", "variance_epsilon", "epsilon")
 
 @dataclass(frozen=True)
 class Form:
-    """y = x / sqrt(mean(x^2) + eps) * (weight + offset), eps an attribute of that name."""
+    """y = x / sqrt(mean(x^2) + eps) * (weight + offset), eps an attribute of that name; "layer": x less its mean."""
 
     eps: str
     offset: float
+    kind: str
 
 
 _seen: WeakKeyDictionary[nn.Module, Form | None] = WeakKeyDictionary()
 
 
 def form(module: nn.Module) -> Form | None:
-    """Which RMSNorm a module computes, if any: looked up by its parts, proved by running it on random numbers."""
+    """Which norm a module computes, if any: looked up by its parts, proved by running it on random numbers."""
     if module not in _seen:
         _seen[module] = _form(module)
     return _seen[module]
@@ -56,19 +57,20 @@ def _form(module: nn.Module) -> Form | None:
         return None
     if not isinstance(found, Tensor) or found.shape != x.shape:
         return None
-    plain = x * (x.square().mean(-1, keepdim=True) + eps).rsqrt()
     w = twin.weight.detach()  # type: ignore[operator]
-    for offset in (0.0, 1.0):
-        if torch.allclose(found, plain * (w + offset), rtol=1e-4, atol=1e-5):
-            return Form(names[0], offset)
+    for kind, centred in (("rms", x), ("layer", x - x.mean(-1, keepdim=True))):
+        plain = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+        for offset in (0.0, 1.0):
+            if torch.allclose(found, plain * (w + offset), rtol=1e-4, atol=1e-5):
+                return Form(names[0], offset, kind)
     return None
 
 
 @recogniser(lambda module: form(module) is not None)
-def rms_norm_module(ctx: Context, x: Dims) -> Dims:
+def own_norm(ctx: Context, x: Dims) -> Dims:
     found: Any = form(ctx.module)
     eps = float(getattr(ctx.module, found.eps))
     shape = getattr(ctx.module, "normalized_shape", None)
     if isinstance(shape, (tuple, list)) and len(shape) == 1:
         ctx.structure.constants.append(Constant((str(ctx.node.target), ("normalized_shape", 0)), x[-1]))
-    return over(ctx, x, 1, "rms", ctx.parameter("weight"), None, eps, eps_name=found.eps, offset=found.offset)
+    return over(ctx, x, 1, found.kind, ctx.parameter("weight"), None, eps, eps_name=found.eps, offset=found.offset)
