@@ -50,7 +50,7 @@ class FakeRunner:
         self.guessed = False
         module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
         with self.quiet(fake=False):
-            value = run_on_meta(module or node.target, args, kwargs, self.mode)
+            value = run_on_meta(node.target if module is None else module, args, kwargs, self.mode)
         if value is not None:
             return value
         try:

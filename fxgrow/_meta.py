@@ -31,19 +31,19 @@ def run(target: nn.Module | Callable[..., Any] | str, args: Any, kwargs: Any, mo
     devices: set[torch.device] = set()
     try:
         given, named = _metas(args, devices), _metas(kwargs, devices)
-        if isinstance(target, nn.Module) and _keeps_shape(target, *given):
-            (device,) = devices
-            return FakeTensor(mode, torch.empty_like(given[0]), device)
+        if any(torch.is_autocast_enabled(device.type) for device in devices):
+            return None
         if isinstance(target, nn.Module):
             with _state_on_meta(target, devices):
-                result = target.forward(*given, **named)
+                like = _keeps_shape(target, *given)
+                result = torch.empty_like(given[0]) if like else target.forward(*given, **named)
         elif isinstance(target, str):
             result = getattr(given[0], target)(*given[1:], **named)
         else:
             function: Callable[..., Any] = _OURS.get(target, target)
             result = function(*given, **named)
         (device,) = devices
-        return None if torch.is_autocast_enabled(device.type) else _fakes(result, mode, device)
+        return _fakes(result, mode, device)
     except Exception:  # where the user's code is wrong, the fake mode says so again
         return None
 

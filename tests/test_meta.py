@@ -81,6 +81,7 @@ def test_no_answer() -> None:
     assert run(nn.Linear(5, 2), (x,), {}, mode) is None
     with torch.autocast("cpu", torch.bfloat16):
         assert run(torch.matmul, (x, x.t()), {}, mode) is None
+        assert run(nn.LayerNorm(4), (x,), {}, mode) is None
 
 
 def math_of_our_own(x: Tensor) -> Tensor:
