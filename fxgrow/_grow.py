@@ -19,6 +19,7 @@ from fxgrow._decide import plan as make_plan
 from fxgrow._errors import PlanError
 from fxgrow._graph import copy_graph
 from fxgrow._into import check_into, into_module, keep_record
+from fxgrow._newton import newton
 from fxgrow._optim import repoint
 from fxgrow._plan import Plan
 from fxgrow._profile import profile as make_profile
@@ -134,7 +135,7 @@ def grow(
         example_inputs: inputs to capture the model with; None for those of the first batch.
         budget: parameters to add, a number or a share such as `"+10%"`; None for `"+25%"`.
         neurons: instead of a budget: units for every width, or per width.
-        method: the initialiser: `default`, `tiny`, `random`, `random-refit`.
+        method: the initialiser: `default`, `newton`, `tiny`, `random`, `random-refit`, `random-newton`.
         samples: how many samples to use at most; None for 8192.
         optimizer: the optimiser that trains the model: re-pointed to the new parameters, its state kept.
         update_existing: also move the weights that exist (dW).
@@ -176,6 +177,8 @@ def grow(
     )
     clock.lap("profile")
     decided = make_plan(found, budget, neurons, update_existing=update_existing)
+    if found.method.curved and decided.units:
+        decided = newton(gm, decided, data, loss_fn, found.method.share)
     clock.lap("plan")
     held = _held(data)
     grown, growth = _apply_best(gm, decided, found.record(), held, loss_fn, neurons is not None, update_existing)

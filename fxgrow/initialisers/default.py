@@ -3,7 +3,8 @@
 alpha = (S + eps)^(-1/2) u for the SVD (S + eps)^(-1/2) N (G + eps)^(-1/2) = U Lambda W^T, scaled to
 E[(alpha^T b)^2] = 1. After Verbockhaven et al. 2024 (TMLR, arXiv 2405.19816), with G = E[V V^T] on the output side and
 ridges relative to the mean eigenvalue. A large ridge on S wins less at the first step and more after further training:
-with a small one incoming weights are two to three times too large.
+with a small one incoming weights are two to three times too large. `newton` has the same units; their outgoing weights
+are fitted on the curvature of the loss through the whole network.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ INPUT_RIDGE = 1.0
 OUTPUT_RIDGE = 1e-2
 
 
+@initialiser("newton", output_side=True, sketch=True, refit=True, share=0.25, curved=True)
 @initialiser("default", output_side=True, sketch=True, refit=True, share=0.25)
 def default(width: WidthMoments, consumers: Mapping[str, Consumer], k: int) -> Proposal:
     """Units for one width; outgoing weights are left to the refit."""

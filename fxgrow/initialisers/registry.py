@@ -49,6 +49,7 @@ class Initialiser:
         refit: fit outgoing weights and the update of existing ones on what the units really put out.
         symmetric: the line search scales incoming and outgoing weights alike (by the root of gamma).
         share: the part of the best gamma that is applied.
+        curved: `grow` fits outgoing weights once more, on the loss's own curvature (with `refit`; see `_newton.py`).
     """
 
     name: str
@@ -60,6 +61,7 @@ class Initialiser:
     refit: bool = False
     symmetric: bool = False
     share: float = 1.0
+    curved: bool = False
 
 
 _TABLE: dict[str, Initialiser] = {}
