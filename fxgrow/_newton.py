@@ -27,7 +27,8 @@ from fxgrow._candidates import places
 from fxgrow._data import Batch, Data, LossFn, loss_of
 from fxgrow._pass import eval_mode, forward
 from fxgrow._plan import Plan
-from fxgrow._rewrite import Values, lookup, rewrite
+from fxgrow._graph import lookup
+from fxgrow._rewrite import Values, rewrite
 
 #: conjugate-gradient steps; the fewer, the less of the noise of few batches is fitted
 STEPS = 8
@@ -53,10 +54,11 @@ def newton(gm: fx.GraphModule, plan: Plan, data: Data, loss_fn: LossFn | None, s
         share: the part of gamma = 1 that the line search starts from.
 
     Returns:
-        The plan as it was where the loss is no function of what the model puts out (a model with its own loss).
+        The plan as it was where the loss is no function of what the model puts out (a model with its own loss), or
+        parameters are of less than single precision, where differences of outputs drown.
     """
     quadratic = Quadratic(gm, plan, data, loss_fn)
-    if not quadratic.parameters:
+    if not quadratic.parameters or any(p.dtype not in (torch.float32, torch.float64) for p in quadratic.parameters):
         return plan
     with eval_mode(quadratic.graph), torch.enable_grad():
         found = conjugate_gradients(quadratic.slope(), quadratic.curvature)
