@@ -280,7 +280,7 @@ SOURCES: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", ["default", "tiny", "random", "random-refit"])
+@pytest.mark.parametrize("method", ["default", "newton", "tiny", "random", "random-refit", "random-newton"])
 @pytest.mark.parametrize("source", SOURCES)
 def test_success_changes_nothing_either(source: str, method: str) -> None:
     model = net()

@@ -99,6 +99,20 @@ def test_attention_gains_more_than_with_the_refit():
     assert all(torch.equal(t, before[n]) for n, t in net.state_dict().items())
 
 
+def test_convolutions_under_batch_norms():
+    torch.manual_seed(0)
+    net = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.Conv2d(4, 4, 3, stride=2), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3),
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(32, 2, 8, 8, generator=generator) for _ in range(8)]
+    batches = [(x, (x[:, 0].mean((1, 2)) > 0).long() + (x[:, 1].mean((1, 2)) > 0).long()) for x in inputs]
+    grown = fxgrow.grow(net, batches, neurons={"0": 2, "3": 2}, method="newton", progress=False)
+    before, after = grown.meta["fxgrow"].losses["train"]
+    assert after < before and grown.get_submodule("3").weight.shape == (6, 6, 3, 3)
+
+
 def test_a_model_with_its_own_loss_keeps_the_refit():
     class Own(nn.Module):
         def __init__(self) -> None:
