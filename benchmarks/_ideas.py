@@ -20,12 +20,13 @@ from benchmarks.widths import Batches, evaluate, loss_of
 from fxgrow._analyse import analyse
 from fxgrow._candidates import candidates, places
 from fxgrow._data import Data
+from fxgrow._graph import lookup
 from fxgrow._grow import _held
 from fxgrow._newton import conjugate_gradients
 from fxgrow._norms import Norms
 from fxgrow._plan import Plan
 from fxgrow._refit import run_refit
-from fxgrow._rewrite import lookup, rewrite
+from fxgrow._rewrite import rewrite
 from fxgrow._search import Line, search
 from fxgrow._units import fill_plan
 from fxgrow._widths import hidden

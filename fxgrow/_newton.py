@@ -25,9 +25,9 @@ from torch.utils import _pytree as pytree
 from fxgrow._analyse import analyse
 from fxgrow._candidates import places
 from fxgrow._data import Batch, Data, LossFn, loss_of
+from fxgrow._graph import lookup
 from fxgrow._pass import eval_mode, forward
 from fxgrow._plan import Plan
-from fxgrow._graph import lookup
 from fxgrow._rewrite import Values, rewrite
 
 #: conjugate-gradient steps; the fewer, the less of the noise of few batches is fitted
