@@ -17,7 +17,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 import fxgrow.ops  # noqa: F401  (enters the rules)
-from fxgrow._axes import Axis, Dims, fixed, is_fixed, length, multiplicity, pin, resolve
+from fxgrow._axes import Axis, Dims, Var, fixed, is_fixed, length, multiplicity, pin, resolve, unify
 from fxgrow._compensate import compensate
 from fxgrow._graph import lookup
 from fxgrow._opaque import KEY
@@ -199,15 +199,27 @@ _LINEAR = frozenset(
 def _check(structure: Structure, check: Check) -> None:
     """A computed size must be the same linear form as the axis it is used for."""
     expected = _entries(check.axis), {v: Fraction(m) for v, m in multiplicity(check.axis).items()}
-    if check.size.form() == expected:
+    form = check.size.form()
+    if form is not None and _settled(form) == _settled(expected):
         return
     axes = (*check.size.axes, check.axis)
     # one size of a view can be inferred, whatever the others are
     if check.infer is not None and all(node is not check.infer[0] for node, _, _ in structure.inferred):
         structure.inferred.append((*check.infer, axes))
         return
+    # else what it measures must grow with the axis
+    if check.size.measures_one and not any(is_fixed(a) for a in axes):
+        unify(check.axis, check.size.axes[0], check.why)
+        return
     for a in axes:
         pin(a, check.why)
+
+
+def _settled(form: tuple[Fraction, dict[Var, Fraction]]) -> tuple[Fraction, dict[Var, Fraction]]:
+    """A linear form in which what is pinned by now is a number."""
+    const, coefficients = form
+    const += sum(c * v.size for v, c in coefficients.items() if v.pinned is not None)
+    return const, {v: c for v, c in coefficients.items() if v.pinned is None}
 
 
 def _entries(axis: Axis) -> Fraction:

@@ -286,6 +286,8 @@ class _Follow:
     def _name(self, node: fx.Node) -> str:
         if node.op == "call_module":
             return type(self.gm.get_submodule(str(node.target))).__name__
+        if node.target is getattr:  # x.mT
+            return str(node.args[1])
         return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
 
     def _readers(self) -> Compensation | Reason:

@@ -58,6 +58,11 @@ class Size(int):
     def axes(self) -> tuple[Axis, ...]:
         return tuple(a for _, a in self.terms)
 
+    @property
+    def measures_one(self) -> bool:
+        """Whether it is the length of one axis and nothing else."""
+        return not (self.opaque or self.whole or self.const) and [c for c, _ in self.terms] == [1]
+
     def form(self) -> tuple[Fraction, dict[Var, Fraction]] | None:
         """The size as a linear form in units of unbound variables; None if it is not one."""
         for const, terms in self.whole:

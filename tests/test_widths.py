@@ -146,3 +146,30 @@ def test_a_branch_pins_and_says_where() -> None:
 
     pinned = named(Net(), torch.randn(2, 3))["a"].pinned
     assert pinned is not None and pinned.code == "branch"
+
+
+class Positions(nn.Module):
+    """Attention that computes all its sizes from the stream's, over tokens with learned positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.positions = nn.Linear(4, 8), nn.Parameter(torch.randn(1, 5, 8))
+        self.qkv, self.proj, self.out = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x) + self.positions
+        b, n, c = x.shape
+        q, k, v = self.qkv(x).reshape(b, n, 3, 2, c // 2).permute(2, 0, 3, 1, 4).unbind(0)
+        x = x + self.proj(((q @ k.mT * 0.5).softmax(-1) @ v).transpose(1, 2).reshape(b, n, c))
+        return self.out(x)
+
+
+def test_sizes_of_positions_are_numbers() -> None:
+    """Learned positions pin the tokens: what measures them takes no place from a size that must be inferred."""
+    torch.manual_seed(0)
+    model, x = Positions().double(), torch.randn(3, 5, 4, dtype=torch.float64)
+    gm = fxgrow.capture(model, (x[:2],))
+    assert {w.name: w.step for w in widths(gm) if w.pinned is None} == {"stem": 1, "qkv": 6}
+    for units in ({"stem": 2}, {"qkv": 6}, {"stem": 1, "qkv": 12}):
+        grown = fxgrow.widen(gm, (x[:2],), units)
+        torch.testing.assert_close(grown(x), model(x), rtol=1e-12, atol=1e-12)
