@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -99,5 +100,4 @@ class Norms:
 
 
 def _buffers(m: _BatchNorm) -> tuple[Tensor, Tensor]:
-    assert m.running_mean is not None and m.running_var is not None
-    return m.running_mean, m.running_var
+    return cast(Tensor, m.running_mean), cast(Tensor, m.running_var)
