@@ -17,14 +17,15 @@ from fxgrow._widths import widths
 torchvision = pytest.importorskip("torchvision")
 
 BOUND = {torch.float64: 1e-10, torch.float32: 1e-5}
-#: name -> side of the images, and how many widths are free and pinned (the output among them)
+#: name -> side of the images, and how many widths are free and pinned (the output among them). In train mode the norms
+#: of the last small maps amplify rounding: at 64 px the float32 of an unchanged googlenet is 4e-5 from its float64
 NETWORKS = {
     "resnet18": (64, 12, {"output": 1}),
     "resnet50": (64, 37, {"output": 1}),
     "vgg11_bn": (64, 10, {"output": 1}),
     "mobilenet_v2": (64, 25, {"output": 1}),
     "densenet121": (64, 120, {"output": 1}),
-    "googlenet": (64, 57, {"output": 1}),
+    "googlenet": (128, 57, {"output": 1}),
     "squeezenet1_1": (64, 25, {"output": 1}),
     "efficientnet_b0": (64, 40, {"output": 1}),
     "regnet_y_400mf": (96, 53, {"output": 1}),
