@@ -708,3 +708,25 @@ def test_a_module_that_refuses_a_mode() -> None:
     x = torch.randn(5, 4)
     assert same(capture(model, (x,))(x), model(x))
     assert model.training and not model[1].training
+
+
+class Mixer(nn.Module):
+    """Attention without parameters, whose dropout asks for the mode."""
+
+    def forward(self, q: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return F.dropout((q @ q.transpose(1, 2)).softmax(-1), 0.0, self.training) @ v
+
+
+class Mixes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.v, self.mixer, self.out = nn.Linear(4, 6), nn.Linear(4, 5), Mixer(), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.mixer(self.q(x), self.v(x)))
+
+
+def test_a_module_that_passes_its_mode_on_is_followed() -> None:
+    gm = capture(Mixes(), (torch.randn(2, 3, 4),))
+    assert "mixer" not in [node.target for node in gm.graph.nodes]
+    assert "v" in {w.name for w in fxgrow.widths(gm) if w.pinned is None}
