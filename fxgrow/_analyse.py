@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 import fxgrow.ops  # noqa: F401  (enters the rules)
-from fxgrow._axes import Axis, Dims, Var, fixed, is_fixed, length, multiplicity, pin, resolve, unify
+from fxgrow._axes import Axis, Dims, Var, axes_in, fixed, is_fixed, length, multiplicity, pin, resolve, unify
 from fxgrow._compensate import compensate
 from fxgrow._graph import lookup
 from fxgrow._opaque import KEY
@@ -52,7 +51,7 @@ def _evaluate(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         # by the real tensor, not its fake value: tied parameters are one object
         return ctx.dims_of(name, lookup(ctx.gm, name)) if _is_state(ctx.gm, node) else _fixed(ctx.value)
     if node.op == "output":
-        for axis in _axes(args):
+        for axis in axes_in(args):
             pin(axis, ctx.reason("output", "a dimension of the model's output"))
         _pin_sizes(args, ctx.reason("output", "its size is returned by the model"))
         return args
@@ -65,8 +64,8 @@ def _evaluate(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return _fixed(ctx.value, why)
     if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(ctx.value)):
         return _number(ctx, args, kwargs)
-    if all(is_fixed(a) for a in _axes((args, kwargs))) and not any(measured((args, kwargs))) and not _writes(ctx):
-        reasons = [s.reason for a in _axes((args, kwargs)) for s in a if s.reason]
+    if all(is_fixed(a) for a in axes_in((args, kwargs))) and not any(measured((args, kwargs))) and not _writes(ctx):
+        reasons = [s.reason for a in axes_in((args, kwargs)) for s in a if s.reason]
         # what was computed from an input is no input any more, but an unknown operator stays the reason
         return _fixed(ctx.value, next((r for r in reasons if r.code != "input"), None))
     return _apply(ctx, args, kwargs)
@@ -106,7 +105,7 @@ def _changes_a_parameter(ctx: Context, args: tuple[Any, ...]) -> bool:
 
 def _pin_all(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any], why: Reason) -> None:
     """Pins whatever an operator that is not understood can see."""
-    for axis in _axes((args, kwargs)):
+    for axis in axes_in((args, kwargs)):
         pin(axis, why)
     _pin_sizes((args, kwargs), why)
     if ctx.module is not None:
@@ -136,7 +135,7 @@ def _agree(ctx: Context, out: Any) -> None:
 def _number(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Shape arithmetic, evaluated; a result that cannot be followed back to its axes becomes an opaque size."""
     node = ctx.node
-    tensors = list(_axes((args, kwargs)))
+    tensors = list(axes_in((args, kwargs)))
     out = ctx.value
     known = False  # whether every size in `out` is followed
     try:
@@ -253,13 +252,6 @@ def _name(ctx: Context) -> str:
     if ctx.module is not None:
         return type(ctx.module).__name__
     return ctx.node.target if isinstance(ctx.node.target, str) else getattr(ctx.node.target, "__name__", "?")
-
-
-def _axes(value: Any) -> Iterator[Axis]:
-    """Every axis of every `Dims` in a nested value."""
-    for leaf in pytree.tree_leaves(value, is_leaf=lambda x: isinstance(x, Dims)):
-        if isinstance(leaf, Dims):
-            yield from leaf
 
 
 def _fixed(value: Any, why: Reason | None = None) -> Any:

@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from torch.utils import _pytree as pytree
 
 from fxgrow._records import Reason
 
@@ -52,6 +54,9 @@ class Segment(NamedTuple):
 Axis = tuple[Segment, ...]
 
 
+_ATOMS = {type(None), bool, int, float, str}
+
+
 class Dims(tuple[Axis, ...]):
     """The axes of one tensor; `parameter` is its qualified name where the tensor is a parameter or buffer."""
 
@@ -62,6 +67,23 @@ class Dims(tuple[Axis, ...]):
         dims = cls(axes)
         dims.parameter = parameter
         return dims
+
+
+def axes_in(value: Any) -> Iterator[Axis]:
+    """Every axis of every `Dims` in a nested value."""
+    kind = type(value)
+    if kind is Dims:
+        yield from value
+    elif kind is tuple or kind is list:
+        for item in value:
+            yield from axes_in(item)
+    elif kind is dict:
+        for item in value.values():
+            yield from axes_in(item)
+    elif kind not in _ATOMS:
+        for leaf in pytree.tree_leaves(value, is_leaf=lambda x: isinstance(x, Dims)):
+            if isinstance(leaf, Dims):
+                yield from leaf
 
 
 def fixed(length: int, reason: Reason | None = None) -> Axis:

@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 
 from torch import fx, nn
 from torch.nn import functional as F
-from torch.utils import _pytree as pytree
 
-from fxgrow._axes import Axis, Dims, Var, multiplicity, resolve
+from fxgrow._axes import Axis, Dims, Var, axes_in, multiplicity, resolve, variables
 from fxgrow._records import Reason
 from fxgrow.ops.registry import Demand, Structure
 
@@ -98,24 +97,17 @@ def _single(axis: Axis) -> bool:
 def silent(structure: Structure, var: Var) -> bool:
     """Whether new units of a variable can send nothing on at first: a profile finds no signal in them."""
     c = structure.compensations.get(var)
-    return c is not None and (
-        bool(c.norms) or not any(var in _variables(Dims((p.reads,))) for p in structure.projections)
-    )
+    return c is not None and (bool(c.norms) or not any(var in variables(p.reads) for p in structure.projections))
 
 
 def _carriers(structure: Structure, wanted: Mapping[Var, object]) -> dict[Var, list[fx.Node]]:
     """The nodes whose output has each variable, in order."""
     found: dict[Var, list[fx.Node]] = {var: [] for var in wanted}
     for node, value in structure.outputs.items():
-        for var in _variables(value):
+        for var in variables(*axes_in(value)):
             if var in found:
                 found[var].append(node)
     return found
-
-
-def _variables(value: object) -> set[Var]:
-    leaves = pytree.tree_leaves(value, is_leaf=lambda x: isinstance(x, Dims))
-    return {var for d in leaves if isinstance(d, Dims) for a in d for var in multiplicity(a)}
 
 
 class _Refused(Exception):
@@ -137,7 +129,7 @@ class _Follow:
         self.kind = MEAN if "layer" in kinds else ZERO
         self.mixed = len(kinds) > 1
         self.result = Compensation(self.kind, norms=list(self.norms.values()), products=self.products)
-        self.writes = {p.node: p for p in structure.projections if var in _variables(Dims((p.out,)))}
+        self.writes = {p.node: p for p in structure.projections if var in variables(p.out)}
         self.projections = {p.node for p in structure.projections}
         self.state: dict[fx.Node, str] = {}
 
@@ -177,7 +169,7 @@ class _Follow:
                 return ANY
             if all(u in self.norms or u in self.projections or self._name(u) in _PRODUCT for u in node.users):
                 return ANY  # a weight or a scale per unit, not a value
-            dims = [i for i, a in enumerate(value) if self.var in multiplicity(a)]
+            dims = [i for i, a in enumerate(value) if self.var in variables(a)]
             return self._written(node, [(value.parameter, dims[0])], silent) if len(dims) == 1 else ANY
         inputs = [n for n in node.all_input_nodes if n in self.inside]
         states = {self.state[n] for n in inputs}
@@ -294,7 +286,7 @@ class _Follow:
         """Weights that only ever read zeros may have any columns; one that also writes the width must."""
         seen: dict[tuple[str, int], set[str]] = {}
         for p in self.structure.projections:
-            if self.var in _variables(Dims((p.reads,))):
+            if self.var in variables(p.reads):
                 seen.setdefault((p.weight, p.in_dim), set()).add(self.state.get(p.source, ANY))
         if not self.products:  # a packed layer writes zeros for the keys, not for who reads the values
             self.result.free = {key for key, states in seen.items() if states == {ZERO}}

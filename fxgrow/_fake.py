@@ -12,6 +12,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
+from fxgrow._graph import submodule
 from fxgrow._meta import fake_tensor
 from fxgrow._meta import run as run_on_meta
 from fxgrow._where import looks_at_data
@@ -37,7 +38,8 @@ class FakeRunner:
         # What a tracer puts in the way has nothing to say here, and asking it costs time.
         patched, builtins.isinstance = builtins.isinstance, _isinstance
         try:
-            with self.mode if fake else _NOTHING, torch.no_grad(), torch._C.DisableTorchFunction():
+            # first of all: even `no_grad` asks who listens
+            with torch._C.DisableTorchFunction(), self.mode if fake else _NOTHING, torch.no_grad():
                 yield
         finally:
             builtins.isinstance = patched
@@ -48,7 +50,7 @@ class FakeRunner:
         args = fx.node.map_arg(node.args, lambda source: source.meta["val"])
         kwargs = fx.node.map_arg(node.kwargs, lambda source: source.meta["val"])
         self.guessed = False
-        module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = submodule(root, str(node.target)) if node.op == "call_module" else None
         with self.quiet(fake=False):
             value = run_on_meta(node.target if module is None else module, args, kwargs, self.mode)
         if value is not None:

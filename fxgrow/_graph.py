@@ -9,6 +9,14 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 
+def submodule(root: nn.Module, path: str) -> nn.Module:
+    """`root.get_submodule(path)` without its checks, which are most of the time."""
+    module = root
+    for name in path.split("."):
+        module = module._modules[name]  # type: ignore[assignment]
+    return module
+
+
 def lookup(gm: nn.Module, name: str) -> Tensor:
     """The parameter or buffer of that qualified name."""
     module, _, leaf = name.rpartition(".")

@@ -73,6 +73,13 @@ def intercept(tracer: ValueTracer) -> Iterator[None]:
         if type(value) is not ValueProxy or not tracer.assign(module, name, value):
             set_attribute(module, name, value)
 
+    def training(module: nn.Module) -> Any:
+        try:
+            value = vars(module)["training"]
+        except KeyError:
+            raise AttributeError("training") from None  # a scripted module has its own way
+        return value if tracer.runner.silent else tracer.training(module, value)
+
     real = builtins.isinstance
 
     def is_instance(value: Any, kinds: Any) -> bool:
@@ -87,6 +94,7 @@ def intercept(tracer: ValueTracer) -> Iterator[None]:
             replace(torch.Tensor, name, recording(getattr(torch.Tensor, name), always=False))
         replace(torch.autograd.Function, "apply", classmethod(apply_function))
         replace(nn.Module, "__setattr__", assign)
+        replace(nn.Module, "training", property(training, lambda module, flag: vars(module).update(training=flag)))
         # `isinstance(x, torch.Tensor)` must be true, and `__class__` may not say so (see ValueProxy).
         replace(builtins, "isinstance", is_instance)
         with _Recorder(tracer):

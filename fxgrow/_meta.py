@@ -13,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from fxgrow._shapes import Like, shape_of
+from fxgrow.ops.registry import recognised
 
 #: functions and methods whose results may lie on another device, or are no tensors
 _ELSEWHERE = {"cpu", "cuda", "to", "type", "type_as", "item", "tolist", "numpy", "getattr", "__get__"}
@@ -31,12 +33,18 @@ def run(target: nn.Module | Callable[..., Any] | str, args: Any, kwargs: Any, mo
     devices: set[torch.device] = set()
     try:
         given, named = _metas(args, devices), _metas(kwargs, devices)
+        if isinstance(target, nn.Module):
+            devices.update(
+                t.device for kept in (target._parameters, target._buffers) for t in kept.values() if t is not None
+            )
         if any(torch.is_autocast_enabled(device.type) for device in devices):
             return None
-        if isinstance(target, nn.Module):
-            with _state_on_meta(target, devices):
-                like = _keeps_shape(target, *given)
-                result = torch.empty_like(given[0]) if like else target.forward(*given, **named)
+        like = shape_of(target, given, named)
+        if like is not None:
+            result = _empty(like)
+        elif isinstance(target, nn.Module):
+            with _state_on_meta(target):
+                result = target.forward(*given, **named)
         elif isinstance(target, str):
             result = getattr(given[0], target)(*given[1:], **named)
         else:
@@ -60,22 +68,10 @@ def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
     return fake
 
 
-def _keeps_shape(module: nn.Module, x: torch.Tensor, *others: Any) -> bool:
-    """Whether the result is like the input: many of these are decomposed on meta tensors, which takes long."""
-    kind = type(module)
-    if others or not x.is_floating_point():
-        return False
-    if kind in _CHANNELS:
-        if isinstance(module, _BatchNorm):
-            check: Callable[[torch.Tensor], None] = module._check_input_dim
-            check(x)
-        state = [t for t in (*module._parameters.values(), *module._buffers.values()) if t is not None and t.dim()]
-        return x.shape[1] == getattr(module, _CHANNELS[kind]) and all(t.shape == x.shape[1:2] for t in state)
-    if isinstance(module, nn.LayerNorm) and kind is nn.LayerNorm:
-        shape = tuple(module.normalized_shape)
-        return x.shape[-len(shape) :] == shape and all(p.shape == shape for p in module.parameters())
-    elementwise = kind.__module__ in ("torch.nn.modules.activation", "torch.nn.modules.dropout")
-    return elementwise and kind not in (nn.GLU, nn.PReLU, nn.MultiheadAttention)
+def _empty(like: Any) -> Any:
+    if isinstance(like, Like):
+        return torch.empty_strided(like.shape, like.stride, dtype=like.dtype, device="meta")
+    return tuple(map(_empty, like))
 
 
 def _grouped_mm(mat_a: torch.Tensor, mat_b: torch.Tensor, **options: Any) -> torch.Tensor:
@@ -85,15 +81,13 @@ def _grouped_mm(mat_a: torch.Tensor, mat_b: torch.Tensor, **options: Any) -> tor
     return mat_a.new_empty(mat_a.shape[0], mat_b.shape[2])
 
 
-_CHANNELS = {n: "num_features" for n in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)} | {
-    nn.GroupNorm: "num_channels"
-}
 _OURS = {getattr(F, "grouped_mm", None): _grouped_mm, getattr(torch, "_grouped_mm", None): _grouped_mm}
 
 
 def _is_torch(target: Any) -> bool:
     if isinstance(target, nn.Module):
-        return type(target).__module__.startswith("torch.nn.modules.") and not target._modules
+        plain = type(target).__module__.startswith("torch.nn.modules.") and not target._modules
+        return plain or recognised(target) is not None
     name = target if isinstance(target, str) else getattr(target, "__name__", "_")
     # in place, a method may change the shape of its argument
     if name in _ELSEWHERE or name.endswith("_"):
@@ -136,11 +130,11 @@ def _fakes(value: Any, mode: FakeTensorMode, device: torch.device) -> Any:
 
 
 @contextlib.contextmanager
-def _state_on_meta(module: nn.Module, devices: set[torch.device]) -> Iterator[None]:
+def _state_on_meta(module: nn.Module) -> Iterator[None]:
     attributes = vars(module)
     saved = attributes["_parameters"], attributes["_buffers"]
-    metas = [{name: _metas(tensor, devices) for name, tensor in kept.items()} for kept in saved]
-    attributes["_parameters"], attributes["_buffers"] = metas
+    for kind, kept in zip(("_parameters", "_buffers"), saved, strict=True):
+        attributes[kind] = {name: None if t is None else _meta(t) for name, t in kept.items()}
     try:
         yield
     finally:

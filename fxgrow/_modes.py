@@ -189,10 +189,12 @@ def _chooser(tracer: ValueTracer, node: fx.Node) -> Callable[[Any, Any], fx.Node
 
 def _flag_node(tracer: ValueTracer, flag: str) -> fx.Node:
     """The ``get_attr`` node of a flag, at the top of the graph, so that it is there for everybody."""
+    last = [node for node in tracer.graph.nodes if node.op == "placeholder"][-1:]
     found: list[fx.Node] = list(tracer.graph.find_nodes(op="get_attr", target=flag))
     if found:
+        first = next(iter(tracer.graph.nodes))
+        (last[0].append if last else first.prepend)(found[0])
         return found[0]
-    last = [node for node in tracer.graph.nodes if node.op == "placeholder"][-1:]
     place = tracer.graph.inserting_after(last[0]) if last else tracer.graph.inserting_before()
     with place:
         # Not Graph.get_attr, which warns about attributes that are neither modules nor tensors.

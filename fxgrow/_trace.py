@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
 import functools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import CodeType, FrameType
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from fxgrow._attention import is_packed, self_attention
 from fxgrow._errors import CaptureError
 from fxgrow._fake import FakeRunner, arithmetic_key, set_value
+from fxgrow._graph import submodule
 from fxgrow._intercept import FACTORIES, intercept
 from fxgrow._leaf import is_layer
 from fxgrow._opaque import KEY
@@ -30,6 +30,8 @@ from fxgrow.ops.registry import recognised
 
 # Values the model's code gets as they are, without a proxy.
 _PLAIN = (type(None), str, torch.dtype, torch.layout, torch.memory_format, type, enum.Enum)
+
+_AS_IS = {type(None), bool, int, float, str}
 
 
 def _same_three(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -108,8 +110,7 @@ class ValueTracer(fx.Tracer):
         self._names = {**{id(tensor): name for tensor, name in self.tensor_attrs.items()}, **self._names}
 
         def forward(*proxies: Any) -> Any:
-            with self._training_at_run_time(self.root, ""):
-                return self.call(list(proxies))
+            return self.call(list(proxies))
 
         forward.__annotations__.clear()  # fx would print them into the graph's own signature
         return forward, [self._input(name, value) for name, value in self.inputs.items()]
@@ -190,7 +191,7 @@ class ValueTracer(fx.Tracer):
             return fx.node.map_arg(node.args[0], lambda result: result.meta["val"])
         if node.target is guard or node.target is set_grad_enabled:
             return None
-        if node.op == "call_module" and (why := self.opaque.get(self.root.get_submodule(str(node.target)))):
+        if node.op == "call_module" and (why := self.opaque.get(submodule(self.root, str(node.target)))):
             node.meta[KEY] = why
             return run_opaque(node, self.root, self.runner)
         return self.runner.call(node, self.root)
@@ -224,6 +225,10 @@ class ValueTracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Nodes for proxies, tensors and the containers fx would flatten into another type."""
+        if type(a) in _AS_IS:
+            return a
+        if type(a) is tuple or type(a) is list:
+            return type(a)(map(self.create_arg, a))
         if type(a) is ValueProxy:
             if a.tracer is not self:
                 raise CaptureError(f"{a!r} was kept by the model from an earlier capture.")
@@ -275,10 +280,7 @@ class ValueTracer(fx.Tracer):
         if type(m) is nn.MultiheadAttention and is_packed(m) and _same_three(args, kwargs):
             self._written_out.add(m)
             forward = functools.partial(self_attention, m)
-        elif self.is_leaf_module(m, path):
-            return super().call_module(m, forward, args, kwargs)
-        with self._training_at_run_time(m, path):
-            return super().call_module(m, forward, args, kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Parameters and buffers of the model become nodes when its code asks for them."""
@@ -298,23 +300,19 @@ class ValueTracer(fx.Tracer):
             self.create_proxy("call_method", "copy_", (old, value.detach()), {})
         return True
 
-    @contextlib.contextmanager
-    def _training_at_run_time(self, module: nn.Module, path: str) -> Iterator[None]:
-        """Let ``self.training`` read the module's flag when the graph runs, not when it is captured."""
-        before = module.__dict__["training"]
-        if type(before) is not ValueProxy:
-            name = f"{path}.training" if path else "training"
-            if name not in self._attributes:
-                node = self.create_node("get_attr", name, (), {})
-                value = bool(before) != (name in self.flipped)
-                set_value(node, value)
-                self._flags[node] = frozenset((name,))
-                self._attributes[name] = ValueProxy(node, self, value)
-            module.__dict__["training"] = self._attributes[name]
-        try:
-            yield
-        finally:
-            module.__dict__["training"] = before
+    def training(self, module: nn.Module, value: bool) -> Any:
+        """``self.training``, read from the module's flag when the graph runs, not when it is captured."""
+        path = (self.submodule_paths or {}).get(module)
+        if path is None:
+            return value
+        name = f"{path}.training" if path else "training"
+        if name not in self._attributes:
+            node = self.create_node("get_attr", name, (), {})
+            value = value != (name in self.flipped)
+            set_value(node, value)
+            self._flags[node] = frozenset((name,))
+            self._attributes[name] = ValueProxy(node, self, value)
+        return self._attributes[name]
 
     def concrete(self, proxy: ValueProxy, convert: Callable[[Any], Any], asked_by: FrameType | None = None) -> Any:
         """The plain value the model's code asks for, remembered as a guard if an input can change it."""
