@@ -202,16 +202,27 @@ def _check(structure: Structure, check: Check) -> None:
     if form is not None and _settled(form) == _settled(expected):
         return
     axes = (*check.size.axes, check.axis)
-    # one size of a view can be inferred, whatever the others are
-    if check.infer is not None and all(node is not check.infer[0] for node, _, _ in structure.inferred):
-        structure.inferred.append((*check.infer, axes))
-        return
+    if check.where is not None:
+        # the length of a width is a number that no input changes
+        if _is_width(check.axis):
+            structure.replaced.append((*check.where, axes, check.axis))
+            return
+        # one size of a view can be inferred, whatever the others are
+        others = (node for node, _, _, axis in structure.replaced if axis is None)
+        if check.infer and all(node is not check.where[0] for node in others):
+            structure.replaced.append((*check.where, axes, None))
+            return
     # else what it measures must grow with the axis
     if check.size.measures_one and not any(is_fixed(a) for a in axes):
         unify(check.axis, check.size.axes[0], check.why)
         return
     for a in axes:
         pin(a, check.why)
+
+
+def _is_width(axis: Axis) -> bool:
+    segments = resolve(axis)
+    return len(segments) == 1 and segments[0].var is not None and segments[0].inner == 1
 
 
 def _settled(form: tuple[Fraction, dict[Var, Fraction]]) -> tuple[Fraction, dict[Var, Fraction]]:

@@ -1,7 +1,6 @@
 """`nn.MultiheadAttention` written out, so that a graph shows its queries, keys, values and heads.
 
 The module keeps its parameters and their names; only its call is traced through this instead of staying one node.
-Self-attention with one packed projection is written out; anything else stays as it is.
 """
 
 from __future__ import annotations
@@ -13,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def is_packed(m: nn.MultiheadAttention) -> bool:
-    """Whether one weight makes queries, keys and values, and nothing is added to the keys."""
-    return m._qkv_same_embed_dim and m.bias_k is None and not m.add_zero_attn
+def is_plain(m: nn.MultiheadAttention) -> bool:
+    """Whether nothing is added to the keys."""
+    return m.bias_k is None and not m.add_zero_attn
 
 
-def self_attention(
+def attention(
     m: nn.MultiheadAttention,
     query: Tensor,
     key: Tensor,
@@ -29,9 +28,9 @@ def self_attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Any]:
-    """What `m(query, query, query, ...)` returns, by its parameters; `key` and `value` are the query."""
-    x = query if m.batch_first or query.dim() == 2 else query.transpose(0, 1)
-    q, k, v = F.linear(x, m.in_proj_weight, m.in_proj_bias).chunk(3, -1)
+    """What `m(query, key, value, ...)` returns, by its parameters."""
+    batch_first = m.batch_first or query.dim() == 2
+    q, k, v = _projected(m, *(x if batch_first else x.transpose(0, 1) for x in (query, key, value)))
     q, k, v = (t.unflatten(-1, (m.num_heads, m.head_dim)).transpose(-3, -2) for t in (q, k, v))
     mask = _mask(m, q, attn_mask, key_padding_mask)
     weights = None
@@ -45,7 +44,17 @@ def self_attention(
     else:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     y = m.out_proj(y.transpose(-3, -2).flatten(-2))
-    return y if m.batch_first or query.dim() == 2 else y.transpose(0, 1), weights
+    return y if batch_first else y.transpose(0, 1), weights
+
+
+def _projected(m: nn.MultiheadAttention, *inputs: Tensor) -> tuple[Tensor, ...]:
+    """Queries, keys and values; in self-attention of one product."""
+    if m._qkv_same_embed_dim and len({getattr(x, "node", x) for x in inputs}) == 1:
+        return F.linear(inputs[0], m.in_proj_weight, m.in_proj_bias).chunk(3, -1)
+    separate = m.q_proj_weight, m.k_proj_weight, m.v_proj_weight
+    weights = m.in_proj_weight.chunk(3) if m._qkv_same_embed_dim else separate
+    biases = (None,) * 3 if m.in_proj_bias is None else m.in_proj_bias.chunk(3)
+    return tuple(F.linear(*given) for given in zip(inputs, weights, biases, strict=True))
 
 
 def _mask(m: nn.MultiheadAttention, q: Tensor, attn: Tensor | None, padding: Tensor | None) -> Tensor | None:

@@ -58,9 +58,13 @@ _ATOMS = {type(None), bool, int, float, str}
 
 
 class Dims(tuple[Axis, ...]):
-    """The axes of one tensor; `parameter` is its qualified name where the tensor is a parameter or buffer."""
+    """The axes of one tensor; `parameter` is its qualified name where the tensor is a parameter or buffer.
+
+    `part_of` is that name where the tensor is some of the first dimension of one.
+    """
 
     parameter: str | None = None
+    part_of: str | None = None
 
     @classmethod
     def of(cls, axes: Iterable[Axis], parameter: str | None = None) -> Dims:

@@ -299,9 +299,9 @@ def _write_constants(
             setattr(module, name, _with(getattr(module, name), rest, n))
         else:
             _set_argument(twins[target], path, n)
-    for node, path, axes in structure.inferred:
+    for node, path, axes, axis in structure.replaced:
         if any(_new_length(a, grow) != length(a) for a in axes):
-            _set_argument(twins[node], path, -1)
+            _set_argument(twins[node], path, -1 if axis is None else _new_length(axis, grow))
 
 
 def _set_argument(node: fx.Node, path: tuple[Any, ...], value: int) -> None:

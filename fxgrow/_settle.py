@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -131,13 +132,17 @@ def settle_products(
     wanted = {twins[d.source]: (var, d, c) for var, c in growing(structure, grow).items() for d in c.products}
     if not wanted:
         return
+    writing = {
+        d.source: sorted(w for w in c.writers if index.get(w[0], ()) and index[w[0]][w[1]] is not None)
+        for _, d, c in wanted.values()
+    }
     seen = _Values(gm, wanted)
-    with eval_mode(gm), torch.enable_grad():
+    with eval_mode(gm), torch.enable_grad(), _trained([lookup(gm, w[0]) for ws in writing.values() for w in ws]):
         seen.run(*inputs, enable_io_processing=False)
     generator = torch.Generator().manual_seed(0)
     hits: dict[tuple[str, int], Tensor] = {}
-    for source, (var, d, c) in wanted.items():
-        writers = sorted(w for w in c.writers if index.get(w[0], ()) and index[w[0]][w[1]] is not None)
+    for source, (var, d, _) in wanted.items():
+        writers = writing[d.source]
         total = _new_entries(seen.values[source], structure.outputs[d.source], var, grow, generator)
         parameters = [lookup(gm, name) for name, _ in writers]
         gradients = torch.autograd.grad(total, parameters, allow_unused=True, retain_graph=True)
@@ -151,6 +156,19 @@ def settle_products(
             if old is not None:
                 hit[old.to(hit.device)] = False
             lookup(gm, name).index_fill_(dim, hit.nonzero().flatten(), 0)
+
+
+@contextlib.contextmanager
+def _trained(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """With gradients for buffers too: a bias may be one."""
+    frozen = {t for t in tensors if not t.requires_grad}
+    for t in frozen:
+        t.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for t in frozen:
+            t.requires_grad_(False)
 
 
 def _new_entries(value: Tensor, dims: Dims, var: Var, grow: Mapping[Var, int], generator: torch.Generator) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
 
-from fxgrow._attention import is_packed, self_attention
+from fxgrow._attention import attention, is_plain
 from fxgrow._errors import CaptureError
 from fxgrow._fake import FakeRunner, arithmetic_key, set_value
 from fxgrow._graph import submodule
@@ -32,13 +32,6 @@ from fxgrow.ops.registry import recognised
 _PLAIN = (type(None), str, torch.dtype, torch.layout, torch.memory_format, type, enum.Enum)
 
 _AS_IS = {type(None), bool, int, float, str}
-
-
-def _same_three(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether query, key and value are one tensor."""
-    names = ("query", "key", "value")
-    given = [*args[:3], *(kwargs[n] for n in names[len(args) :] if n in kwargs)]
-    return len(given) == 3 and len({id(getattr(a, "node", a)) for a in given}) == 1
 
 
 class ValueTracer(fx.Tracer):
@@ -277,9 +270,9 @@ class ValueTracer(fx.Tracer):
         path = (self.submodule_paths or {}).get(m)
         if path is None:
             return forward(*args, **kwargs)
-        if type(m) is nn.MultiheadAttention and is_packed(m) and _same_three(args, kwargs):
+        if type(m) is nn.MultiheadAttention and is_plain(m):
             self._written_out.add(m)
-            forward = functools.partial(self_attention, m)
+            forward = functools.partial(attention, m)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:

@@ -292,6 +292,54 @@ def test_transformer_encoder_of_torch(first: bool) -> None:
     assert_same(gm, grown, x)
 
 
+class Crossed(nn.Module):
+    """Attention from one sequence to another, with sizes of its own for keys and values."""
+
+    def __init__(self, sizes: dict[str, int], bias: bool) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(6, 8), nn.Linear(6, sizes.get("kdim", 8))
+        self.v, self.out = nn.Linear(6, sizes.get("vdim", 8)), nn.Linear(8, 3)
+        self.attention = nn.MultiheadAttention(8, 2, bias=bias, batch_first=True, **sizes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.attention(self.q(x[:, :3]), self.k(x), self.v(x), need_weights=False)[0])
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("sizes", [{}, {"kdim": 5, "vdim": 7}])
+def test_cross_attention_of_torch(sizes: dict[str, int], bias: bool) -> None:
+    net, x = Crossed(sizes, bias), torch.randn(2, 5, 6)
+    gm, grown, free = widen_all(net, x, 1)
+    # a packed weight has one column for each entry of the three
+    assert free.keys() >= ({"q", "k", "v", "attention.q_proj_weight"} if sizes else {"q", "attention.in_proj_weight"})
+    assert_same(net, gm, x)
+    assert_same(gm, grown, x)
+    data = [(torch.randn(4, 5, 6, dtype=torch.float64), torch.randint(3, (4, 3))) for _ in range(8)]
+    loss = lambda out, y: F.cross_entropy(out.flatten(0, 1), y.flatten())  # noqa: E731
+    # the parts of a packed weight have no statistics: their new units are random
+    named = {"q": 2, "attention.q_proj_weight" if sizes else "attention.in_proj_weight": 2}
+    assert fxgrow.grow(net, data, loss_fn=loss, neurons=named, progress=False).meta["fxgrow"].plan.units == named
+
+
+def test_transformer_of_torch() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.out = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 3)
+            layer = nn.TransformerDecoderLayer(8, 2, 16, 0.0, batch_first=True, norm_first=True)
+            self.decoder = nn.TransformerDecoder(layer, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.decoder(self.a(x[:, :3]), self.b(x)))
+
+    net, x = Pair(), torch.randn(2, 5, 6)
+    gm, grown, free = widen_all(net, x, 1)
+    names = {f"decoder.layers.{i}.{part}" for i in (0, 1) for part in ("multihead_attn.in_proj_weight", "linear1")}
+    assert free.keys() >= names
+    assert_same(net, gm, x)
+    assert_same(gm, grown, x)
+
+
 @pytest.mark.parametrize(
     "between",
     [

@@ -241,7 +241,7 @@ ROWS = [
     Row("multihead_attention_embed_plus_head", "torch", lambda: encoder(True), TOKENS,
         {"0": 1, "1.self_attn.in_proj_weight": 6}),
     Row("multihead_attention_value_width", "torch", values_of_another_size, TOKENS,
-        pinned={"value": ("operator", "MultiheadAttention")}),
+        {"value": 1, "attention.q_proj_weight": 2}),
     Row("swin_bias_table", "Swin",
         lambda: hugging_face("SwinForImageClassification", image_size=16, patch_size=2, num_labels=3, embed_dim=16,
                              depths=[1], num_heads=[2], window_size=4, drop_path_rate=0.0),

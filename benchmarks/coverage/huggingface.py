@@ -107,7 +107,7 @@ CASES: dict[str, Case] = {
     "squeezebert": Case("SqueezeBertForSequenceClassification", _masked, {"embedding_size": 32}),
     "fnet": Case("FNetForSequenceClassification", _text),
     "roformer": Case("RoFormerForSequenceClassification", _masked, {"embedding_size": 32}),
-    "layoutlm": Case("LayoutLMForTokenClassification", _masked),
+    "layoutlm": Case("LayoutLMForTokenClassification", _masked, {"max_2d_position_embeddings": 64}),
     # decoders
     "gpt2": Case("GPT2LMHeadModel", _text),
     "gpt_neo": Case("GPTNeoForCausalLM", _text, {"attention_types": [[["global", "local"], 1]], "window_size": 4}),

@@ -60,7 +60,11 @@ def stack(ctx: Context, tensors: Sequence[Dims], dim: int = 0) -> Dims:
 
 
 def _with(x: Dims, dim: int, parts: Sequence[Axis]) -> tuple[Dims, ...]:
-    return tuple(Dims(part if i == dim % len(x) else a for i, a in enumerate(x)) for part in parts)
+    dim %= len(x)
+    found = tuple(Dims(part if i == dim else a for i, a in enumerate(x)) for part in parts)
+    for part in found:
+        part.part_of = x.parameter if dim == 0 else None
+    return found
 
 
 @op("chunk", torch.chunk)

@@ -122,12 +122,16 @@ class Constant:
 
 @dataclass(frozen=True)
 class Check:
-    """A computed size must follow the axis it is used for; where it does not, `infer` may be left to the operator."""
+    """A computed size must follow the axis it is used for; where it does not, the argument `where` may be changed.
+
+    `infer`: it may become -1, which a view infers.
+    """
 
     size: Size
     axis: Axis
     why: Reason
-    infer: tuple[fx.Node, tuple[Any, ...]] | None = None
+    where: tuple[fx.Node, tuple[Any, ...]] | None = None
+    infer: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,8 +163,8 @@ class Structure:
     constants: list[Constant] = field(default_factory=list)
     outputs: dict[fx.Node, Any] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
-    #: size arguments of views that are to be inferred (-1) when one of these axes grows
-    inferred: list[tuple[fx.Node, tuple[Any, ...], tuple[Axis, ...]]] = field(default_factory=list)
+    #: size arguments that are to be replaced when one of these axes grows: by the length of an axis, or inferred (-1)
+    replaced: list[tuple[fx.Node, tuple[Any, ...], tuple[Axis, ...], Axis | None]] = field(default_factory=list)
     aliases: dict[int, str] = field(default_factory=dict)
     demands: list[Demand] = field(default_factory=list)
     #: per variable with a demand, how its new units start (`fxgrow._compensate`)
@@ -264,17 +268,22 @@ class Context:
         """This node's weight writes axis `out` (its `out_dim`) and reads its `in_dim`."""
         if bias is not None:
             self.same(bias[0], out)
-        if weight.parameter is None:
+        name = weight.parameter
+        if name is None and out_dim == 0:
+            name = weight.part_of
+        if any(p is not None and p.parameter is None and p.part_of is not None for p in (weight, bias)):
+            window["plain"] = False  # statistics are those of whole parameters
+        if name is None:
             raise Unsupported("the weight is computed in the graph, not a parameter")
         self.structure.projections.append(
             Projection(
                 node=self.node,
                 source=self.node.all_input_nodes[0],
-                weight=weight.parameter,
-                bias=None if bias is None else bias.parameter,
+                weight=name,
+                bias=None if bias is None else bias.parameter or bias.part_of,
                 out_dim=out_dim,
                 in_dim=in_dim,
-                writes=weight[out_dim],
+                writes=self.structure.parameters[name][out_dim],
                 reads=weight[in_dim],
                 out=out,
                 **window,
@@ -289,20 +298,20 @@ class Context:
     def size_argument(self, value: Any, axis: Axis, *path: Any, infer: bool = False) -> None:
         """An argument (at `path` in the node's args or kwargs) that must be the length of `axis`.
 
-        A literal is rewritten when the axis grows; a computed size is checked to follow by itself, or, with `infer`,
-        becomes the -1 that a view infers.
+        A literal is rewritten when the axis grows; a computed size is checked to follow by itself, or becomes a
+        literal, or, with `infer`, the -1 that a view infers.
         """
         why = self.reason("size", "a computed size does not follow the width")
-        # a shape that is computed as a whole has no place for a -1
-        where = (self.node, path) if infer and not isinstance(_at(self.node, path[:-1]), fx.Node) else None
+        # a shape that is computed as a whole has no place for either
+        where = None if isinstance(_at(self.node, path[:-1]), fx.Node) else (self.node, path)
         if isinstance(value, Size):
             self.followed.append(value)
-            self.structure.checks.append(Check(value, axis, why, where))
+            self.structure.checks.append(Check(value, axis, why, where, infer))
         elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             if isinstance(_at(self.node, path), fx.Node):
                 # a computed size that measures no width: the axis may not change
                 if int(value) == length(axis):
-                    self.structure.checks.append(Check(_constant(value), axis, why, where))
+                    self.structure.checks.append(Check(_constant(value), axis, why, where, infer))
             else:
                 self.structure.constants.append(Constant((self.node, path), axis))
 
