@@ -2,9 +2,11 @@
 
 A norm over a width keeps its statistics when every new unit is the mean of the old ones (LayerNorm) or zero
 (RMSNorm), with weight and eps rescaled for the new size; its output at the new units is then zero, so whoever reads it
-may have any new columns. A product of two activations summed over a width (queries and keys) stays when one side is
-zero. Rules enter such a `Demand`; here the units' state is followed from the layers that write them to where it is
-demanded. What arrives in another state pins the width.
+may have any new columns. With one weight for all units, as nets start, that output can be the mean again, which the
+next norm of a post-norm stream asks for. A product of two activations summed over a width (queries and keys) stays when
+one side is zero, or, where both are divided by their lengths, when a unit of both is turned into a plane. Rules enter
+such a `Demand`; here the units' state is followed from the layers that write them to where it is demanded. What arrives
+in another state pins the width.
 """
 
 from __future__ import annotations
@@ -12,14 +14,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
 from fxgrow._axes import Axis, Dims, Var, axes_in, multiplicity, resolve, variables
+from fxgrow._graph import lookup
 from fxgrow._records import Reason
 from fxgrow.ops.registry import Demand, Structure
 
-MEAN, ZERO, ANY = "mean", "zero", "any"
+MEAN, ZERO, SPLIT, ANY = "mean", "zero", "split", "any"
+#: a mean that is zero
+_BOTH = "both"
 
 #: what moves entries about, or mixes positions linearly, leaves a unit's state as it is
 _LINEAR = frozenset(
@@ -48,7 +54,7 @@ class Compensation:
     """How the new units of one width start.
 
     Attributes:
-        kind: what the writers' new entries are: the mean over the old units, or zero.
+        kind: what the writers' new entries are: the mean over the old units, zero, or each a part of an old one.
         writers: parameters, and their dimension, whose new entries are set so.
         scales: per writer, the parameter that multiplies it unit by unit on the way into the width.
         free: weights, and their dimension, that read new units which are zero: any columns will do.
@@ -110,6 +116,12 @@ def _carriers(structure: Structure, wanted: Mapping[Var, object]) -> dict[Var, l
     return found
 
 
+def _joint(states: set[str]) -> str:
+    """The state of a sum, or of what two are put together."""
+    strict = states - {_BOTH}
+    return ANY if len(strict) > 1 else strict.pop() if strict else _BOTH
+
+
 class _Refused(Exception):
     pass
 
@@ -126,8 +138,9 @@ class _Follow:
         self.norms = {d.node: d for d in demands if d.kind != "product"}
         self.products = [d for d in demands if d.kind == "product"]
         kinds = {d.kind for d in demands}
-        self.kind = MEAN if "layer" in kinds else ZERO
-        self.mixed = len(kinds) > 1
+        self.kind = MEAN if "layer" in kinds else SPLIT if "length" in kinds else ZERO
+        self.mixed = len(kinds) > 1 and kinds != {"length", "product"}
+        self.post = False  # whether norms with one weight for all units hand the mean on
         self.result = Compensation(self.kind, norms=list(self.norms.values()), products=self.products)
         self.writes = {p.node: p for p in structure.projections if var in variables(p.out)}
         self.projections = {p.node for p in structure.projections}
@@ -137,16 +150,29 @@ class _Follow:
         if self.mixed:
             d = self.demands[0]
             return Reason("norm", d.node.name, "one width is normalised in different ways, or also summed over")
-        silent = self._ancestors() if self.products else self.inside
+        silent = self._ancestors() if self.products and self.kind == ZERO else self.inside
         for node in self.nodes:
             try:
                 self.state[node] = self._evaluate(node, node in silent)
             except _Refused as refusal:
+                if not self.post and any(self._is_uniform(d) for d in self.norms.values()):
+                    self.post = True
+                    self.result = Compensation(self.kind, norms=self.result.norms)
+                    return self.run()
                 return Reason("norm", node.name, str(refusal))
         for d in self.products:
-            if self.state.get(d.source) != ZERO:
+            operands = [d.source] if self.kind == ZERO else [n for n in d.node.all_input_nodes if n in self.inside]
+            if any(self.state.get(n) != self.kind for n in operands):
                 return Reason("reduce", d.node.name, "summed over in a product, and neither side can be kept silent")
         return self._readers()
+
+    def _is_uniform(self, d: Demand) -> bool:
+        """Whether one weight for all units keeps the mean of the units a constant."""
+        if d.kind != "layer" or d.weight is None:
+            return False
+        weight = lookup(self.gm, d.weight).detach()
+        rounding = 8 * torch.finfo(weight.dtype).eps
+        return weight.device.type != "meta" and bool(weight.max() - weight.min() <= rounding * weight.abs().max())
 
     def _ancestors(self) -> set[fx.Node]:
         """What flows into the second operand of a product."""
@@ -177,15 +203,15 @@ class _Follow:
             return self._normalised(self.norms[node])
         name = self._name(node)
         if name in _LINEAR:
-            return states.pop() if len(states) == 1 else ANY
+            return _joint(states)
         if name in _SUM:
             whole = all(n in self.inside for n in node.all_input_nodes) and not self._numbers(node)
-            return states.pop() if len(states) == 1 and (whole or states == {MEAN}) else ANY
+            return _joint(states) if whole or states == {MEAN} else ANY
         if name in _PRODUCT:
             return self._product(node, inputs, states)
-        if name in _ODD and states == {ZERO}:
-            return ZERO
-        return MEAN if states == {MEAN} and self._no_dropout(node) else ANY
+        if self._no_dropout(node):
+            return _joint(states)
+        return ZERO if name in _ODD and states <= {ZERO, _BOTH} else ANY
 
     def _written(self, node: fx.Node, parameters: list[tuple[str, int]], silent: bool) -> str:
         if not silent or not all(self._alone(name, dim) for name, dim in parameters):
@@ -195,16 +221,23 @@ class _Follow:
 
     def _alone(self, name: str, dim: int) -> bool:
         """Whether a mean over a parameter's dimension is the mean over the units, and over nothing else."""
-        return self.kind == ZERO or _single(self.structure.parameters[name][dim])
+        return self.kind != MEAN or _single(self.structure.parameters[name][dim])
 
     def _normalised(self, d: Demand) -> str:
-        if self.state[d.source] != self.kind:
+        if self.state[d.source] not in (self.kind, _BOTH):
             raise _Refused(
                 "normalised over the whole axis: new units would change the statistics of the old ones, and what flows "
-                "in cannot be kept at " + ("their mean" if self.kind == MEAN else "zero")
+                "in cannot be kept at " + {MEAN: "their mean", ZERO: "zero", SPLIT: "its length"}[self.kind]
             )
+        if self.kind == SPLIT:
+            return SPLIT
         if d.weight is None:
             self._scale_readers(d)
+        if self.post and self._is_uniform(d):
+            self.result.writers |= {(name, 0) for name in (d.weight, d.bias) if name is not None}
+            if d.bias is None:
+                return _BOTH
+            return MEAN if bool(lookup(self.gm, d.bias).any()) else _BOTH
         return ZERO
 
     def _scale_readers(self, d: Demand) -> None:
@@ -288,8 +321,10 @@ class _Follow:
         for p in self.structure.projections:
             if self.var in variables(p.reads):
                 seen.setdefault((p.weight, p.in_dim), set()).add(self.state.get(p.source, ANY))
+        if self.kind == SPLIT and seen:
+            return Reason("norm", self.demands[0].node.name, "divided by its length, and read by other weights too")
         if not self.products:  # a packed layer writes zeros for the keys, not for who reads the values
-            self.result.free = {key for key, states in seen.items() if states == {ZERO}}
+            self.result.free = {key for key, states in seen.items() if states <= {ZERO, _BOTH}}
         for key in seen.keys() & self.result.writers:
             if key not in self.result.free:
                 return Reason("norm", self.demands[0].node.name, f"{key[0]} is tied, and reads the width unnormalised")

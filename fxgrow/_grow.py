@@ -17,6 +17,7 @@ from fxgrow._check import check_function
 from fxgrow._data import Batch, Data, LossFn, check_device, random_state_kept
 from fxgrow._decide import plan as make_plan
 from fxgrow._errors import PlanError
+from fxgrow._fold import folded, unfolded
 from fxgrow._graph import copy_graph
 from fxgrow._into import check_into, into_module, keep_record
 from fxgrow._newton import newton
@@ -25,7 +26,6 @@ from fxgrow._plan import Plan
 from fxgrow._profile import profile as make_profile
 from fxgrow._records import Reason
 from fxgrow._search import SEARCH_SAMPLES, Line, Search, mean_loss, search
-from fxgrow._weight_norm import folded, unfolded
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

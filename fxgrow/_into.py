@@ -241,9 +241,13 @@ def _same(mine: fx.Node, yours: fx.Node, pairs: Mapping[fx.Node, fx.Node], stale
     a, b = pytree.tree_flatten(ours), pytree.tree_flatten(theirs)
     if a[1] != b[1]:
         return False
-    # what -1 stands for follows from the other sizes
+    # what -1 stands for follows from the other sizes; the code may compute a size that growth wrote as a number
     free = _is_view(mine) and a[0].count(-1) == 1
-    equal = [_equal(x, y) or (free and x == -1) for x, y in zip(a[0], b[0], strict=True)]
+    computed = [type(n) is fx.Node and n.meta.get("val") for n in _leaves(yours)]
+    equal = [
+        _equal(x, y) or (free and x == -1) or (type(x) is int and type(n) is int and x == n)
+        for x, y, n in zip(a[0], b[0], computed, strict=True)
+    ]
     if not stale.isdisjoint(mine.all_input_nodes):
         if mine.target is not operator.getitem or not all(equal):
             return False

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 
-def normed_dimension(module: nn.Module) -> int | None:
-    """The dimension with one length each (-1: one length in all), if weight normalisation is all there is."""
+def norm_of(module: nn.Module) -> Any:
+    """The weight or spectral normalisation of a weight, if that is all there is."""
     lists = getattr(module, "parametrizations", None)
     if not isinstance(lists, nn.ModuleDict) or list(lists) != ["weight"]:
         return None
     kinds = list(lists["weight"].children())
-    dim = getattr(kinds[0], "dim", None)
-    return dim if len(kinds) == 1 and type(kinds[0]).__name__ == "_WeightNorm" and isinstance(dim, int) else None
+    known = len(kinds) == 1 and type(kinds[0]).__name__ in ("_WeightNorm", "_SpectralNorm")
+    # a vector has no singular vectors
+    return kinds[0] if known and (hasattr(kinds[0], "_u") or type(kinds[0]).__name__ == "_WeightNorm") else None
 
 
 def computed_by(module: nn.Module, name: str) -> str:

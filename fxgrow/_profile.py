@@ -23,6 +23,7 @@ from fxgrow._capture import capture
 from fxgrow._compensate import silent
 from fxgrow._data import Batch, Data, LossFn, check_device, random_state_kept
 from fxgrow._errors import ProfileError
+from fxgrow._fold import folded
 from fxgrow._graph import lookup
 from fxgrow._pass import Seen, run_pass
 from fxgrow._progress import progress as bar
@@ -32,7 +33,6 @@ from fxgrow._rewrite import require_free
 from fxgrow._sketch import sketch
 from fxgrow._solve import bottleneck as expressivity_bottleneck
 from fxgrow._statistics import Statistics
-from fxgrow._weight_norm import folded
 from fxgrow._widths import Hidden, hidden
 from fxgrow.initialisers import Proposal, find_initialiser
 from fxgrow.ops.registry import Structure

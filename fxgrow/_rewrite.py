@@ -23,9 +23,9 @@ from fxgrow._analyse import analyse
 from fxgrow._axes import Axis, Dims, Var, length, resolve
 from fxgrow._check import check_shapes
 from fxgrow._errors import PlanError
+from fxgrow._fold import folded, quiet_rows, unfolded
 from fxgrow._graph import copy_graph, lookup
 from fxgrow._settle import settle_entries, settle_norms, settle_numbers, settle_products, shrunk
-from fxgrow._weight_norm import folded, unfolded
 from fxgrow._widths import Hidden, hidden
 from fxgrow.ops.registry import Structure
 
@@ -119,6 +119,7 @@ def widened(
             continue
         new = _fill(name, old.detach(), dims, plan, structure, values, names, generator, grow)
         settle_entries(new, name, [g.new for g in plan], structure, grow, scales)
+        quiet_rows(gm, name, new, [g.old for g in plan])
         if changed:
             index[name] = tuple(g.old if g.new else None for g in plan)
         replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from fxgrow._axes import Dims, Var, multiplicity
-from fxgrow._compensate import MEAN, Compensation
+from fxgrow._axes import Axis, Dims, Var, multiplicity, resolve
+from fxgrow._compensate import MEAN, SPLIT, ZERO, Compensation
 from fxgrow._graph import lookup
 from fxgrow._pass import eval_mode
 from fxgrow.ops.registry import Structure
@@ -52,7 +52,7 @@ def settle_entries(
     grow: Mapping[Var, int],
     scale_of: Mapping[str, Tensor],
 ) -> None:
-    """New entries of a parameter that writes a compensated width: the mean of the old ones, or zero.
+    """New entries of a parameter that writes a compensated width: the mean of the old ones, zero, or parts of them.
 
     Args:
         new: the widened parameter, complete but for these entries.
@@ -76,8 +76,33 @@ def settle_entries(
                     old = old * scale.view(-1, *[1] * (old.dim() - 1))
                 mean = old.mean(0, keepdim=True).expand(len(positions), *old.shape[1:])
                 new.index_copy_(dim, positions, mean.movedim(0, dim).contiguous())
+            elif c.kind == SPLIT:
+                _split(new.movedim(dim, 0), _unit_entries(structure.parameters[name][dim], var, grow), grow[var])
             elif not c.products:
                 new.index_fill_(dim, positions, 0)
+
+
+def _unit_entries(axis: Axis, var: Var, grow: Mapping[Var, int]) -> Tensor:
+    """Positions of each unit's entries in an axis that has grown, [units, entries]; the new ones last."""
+    units: list[list[int]] = [[] for _ in range(var.size + grow[var])]
+    at = 0
+    for s in resolve(axis):
+        count = 1 if s.var is None else s.var.size + grow.get(s.var, 0)
+        if s.var is var:
+            for i, unit in enumerate(units):
+                unit.extend(range(at + i * s.inner, at + (i + 1) * s.inner))
+        at += count * s.inner
+    return torch.tensor(units)
+
+
+def _split(rows: Tensor, units: Tensor, count: int) -> None:
+    """Turns units into planes: (a u, b u) for u, with a^2 + b^2 = 1, keeps lengths and products."""
+    old, new = units[:-count].to(rows.device), units[-count:].to(rows.device)
+    for i in range(min(count, len(old))):
+        parts = new[i :: len(old)]
+        for part in parts:
+            rows[part] = rows[old[i]] * (0.6 / math.sqrt(len(parts)))
+        rows[old[i]] *= 0.8
 
 
 def settle_norms(
@@ -86,6 +111,8 @@ def settle_norms(
     """Epsilons for the new sizes: variances shrink by d / (d + k), and eps with them."""
     for var, c in growing(structure, grow).items():
         for d in c.norms:
+            if d.kind == "length":
+                continue
             node, eps = twins[d.node], d.eps * _ratio(var, grow)
             if node.op == "call_module":
                 setattr(gm.get_submodule(str(node.target)), d.eps_name, eps)
@@ -129,7 +156,8 @@ def settle_products(
     A weight may write both operands (a packed query, key and value); which of its new rows arrive where, the gradient
     of the operand's new entries says.
     """
-    wanted = {twins[d.source]: (var, d, c) for var, c in growing(structure, grow).items() for d in c.products}
+    silent = {var: c for var, c in growing(structure, grow).items() if c.kind == ZERO}
+    wanted = {twins[d.source]: (var, d, c) for var, c in silent.items() for d in c.products}
     if not wanted:
         return
     writing = {

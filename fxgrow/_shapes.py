@@ -150,12 +150,14 @@ def _recurrent(layer: nn.RNNBase, x: Tensor) -> Any:
 def _attended(
     query: Tensor, key: Tensor, value: Tensor, attn_mask: Any = None, dropout_p: float = 0.0, *_: Any, **__: Any
 ) -> Like | None:
-    """Fused kernels keep the layout of the queries."""
+    """Fused kernels keep the layout of the queries; they need its last dimension dense."""
     shape = tuple(query.shape)
     same = key.shape[:-2] == query.shape[:-2] and value.shape[-1] == shape[-1] == key.shape[-1]
     fits = same and query.dim() == 4 and dropout_p == 0 and key.shape[-2] == value.shape[-2]
     fits = fits and query.dtype is key.dtype is value.dtype and value.shape[:-2] == query.shape[:-2]
-    return _like(query) if fits and query.stride()[-1] == 1 else None
+    if not fits:
+        return None
+    return _like(query) if query.stride()[-1] == 1 else _new_like(query, shape)
 
 
 def _arithmetic(a: Any, b: Any, **options: Any) -> Like | None:

@@ -179,7 +179,16 @@ def test_post_norm_streams_are_pinned() -> None:
             x = self.norm(self.a(x))
             return self.out(self.norm(x + self.b(x)))
 
-    reason = pinned(Post(), torch.randn(5, 6))["a"]
+    net, x = Post(), torch.randn(5, 6)
+    # until training gives its units weights of their own
+    gm, grown, free = widen_all(net, x, 1)
+    assert "a" in free
+    assert_same(gm, grown, x)
+    assert_same(gm, fxgrow.widen(grown, (x,), {"a": 2}), x)
+    nn.init.normal_(net.norm.bias)
+    assert_same(net, fxgrow.widen(net, (x,), {"a": 2}), x)
+    nn.init.normal_(net.norm.weight)
+    reason = pinned(net, x)["a"]
     assert reason.code == "norm" and "cannot be kept at their mean" in reason.message
 
 
@@ -285,6 +294,8 @@ def test_transformer_encoder_of_torch(first: bool) -> None:
     layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, norm_first=first)
     encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
     net, x = nn.Sequential(nn.Linear(6, 8), encoder, nn.LayerNorm(8), nn.Linear(8, 3)), torch.randn(2, 5, 6)
+    for norm in (m for m in net.modules() if isinstance(m, nn.LayerNorm)):
+        nn.init.normal_(norm.weight)
     gm, grown, free = widen_all(net, x, 1)
     assert ("0" in free) == first  # a post-norm stream cannot be made up for
     assert "1.layers.0.self_attn.in_proj_weight" in free and "1.layers.1.linear1" in free

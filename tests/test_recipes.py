@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.parametrizations import weight_norm
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils import _pytree as pytree
 
 import fxgrow
@@ -40,6 +40,7 @@ class Row(NamedTuple):
         pinned: the widths that must not, each with the code of its reason and a part of the message.
         steps: how many steps to grow by.
         single: compared in float32, where the module computes nothing else.
+        fresh: LayerNorms have one weight for all units, as before training.
         slow: a second module for a recipe, for `make test-all`.
     """
 
@@ -51,6 +52,7 @@ class Row(NamedTuple):
     pinned: Mapping[str, tuple[str, str]] = {}
     steps: tuple[int, int] = (1, 2)
     single: bool = False
+    fresh: bool = False
     slow: bool = False
 
 
@@ -254,6 +256,10 @@ ROWS = [
     Row("qk_rmsnorm_split", "Qwen3", lambda: hugging_face("Qwen3ForCausalLM", **GROUPED), text, {Q_PROJ: 16}),
     Row("qk_layernorm_mean", "Phi", lambda: hugging_face("PhiForCausalLM", **TEXT, qk_layernorm=True), text,
         {Q_PROJ: 8}),
+    Row("cosine_attention_qk_split", "Swin v2",
+        lambda: hugging_face("Swinv2ForImageClassification", image_size=16, patch_size=2, num_labels=3, embed_dim=16,
+                             depths=[1], num_heads=[2], window_size=4, drop_path_rate=0.0),
+        pixels, {"swinv2.encoder.layers.0.blocks.0.attention.self.query": 2}),
     # residual streams
     Row("prenorm_layernorm_mean", "torchvision ViT", vit, IMAGES, {"conv_proj": 1}),
     Row("prenorm_layernorm_mean", "GPT-2", lambda: hugging_face("GPT2LMHeadModel", **GPT2), text,
@@ -280,8 +286,14 @@ ROWS = [
         {"fc1": 1}),
     Row("weight_norm", "torch",
         lambda: nn.Sequential(weight_norm(nn.Linear(6, 8)), nn.Tanh(), weight_norm(nn.Linear(8, 4))), TOKENS, {"0": 1}),
+    Row("spectral_norm", "torch",
+        lambda: nn.Sequential(spectral_norm(nn.Linear(6, 4)), nn.Tanh(), spectral_norm(nn.Linear(4, 3))), TOKENS,
+        {"0": 1}),
     # eps is a number in the call of a function; the graph holds it, and it is rewritten there
     Row("frozen_eps_writers_rescaled", "timm ViT", timm_vit, IMAGES, {"patch_embed.proj": 1}),
+    Row("postnorm_layernorm_uniform_weight", "torch", lambda: encoder(False), TOKENS, {"0": 1}, fresh=True),
+    Row("postnorm_layernorm_uniform_weight", "BERT", lambda: hugging_face("BertForMaskedLM", **TEXT), text,
+        {"bert.embeddings.word_embeddings": 1}, fresh=True, slow=True),
     Row("postnorm_layernorm_trained", "torch", lambda: encoder(False), TOKENS,
         pinned={"0": ("norm", "cannot be kept at their mean")}),
     Row("postnorm_layernorm_trained", "BERT", lambda: hugging_face("BertForMaskedLM", **TEXT), text,
@@ -383,6 +395,8 @@ def made(row: Row) -> nn.Module:
     with torch.no_grad():
         for p in model.parameters():
             p.add_(torch.randn_like(p), alpha=0.2)
+        for norm in (m for m in model.modules() if isinstance(m, nn.LayerNorm) and row.fresh):
+            norm.weight.fill_(1.3)
         for name, buffer in model.named_buffers():
             if name.endswith("running_mean"):
                 buffer.normal_()

@@ -168,5 +168,8 @@ def local_response_norm(ctx: Context, x: Dims, *args: Any, **kwargs: Any) -> Dim
 
 @op(F.normalize)
 def normalize(ctx: Context, input: Dims, p: Any = 2.0, dim: int = 1, *args: Any, **kwargs: Any) -> Dims:
-    _normalised(ctx, input[dim])
+    if p != 2 or is_fixed(input[dim]):
+        _normalised(ctx, input[dim])
+    else:
+        ctx.demand("length", ctx.node.args[0], input[dim])  # type: ignore[arg-type]
     return input

@@ -17,7 +17,7 @@ import torch
 from torch import fx, nn
 
 from fxgrow._axes import Axis, Dims, Var, axis_of, length, pin, unify
-from fxgrow._parametrized import computed_by, normed_dimension
+from fxgrow._parametrized import computed_by, norm_of
 from fxgrow._records import Reason
 from fxgrow._sizes import Size
 
@@ -138,8 +138,9 @@ class Check:
 class Demand:
     """A node that keeps its function only if the new units of an axis arrive in a known state.
 
-    `kind`: "layer" or "rms" for a norm over the axis, "product" for a product summed over it. `source` brings the units
-    in. A norm multiplies by `weight + offset` and adds `eps`, of a module its attribute `eps_name`, to the variance.
+    `kind`: "layer" or "rms" for a norm over the axis, "length" for division by its length, "product" for a product
+    summed over it. `source` brings the units in. A norm multiplies by `weight + offset` and adds `eps`, of a module its
+    attribute `eps_name`, to the variance.
     """
 
     node: fx.Node
@@ -218,7 +219,10 @@ class Context:
         # computed anew each time: no object to know it by
         new = Dims.of((axis_of(Var(n)) for n in tensor.shape), full)
         dims = self.structure.parameters.setdefault(full, new)
-        if normed_dimension(self.module) is None:
+        norm = norm_of(self.module)
+        if hasattr(norm, "_u") and len(norm._u) + 1 >= len(norm._v):
+            self.pin(dims[norm.dim], "norm", "spectral_norm: the rows leave no direction for new ones")
+        elif norm is None:
             by = computed_by(self.module, name)
             for axis in dims:
                 self.pin(axis, "operator", f"{name} is computed from other parameters" + (f" ({by})" if by else ""))

@@ -1,4 +1,4 @@
-"""Weight normalisation: such layers grow, exactly and from data; what else computes a weight is named."""
+"""Weight and spectral normalisation: such layers grow, exactly and from data; what else computes a weight is named."""
 
 from __future__ import annotations
 
@@ -80,6 +80,55 @@ def test_growth_is_that_of_the_plain_network(into: Any) -> None:
     assert "0.parametrizations.weight.original0" in grown.state_dict()
 
 
+def bounded() -> nn.Sequential:
+    """As discriminators are made, after some training."""
+    torch.manual_seed(0)
+    norm = parametrizations.spectral_norm
+    layers = [norm(nn.Conv2d(3, 6, 3)), nn.Tanh(), norm(nn.ConvTranspose2d(6, 4, 2, 2)), nn.ReLU(), nn.Flatten()]
+    net = nn.Sequential(*layers, norm(nn.Linear(256, 5)), nn.Tanh(), nn.Linear(5, 2)).double()
+    optimizer = torch.optim.SGD(net.parameters(), 0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        net(torch.randn(4, 3, 6, 6, dtype=torch.float64)).square().mean().backward()
+        optimizer.step()
+    return net
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_spectral_norm_stays_through_power_iterations(training: bool) -> None:
+    model, x = bounded().train(training), torch.randn(4, 3, 6, 6, dtype=torch.float64)
+    state, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    twin = copy.deepcopy(model)
+    grown = fxgrow.widen(model, (x,), {"0": 3, "5": 2}, optimizer=optimizer)
+    grown = fxgrow.widen(grown, (x,), {"2": 2, "0": 1}, optimizer=optimizer)
+    assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
+    assert grown.state_dict().keys() == state.keys() and torch.equal(torch.get_rng_state(), random)
+    assert grown.training is training and all(m.training is training for m in grown.modules())
+    for _ in range(20):
+        torch.testing.assert_close(grown(x), twin(x), rtol=1e-12, atol=1e-12)
+    grown(x).square().sum().backward()
+    gradient = grown.get_parameter("0.parametrizations.weight.original").grad
+    assert gradient is not None and gradient.shape[0] == 10
+    optimizer.step()
+    assert bool(grown(x).isfinite().all())
+
+
+def test_spectral_norm_without_a_direction_left_is_pinned() -> None:
+    model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 5)), nn.Tanh(), nn.Linear(5, 3))
+    (width, _) = fxgrow.widths(fxgrow.capture(model, (torch.randn(2, 6),)))
+    assert width.pinned is not None and "no direction" in width.pinned.message
+
+
+def test_spectral_norm_grows_from_data() -> None:
+    batches = [(x, x.flatten(1)[:, :2].sin()) for x in torch.randn(8, 16, 3, 6, 6, dtype=torch.float64)]
+    grown = fxgrow.grow(bounded(), batches, loss_fn=F.mse_loss, neurons={"5": 2}, progress=False)
+    before, after = grown.meta["fxgrow"].losses["eval"]
+    with torch.no_grad():
+        reached = torch.stack([F.mse_loss(grown.eval()(x), y) for x, y in batches]).mean()
+    assert after < before and float(reached) < before
+
+
 def hook_norm(layer: nn.Module) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -90,7 +139,6 @@ def hook_norm(layer: nn.Module) -> nn.Module:
     "wrap, name",
     [
         (hook_norm, "WeightNorm"), (spectral_norm, "SpectralNorm"), (parametrizations.orthogonal, "Orthogonal"),
-        (parametrizations.spectral_norm, "SpectralNorm"),
         (lambda layer: parametrizations.spectral_norm(parametrizations.weight_norm(layer)), "SpectralNorm, WeightNorm"),
     ],
 )  # fmt: skip
