@@ -306,8 +306,8 @@ class Context:
         literal, or, with `infer`, the -1 that a view infers.
         """
         why = self.reason("size", "a computed size does not follow the width")
-        # a shape that is computed as a whole has no place for either
-        where = None if isinstance(_at(self.node, path[:-1]), fx.Node) else (self.node, path)
+        # a shape that is computed as a whole, or by a rule that does not say where, has no place for either
+        where = None if not path or isinstance(_at(self.node, path[:-1]), fx.Node) else (self.node, path)
         if isinstance(value, Size):
             self.followed.append(value)
             self.structure.checks.append(Check(value, axis, why, where, infer))
