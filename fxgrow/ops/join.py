@@ -126,6 +126,15 @@ def repeat(ctx: Context, input: Dims, *times: Any) -> Dims:
     return Dims(product(fixed(int(n)), a, ctx.reason("size", "repeated")) for n, a in zip(counts, input, strict=True))
 
 
+@op("repeat_interleave", torch.repeat_interleave)
+def repeat_interleave(ctx: Context, input: Dims, repeats: Any, dim: int | None = None, **kwargs: Any) -> Dims:
+    if dim is None or type(repeats) is not int:
+        raise Unsupported("entries repeated in a number that is computed, or all of them in one row")
+    out = list(input)
+    out[dim] = product(input[dim], fixed(repeats), ctx.reason("size", "repeated"))
+    return Dims(out)
+
+
 @op(operator.getitem, "__getitem__")
 def getitem(ctx: Context, x: Any, index: Any) -> Any:
     if not isinstance(x, Dims):
