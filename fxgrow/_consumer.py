@@ -14,6 +14,7 @@ from fxgrow._links import window
 from fxgrow._moments import patch_rows
 from fxgrow._pass import Seen
 from fxgrow._solve import best_update
+from fxgrow._window import Window
 from fxgrow.ops.registry import Projection
 
 #: relative ridge on E[h h^T] for the projection when rows are sampled
@@ -32,7 +33,15 @@ def rows_for(features: int) -> int:
 def uses_of(weight: str, projections: list[Projection]) -> list[Projection]:
     """Every use of a weight, if all of them read it alike; a weight that is also an embedding has no statistics."""
     uses = [p for p in projections if p.weight == weight]
-    return uses if all(p.plain and p.out_dim == uses[0].out_dim for p in uses) else []
+    one = {(p.out_dim, p.turned) for p in uses}
+    return uses if len(one) == 1 and all(p.plain or p.turned for p in uses) else []
+
+
+def like_weight(matrix: Tensor, weight: Tensor, transposed: bool) -> Tensor:
+    """`[O, H]` in the layout of a weight, for any number of inputs."""
+    if transposed:
+        return matrix.mT.reshape(-1, *weight.shape[1:])
+    return matrix.reshape(weight.shape[0], -1, *weight.shape[2:])
 
 
 def some_rows(count: int, limit: int, generator: torch.Generator | None, device: torch.device) -> Tensor | None:
@@ -54,6 +63,9 @@ def _movable(p: Projection) -> str | None:
 class Consumer:
     """E[V h^T], E|V|^2, M = E[h h^T] and G = E[V V^T] of one weight, over all its uses.
 
+    A transposed convolution is the dense layer that it is before its outputs are laid over each other: V is then the
+    gradient's window at each position of the input, [positions, channels * taps].
+
     With a bias that is trained, h has a trailing 1. G is left out unless `output_side`. Before `finish` the attributes
     are sums over samples and positions.
     """
@@ -64,8 +76,15 @@ class Consumer:
         self.weight = uses[0].weight
         #: where the weight itself is stored [in, out]; here it is [out, in] throughout
         self.transposed = uses[0].out_dim == 1
-        self.bias = _movable(uses[0])
-        self.window = window(uses[0])
+        self.turned = window(uses[0]) if uses[0].turned else None
+        #: the bias of a transposed convolution is added once, not once for each tap
+        self.bias = None if self.turned else _movable(uses[0])
+        self.window = Window() if self.turned else window(uses[0])
+        #: rows for each output channel of the weight
+        self.fan = self.turned.taps if self.turned else 1
+        #: the dimension of what it reads that the weight sums over, and of V that has its rows
+        self.reads_dim = 1 if uses[0].kernel else -1
+        self.asks_dim = 1 if self.window.kernel else -1
         self.vh = torch.zeros(0)
         self.vv: Tensor | float = 0.0
         self.m: Tensor | None = None
@@ -76,13 +95,24 @@ class Consumer:
 
     def add_gradient(self, seen: Seen) -> None:
         """The sum of V h^T over a batch is its weight gradient."""
-        g = seen.gradients[self.weight]
-        g = g.mT if self.transposed else g.flatten(1)
+        g = self.matrix(seen.gradients[self.weight])
         if not self.vh.numel():
             self.vh = g.new_zeros(g.shape[0], g.shape[1] + (self.bias is not None), dtype=accumulator(g))
         self.vh[:, : g.shape[1]].add_(g)
         if self.bias is not None:
             self.vh[:, -1].add_(seen.gradients[self.bias])
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A tensor like the weight as `[O, H]`; `like_weight` is the reverse."""
+        flat = weight.flatten(1)
+        return flat.mT if self.transposed else flat
+
+    def asked(self, v: Tensor) -> Tensor:
+        """V as this layer has it: its output's gradient, or the windows of that, `[n, positions, O]`."""
+        if self.turned is None:
+            return v
+        rows: Tensor = patch_rows(v, self.turned, None).unflatten(0, (len(v), -1))
+        return rows
 
     def add_norm(self, v: Tensor) -> None:
         self.vv = self.vv + torch.linalg.vector_norm(v, dtype=accumulator(v)).square()
@@ -95,7 +125,7 @@ class Consumer:
         generator: torch.Generator | None = None,
         share: float = 1.0,
     ) -> None:
-        """Adds to M and G, from this share of their rows, as if there were `samples` samples.
+        """Adds to M and G, from this share of their rows, as if there were `samples` samples; V as `asked`.
 
         None: all rows, as they are.
         """
@@ -104,7 +134,7 @@ class Consumer:
         self.positions = max(self.positions, positions)
         chosen, count = None, n * positions
         if samples is not None:
-            width = h.shape[1] * self.window.taps if self.window.kernel else h.shape[-1]
+            width = h.shape[self.reads_dim] * self.window.taps
             chosen = some_rows(count, math.ceil(share * rows_for(width)), generator, h.device)
         rows, updates = self.inputs(h, chosen), updates.flatten(0, 1)
         scale = 1.0 if samples is None else samples * positions / len(rows)
@@ -114,7 +144,7 @@ class Consumer:
         self.rows += len(rows)
 
     def updates(self, v: Tensor) -> Tensor:
-        """V as `[n, positions, O]`."""
+        """V, as `asked`, in rows: `[n, positions, O]`."""
         if self.window.kernel:
             return v.flatten(2).transpose(1, 2)
         return v.reshape(v.shape[0], -1, v.shape[-1])
@@ -122,8 +152,12 @@ class Consumer:
     def inputs(self, h: Tensor, chosen: Tensor | None) -> Tensor:
         """Rows of the (unfolded) input, `[m, H]` (less the trailing 1)."""
         if not self.window.kernel:
+            h = self._positions(h)
             h = h.reshape(h.shape[0], -1, h.shape[-1])
         return patch_rows(h, self.window, chosen)
+
+    def _positions(self, h: Tensor) -> Tensor:
+        return h.flatten(2).mT if self.turned else h
 
     def finish(self, samples: int) -> None:
         """From sums to means over samples."""
@@ -144,7 +178,7 @@ class Consumer:
         return self.g / max(1, self.positions * len(self.uses))
 
     def apply(self, update: Tensor, h: Tensor) -> Tensor:
-        """This layer with weights `update` (`[O, H]`), in the layer's own layout."""
+        """This layer with weights `update` (`[O, H]`), in the layout of `asked`."""
         bias, weight = (update[:, -1], update[:, :-1]) if self.bias is not None else (None, update)
         return self.outgoing(weight, h.to(update.dtype), bias)
 
@@ -152,6 +186,6 @@ class Consumer:
         """This layer's map with other weights `[O, channels * taps]` on other channels `h`."""
         w = self.window
         if not w.kernel:
-            return F.linear(h, weight, bias)
+            return F.linear(self._positions(h), weight, bias)
         kernel = weight.reshape(weight.shape[0], weight.shape[1] // w.taps, *w.kernel)
         return _CONV[len(w.kernel)](h, kernel, bias, w.stride, w.padding, w.dilation)

@@ -2,7 +2,7 @@
 
 A producer writes a map, an average pool may lie behind it, a consumer's window reads the result. Linear layers behind
 a convolution are windows too: over the whole map (flatten), one position (tokens), or the pooled map (global pool).
-What lies between and does not fit (upsampling, selections, transposed or grouped convolutions) has no link: such
+What lies between and does not fit (upsampling, selections, grouped convolutions) has no link: such
 widths get random incoming weights, refitted like all others.
 """
 
@@ -84,7 +84,9 @@ def _carries(value: object, var: Var) -> bool:
 def _link(
     writes: Projection, reads: Projection, var: Var, step: int, path: list[fx.Node], structure: Structure
 ) -> Link | None:
-    if not (writes.plain and reads.plain) or any(n.target in _MIXES or _selects(n, var, structure) for n in path):
+    if not (writes.plain and (reads.plain or reads.turned)) or any(
+        n.target in _MIXES or _selects(n, var, structure) for n in path
+    ):
         return None
     per_read = _entries(reads.reads, var, step)
     if _entries(writes.writes, var, step) != 1 or per_read is None:
@@ -97,7 +99,9 @@ def _link(
         pool = () if nd == 0 and _listed(writes.node) == _listed(reads.source) else _pool(written, read)
         if per_read != 1 or pool is None:
             return None
-        return Link(writes, reads, producer, window(reads), pool, read if nd else ())
+        # a transposed convolution reads one position at a time
+        consumer = Window((1,) * nd) if reads.turned else window(reads)
+        return Link(writes, reads, producer, consumer, pool, read if nd else ())
     if nd == 0 or reads.kernel:
         return None
     tokens = prod(read)
@@ -158,7 +162,10 @@ def producer_map(x: Tensor, link: Link) -> Tensor:
 
 
 def gradient_map(v: Tensor, link: Link) -> Tensor:
-    """A consumer's output gradient at the positions of the link's consumer window."""
+    """What a consumer is asked for, at the positions of the link's consumer window."""
+    if link.reads.turned:
+        turned: Tensor = v.mT.unflatten(2, link.read_shape)
+        return turned
     if link.reads.kernel or not link.writes.kernel:
         return v if link.reads.kernel else _rows(v)
     rows = _rows(v)  # [n, tokens, O] behind a convolution: tokens are positions

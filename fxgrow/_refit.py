@@ -149,7 +149,7 @@ def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: 
         c, p = reads[node]
         batches = data.expected(seen.size)
         keep = math.ceil(SAMPLES / batches)
-        c.add_rows(seen.inputs[p.source][:keep], v[:keep], seen.size, generator, 1 / batches)
+        c.add_rows(seen.inputs[p.source][:keep], c.asked(v[:keep]), seen.size, generator, 1 / batches)
 
     def done(batch: Batch, seen: Seen) -> None:
         nonlocal count
@@ -231,7 +231,7 @@ def _readout(c: Consumer, found: Candidates) -> Readout:
     rows = torch.ones(len(c.vh), dtype=torch.bool)
     for (_, dim), positions in found.places[c.weight].items():
         if dim == c.uses[0].out_dim:
-            rows[positions] = False
+            rows[(positions[:, None] * c.fan + torch.arange(c.fan)).flatten()] = False
     outputs, fit = rows.nonzero().flatten().to(c.vh.device), c.vh[rows.to(c.vh.device)]
     g = c.curvature()[outputs][:, outputs]
     return Readout(
@@ -280,8 +280,8 @@ class _Tests:
         whole: dict[str, Tensor] = {}
         for c, h, v in uses.values():
             r = self.out.readouts[c.weight]
-            dim = 1 if c.window.kernel else -1
-            v = v.index_select(dim, r.outputs.to(v.device)).to(r.m.dtype)
+            v = c.asked(v)
+            v = v.index_select(c.asks_dim, r.outputs.to(v.device)).to(r.m.dtype)
             for (width, axis), positions in self.found.places[c.weight].items():
                 if axis != c.uses[0].in_dim:
                     continue
@@ -300,7 +300,7 @@ class _Tests:
 
     def _slopes(self, c: Consumer, weights: Tensor, positions: Tensor, h: Tensor, v: Tensor, new: Tensor) -> Tensor:
         """`[n, K]`: sum over positions of V . omega_k z_k, as z_k times the gradient of (omega z) . V."""
-        dim = 1 if c.window.kernel else -1
+        dim = c.reads_dim
         z = h.index_select(dim, positions.to(h.device)).requires_grad_()
         with torch.enable_grad():
             (pulled,) = torch.autograd.grad((c.outgoing(weights, z) * v).sum(), z)

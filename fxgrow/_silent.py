@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from fxgrow._axes import Axis, Var, resolve
 from fxgrow._candidates import places, put_rows
-from fxgrow._consumer import Consumer, rows_for, some_rows
+from fxgrow._consumer import Consumer, like_weight, rows_for, some_rows
 from fxgrow._data import Batch, LossFn
 from fxgrow._gram import accumulating, add_gram
 from fxgrow._graph import lookup
@@ -159,9 +159,7 @@ class SilentCopy:
             omega = torch.randn(shape, generator=self.generator, dtype=torch.float64)
             if c.g is not None:
                 g = factor(c.curvature(), ridge=OUTPUT_RIDGE)
-                flat = omega.movedim(p.out_dim, 0).flatten(1).to(c.g)
-                omega = g.unwhiten(flat).unflatten(1, [m for d, m in enumerate(shape) if d != p.out_dim])
-                omega = omega.movedim(0, p.out_dim)
+                omega = like_weight(g.unwhiten(c.matrix(omega).to(c.g)), weight, c.transposed)
             values.new.setdefault(p.weight, {})[s.name, p.in_dim] = omega
 
     def run(self, batches: Iterable[Batch], loss_fn: LossFn | None) -> None:
@@ -243,7 +241,7 @@ class SilentCopy:
             omega = omega.index_select(u.out_dim, self._old(u.weight, u.out_dim).to(h.device))
             with torch.enable_grad():
                 z = moved.new_zeros([len(new) if d == dim else n for d, n in enumerate(h.shape)], requires_grad=True)
-                out = c.outgoing(omega.movedim(u.out_dim, 0).flatten(1).to(moved), z)
+                out = c.outgoing(c.matrix(omega).to(moved), z)
                 (back,) = torch.autograd.grad(out, z, moved)
             g.index_add_(dim, new, -back.to(g))
         return g

@@ -251,13 +251,14 @@ class Statistics:
     def read(self, seen: Seen, node: fx.Node, v: Tensor, batches: int | None) -> None:
         """V came back to a consumer's output."""
         consumer, p = self.reads[node]
+        returned, v = v, consumer.asked(v)
         consumer.add_norm(v)
         if self.exact:
             consumer.add_rows(seen.inputs[p.source], v, None)
         else:
             if not self.keep:
                 self._plan(seen, batches)
-            self.memory.add_update(node, v, self.keep[node])
+            self.memory.add_update(node, returned, self.keep[node])
         for w, link in self.by_node.get(node, []):
             later = w.keep if self.project else 0
             if later < len(v):
@@ -281,7 +282,7 @@ class Statistics:
                 for p in c.uses:
                     keep = min(self.keep[p.node], self.keep[p.source])
                     for share, inputs, updates in self._groups(keep, [p.source], [p.node]):
-                        c.add_rows(inputs[p.source], updates[p.node], share * self.samples, generator, share)
+                        c.add_rows(inputs[p.source], c.asked(updates[p.node]), share * self.samples, generator, share)
             c.finish(self.samples)
         for w in self.widths.values():
             same = None if self.exact else self._same_input(w)
@@ -321,10 +322,10 @@ class Statistics:
             sources = [n for k in w.links for n in (k.writes.source, k.reads.source)]
             for share, inputs, returned in self._groups(w.keep, sources, [p.node for p in by_use]):
                 for p, own in by_use.items():
-                    h = inputs[p.source]
+                    h, c = inputs[p.source], self.consumers[p.weight]
                     # what was remembered stands for all samples; its V is here in N for the first time
-                    rest = self.consumers[p.weight].apply(updates[p.weight] * (-share * self.samples / len(h)), h)
-                    rest += returned[p.node]
+                    rest = c.apply(updates[p.weight] * (-share * self.samples / len(h)), h)
+                    rest += c.asked(returned[p.node])
                     for link in own:
                         w.add(link, inputs[link.writes.source], rest, scale=1.0 / self.samples)
 

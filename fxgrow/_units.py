@@ -9,6 +9,7 @@ from torch import Tensor
 
 from fxgrow._bottleneck import Profile
 from fxgrow._compensate import silent
+from fxgrow._consumer import like_weight
 from fxgrow._graph import lookup
 from fxgrow._plan import Plan
 from fxgrow._refit import decrease
@@ -94,7 +95,7 @@ def _from_refit(
                 continue
             block = weights[:, at : at + n]
             into = 0 if r.transposed else 1
-            slices = block.mT if r.transposed else block.reshape(weight.shape[0], -1, *weight.shape[2:])
+            slices = like_weight(block, weight, r.transposed)
             values.new.setdefault(name, {})[width, into] = slices
             outgoing.append((name, width, into))
             at += n
@@ -103,7 +104,7 @@ def _from_refit(
             if r.bias is not None:
                 values.delta[r.bias] = moved[:, -1]
                 moved = moved[:, :-1]
-            values.delta[name] = moved.mT if r.transposed else moved.reshape(weight.shape)
+            values.delta[name] = like_weight(moved, weight, r.transposed)
     s, q = sum(t[0] for t in terms), sum(t[1] for t in terms)
     predicted = {w: refit.marginal(w, len(u)) for w, u in order.items() if refit.of(w)}
     best = s / q if q > 0 and decrease(terms) > 0 else 0.0
@@ -126,7 +127,7 @@ def _from_proposals(
             block = omega[:k].permute(2, 0, 1)  # [O, k, taps]
             block = torch.cat([block, block.new_zeros(block.shape[0], k - block.shape[1], block.shape[2])], 1)
             transposed = name in into_rows
-            slices = block.flatten(1).mT if transposed else block.reshape(weight.shape[0], -1, *weight.shape[2:])
+            slices = like_weight(block.flatten(1), weight, transposed)
             values.new.setdefault(name, {})[width, 0 if transposed else 1] = slices
             outgoing.append((name, width, 0 if transposed else 1))
             touched.add(name)
@@ -139,4 +140,4 @@ def _from_proposals(
         if bias is not None and lookup(profile.graph, bias).requires_grad:
             values.delta[bias] = update[:, -1]
             update = update[:, :-1]
-        values.delta[name] = update.mT if name in into_rows else update.reshape(lookup(profile.graph, name).shape)
+        values.delta[name] = like_weight(update, lookup(profile.graph, name), name in into_rows)

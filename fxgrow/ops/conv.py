@@ -107,7 +107,13 @@ def conv_module(ctx: Context, x: Dims) -> Dims:
 
 
 def _transposed(
-    ctx: Context, x: Dims, weight: Dims, bias: Dims | None, groups: int, groups_at: tuple[Any, ...]
+    ctx: Context,
+    x: Dims,
+    weight: Dims,
+    bias: Dims | None,
+    groups: int,
+    groups_at: tuple[Any, ...],
+    window: dict[str, Any],
 ) -> Dims:
     nd = len(weight) - 2
     channels = x[-nd - 1]
@@ -128,7 +134,9 @@ def _transposed(
         if groups > 1:
             _blocks(ctx, channels, groups)
         out = weight[1] * groups
-        ctx.project(weight, bias, out, out_dim=1, in_dim=0, plain=False)
+        geometry: dict[str, Any] = {k: _spatial(v, nd) for k, v in window.items()}
+        kernel = tuple(length(a) for a in weight[2:])
+        ctx.project(weight, bias, out, out_dim=1, in_dim=0, kernel=kernel, plain=False, turned=groups == 1, **geometry)
     ctx.attribute("in_channels", channels)
     ctx.attribute("out_channels", out)
     return Dims((*x[: -nd - 1], out, *(fixed(n) for n in ctx.shape[-nd:])))
@@ -147,10 +155,12 @@ def conv_transpose(
     dilation: Any = 1,
 ) -> Dims:
     at: tuple[Any, ...] = ("groups",) if "groups" in ctx.node.kwargs else (6,)
-    return _transposed(ctx, input, weight, bias, groups, at)
+    window = {"stride": stride, "padding": padding, "dilation": dilation}
+    return _transposed(ctx, input, weight, bias, groups, at, window)
 
 
 @op(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 def conv_transpose_module(ctx: Context, x: Dims, output_size: Any = None) -> Dims:
     m = ctx.module
-    return _transposed(ctx, x, ctx.parameter("weight") or Dims(), ctx.parameter("bias"), m.groups, ())
+    window = {"stride": m.stride, "padding": m.padding, "dilation": m.dilation}
+    return _transposed(ctx, x, ctx.parameter("weight") or Dims(), ctx.parameter("bias"), m.groups, (), window)

@@ -108,8 +108,10 @@ class Projection:
     stride: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()
-    #: False for grouped and transposed convolutions, whose statistics are not sliding windows of one map
+    #: False for grouped convolutions and embeddings, whose statistics are not those of one matrix
     plain: bool = True
+    #: a transposed convolution: a dense layer at every position of its input, whose outputs are laid over each other
+    turned: bool = False
 
 
 @dataclass
