@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.nn import functional as F
 
 from fxgrow._gram import add_gram, mirrored
@@ -19,6 +20,8 @@ from fxgrow.ops.registry import Projection
 
 #: relative ridge on E[h h^T] for the projection when rows are sampled
 PROJECTION_RIDGE = 1e-1
+#: weights of more groups than this have no statistics: each is measured on its own
+GROUPS = 32
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -33,15 +36,23 @@ def rows_for(features: int) -> int:
 def uses_of(weight: str, projections: list[Projection]) -> list[Projection]:
     """Every use of a weight, if all of them read it alike; a weight that is also an embedding has no statistics."""
     uses = [p for p in projections if p.weight == weight]
-    one = {(p.out_dim, p.turned) for p in uses}
-    return uses if len(one) == 1 and all(p.plain or p.turned for p in uses) else []
+    one = {(p.out_dim, p.turned, p.groups) for p in uses}
+    return uses if len(one) == 1 and all(p.plain or p.turned or 1 < p.groups <= GROUPS for p in uses) else []
+
+
+def consumers_of(weight: str, projections: list[Projection], output_side: bool = True) -> dict[str, Consumer]:
+    """By a name of its own: one for a weight, or one for each of its groups; none where it has no statistics."""
+    uses = uses_of(weight, projections)
+    if not uses or uses[0].groups == 1:
+        return {weight: Consumer(uses, output_side)} if uses else {}
+    return {f"{weight}[{g}]": Consumer(uses, output_side, g) for g in range(uses[0].groups)}
 
 
 def like_weight(matrix: Tensor, weight: Tensor, transposed: bool) -> Tensor:
     """`[O, H]` in the layout of a weight, for any number of inputs."""
     if transposed:
         return matrix.mT.reshape(-1, *weight.shape[1:])
-    return matrix.reshape(weight.shape[0], -1, *weight.shape[2:])
+    return matrix.reshape(len(matrix), -1, *weight.shape[2:])
 
 
 def some_rows(count: int, limit: int, generator: torch.Generator | None, device: torch.device) -> Tensor | None:
@@ -70,8 +81,8 @@ class Consumer:
     are sums over samples and positions.
     """
 
-    def __init__(self, uses: list[Projection], output_side: bool = True) -> None:
-        self.uses = uses
+    def __init__(self, uses: list[Projection], output_side: bool = True, group: int | None = None) -> None:
+        self.uses, self.group, self.groups = uses, group, uses[0].groups
         self.output_side = output_side
         self.weight = uses[0].weight
         #: where the weight itself is stored [in, out]; here it is [out, in] throughout
@@ -82,9 +93,8 @@ class Consumer:
         self.window = Window() if self.turned else window(uses[0])
         #: rows for each output channel of the weight
         self.fan = self.turned.taps if self.turned else 1
-        #: the dimension of what it reads that the weight sums over, and of V that has its rows
-        self.reads_dim = 1 if uses[0].kernel else -1
-        self.asks_dim = 1 if self.window.kernel else -1
+        #: the dimension of what is `taken` that the weight sums over, and of what is `asked` that has its rows
+        self.dim = 1 if self.window.kernel else -1
         self.vh = torch.zeros(0)
         self.vv: Tensor | float = 0.0
         self.m: Tensor | None = None
@@ -100,17 +110,25 @@ class Consumer:
             self.vh = g.new_zeros(g.shape[0], g.shape[1] + (self.bias is not None), dtype=accumulator(g))
         self.vh[:, : g.shape[1]].add_(g)
         if self.bias is not None:
-            self.vh[:, -1].add_(seen.gradients[self.bias])
+            self.vh[:, -1].add_(self._own(seen.gradients[self.bias], 0))
 
     def matrix(self, weight: Tensor) -> Tensor:
         """A tensor like the weight as `[O, H]`; `like_weight` is the reverse."""
-        flat = weight.flatten(1)
+        flat = self._own(weight, 0).flatten(1)
         return flat.mT if self.transposed else flat
 
+    def _own(self, t: Tensor, dim: int) -> Tensor:
+        """This group's part of a dimension."""
+        return t if self.group is None else t.unflatten(dim, (self.groups, -1)).select(dim, self.group)
+
+    def taken(self, h: Tensor) -> Tensor:
+        """What this layer reads of its input: all of it, its group's channels, or one row for each position."""
+        return h.flatten(2).mT if self.turned else self._own(h, 1)
+
     def asked(self, v: Tensor) -> Tensor:
-        """V as this layer has it: its output's gradient, or the windows of that, `[n, positions, O]`."""
+        """V as this layer has it: its output's gradient, its group's, or the windows of that, `[n, positions, O]`."""
         if self.turned is None:
-            return v
+            return self._own(v, 1)
         rows: Tensor = patch_rows(v, self.turned, None).unflatten(0, (len(v), -1))
         return rows
 
@@ -125,16 +143,21 @@ class Consumer:
         generator: torch.Generator | None = None,
         share: float = 1.0,
     ) -> None:
-        """Adds to M and G, from this share of their rows, as if there were `samples` samples; V as `asked`.
+        """Adds to M and G, from this share of their rows, as if there were `samples` samples.
 
-        None: all rows, as they are.
+        Args:
+            h: the input as `taken`.
+            v: V as `asked`.
+            samples: None: all rows, as they are.
+            generator: chooses the rows.
+            share: of the rows that this weight needs.
         """
         updates = self.updates(v)
         n, positions = updates.shape[:2]
         self.positions = max(self.positions, positions)
         chosen, count = None, n * positions
         if samples is not None:
-            width = h.shape[self.reads_dim] * self.window.taps
+            width = h.shape[self.dim] * self.window.taps
             chosen = some_rows(count, math.ceil(share * rows_for(width)), generator, h.device)
         rows, updates = self.inputs(h, chosen), updates.flatten(0, 1)
         scale = 1.0 if samples is None else samples * positions / len(rows)
@@ -150,14 +173,10 @@ class Consumer:
         return v.reshape(v.shape[0], -1, v.shape[-1])
 
     def inputs(self, h: Tensor, chosen: Tensor | None) -> Tensor:
-        """Rows of the (unfolded) input, `[m, H]` (less the trailing 1)."""
+        """Rows of the (unfolded) input as `taken`, `[m, H]` (less the trailing 1)."""
         if not self.window.kernel:
-            h = self._positions(h)
             h = h.reshape(h.shape[0], -1, h.shape[-1])
         return patch_rows(h, self.window, chosen)
-
-    def _positions(self, h: Tensor) -> Tensor:
-        return h.flatten(2).mT if self.turned else h
 
     def finish(self, samples: int) -> None:
         """From sums to means over samples."""
@@ -178,7 +197,7 @@ class Consumer:
         return self.g / max(1, self.positions * len(self.uses))
 
     def apply(self, update: Tensor, h: Tensor) -> Tensor:
-        """This layer with weights `update` (`[O, H]`), in the layout of `asked`."""
+        """This layer with weights `update` (`[O, H]`) on h as `taken`, in the layout of `asked`."""
         bias, weight = (update[:, -1], update[:, :-1]) if self.bias is not None else (None, update)
         return self.outgoing(weight, h.to(update.dtype), bias)
 
@@ -186,6 +205,15 @@ class Consumer:
         """This layer's map with other weights `[O, channels * taps]` on other channels `h`."""
         w = self.window
         if not w.kernel:
-            return F.linear(self._positions(h), weight, bias)
+            return F.linear(h, weight, bias)
         kernel = weight.reshape(weight.shape[0], weight.shape[1] // w.taps, *w.kernel)
         return _CONV[len(w.kernel)](h, kernel, bias, w.stride, w.padding, w.dilation)
+
+
+def reads_of(consumers: Mapping[str, Consumer]) -> dict[fx.Node, list[tuple[Consumer, Projection]]]:
+    """By node: who asks for what there."""
+    found: dict[fx.Node, list[tuple[Consumer, Projection]]] = {}
+    for c in consumers.values():
+        for p in c.uses:
+            found.setdefault(p.node, []).append((c, p))
+    return found

@@ -274,7 +274,8 @@ def _bottleneck(
     samples: int,
 ) -> Bottleneck:
     name = h.width.name
-    own = {p.weight for p in h.reads if p.weight in psi}
+    read = {p.weight for p in h.reads}
+    own = [key for key, c in stats.consumers.items() if c.weight in read]
     values = tuple(float(v) for v in proposal.values)
     gains, significant = tuple(v * v for v in values[:k]), min(k, len(values)) if proposal.alpha else k
     if refit is not None and refit.of(name):

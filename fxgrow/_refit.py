@@ -7,7 +7,7 @@ consumer, and once on the held-back ones, where each unit is tested and the pred
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fxgrow._candidates import Candidates
-from fxgrow._consumer import Consumer, uses_of
+from fxgrow._consumer import Consumer, consumers_of, reads_of
 from fxgrow._data import Batch, Data, LossFn
 from fxgrow._graph import lookup
 from fxgrow._pass import Seen, run_pass
@@ -139,17 +139,18 @@ def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: 
     consumers = _consumers(found)
     if not consumers:
         return Refit()
-    reads = {p.node: (c, p) for c in consumers.values() for p in c.uses}
+    reads = reads_of(consumers)
     weights = {
         n: lookup(graph, n) for c in consumers.values() for n in ([c.weight] if c.bias is None else [c.weight, c.bias])
     }
     count = 0
 
     def read_fit(seen: Seen, node: fx.Node, v: Tensor) -> None:
-        c, p = reads[node]
         batches = data.expected(seen.size)
         keep = math.ceil(SAMPLES / batches)
-        c.add_rows(seen.inputs[p.source][:keep], c.asked(v[:keep]), seen.size, generator, 1 / batches)
+        for c, p in reads[node]:
+            h = c.taken(seen.inputs[p.source][:keep])
+            c.add_rows(h, c.asked(v[:keep]), seen.size, generator, 1 / batches)
 
     def done(batch: Batch, seen: Seen) -> None:
         nonlocal count
@@ -157,7 +158,7 @@ def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: 
         for c in consumers.values():
             c.add_gradient(seen)
 
-    sources, targets = {p.source for _, p in reads.values()}, list(reads)
+    sources, targets = {p.source for own in reads.values() for _, p in own}, list(reads)
     run_pass(
         graph,
         data.fitting(),
@@ -184,7 +185,11 @@ def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: 
         out.loss += seen.loss * seen.size
         tests.add(
             seen.size,
-            {node: (consumers[c.weight], seen.inputs[p.source], held[node]) for node, (c, p) in reads.items()},
+            [
+                (name, c, c.taken(seen.inputs[p.source]), c.asked(held[p.node]))
+                for name, c in consumers.items()
+                for p in c.uses
+            ],
         )
         held.clear()
 
@@ -206,12 +211,11 @@ def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: 
 
 def _consumers(found: Candidates) -> dict[str, Consumer]:
     wanted = {w for w in found.atoms}
-    uses: dict[str, Consumer] = {}
-    for p in found.projections:
-        own = uses_of(p.weight, found.projections)
-        if own and any((w, p.in_dim) in found.places.get(p.weight, {}) for w in wanted) and p.weight not in uses:
-            uses[p.weight] = Consumer(own)
-    return uses
+    readers = {
+        p.weight for p in found.projections if any((w, p.in_dim) in found.places.get(p.weight, {}) for w in wanted)
+    }
+    order = dict.fromkeys(p.weight for p in found.projections if p.weight in readers)
+    return {name: c for weight in order for name, c in consumers_of(weight, found.projections).items()}
 
 
 def _readout(c: Consumer, found: Candidates) -> Readout:
@@ -228,10 +232,11 @@ def _readout(c: Consumer, found: Candidates) -> Readout:
     old = (channels.nonzero() * taps + torch.arange(taps)).flatten()
     if c.bias is not None:
         old = torch.cat([old, torch.tensor([c.vh.shape[1] - 1])])
-    rows = torch.ones(len(c.vh), dtype=torch.bool)
+    rows = torch.ones(len(c.vh) * c.groups, dtype=torch.bool)
     for (_, dim), positions in found.places[c.weight].items():
         if dim == c.uses[0].out_dim:
             rows[(positions[:, None] * c.fan + torch.arange(c.fan)).flatten()] = False
+    rows = rows if c.group is None else rows.unflatten(0, (c.groups, -1))[c.group]
     outputs, fit = rows.nonzero().flatten().to(c.vh.device), c.vh[rows.to(c.vh.device)]
     g = c.curvature()[outputs][:, outputs]
     return Readout(
@@ -268,24 +273,25 @@ class _Tests:
         self.steps: dict[tuple[str, str], Tensor] = {}
         self.curvature = dict.fromkeys(found.atoms, 0.0)
         for width, k in found.atoms.items():
-            for r in out.of(width):
+            for name, r in out.readouts.items():
+                if width not in r.new:
+                    continue
                 weights, columns = solution = r.solve({width: torch.arange(k)}, True)
                 self.curvature[width] += r.predict(solution)[1]
                 step = weights.new_zeros(len(weights), r.m.shape[0])
                 step[:, columns] = weights
-                self.steps[width, r.weight] = step
+                self.steps[width, name] = step
 
-    def add(self, size: int, uses: Mapping[fx.Node, tuple[Consumer, Tensor, Tensor]]) -> None:
+    def add(self, size: int, uses: Iterable[tuple[str, Consumer, Tensor, Tensor]]) -> None:
         units: dict[str, Tensor] = {}
         whole: dict[str, Tensor] = {}
-        for c, h, v in uses.values():
-            r = self.out.readouts[c.weight]
-            v = c.asked(v)
-            v = v.index_select(c.asks_dim, r.outputs.to(v.device)).to(r.m.dtype)
+        for name, c, h, v in uses:
+            r = self.out.readouts[name]
+            v = v.index_select(c.dim, r.outputs.to(v.device)).to(r.m.dtype)
             for (width, axis), positions in self.found.places[c.weight].items():
                 if axis != c.uses[0].in_dim:
                     continue
-                step = self.steps[width, c.weight]
+                step = self.steps[width, name]
                 slope = _per_sample((c.apply(step, h) * v).flatten(1).sum(1), size)
                 own = self._slopes(c, step[:, r.new[width].flatten()], positions, h.to(v.dtype), v, r.new[width])
                 own = _per_sample(own, size)
@@ -300,7 +306,7 @@ class _Tests:
 
     def _slopes(self, c: Consumer, weights: Tensor, positions: Tensor, h: Tensor, v: Tensor, new: Tensor) -> Tensor:
         """`[n, K]`: sum over positions of V . omega_k z_k, as z_k times the gradient of (omega z) . V."""
-        dim = c.reads_dim
+        dim = c.dim
         z = h.index_select(dim, positions.to(h.device)).requires_grad_()
         with torch.enable_grad():
             (pulled,) = torch.autograd.grad((c.outgoing(weights, z) * v).sum(), z)

@@ -235,13 +235,14 @@ class SilentCopy:
         for u in {u.weight: u for _, u in own}.values():
             c, dim = self.consumers[u.weight], _channels(u) % h.dim()
             new = self._new(u.weight, u.in_dim).to(h.device)
-            moved = c.apply(self.updates[u.weight], h.index_select(dim, self._old(u.weight, u.in_dim).to(h.device)))
+            old = h.index_select(dim, self._old(u.weight, u.in_dim).to(h.device))
+            moved = c.apply(self.updates[u.weight], c.taken(old))
             # its own new rows belong to other widths
             omega = lookup(self.graph, u.weight).detach().index_select(u.in_dim, new)
             omega = omega.index_select(u.out_dim, self._old(u.weight, u.out_dim).to(h.device))
             with torch.enable_grad():
                 z = moved.new_zeros([len(new) if d == dim else n for d, n in enumerate(h.shape)], requires_grad=True)
-                out = c.outgoing(c.matrix(omega).to(moved), z)
+                out = c.outgoing(c.matrix(omega).to(moved), c.taken(z))
                 (back,) = torch.autograd.grad(out, z, moved)
             g.index_add_(dim, new, -back.to(g))
         return g

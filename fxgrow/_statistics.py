@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from fxgrow._axes import length
-from fxgrow._consumer import Consumer, rows_for, some_rows, uses_of
+from fxgrow._consumer import Consumer, consumers_of, reads_of, rows_for, some_rows
 from fxgrow._gram import accumulating, add_gram, mirrored
 from fxgrow._links import Link, gradient_map, links, producer_map
 from fxgrow._memory import Memory
@@ -205,13 +205,12 @@ class Statistics:
         self.widths: dict[str, WidthMoments] = {}
         for h in hiddens:
             for p in h.reads:
-                uses = uses_of(p.weight, structure.projections)
-                if uses and p.weight not in self.consumers:
-                    self.consumers[p.weight] = Consumer(uses, output_side)
+                if all(c.weight != p.weight for c in self.consumers.values()):
+                    self.consumers |= consumers_of(p.weight, structure.projections, output_side)
             found = links(h, structure) if link else None
             if found is not None and all(k.reads.weight in self.consumers for k in found):
                 self.widths[h.width.name] = WidthMoments(h, found, _spans(h, structure))
-        self.reads = {p.node: (c, p) for c in self.consumers.values() for p in c.uses}
+        self.reads = reads_of(self.consumers)
         self.by_node: dict[fx.Node, list[tuple[WidthMoments, Link]]] = {}
         for w in self.widths.values():
             for way in w.links:
@@ -224,20 +223,20 @@ class Statistics:
     def sources(self) -> set[fx.Node]:
         """Nodes whose outputs a pass must keep."""
         writes = {k.writes.source for w in self.widths.values() for k in w.links}
-        return writes | {p.source for _, p in self.reads.values()}
+        return writes | {p.source for own in self.reads.values() for _, p in own}
 
     @property
     def weights(self) -> list[str]:
         """Parameters whose gradients a pass must compute."""
         biases = [c.bias for c in self.consumers.values() if c.bias is not None]
-        return [*self.consumers, *biases]
+        return list(dict.fromkeys([*(c.weight for c in self.consumers.values()), *biases]))
 
     # -- during a pass
 
     def _plan(self, seen: Seen, batches: int | None) -> None:
         """How many samples of each batch to remember, from the first batch's shapes."""
         per_batch = self.memory.expected = max(1, batches or 8)
-        for p in (p for _, p in self.reads.values()):
+        for p in (p for own in self.reads.values() for _, p in own):
             self.keep[p.node] = self.keep[p.source] = math.ceil(FEW_SAMPLES / per_batch)
         for w in self.widths.values():
             need = math.ceil(rows_for(w.features) / w.positions(seen.inputs))
@@ -250,19 +249,19 @@ class Statistics:
 
     def read(self, seen: Seen, node: fx.Node, v: Tensor, batches: int | None) -> None:
         """V came back to a consumer's output."""
-        consumer, p = self.reads[node]
-        returned, v = v, consumer.asked(v)
-        consumer.add_norm(v)
-        if self.exact:
-            consumer.add_rows(seen.inputs[p.source], v, None)
-        else:
+        for c, p in self.reads[node]:
+            asked = c.asked(v)
+            c.add_norm(asked)
+            if self.exact:
+                c.add_rows(c.taken(seen.inputs[p.source]), asked, None)
+        if not self.exact:
             if not self.keep:
                 self._plan(seen, batches)
-            self.memory.add_update(node, returned, self.keep[node])
+            self.memory.add_update(node, v, self.keep[node])
         for w, link in self.by_node.get(node, []):
             later = w.keep if self.project else 0
             if later < len(v):
-                w.add(link, seen.inputs[link.writes.source][later:], v[later:])
+                w.add(link, seen.inputs[link.writes.source][later:], self.consumers[link.reads.weight].asked(v[later:]))
 
     def end_batch(self, seen: Seen) -> None:
         self.samples += seen.size
@@ -282,7 +281,9 @@ class Statistics:
                 for p in c.uses:
                     keep = min(self.keep[p.node], self.keep[p.source])
                     for share, inputs, updates in self._groups(keep, [p.source], [p.node]):
-                        c.add_rows(inputs[p.source], c.asked(updates[p.node]), share * self.samples, generator, share)
+                        c.add_rows(
+                            c.taken(inputs[p.source]), c.asked(updates[p.node]), share * self.samples, generator, share
+                        )
             c.finish(self.samples)
         for w in self.widths.values():
             same = None if self.exact else self._same_input(w)
@@ -322,7 +323,8 @@ class Statistics:
             sources = [n for k in w.links for n in (k.writes.source, k.reads.source)]
             for share, inputs, returned in self._groups(w.keep, sources, [p.node for p in by_use]):
                 for p, own in by_use.items():
-                    h, c = inputs[p.source], self.consumers[p.weight]
+                    c = self.consumers[p.weight]
+                    h = c.taken(inputs[p.source])
                     # what was remembered stands for all samples; its V is here in N for the first time
                     rest = c.apply(updates[p.weight] * (-share * self.samples / len(h)), h)
                     rest += c.asked(returned[p.node])
@@ -334,7 +336,7 @@ class Statistics:
         for w in self.widths.values():
             for link in w.links:
                 c = self.consumers[link.reads.weight]
-                fitted = c.apply(updates[c.weight], seen.inputs[link.reads.source])
+                fitted = c.apply(updates[c.weight], c.taken(seen.inputs[link.reads.source]))
                 w.add(link, seen.inputs[link.writes.source], fitted, scale=-1.0 / self.samples)
 
 

@@ -79,7 +79,8 @@ def _from_refit(
     terms = []
     # what reads a new unit that is zero at first needs columns that are not
     mute = {h.width.name for h in hidden(structure) if silent(structure, h.var)}
-    for name, r in refit.readouts.items():
+    for r in refit.readouts.values():
+        name = r.weight
         chosen = {w: u for w, u in order.items() if w in r.new}
         if not chosen:
             continue
@@ -95,20 +96,26 @@ def _from_refit(
                 continue
             block = weights[:, at : at + n]
             into = 0 if r.transposed else 1
-            slices = like_weight(block, weight, r.transposed)
-            values.new.setdefault(name, {})[width, into] = slices
-            outgoing.append((name, width, into))
+            found = values.new.setdefault(name, {})
+            found[width, into] = _below(found.get((width, into)), like_weight(block, weight, r.transposed))
+            if (name, width, into) not in outgoing:
+                outgoing.append((name, width, into))
             at += n
         if update_existing:
             moved = weights[:, : len(r.old)]
             if r.bias is not None:
-                values.delta[r.bias] = moved[:, -1]
+                values.delta[r.bias] = _below(values.delta.get(r.bias), moved[:, -1])
                 moved = moved[:, :-1]
-            values.delta[name] = like_weight(moved, weight, r.transposed)
+            values.delta[name] = _below(values.delta.get(name), like_weight(moved, weight, r.transposed))
     s, q = sum(t[0] for t in terms), sum(t[1] for t in terms)
     predicted = {w: refit.marginal(w, len(u)) for w, u in order.items() if refit.of(w)}
     best = s / q if q > 0 and decrease(terms) > 0 else 0.0
     return profile.method.share * best, predicted
+
+
+def _below(above: Tensor | None, t: Tensor) -> Tensor:
+    """The next group's rows below those of the groups before it."""
+    return t if above is None else torch.cat([above, t])
 
 
 def _from_proposals(

@@ -29,6 +29,8 @@ from benchmarks.coverage.tables import tables
 from fxgrow._torchvision import import_torchvision
 
 OUT = Path("out/coverage.jsonl")
+#: seconds for the peer, which on some networks never ends
+PEER_LIMIT = 90.0
 
 
 def work(pipe: Connection, family: str, name: str, options: Mapping[str, Any]) -> None:
@@ -46,6 +48,7 @@ def work(pipe: Connection, family: str, name: str, options: Mapping[str, Any]) -
         if options["peer"] and family in ("torchvision", "timm"):
             from benchmarks.coverage.peer import prune
 
+            pipe.send({"peer_builds": False, "peer_runs": False, "peer_narrower": 0.0, "peer_error": "no answer"})
             for findings in prune(build(family, name)):
                 pipe.send({f"peer_{key}": value for key, value in findings.items()})
     except BaseException as error:  # a line in the table, whatever it is
@@ -64,14 +67,18 @@ def run(family: str, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     start = time.monotonic()
     process.start()
     theirs.close()
+    deadline = start + options["time_limit"]
     try:
         while True:
-            if not ours.poll(max(0.0, options["time_limit"] - (time.monotonic() - start))):
-                record["crash"] = f"no answer after {options['time_limit']:.0f} s"
+            if not ours.poll(max(0.0, deadline - time.monotonic())):
+                if "peer_builds" not in record:
+                    record["crash"] = f"no answer after {options['time_limit']:.0f} s"
                 break
             findings = ours.recv()
             if findings is None:
                 break
+            if "peer_builds" in findings:
+                deadline = min(deadline, time.monotonic() + PEER_LIMIT)
             record.update(findings)
     except EOFError:
         process.join()

@@ -74,8 +74,11 @@ def _conv(
             _blocks(ctx, out, groups)
         kernel = tuple(length(a) for a in weight[2:])
         spatial: dict[str, Any] = {k: _spatial(v, nd) for k, v in window.items() if not isinstance(v, str)}
-        plain = groups == 1 and len(spatial) == len(window)
-        ctx.project(weight, bias, out, kernel=kernel, plain=plain, **spatial)
+        slides = len(spatial) == len(window)
+        # groups that are not whole blocks of plain windows have no statistics
+        ctx.project(
+            weight, bias, out, kernel=kernel, plain=slides and groups == 1, groups=groups if slides else 0, **spatial
+        )
     ctx.attribute("in_channels", channels)
     ctx.attribute("out_channels", out)
     return Dims((*x[: -nd - 1], out, *(fixed(n) for n in ctx.shape[-nd:])))

@@ -108,8 +108,10 @@ class Projection:
     stride: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     padding: tuple[int, ...] = ()
-    #: False for grouped convolutions and embeddings, whose statistics are not those of one matrix
+    #: False for embeddings and experts, whose statistics are not those of one matrix, and for the two below
     plain: bool = True
+    #: a convolution with so many groups: as many matrices side by side
+    groups: int = 1
     #: a transposed convolution: a dense layer at every position of its input, whose outputs are laid over each other
     turned: bool = False
 

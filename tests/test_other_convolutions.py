@@ -1,4 +1,7 @@
-"""A transposed convolution is a dense layer at every position of its input, and is measured as one."""
+"""Convolutions that are measured as what they are made of.
+
+A transposed one is a dense layer at every position of its input, a grouped one a convolution for each group.
+"""
 
 from __future__ import annotations
 
@@ -84,3 +87,64 @@ def test_a_unet_grows_where_its_decoder_asks() -> None:
     profile = fxgrow.profile(Decoder(GEOMETRIES[0], False).double(), data(), F.mse_loss, progress=False)
     assert profile["conv"].bottleneck > 0 and profile["conv"].gains[0] > 0
     assert profile["conv"].positions > 0
+
+
+class Grouped(nn.Module):
+    """A convolution in three groups, or three that each read a third of the channels."""
+
+    def __init__(self, apart: bool, bias: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, whole = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(6, 9, 3, 2, 1, groups=3, bias=bias)
+        self.last = nn.Conv2d(9, 2, 1)
+        self.groups = nn.ModuleList(nn.Conv2d(2, 3, 3, 2, 1, bias=bias) for _ in range(3 * apart))
+        if not apart:
+            self.whole = whole
+        for g, part in enumerate(self.groups):
+            part.load_state_dict({name: p.chunk(3)[g] for name, p in whole.state_dict().items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.conv(x))
+        if hasattr(self, "whole"):
+            out = self.whole(h)
+        else:
+            out = torch.cat([part(t) for part, t in zip(self.groups, h.chunk(3, 1), strict=True)], 1)
+        return self.last(torch.tanh(out)).mean((2, 3))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("positions", ["all", "sampled"])
+def test_groups_are_measured_one_by_one(bias: bool, positions: str) -> None:
+    options: dict[str, Any] = {"positions": positions, "widths": ["conv"], "progress": False, "units": {"conv": 6}}
+    found, expected = (
+        fxgrow.profile(Grouped(apart, bias).double(), data(), F.mse_loss, method="random-refit", **options)["conv"]
+        for apart in (False, True)
+    )
+    assert found.width.step == expected.width.step == 3
+    assert expected.bottleneck > 0 and expected.desired > expected.bottleneck
+    for name in ("bottleneck", "desired"):
+        assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-9)
+    if positions == "all":  # the same new units, so the same refit and the same test of it
+        assert found.gains == pytest.approx(expected.gains, rel=1e-6, abs=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("method", ["default", "newton", "random-refit"])
+def test_growth_between_groups_lowers_the_loss(method: str, bias: bool) -> None:
+    model = Grouped(False, bias).double()
+    wanted = {"conv": 6, "whole": 3}
+    grown = fxgrow.grow(model, data(), loss_fn=F.mse_loss, method=method, neurons=wanted, progress=False)
+    before, after = grown.meta["fxgrow"].losses["eval"]
+    assert after < before
+    assert grown.get_parameter("whole.weight").shape[:2] == (12, 4)
+    x = data()[0][0]
+    same = fxgrow.apply(fxgrow.capture(model, (x,)), grown.meta["fxgrow"].plan.scaled(0.0))
+    torch.testing.assert_close(same(x), model(x), rtol=1e-10, atol=1e-12)
+
+
+def test_many_groups_have_no_statistics() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(2, 80, 1), nn.ReLU(), nn.Conv2d(80, 80, 3, groups=40), nn.Flatten(), nn.Linear(960, 2)
+    )
+    profile = fxgrow.profile(net.double(), data(), F.mse_loss, progress=False)
+    assert profile["0"].bottleneck == 0 and not profile["0"].gains and profile["2"].bottleneck > 0
