@@ -21,6 +21,7 @@ from fxgrow._profile import profile
 from fxgrow._records import Reason, Width
 from fxgrow._widen import apply, widen
 from fxgrow._widths import widths
+from fxgrow.initialisers import Proposal, initialiser
 from fxgrow.ops import op
 
 __version__ = "0.1.0"
@@ -36,6 +37,7 @@ __all__ = [
     "PlanError",
     "Profile",
     "ProfileError",
+    "Proposal",
     "Reason",
     "RewriteError",
     "Width",
@@ -44,6 +46,7 @@ __all__ = [
     "explain",
     "export_onnx",
     "grow",
+    "initialiser",
     "op",
     "plan",
     "profile",

@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+import torch
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from fxgrow._records import Reason
@@ -137,6 +139,19 @@ def multiplicity(axis: Axis) -> Counter[Var]:
         if s.var is not None:
             count[s.var] += s.inner
     return count
+
+
+def unit_entries(axis: Axis, var: Var, grow: Mapping[Var, int] | None = None) -> Tensor:
+    """Positions of each unit's entries in an axis, [units, entries]; in one that has grown the new units last."""
+    grow = grow or {}
+    units: list[list[int]] = [[] for _ in range(var.size + grow.get(var, 0))]
+    at = 0
+    for s in resolve(axis):
+        if s.var is var:
+            for i, unit in enumerate(units):
+                unit.extend(range(at + i * s.inner, at + (i + 1) * s.inner))
+        at += s.inner if s.var is None else (s.var.size + grow.get(s.var, 0)) * s.inner
+    return torch.tensor(units, dtype=torch.long)
 
 
 def pin(axis: Axis, why: Reason) -> None:

@@ -135,7 +135,8 @@ def grow(
         example_inputs: inputs to capture the model with; None for those of the first batch.
         budget: parameters to add, a number or a share such as `"+10%"`; None for `"+25%"`.
         neurons: instead of a budget: units for every width, or per width.
-        method: the initialiser: `default`, `newton`, `tiny`, `random`, `random-refit`, `random-newton`.
+        method: the initialiser: `default`, `newton`, `tiny`, `gradmax`, `net2wider`, `variance-transfer`, `north`,
+            `random`, `random-refit`, `random-newton`, or one entered with `fxgrow.initialiser`.
         samples: how many samples to use at most; None for 8192.
         optimizer: the optimiser that trains the model: re-pointed to the new parameters, its state kept.
         update_existing: also move the weights that exist (dW).
@@ -216,6 +217,12 @@ def _apply_best(
         return copy_graph(gm), _Outcome(Growth(decided, found, None, same, pinned, {}, decided.reason), {})
     line = Line(gm, decided, held)
     check_function(gm, line.move(0.0), gm.meta["example_inputs"])
+    if found.method.write is not None:
+        # the loss is the same all along
+        check_function(gm, line.move(1.0), gm.meta["example_inputs"])
+        after = _losses(line.graph, held, loss_fn)
+        losses = {mode: (before[mode], after[mode]) for mode in before}
+        return line.graph, _Outcome(Growth(decided, found, None, losses, pinned, {}), line.index)
     result = search(line, loss_fn, found.method.share, follow=update_existing)
     declined = None
     gamma = result.applied

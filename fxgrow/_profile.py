@@ -68,7 +68,8 @@ def profile(
         loss_fn: takes (output, targets), returns the mean over the batch or one value per sample. None: cross-entropy
             for integer targets, mean squared error for floating ones, the model's own `.loss` where it has one.
         samples: how many samples to use at most; None for 8192.
-        method: the initialiser: `default`, `newton`, `tiny`, `random`, `random-refit`, `random-newton`.
+        method: the initialiser: `default`, `newton`, `tiny`, `gradmax`, `net2wider`, `variance-transfer`, `north`,
+            `random`, `random-refit`, `random-newton`, or one entered with `fxgrow.initialiser`.
         positions: `"sampled"` estimates second moments from sampled positions; `"all"` uses every one, and one more
             forward pass, for exact figures.
         widths: names of the widths to profile; None for all that are free, but for those whose new units send nothing

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from fxgrow._axes import Axis, Dims, Var, multiplicity, resolve
+from fxgrow._axes import Dims, Var, multiplicity, unit_entries
 from fxgrow._compensate import MEAN, SPLIT, ZERO, Compensation
 from fxgrow._graph import lookup
 from fxgrow._pass import eval_mode
@@ -77,22 +77,9 @@ def settle_entries(
                 mean = old.mean(0, keepdim=True).expand(len(positions), *old.shape[1:])
                 new.index_copy_(dim, positions, mean.movedim(0, dim).contiguous())
             elif c.kind == SPLIT:
-                _split(new.movedim(dim, 0), _unit_entries(structure.parameters[name][dim], var, grow), grow[var])
+                _split(new.movedim(dim, 0), unit_entries(structure.parameters[name][dim], var, grow), grow[var])
             elif not c.products:
                 new.index_fill_(dim, positions, 0)
-
-
-def _unit_entries(axis: Axis, var: Var, grow: Mapping[Var, int]) -> Tensor:
-    """Positions of each unit's entries in an axis that has grown, [units, entries]; the new ones last."""
-    units: list[list[int]] = [[] for _ in range(var.size + grow[var])]
-    at = 0
-    for s in resolve(axis):
-        count = 1 if s.var is None else s.var.size + grow.get(s.var, 0)
-        if s.var is var:
-            for i, unit in enumerate(units):
-                unit.extend(range(at + i * s.inner, at + (i + 1) * s.inner))
-        at += count * s.inner
-    return torch.tensor(units)
 
 
 def _split(rows: Tensor, units: Tensor, count: int) -> None:

@@ -21,6 +21,8 @@ from fxgrow.ops.registry import Structure
 def fill_plan(
     profile: Profile, structure: Structure, units: dict[str, int], update_existing: bool, parameters: tuple[int, int]
 ) -> Plan:
+    if profile.method.write is not None:
+        return _written(profile, structure, units, parameters)
     found, refit = profile.candidates(), profile.refit
     order = {
         name: refit.evidence[name].order[:k] if refit is not None and name in refit.evidence else torch.arange(k)
@@ -55,6 +57,25 @@ def fill_plan(
         outgoing=tuple(outgoing),
         incoming=tuple(incoming),
     )
+
+
+def _written(profile: Profile, structure: Structure, units: dict[str, int], parameters: tuple[int, int]) -> Plan:
+    """A plan of a method that writes every entry itself."""
+    values = Values(corner=False)
+    outgoing: list[tuple[str, str, int]] = []
+    generator = torch.Generator().manual_seed(profile.seed)
+    for h in hidden(structure):
+        name = h.width.name
+        if name not in units or profile.method.write is None:
+            continue
+        written = profile.method.write(profile.graph, structure, h, units[name] // h.width.step, generator)
+        for (parameter, dim), t in written.new.items():
+            values.new.setdefault(parameter, {})[name, dim] = t
+        for parameter, t in written.delta.items():
+            values.delta[parameter] = values.delta[parameter] + t if parameter in values.delta else t
+        outgoing += [(p.weight, name, p.in_dim) for p in h.reads]
+    outgoing = list(dict.fromkeys(outgoing))
+    return Plan(units, profile.method.name, parameters=parameters, values=values, outgoing=tuple(outgoing))
 
 
 def _pick(t: Tensor, dim: int, chosen: Tensor, candidates: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxgrow
+from fxgrow.initialisers.registry import _TABLE
 
 
 @pytest.fixture(autouse=True)
@@ -280,7 +281,7 @@ SOURCES: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", ["default", "newton", "tiny", "random", "random-refit", "random-newton"])
+@pytest.mark.parametrize("method", sorted(_TABLE))
 @pytest.mark.parametrize("source", SOURCES)
 def test_success_changes_nothing_either(source: str, method: str) -> None:
     model = net()

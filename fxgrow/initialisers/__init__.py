@@ -1,6 +1,7 @@
 """Ways to initialise new units, one file each; importing this package enters them into the table."""
 
-from fxgrow.initialisers import default, random, tiny
-from fxgrow.initialisers.registry import Initialiser, Proposal, find_initialiser, initialiser
+from fxgrow.initialisers import default, gradmax, net2wider, north, random, tiny, variance_transfer
+from fxgrow.initialisers.registry import Initialiser, Proposal, Written, find_initialiser, initialiser, writer
 
-__all__ = ["Initialiser", "Proposal", "default", "find_initialiser", "initialiser", "random", "tiny"]
+__all__ = ["Initialiser", "Proposal", "Written", "find_initialiser", "initialiser", "writer"]
+__all__ += ["default", "gradmax", "net2wider", "north", "random", "tiny", "variance_transfer"]

@@ -9,11 +9,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from fxgrow._consumer import Consumer
 from fxgrow._errors import ProfileError
 from fxgrow._statistics import WidthMoments
+from fxgrow._widths import Hidden
+from fxgrow.ops.registry import Structure
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,21 @@ class Proposal:
     values: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
+@dataclass(frozen=True)
+class Written:
+    """New entries of a width, and what becomes of old ones.
+
+    Attributes:
+        new: per parameter and dimension, slices for the new units; those of one unit stand together.
+        delta: per parameter, what is added to its old entries.
+    """
+
+    new: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    delta: dict[str, Tensor] = field(default_factory=dict)
+
+
+#: graph, its structure, the width, how many units, random numbers
+Write = Callable[[fx.GraphModule, Structure, Hidden, int, torch.Generator], Written]
 Propose = Callable[[WidthMoments, Mapping[str, Consumer], int], Proposal]
 
 
@@ -50,6 +67,8 @@ class Initialiser:
         symmetric: the line search scales incoming and outgoing weights alike (by the root of gamma).
         share: the part of the best gamma that is applied.
         curved: `grow` fits outgoing weights once more, on the loss's own curvature (with `refit`; see `_newton.py`).
+        write: instead of proposals: writes new entries of every parameter; the function is the same at any gamma, so
+            that there is no line search.
     """
 
     name: str
@@ -62,6 +81,7 @@ class Initialiser:
     symmetric: bool = False
     share: float = 1.0
     curved: bool = False
+    write: Write | None = None
 
 
 _TABLE: dict[str, Initialiser] = {}
@@ -73,6 +93,16 @@ def initialiser(name: str, **flags: bool | float) -> Callable[[Propose], Propose
     def enter(propose: Propose) -> Propose:
         _TABLE[name] = Initialiser(name, propose, **flags)  # type: ignore[arg-type]
         return propose
+
+    return enter
+
+
+def writer(name: str) -> Callable[[Write], Write]:
+    """Enters a function that writes all entries of new units itself, and keeps the function, under `name`."""
+
+    def enter(write: Write) -> Write:
+        _TABLE[name] = Initialiser(name, lambda width, consumers, k: Proposal(), moments=False, write=write)
+        return write
 
     return enter
 

@@ -1,0 +1,33 @@
+"""GradMax: the directions in which the loss asks most, outgoing weights zero.
+
+E[b V^T] = U Lambda W^T, not whitened and not projected: alpha_k = u_k, scaled to E[(alpha^T b)^2] = 1. With the
+outgoing weights at zero the function stays, and their gradient is as large as any directions of this length allow
+(Evci, van Merrienboer, Unterthiner, Vladymyrov, Pedregosa: "GradMax: Growing Neural Networks using Gradient
+Information", ICLR 2022, arXiv 2201.05125, section 3). There the other side is zero: incoming weights, with outgoing
+ones W, which needs an activation with slope 1 at zero. The singular vectors are the same; this side learns behind a
+ReLU too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from fxgrow._consumer import Consumer
+from fxgrow._statistics import WidthMoments
+from fxgrow.initialisers.registry import Proposal, initialiser, split_rows
+
+#: singular values below this part of the largest are rounding
+DROP = 1e-6
+
+
+@initialiser("gradmax", project=False)
+def gradmax(width: WidthMoments, consumers: Mapping[str, Consumer], k: int) -> Proposal:
+    """Incoming weights of at most k units."""
+    asked = torch.cat([block.flatten(1) for block in width.blocks.values()], 1)
+    u, values, _ = torch.linalg.svd(asked, full_matrices=False)
+    alpha = u[:, values > DROP * values[:1]][:, :k]
+    mean_square = (alpha * (width.second_moment @ alpha)).sum(0) / width.readings
+    alpha = alpha / mean_square.clamp_min(torch.finfo(alpha.dtype).tiny).sqrt()
+    return Proposal(split_rows(alpha, width), {}, values)

@@ -1,0 +1,45 @@
+"""Net2WiderNet: every new unit is a copy of an old one, and they share its outgoing weights.
+
+Incoming weights, and all that follows on the way (biases, norms, depthwise kernels), are those of a unit j drawn at
+random; outgoing weights of j are divided among j and its n copies (Chen, Goodfellow, Shlens: "Net2Net: Accelerating
+Learning via Knowledge Transfer", ICLR 2016, arXiv 1511.05641, section 2.2). There each gets 1 / (n + 1), and noise on
+the copies tells them apart; here the shares are drawn at random, which tells them apart and keeps the function.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from fxgrow._graph import lookup
+from fxgrow._widths import Hidden
+from fxgrow.initialisers.copies import places, rows_of
+from fxgrow.initialisers.registry import Written, writer
+from fxgrow.ops.registry import Structure
+
+#: shares are drawn between 1 and this, then divided by their sum
+MOST = 3.0
+
+
+@writer("net2wider")
+def net2wider(gm: fx.GraphModule, structure: Structure, h: Hidden, k: int, generator: torch.Generator) -> Written:
+    """New entries for `k` units, and what the old units give away."""
+    size = h.var.size
+    units = torch.randint(size, (k,), generator=generator)
+    parts = 1 + (MOST - 1) * torch.rand(size + k, generator=generator, dtype=torch.float64)
+    origin = torch.cat([torch.arange(size), units])
+    shares = parts / torch.zeros(size, dtype=torch.float64).index_add_(0, origin, parts)[origin]
+    reads = {(p.weight, p.in_dim) for p in h.reads}
+    out = Written()
+    for name, dim, entries in places(structure, h, "net2wider"):
+        rows = rows_of(gm, name, dim, entries, units)
+        if (name, dim) in reads:
+            old = lookup(gm, name).detach()
+            each = entries.shape[1]
+            along = [-1 if d == dim else 1 for d in range(old.dim())]
+            rows = rows * shares[size:].repeat_interleave(each).to(rows).view(along)
+            kept = torch.ones(old.shape[dim], dtype=torch.float64)
+            kept[entries.flatten()] = shares[:size].repeat_interleave(each)
+            out.delta[name] = old * (kept.to(old) - 1).view(along)
+        out.new[name, dim] = rows
+    return out

@@ -1,0 +1,65 @@
+"""NORTH: incoming weights whose pre-activations are orthogonal to those that are there, outgoing weights zero.
+
+Random rows alpha, less the part that existing rows W explain: alpha - W^T (W S W^T)^+ W S alpha, S = E[b b^T]; and
+orthogonal to each other (Maile, Rachelson, Luga, Wilson: "When, where, and how to add new neurons to ANNs", AutoML
+2022, arXiv 2202.08539, NORTH-Pre). Where as many rows are there as inputs nothing is left: those units stay random.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fxgrow._consumer import Consumer
+from fxgrow._graph import lookup
+from fxgrow._statistics import WidthMoments
+from fxgrow.initialisers.registry import Proposal, initialiser, split_rows
+
+#: what is left of a random row's square is rounding below this
+LEFT = 1e-4
+
+
+@initialiser("north", project=False)
+def north(width: WidthMoments, consumers: Mapping[str, Consumer], k: int) -> Proposal:
+    """Incoming weights of k units."""
+    s = width.second_moment.double()
+    generator = torch.Generator().manual_seed(width.features)
+    drawn = torch.randn(width.features, k, generator=generator, dtype=torch.float64).to(s)
+    known = _existing(width).to(s)
+    alpha = drawn.clone()
+    for i in range(k):
+        before = _square(s, drawn[:, i])
+        for _ in range(2):  # once more for what rounding left
+            overlap = known.mT @ s @ known
+            alpha[:, i] -= known @ (torch.linalg.pinv(overlap, hermitian=True) @ (known.mT @ (s @ alpha[:, i])))
+        if _square(s, alpha[:, i]) < LEFT * before:
+            alpha[:, i] = drawn[:, i]
+        else:
+            known = torch.cat([known, alpha[:, i : i + 1]], 1)
+    alpha /= (torch.stack([_square(s, a) for a in alpha.mT]) / width.readings).clamp_min(1e-30).sqrt()
+    return Proposal(split_rows(alpha.to(width.second_moment), width))
+
+
+def _square(s: Tensor, alpha: Tensor) -> Tensor:
+    return alpha @ (s @ alpha)
+
+
+def _existing(width: WidthMoments) -> Tensor:
+    """Rows of all producers in the basis of b, `[P, units]`; a producer's own rows are zero in the others' part."""
+    columns = []
+    for p in {p.weight: p for p in width.hidden.writes}.values():
+        gm = p.node.graph.owning_module
+        start, stop = width.spans[p.weight]
+        if gm is None:
+            continue
+        weight = lookup(gm, p.weight).detach()
+        rows = weight.movedim(p.out_dim, 0).flatten(1)
+        if p.bias is not None:
+            rows = torch.cat([rows, lookup(gm, p.bias).detach()[:, None]], 1)
+        whole = rows.new_zeros(width.features, len(rows))
+        whole[start:stop] = rows.mT
+        columns.append(whole)
+    # producers of a sum write one unit together
+    return sum(columns[1:], columns[0]) if len({c.shape for c in columns}) == 1 else torch.cat(columns, 1)
