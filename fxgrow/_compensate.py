@@ -145,6 +145,7 @@ class _Follow:
         self.writes = {p.node: p for p in structure.projections if var in variables(p.out)}
         self.projections = {p.node for p in structure.projections}
         self.state: dict[fx.Node, str] = {}
+        self.written: dict[fx.Node, list[tuple[str, int]]] = {}
 
     def run(self) -> Compensation | Reason:
         if self.mixed:
@@ -164,7 +165,23 @@ class _Follow:
             operands = [d.source] if self.kind == ZERO else [n for n in d.node.all_input_nodes if n in self.inside]
             if any(self.state.get(n) != self.kind for n in operands):
                 return Reason("reduce", d.node.name, "summed over in a product, and neither side can be kept silent")
+        if self.products and self.kind == ZERO:
+            self.result.writers = self._silencing()
         return self._readers()
+
+    def _silencing(self) -> set[tuple[str, int]]:
+        """What must be zero for the second operands to be: of a product one factor, of a sum all terms."""
+        queue = [d.source for d in self.products]
+        found: set[tuple[str, int]] = set()
+        for node in queue:
+            if node in self.written:
+                found.update(self.written[node])
+                continue
+            inputs = [n for n in node.all_input_nodes if n in self.inside]
+            if self._name(node) in _PRODUCT:
+                inputs = [n for n in inputs if self.state[n] == ZERO][:1]
+            queue += [n for n in inputs if n not in queue]
+        return found
 
     def _is_uniform(self, d: Demand) -> bool:
         """Whether one weight for all units keeps the mean of the units a constant."""
@@ -216,6 +233,7 @@ class _Follow:
     def _written(self, node: fx.Node, parameters: list[tuple[str, int]], silent: bool) -> str:
         if not silent or not all(self._alone(name, dim) for name, dim in parameters):
             return ANY
+        self.written[node] = parameters
         self.result.writers.update(parameters)
         return self.kind
 

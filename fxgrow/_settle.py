@@ -152,19 +152,18 @@ def settle_products(
         for _, d, c in wanted.values()
     }
     seen = _Values(gm, wanted)
-    with eval_mode(gm), torch.enable_grad(), _trained([lookup(gm, w[0]) for ws in writing.values() for w in ws]):
-        seen.run(*inputs, enable_io_processing=False)
     generator = torch.Generator().manual_seed(0)
     hits: dict[tuple[str, int], Tensor] = {}
-    for source, (var, d, _) in wanted.items():
-        writers = writing[d.source]
-        total = _new_entries(seen.values[source], structure.outputs[d.source], var, grow, generator)
-        parameters = [lookup(gm, name) for name, _ in writers]
-        gradients = torch.autograd.grad(total, parameters, allow_unused=True, retain_graph=True)
-        for writer, g in zip(writers, gradients, strict=True):
-            if g is not None:
-                hit = g.movedim(writer[1], 0).flatten(1).ne(0).any(1) if g.dim() > 1 else g.ne(0)
-                hits[writer] = hit | hits[writer] if writer in hits else hit
+    with eval_mode(gm), torch.enable_grad(), _trained([lookup(gm, w[0]) for ws in writing.values() for w in ws]):
+        seen.run(*inputs, enable_io_processing=False)
+        for source, (var, d, _) in wanted.items():
+            total = _new_entries(seen.values[source], structure.outputs[d.source], var, grow, generator)
+            parameters = [lookup(gm, name) for name, _ in writing[d.source]]
+            gradients = torch.autograd.grad(total, parameters, allow_unused=True, retain_graph=True)
+            for writer, g in zip(writing[d.source], gradients, strict=True):
+                if g is not None:
+                    hit = g.movedim(writer[1], 0).flatten(1).ne(0).any(1) if g.dim() > 1 else g.ne(0)
+                    hits[writer] = hit | hits[writer] if writer in hits else hit
     with torch.no_grad():
         for (name, dim), hit in hits.items():
             old = index[name][dim]

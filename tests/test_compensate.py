@@ -303,6 +303,51 @@ def test_transformer_encoder_of_torch(first: bool) -> None:
     assert_same(gm, grown, x)
 
 
+def test_a_bias_that_is_a_buffer() -> None:
+    """As in DINOv3: the keys' part of the bias is zero and stays so."""
+
+    class Biased(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(6, 24, bias=False), nn.Linear(8, 3)
+            self.q, self.v = nn.Parameter(torch.randn(8)), nn.Parameter(torch.randn(8))
+            self.register_buffer("k", torch.zeros(8), persistent=False)
+
+        def forward(self, x: Tensor) -> Tensor:
+            bias = torch.cat([self.q, self.k, self.v])
+            q, k, v = F.linear(x, self.qkv.weight, bias).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+            return self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    net, x = Biased(), torch.randn(2, 5, 6)
+    gm, grown, free = widen_all(net, x)
+    assert free == {"qkv": 12}
+    assert_same(net, gm, x)
+    assert_same(gm, grown, x)
+    assert not grown.get_buffer("k").requires_grad and not bool(grown.get_buffer("k").any())
+
+
+def test_a_divisor_is_not_silenced() -> None:
+    """Periods of a rotation, one for each unit and no part of a weight: zero keys are enough."""
+
+    class Rotated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.out = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(6, 5), nn.Linear(5, 3)
+            self.register_buffer("periods", torch.rand(8) + 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            turn = (torch.arange(x.shape[1])[:, None] / self.periods).cos()
+            q, k = self.q(x) * turn, self.k(x) * turn
+            return self.out(F.scaled_dot_product_attention(q, k, self.v(x)))
+
+    net, x = Rotated(), torch.randn(2, 5, 6)
+    gm, grown, free = widen_all(net, x)
+    assert free == {"q": 2, "v": 2}
+    assert_same(net, gm, x)
+    assert_same(gm, grown, x)
+    assert bool((grown.get_buffer("periods") > 0).all())
+
+
 class Crossed(nn.Module):
     """Attention from one sequence to another, with sizes of its own for keys and values."""
 
