@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-
-from torch import fx, nn
+from dataclasses import dataclass
 
 from fxgrow._analyse import analyse
-from fxgrow._axes import Var, length, multiplicity
 from fxgrow._bottleneck import Bottleneck, Profile
+from fxgrow._cost import Cost, Parameters, cost_of
 from fxgrow._errors import PlanError
-from fxgrow._graph import lookup
 from fxgrow._plan import Plan
 from fxgrow._rewrite import require_free
 from fxgrow._units import fill_plan
 from fxgrow._widths import hidden
-from fxgrow.ops.registry import Structure
 
 #: the budget when none is given
 DEFAULT_BUDGET = "+25%"
@@ -30,19 +27,25 @@ TILT = (0.5, 2.0)
 
 def plan(
     profile: Profile,
-    budget: str | int | None = None,
+    budget: str | float | None = None,
     neurons: int | Mapping[str, int] | None = None,
     *,
+    cost: str = "parameters",
+    multiple: int = 1,
     update_existing: bool = True,
 ) -> Plan:
     """Decides how many units each width gets.
 
-    A budget is spread over the widths in proportion to their sizes, tilted by predicted gain per parameter, and never
+    A budget is spread over the widths in proportion to their sizes, tilted by predicted gain per cost, and never
     spent on units that the held-back test did not accept.
 
     Args:
         profile: from `fxgrow.profile`.
-        budget: parameters to add: a number, or a share such as `"+10%"`; None for `"+25%"`.
+        budget: what to add: a number of `cost`, or a share such as `"+10%"`; None for `"+25%"`.
+        cost: `parameters`; `multiply-adds` of one sample at the size of the example inputs; `latency`, measured seconds
+            of the example batch on the model's device.
+        multiple: sizes to prefer, such as 8 for tensor cores: a width that grows from a budget gets a size that is a
+            multiple of it.
         neurons: instead of a budget: units for every width, or per width; added whether significant or not.
         update_existing: also move the weights that exist (dW).
 
@@ -50,8 +53,8 @@ def plan(
         A `Plan`; without units and with a reason where nothing is worth adding.
 
     Raises:
-        PlanError: the budget is not positive or too small for one unit, a name is unknown, or more units are asked for
-            than were proposed.
+        PlanError: the budget is not positive or too small for one unit, a name or a cost is unknown, or more units are
+            asked for than were proposed.
 
     Example:
         >>> import torch, fxgrow
@@ -63,13 +66,16 @@ def plan(
     """
     if budget is not None and neurons is not None:
         raise PlanError("Give a budget or a number of neurons, not both.")
+    if not isinstance(multiple, int) or multiple < 1:
+        raise PlanError(f"multiple={multiple!r}: give a positive number, 1 for any size.")
     structure = analyse(profile.graph)
-    count = _Count(profile.graph, structure)
+    count = Parameters(profile.graph, structure)
     if neurons is not None:
         units = _as_asked(profile, neurons)
     else:
-        limit = _parse(DEFAULT_BUDGET if budget is None else budget, count.total({}))
-        units = _allocate(profile, count, limit)
+        price = cost_of(cost, profile.graph, structure, [n for n, b in profile.items() if b.significant])
+        limit = _parse(DEFAULT_BUDGET if budget is None else budget, price)
+        units = _allocate(profile, price, limit, multiple)
     if not any(units.values()):
         reason = "no width has a unit that the held-back test accepts"
         total = count.total({})
@@ -100,81 +106,92 @@ def _as_asked(profile: Profile, neurons: int | Mapping[str, int]) -> dict[str, i
     return {name: k for name, (k, _) in wanted.items()}
 
 
-def _parse(budget: str | int, total: int) -> int:
+def _parse(budget: str | float, price: Cost) -> float:
+    total = price.total({})
     try:
         if isinstance(budget, str) and budget.strip().endswith("%"):
-            limit = math.floor(float(budget.strip().removeprefix("+").removesuffix("%")) / 100 * total)
+            limit = float(budget.strip().removeprefix("+").removesuffix("%")) / 100 * total
         else:
-            limit = int(budget)
-            if isinstance(budget, float) and limit != budget:
+            limit = float(budget)
+            if isinstance(budget, float) and price.unit != "seconds" and limit != int(limit):
                 raise ValueError(budget)
     except (ValueError, TypeError, OverflowError) as error:
         share = f"+{budget:.0%}" if isinstance(budget, float) and 0 < budget < 1 else "+10%"
-        raise PlanError(f"budget={budget!r}: give a number of parameters, or a share such as {share!r}.") from error
-    if limit <= 0:
-        raise PlanError(f"budget={budget!r} leaves {limit} parameters to add: give a positive budget.")
+        raise PlanError(f"budget={budget!r}: give a number of {price.unit}, or a share such as {share!r}.") from error
+    limit = limit if price.unit == "seconds" else math.floor(limit)
+    if not limit > 0:
+        raise PlanError(f"budget={budget!r} leaves {limit:g} {price.unit} to add: give a positive budget.")
     return limit
 
 
-class _Count:
-    """Parameters of the grown model, exactly: every axis with its new length."""
+@dataclass(frozen=True)
+class _Sizes:
+    """Numbers of units that a width may get: none, `first`, and on by `step`."""
 
-    def __init__(self, gm: fx.GraphModule, structure: Structure) -> None:
-        self.axes = [dims for name, dims in structure.parameters.items() if isinstance(lookup(gm, name), nn.Parameter)]
-        self.vars: dict[str, tuple[Var, int]] = {h.width.name: (h.var, h.width.step) for h in hidden(structure)}
-        inside = sum(math.prod(length(a) for a in dims) for dims in self.axes)
-        self.outside = sum(p.numel() for p in gm.parameters()) - inside
+    first: int
+    step: int
+    most: int
 
-    def total(self, units: Mapping[str, int]) -> int:
-        grow = {self.vars[n][0]: k // self.vars[n][1] for n, k in units.items()}
-        return self.outside + sum(
-            math.prod(length(a) + sum(grow.get(v, 0) * m for v, m in multiplicity(a).items()) for a in dims)
-            for dims in self.axes
-        )
+    @classmethod
+    def of(cls, b: Bottleneck, multiple: int) -> _Sizes:
+        own, period = b.width.step, math.lcm(b.width.step, multiple)
+        # a size is a multiple of its step, so that one of these fits
+        first = next(k for k in range(own, period + own, own) if (b.width.size + k) % multiple == 0)
+        return cls(first, period, b.significant)
+
+    def nearest(self, wanted: float) -> int:
+        if self.first > self.most or wanted < self.first / 2:
+            return 0
+        k = self.first + max(0, math.floor((wanted - self.first) / self.step + 0.5)) * self.step
+        return min(k, self.first + (self.most - self.first) // self.step * self.step)
+
+    def after(self, k: int) -> int:
+        return k + self.step if k else self.first
 
 
-def _allocate(profile: Profile, count: _Count, limit: int) -> dict[str, int]:
-    free = {n: b for n, b in profile.items() if b.significant >= b.width.step}
+def _allocate(profile: Profile, count: Cost, limit: float, multiple: int) -> dict[str, int]:
+    sizes = {n: _Sizes.of(b, multiple) for n, b in profile.items()}
+    free = {n: b for n, b in profile.items() if b.significant >= sizes[n].first}
     if not free:
         return {}
     base = count.total({})
-    cheapest = min(count.total({n: b.width.step}) for n, b in free.items()) - base
-    if cheapest > limit:
+    cheapest = {n: count.total({n: sizes[n].first}) - base for n in free}
+    if min(cheapest.values()) > limit:
+        name = min(cheapest, key=lambda n: cheapest[n])
         raise PlanError(
-            f"The budget of {limit:,} parameters is less than the smallest growth, {cheapest:,} parameters for "
-            f"{min(free, key=lambda n: count.total({n: free[n].width.step}))!r}."
+            f"The budget of {limit:,.6g} {count.unit} is less than the smallest growth, {cheapest[name]:,.6g} "
+            f"{count.unit} for {name!r}."
         )
     tilt = _tilt(profile, count, free)
 
     def at(ratio: float) -> dict[str, int]:
-        units = {}
-        for name, b in free.items():
-            step = b.width.step
-            k = math.floor(ratio * tilt[name] * b.width.size / step + 0.5) * step
-            units[name] = min(k, b.significant)
-        return units
+        return {name: sizes[name].nearest(ratio * tilt[name] * b.width.size) for name, b in free.items()}
+
+    def most(ratio: float) -> bool:
+        return all(sizes[n].after(k) > sizes[n].most for n, k in at(ratio).items())
 
     low, high = 0.0, 1.0
-    while count.total(at(high)) - base <= limit and any(at(high)[n] < b.significant for n, b in free.items()):
+    while count.total(at(high)) - base <= limit and not most(high):
         high *= 2
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if count.total(at(middle)) - base <= limit else (low, middle)
     units = at(high) if count.total(at(high)) - base <= limit else at(low)
-    return _use_up(units, free, {n: high * tilt[n] * b.width.size for n, b in free.items()}, count, base + limit)
+    share = {n: high * tilt[n] * b.width.size for n, b in free.items()}
+    return _use_up(units, {n: sizes[n] for n in free}, share, count, base + limit)
 
 
 def _use_up(
-    units: dict[str, int], free: Mapping[str, Bottleneck], share: Mapping[str, float], count: _Count, most: int
+    units: dict[str, int], free: Mapping[str, _Sizes], share: Mapping[str, float], count: Cost, most: float
 ) -> dict[str, int]:
     """Rounding leaves a rest: widths furthest below their share take it, step by step, up to twice the share."""
     units = dict(units)
     while True:
-        more = {n: units[n] + b.width.step for n, b in free.items()}
+        more = {n: s.after(units[n]) for n, s in free.items()}
         fits = [
             n
-            for n, b in free.items()
-            if more[n] <= min(b.significant, 2 * math.ceil(share[n] / b.width.step) * b.width.step)
+            for n, s in free.items()
+            if more[n] <= min(s.most, 2 * math.ceil(share[n] / s.step) * s.step)
             and count.total({**units, n: more[n]}) <= most
         ]
         if not fits:
@@ -183,8 +200,8 @@ def _use_up(
         units[best] = more[best]
 
 
-def _tilt(profile: Profile, count: _Count, free: Iterable[str]) -> dict[str, float]:
-    """Predicted gain per parameter, relative to the median and within bounds; 1 where nothing is predicted."""
+def _tilt(profile: Profile, count: Cost, free: Iterable[str]) -> dict[str, float]:
+    """Predicted gain per cost, relative to the median and within bounds; 1 where nothing is predicted."""
     refit = profile.refit
     if refit is None:
         return dict.fromkeys(free, 1.0)
@@ -194,6 +211,6 @@ def _tilt(profile: Profile, count: _Count, free: Iterable[str]) -> dict[str, flo
         width = profile[name].width
         k = min(profile[name].significant, max(width.step, math.ceil(width.size / 8)))
         k = max(width.step, k // width.step * width.step)
-        score[name] = refit.marginal(name, k // width.step) / (count.total({name: k}) - base)
+        score[name] = refit.marginal(name, k // width.step) / max(count.total({name: k}) - base, 1e-12)
     middle = sorted(score.values())[len(score) // 2] or 1.0
     return {n: min(max((s / middle) ** 0.5, TILT[0]), TILT[1]) for n, s in score.items()}

@@ -75,9 +75,11 @@ def grow(
     *,
     loss_fn: LossFn | None = ...,
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = ...,
-    budget: str | int | None = ...,
+    budget: str | float | None = ...,
     neurons: int | Mapping[str, int] | None = ...,
     method: str = ...,
+    cost: str = ...,
+    multiple: int = ...,
     samples: int | None = ...,
     optimizer: torch.optim.Optimizer | None = ...,
     update_existing: bool = ...,
@@ -94,9 +96,11 @@ def grow(
     *,
     loss_fn: LossFn | None = ...,
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = ...,
-    budget: str | int | None = ...,
+    budget: str | float | None = ...,
     neurons: int | Mapping[str, int] | None = ...,
     method: str = ...,
+    cost: str = ...,
+    multiple: int = ...,
     samples: int | None = ...,
     optimizer: torch.optim.Optimizer | None = ...,
     update_existing: bool = ...,
@@ -113,9 +117,11 @@ def grow(
     *,
     loss_fn: LossFn | None = None,
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
-    budget: str | int | None = None,
+    budget: str | float | None = None,
     neurons: int | Mapping[str, int] | None = None,
     method: str = "default",
+    cost: str = "parameters",
+    multiple: int = 1,
     samples: int | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     update_existing: bool = True,
@@ -133,10 +139,12 @@ def grow(
         dataloader: batches; see `fxgrow.profile`.
         loss_fn: see `fxgrow.profile`.
         example_inputs: inputs to capture the model with; None for those of the first batch.
-        budget: parameters to add, a number or a share such as `"+10%"`; None for `"+25%"`.
+        budget: what to add, a number of `cost` or a share such as `"+10%"`; None for `"+25%"`.
         neurons: instead of a budget: units for every width, or per width.
         method: the initialiser: `default`, `newton`, `tiny`, `gradmax`, `net2wider`, `variance-transfer`, `north`,
             `random`, `random-refit`, `random-newton`, or one entered with `fxgrow.initialiser`.
+        cost: of the budget: `parameters`, `multiply-adds` or `latency`; see `fxgrow.plan`.
+        multiple: sizes to prefer, such as 8; see `fxgrow.plan`.
         samples: how many samples to use at most; None for 8192.
         optimizer: the optimiser that trains the model: re-pointed to the new parameters, its state kept.
         update_existing: also move the weights that exist (dW).
@@ -177,7 +185,7 @@ def grow(
         gm, data.loader, loss_fn, samples, method, units=_candidates(neurons), progress=progress, seed=seed
     )
     clock.lap("profile")
-    decided = make_plan(found, budget, neurons, update_existing=update_existing)
+    decided = make_plan(found, budget, neurons, cost=cost, multiple=multiple, update_existing=update_existing)
     if found.method.curved and decided.units:
         decided = newton(gm, decided, data, loss_fn, found.method.share)
     clock.lap("plan")
