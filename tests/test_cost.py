@@ -64,8 +64,9 @@ def mlp() -> nn.Sequential:
 
 
 def test_a_budget_in_multiply_adds_is_kept() -> None:
-    net = nn.Sequential(nn.Unflatten(1, (1, 6)), nn.Conv1d(1, 5, 3, padding=1), nn.Tanh(), nn.Conv1d(5, 5, 3, padding=1),
-                        nn.Tanh(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))  # fmt: skip
+    convolutions = nn.Conv1d(1, 5, 3, padding=1), nn.Tanh(), nn.Conv1d(5, 5, 3, padding=1), nn.Tanh()
+    head = nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3)
+    net = nn.Sequential(nn.Unflatten(1, (1, 6)), *convolutions, *head)
     x = data()[0][0]
     before = counted(net, x)
     for budget, most in (("+40%", 0.4 * before), (300, 300)):
