@@ -292,7 +292,8 @@ ROWS = [
     # eps is a number in the call of a function; the graph holds it, and it is rewritten there
     Row("frozen_eps_writers_rescaled", "timm ViT", timm_vit, IMAGES, {"patch_embed.proj": 1}),
     Row("postnorm_layernorm_uniform_weight", "torch", lambda: encoder(False), TOKENS, {"0": 1}, fresh=True),
-    Row("postnorm_layernorm_uniform_weight", "BERT", lambda: hugging_face("BertForMaskedLM", **TEXT), text,
+    Row("postnorm_layernorm_uniform_weight", "BERT",
+        lambda: hugging_face("BertForSequenceClassification", **TEXT, hidden_dropout_prob=0.0), text,
         {"bert.embeddings.word_embeddings": 1}, fresh=True, slow=True),
     Row("postnorm_layernorm_trained", "torch", lambda: encoder(False), TOKENS,
         pinned={"0": ("norm", "cannot be kept at their mean")}),
