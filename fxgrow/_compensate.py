@@ -47,6 +47,8 @@ _ODD = frozenset(
     "sign round ReLU ReLU6 GELU SiLU Tanh ELU CELU SELU LeakyReLU Hardswish Hardtanh Mish Softsign PReLU prelu "
     "dropout Dropout square nan_to_num".split()
 )
+#: where these carry a width they do so channel by channel, and the bias of a new channel is zero
+_DEPTHWISE = frozenset("Conv1d Conv2d Conv3d conv1d conv2d conv3d".split())
 
 
 @dataclass
@@ -228,7 +230,14 @@ class _Follow:
             return self._product(node, inputs, states)
         if self._no_dropout(node):
             return _joint(states)
-        return ZERO if name in _ODD and states <= {ZERO, _BOTH} else ANY
+        zero = name in _ODD or name in _DEPTHWISE or self._pads_with_zeros(node)
+        return ZERO if zero and states <= {ZERO, _BOTH} else ANY
+
+    def _pads_with_zeros(self, node: fx.Node) -> bool:
+        if node.target is not F.pad:
+            return False
+        mode, value = (*node.args[2:], *(None,) * 4)[:2]
+        return not node.kwargs.get("value", value) and node.kwargs.get("mode", mode) in (None, "constant")
 
     def _written(self, node: fx.Node, parameters: list[tuple[str, int]], silent: bool) -> str:
         if not silent or not all(self._alone(name, dim) for name, dim in parameters):

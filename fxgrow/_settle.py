@@ -101,7 +101,10 @@ def settle_norms(
             if d.kind == "length":
                 continue
             node, eps = twins[d.node], d.eps * _ratio(var, grow)
-            if node.op == "call_module":
+            if d.eps_at is not None:
+                adds, at = twins[d.eps_at[0]], d.eps_at[1]
+                adds.args = tuple(eps if i == at else a for i, a in enumerate(adds.args))
+            elif node.op == "call_module":
                 setattr(gm.get_submodule(str(node.target)), d.eps_name, eps)
             elif len(node.args) > _EPS[node.target]:  # type: ignore[index]
                 at = _EPS[node.target]  # type: ignore[index]

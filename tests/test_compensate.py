@@ -165,8 +165,10 @@ def test_a_stream_with_dropout_is_pinned_by_its_layer_norm_alone() -> None:
     assert "tokens" not in pinned(Stream(nn.RMSNorm, dropout=0.1), IDS)
 
 
-def test_what_computes_something_else_is_no_norm() -> None:
-    assert pinned(Stream(OwnNormOfHalf), IDS)["tokens"].code == "reduce"
+def test_what_computes_something_else_is_followed_by_its_operators() -> None:
+    """Half of a norm is no norm; the norm that is written in it is one."""
+    reason = pinned(Stream(OwnNormOfHalf), IDS)["tokens"]
+    assert reason.code == "norm" and "without a weight that could make up for the new size" in reason.message
 
 
 def test_post_norm_streams_are_pinned() -> None:
@@ -346,6 +348,63 @@ def test_a_divisor_is_not_silenced() -> None:
     assert_same(net, gm, x)
     assert_same(gm, grown, x)
     assert bool((grown.get_buffer("periods") > 0).all())
+
+
+class WrittenOut(nn.Module):
+    """Inverted bottlenecks with an RMSNorm over the channels in a function, as in MobileNetV5."""
+
+    def __init__(self, form: str, affine: bool) -> None:
+        super().__init__()
+        self.form = form
+        self.expand, self.project = nn.Conv2d(3, 8, 1, bias=False), nn.Conv2d(8, 4, 1)
+        self.depth = nn.Conv2d(8, 8, 3, groups=8)
+        self.weight = nn.Parameter(torch.randn(8)) if affine else None
+
+    def norm(self, x: Tensor) -> Tensor:
+        if self.form == "rsqrt":
+            x = x * torch.rsqrt(x.pow(2).mean(1, keepdim=True) + 0.1)
+        elif self.form == "divided":
+            x = x / torch.sqrt(0.1 + torch.mean(x * x, dim=1, keepdim=True))
+        else:
+            squares = x.square()
+            x = x * (squares.mean(dim=1, keepdim=True) + 0.1).rsqrt() + 0 * squares
+        return x if self.weight is None else x * self.weight.reshape(1, -1, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(self.expand(x))
+        if self.weight is not None:
+            x = self.depth(F.pad(F.gelu(x), (1, 1, 1, 1)))
+        return self.project(x)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("form", ["rsqrt", "divided", "something else"])
+def test_rms_norms_written_out_in_a_function(form: str, affine: bool) -> None:
+    net, x = WrittenOut(form, affine), torch.randn(2, 3, 5, 5)
+    gm, grown, free = widen_all(net, x)
+    assert ("expand" in free) == (form != "something else")
+    assert_same(net, gm, x)
+    assert_same(gm, grown, x)
+    if "expand" in free:
+        assert_same(gm, fxgrow.widen(grown, (x,), {"expand": 3}), x)
+
+
+def test_depthwise_convolutions_and_zero_padding_keep_new_units_silent() -> None:
+    class Late(nn.Module):
+        """The norm behind them."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.depth = nn.Conv1d(3, 8, 1), nn.Conv1d(8, 8, 3, groups=8)
+            self.norm, self.out = nn.RMSNorm(8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.norm(self.depth(F.pad(self.a(x), (1, 1))).mT))
+
+    net, x = Late(), torch.randn(2, 3, 5)
+    gm, grown, free = widen_all(net, x)
+    assert "a" in free
+    assert_same(gm, grown, x)
 
 
 class Crossed(nn.Module):

@@ -11,8 +11,10 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fxgrow._axes import Axis, Dims, fixed, is_fixed, length
+from fxgrow._graph import lookup
 from fxgrow.ops.pointwise import broadcast
-from fxgrow.ops.registry import Context, Unsupported, op
+from fxgrow.ops.registry import Context, Demand, Unsupported, op
+from fxgrow.ops.written_rms import written_rms
 
 _REDUCE = "max min mean sum prod amax amin std var logsumexp median any all argmax argmin nansum nanmean".split()
 _ALONG = "softmax log_softmax softmin cumsum cumprod sort argsort flip roll".split()
@@ -30,14 +32,36 @@ def reduce(ctx: Context, input: Dims, dim: Any = None, *args: Any, **kwargs: Any
     if isinstance(dim, torch.dtype):
         dim = None
     over = _dimensions(dim, len(input))
-    for d in over:
-        ctx.pin(input[d], "reduce", "summed or compared over the whole axis")
+    if not (len(over) == 1 and _normalises(ctx, input[next(iter(over))])):
+        for d in over:
+            ctx.pin(input[d], "reduce", "summed or compared over the whole axis")
 
     def kept(value: torch.Tensor) -> Dims:
         keepdim = value.dim() == len(input)
         return Dims(fixed(1) if i in over else a for i, a in enumerate(input) if keepdim or i not in over)
 
     return pytree.tree_map_only(torch.Tensor, kept, ctx.value)
+
+
+def _normalises(ctx: Context, axis: Axis) -> bool:
+    """Whether this is the mean of a norm that is written out; its demand is entered then."""
+    found = written_rms(ctx.node) if ctx.node.target in ("mean", torch.mean) and not is_fixed(axis) else None
+    if found is None or ctx.value.dim() != found.source.meta["val"].dim():
+        return False
+    name = None if found.weight is None else str(found.weight.target)
+    ctx.structure.demands.append(
+        Demand(
+            found.norm,
+            found.source,
+            axis,
+            "rms",
+            # the node of the weight comes later
+            weight=None if name is None else ctx.dims_of(name, lookup(ctx.gm, name)).parameter,
+            eps=found.eps,
+            eps_at=(found.adds, found.position),
+        )
+    )
+    return True
 
 
 @op("norm", torch.norm)

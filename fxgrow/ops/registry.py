@@ -156,6 +156,8 @@ class Demand:
     eps: float = 0.0
     eps_name: str = "eps"
     offset: float = 0.0
+    #: where a norm that is written out has its eps: a node and which of its arguments
+    eps_at: tuple[fx.Node, int] | None = None
 
 
 @dataclass
