@@ -115,10 +115,10 @@ def _parse(budget: str | float, price: Cost) -> float:
             limit = float(budget)
             if isinstance(budget, float) and price.unit != "seconds" and limit != int(limit):
                 raise ValueError(budget)
+        limit = limit if price.unit == "seconds" else math.floor(limit)
     except (ValueError, TypeError, OverflowError) as error:
         share = f"+{budget:.0%}" if isinstance(budget, float) and 0 < budget < 1 else "+10%"
         raise PlanError(f"budget={budget!r}: give a number of {price.unit}, or a share such as {share!r}.") from error
-    limit = limit if price.unit == "seconds" else math.floor(limit)
     if not limit > 0:
         raise PlanError(f"budget={budget!r} leaves {limit:g} {price.unit} to add: give a positive budget.")
     return limit
