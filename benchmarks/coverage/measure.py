@@ -48,7 +48,7 @@ def measure(subject: Subject, options: Mapping[str, bool]) -> Iterator[Findings]
     model = subject.model.eval()
     example = subject.inputs(2, 0)
     yield {"parameters": sum(p.numel() for p in model.parameters())}
-    yield _baseline(model, example)
+    yield _baseline(model, example if subject.own is None else subject.own())
     try:
         captured, gm = _median(lambda: fxgrow.capture(model, example))
     except fxgrow.CaptureError as error:
@@ -115,7 +115,7 @@ def _warm_up() -> None:
 
 
 def _baseline(model: nn.Module, example: Inputs) -> Findings:
-    """`torch.fx.symbolic_trace` and one forward, in CPU seconds."""
+    """`torch.fx.symbolic_trace` and one forward on images of the network's own size, in CPU seconds."""
     try:
         traced, _ = _median(lambda: fx.symbolic_trace(model))
     except Exception as error:  # what it raises on code it cannot trace is anything

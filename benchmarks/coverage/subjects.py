@@ -27,6 +27,7 @@ class Subject:
         sizes: whether there is another size.
         targets: what the last layer must keep for the peer that removes channels: its number of outputs.
         outputs: what of the outputs is compared.
+        own: two samples of the size that the network is made for, where `inputs` are smaller.
     """
 
     model: nn.Module
@@ -34,6 +35,7 @@ class Subject:
     sizes: bool = True
     targets: int | None = None
     outputs: Callable[[Any], Any] = lambda given: given
+    own: Callable[[], Inputs] | None = None
 
 
 def names(family: str) -> list[str]:
@@ -94,7 +96,8 @@ def _image(family: str, name: str) -> Subject:
     model = models.get_model(name, **options)
     side = _smallest(model, [(3, s, s) for s in sides])[-1]
     fixed = name.startswith(("vit_", "maxvit"))
-    return Subject(model, _images(side), not fixed, 1000 if family == "torchvision" else 21)
+    own = None if fixed else lambda: _images(299 if name == "inception_v3" else 224)(2, 0)
+    return Subject(model, _images(side), not fixed, 1000 if family == "torchvision" else 21, own=own)
 
 
 def _timm(name: str) -> Subject:
@@ -102,11 +105,12 @@ def _timm(name: str) -> Subject:
 
     model = timm.create_model(name, pretrained=False)
     config = model.pretrained_cfg
-    shape = tuple(config["input_size"])
+    shape = made_for = tuple(config["input_size"])
     fixed = bool(config.get("fixed_input_size")) or config.get("pool_size") is None
     shapes = [shape] if fixed else [(shape[0], s, s) for s in (96, 128, 160) if s < shape[-1]] + [shape]
     shape = _smallest(model, shapes)
-    return Subject(model, _images(shape[-1], shape[0]), not fixed, config.get("num_classes"))
+    own = lambda: _images(made_for[-1], made_for[0])(2, 0)  # noqa: E731
+    return Subject(model, _images(shape[-1], shape[0]), not fixed, config.get("num_classes"), own=own)
 
 
 def _video(name: str) -> Subject:
