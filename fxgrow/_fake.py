@@ -38,8 +38,9 @@ class FakeRunner:
         # What a tracer puts in the way has nothing to say here, and asking it costs time.
         patched, builtins.isinstance = builtins.isinstance, _isinstance
         try:
-            # first of all: even `no_grad` asks who listens
-            with torch._C.DisableTorchFunction(), self.mode if fake else _NOTHING, torch.no_grad():
+            # first of all: even `no_grad` asks who listens; without a fake mode nothing here has gradients
+            modes = (self.mode, torch.no_grad()) if fake else (_NOTHING, _NOTHING)
+            with torch._C.DisableTorchFunction(), modes[0], modes[1]:
                 yield
         finally:
             builtins.isinstance = patched
