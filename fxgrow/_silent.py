@@ -16,7 +16,7 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
-from fxgrow._axes import Axis, Var, resolve
+from fxgrow._axes import resolve, unit_entries
 from fxgrow._candidates import places, put_rows
 from fxgrow._consumer import Consumer, like_weight, rows_for, some_rows
 from fxgrow._data import Batch, LossFn
@@ -93,23 +93,13 @@ def start(h: Hidden, structure: Structure) -> Sketch:
     """A width of which nothing is known yet: one candidate, zero in all that it is made of."""
     producers = {}
     for p in h.writes:
-        old, segment = _units(structure.parameters[p.weight][p.out_dim], h.var)
-        producers[p.weight] = Producer(p, old, segment, torch.ones(len(segment), dtype=torch.bool))
+        axis = resolve(structure.parameters[p.weight][p.out_dim])
+        own = [s.inner for s in axis if s.var is h.var]
+        segment = torch.arange(len(own)).repeat_interleave(torch.tensor(own))
+        producers[p.weight] = Producer(
+            p, unit_entries(axis, h.var), segment, torch.ones(len(segment), dtype=torch.bool)
+        )
     return Sketch(h, producers)
-
-
-def _units(axis: Axis, var: Var) -> tuple[Tensor, Tensor]:
-    """Where each unit's entries stand in an axis, `[units, slots]`, and in which of its segments, `[slots]`."""
-    at, columns, segment = 0, [], []
-    own = 0
-    for s in resolve(axis):
-        if s.var is var:
-            block = torch.arange(at, at + s.length).view(var.size, s.inner)
-            columns.append(block)
-            segment += [own] * s.inner
-            own += 1
-        at += s.length
-    return torch.cat(columns, 1), torch.tensor(segment)
 
 
 class SilentCopy:
