@@ -15,6 +15,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 
 from fxgrow._errors import CaptureError
+from fxgrow._follow import Follower
 from fxgrow._modes import guard_modes, merge_modes
 from fxgrow._opaque import Obstacles
 from fxgrow._purity import is_pure
@@ -136,8 +137,12 @@ def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]],
         if small <= leaves:
             break
         leaves |= small
-    _prune(tracer.graph)
+    agree = False
     if tracer.branches:
+        with _untouched(model), obstacles.in_the_way():
+            agree = Follower(tracer).agrees(model)
+    _prune(tracer.graph)
+    if tracer.branches and not agree:
         other = ValueTracer(inputs, call, leaves, frozenset(tracer.branches), obstacles.reasons)
         try:
             with _untouched(model), obstacles.in_the_way():

@@ -64,6 +64,8 @@ class ValueTracer(fx.Tracer):
         self.wholes: dict[str, nn.Module] = {}
         self._written_out: set[nn.Module] = set()
         self.runner = FakeRunner()
+        #: every node in the order the code asked for them, with its arguments: some are erased again
+        self.trail: list[tuple[fx.Node, Any, Any]] = []
         self.constants: dict[str, torch.Tensor] = {}
         self.branches: dict[str, tuple[str, bool, str]] = {}  # flag -> (innermost module, value, where)
         self._names: dict[int, str] = {}  # id of parameter, buffer or tensor attribute -> qualified name
@@ -157,6 +159,7 @@ class ValueTracer(fx.Tracer):
         except BaseException:
             self.graph.erase_node(node)
             raise
+        self.trail.append((node, args, kwargs))
         set_value(node, value)
         frame = user_frame(sys._getframe(1))
         if frame is not None and kind != "placeholder":
@@ -195,6 +198,8 @@ class ValueTracer(fx.Tracer):
         path, _, attribute = name.rpartition(".")
         with self.runner.quiet():
             value = getattr(self.root.get_submodule(path), attribute)
+        if name in self.flipped:
+            return not value
         return value.carried if type(value) is ValueProxy else self.runner.fake(value)
 
     def _present(self, node: fx.Node, value: Any, whole: bool) -> Any:
@@ -301,10 +306,8 @@ class ValueTracer(fx.Tracer):
         name = f"{path}.training" if path else "training"
         if name not in self._attributes:
             node = self.create_node("get_attr", name, (), {})
-            value = value != (name in self.flipped)
-            set_value(node, value)
             self._flags[node] = frozenset((name,))
-            self._attributes[name] = ValueProxy(node, self, value)
+            self._attributes[name] = ValueProxy(node, self, value != (name in self.flipped))
         return self._attributes[name]
 
     def concrete(self, proxy: ValueProxy, convert: Callable[[Any], Any], asked_by: FrameType | None = None) -> Any:

@@ -20,6 +20,7 @@ import fxgrow
 from fxgrow._capture import capture
 from fxgrow._errors import CaptureError
 from fxgrow._torchvision import import_torchvision
+from fxgrow._trace import ValueTracer
 
 
 @dataclasses.dataclass
@@ -730,3 +731,51 @@ def test_a_module_that_passes_its_mode_on_is_followed() -> None:
     gm = capture(Mixes(), (torch.randn(2, 3, 4),))
     assert "mixer" not in [node.target for node in gm.graph.nodes]
     assert "v" in {w.name for w in fxgrow.widths(gm) if w.pinned is None}
+
+
+class Remembered(KeepsTable):
+    """As attention biases are kept: what the modes compute is the same, in the same order."""
+
+    def forward(self, x):
+        if self.training:
+            bias = self.bias[self.order]
+            return self.layer(x) + bias
+        return super().forward(x)
+
+
+class Unsqueezes(nn.Module):
+    """What is reshaped in place later on has another shape when a trace is over than on the way."""
+
+    def forward(self, x):
+        y = x * 1
+        y = y.relu_() if self.training else y.relu_()
+        return y.unsqueeze_(0)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    ("make", "times"), [(Remembered, 1), (Unsqueezes, 2), (AuxInTraining, 2), (LiteralByMode, 2), (NormInEval, 2)]
+)
+def test_a_mode_that_does_the_same_is_not_recorded_again(
+    make: Any, times: int, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    outputs = 0
+    original = ValueTracer._run
+
+    def run(self: ValueTracer, node: fx.Node) -> Any:
+        nonlocal outputs
+        outputs += node.op == "output"
+        return original(self, node)
+
+    monkeypatch.setattr(ValueTracer, "_run", run)
+    model = make().train(training)
+    gm = capture(model, rows(2))
+    assert outputs == times
+    for mode in (training, not training):
+        if make is NormInEval and mode != training:
+            continue  # refused there
+        x = rows(5)
+        torch.manual_seed(0)
+        expected = copy.deepcopy(model).train(mode)(*x)
+        torch.manual_seed(0)
+        assert same(copy.deepcopy(gm).train(mode)(*x), expected)
