@@ -19,10 +19,12 @@ from fxgrow._consumer import Consumer, consumers_of, reads_of
 from fxgrow._data import Batch, Data, LossFn
 from fxgrow._graph import lookup
 from fxgrow._pass import Seen, run_pass
-from fxgrow._solve import quadratic, refit
+from fxgrow._solve import best_update, quadratic, refit
 
 #: relative ridge on E[[h, z] [h, z]^T]
 RIDGE = 1e-1
+#: the same for what existing weights can express: no more than keeps the solution finite
+EXPRESSIBLE_RIDGE = 1e-2
 #: a unit counts while its held-back decrease is so many standard errors above zero
 Z = 2.5
 #: second moments of inputs are estimated from about so many samples
@@ -76,6 +78,12 @@ class Readout:
         """Held-back slope s and curvature q along a solution."""
         weights, columns = solution
         return quadratic(weights, self.held[:, columns], self.m[columns][:, columns], self.g)
+
+    def expressible(self) -> Tensor:
+        """The best move of the existing weights by themselves, `[O, H]`, zero at the new columns."""
+        move = self.fit.new_zeros(self.fit.shape)
+        move[:, self.old] = best_update(self.m[self.old][:, self.old], self.fit[:, self.old], ridge=EXPRESSIBLE_RIDGE)
+        return move
 
 
 @dataclass
@@ -262,7 +270,11 @@ def _per_sample(values: Tensor, size: int) -> Tensor:
 
 
 class _Tests:
-    """Per sample: the slope of the loss along each unit's fitted outgoing weights, and along a width's whole step."""
+    """Per sample: the slope of the loss along each unit's fitted outgoing weights, and along a width's whole step.
+
+    A unit is asked for what the existing weights cannot do: its slope is taken against V less what they can express.
+    With V itself a network that is only badly calibrated would have every unit pass for a part of that.
+    """
 
     def __init__(self, out: Refit, found: Candidates) -> None:
         self.out, self.found = out, found
@@ -271,6 +283,7 @@ class _Tests:
         self.whole = dict.fromkeys(found.atoms, 0.0)
         self.count = 0
         self.steps: dict[tuple[str, str], Tensor] = {}
+        self.expressible = {name: r.expressible() for name, r in out.readouts.items()}
         self.curvature = dict.fromkeys(found.atoms, 0.0)
         for width, k in found.atoms.items():
             for name, r in out.readouts.items():
@@ -288,12 +301,13 @@ class _Tests:
         for name, c, h, v in uses:
             r = self.out.readouts[name]
             v = v.index_select(c.dim, r.outputs.to(v.device)).to(r.m.dtype)
+            rest = v - c.apply(self.expressible[name], h)
             for (width, axis), positions in self.found.places[c.weight].items():
                 if axis != c.uses[0].in_dim:
                     continue
                 step = self.steps[width, name]
                 slope = _per_sample((c.apply(step, h) * v).flatten(1).sum(1), size)
-                own = self._slopes(c, step[:, r.new[width].flatten()], positions, h.to(v.dtype), v, r.new[width])
+                own = self._slopes(c, step[:, r.new[width].flatten()], positions, h.to(v.dtype), rest, r.new[width])
                 own = _per_sample(own, size)
                 units[width] = units[width] + own if width in units else own
                 whole[width] = whole[width] + slope if width in whole else slope

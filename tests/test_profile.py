@@ -256,6 +256,23 @@ def test_pure_noise_gets_no_units() -> None:
     assert accepted <= 1
 
 
+def test_what_existing_weights_can_do_is_no_reason_for_units() -> None:
+    """A head that is off by a bias alone: every unit that is not zero on average would do for that too."""
+    accepted = 0
+    for seed in range(6):
+        torch.manual_seed(seed)
+        model = MLP([8, 6, 4])
+        x = torch.randn(1024, 8)
+        with torch.no_grad():
+            y = torch.distributions.Categorical(logits=model(x)).sample()
+            list(model.parameters())[-1][0] += 2.0
+        batches = list(zip(x.split(64), y.split(64), strict=True))
+        profile = fxgrow.profile(model, batches, progress=False)
+        assert float(profile.updates["layers.1.weight"][0, -1]) < 0
+        accepted += profile["layers.0"].significant
+    assert accepted <= 1
+
+
 class Tokens(nn.Module):
     """An MLP over tokens, which may make one list of them first."""
 
