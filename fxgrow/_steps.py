@@ -136,7 +136,7 @@ class _Layers:
         self.graph, self.node, self.m = graph, node, module
         self.kind = _FORWARDS[type(module).forward]
         self.cell = getattr(module, "nonlinearity", self.kind.__name__)
-        self.x: Any = node.args[0]
+        self.x = node.all_input_nodes[0]
         self.like: Tensor = self.x.meta["val"]
         self.time = int(module.batch_first and self.like.dim() == 3)
         state: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("hx")
