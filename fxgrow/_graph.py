@@ -8,6 +8,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+#: key in `node.meta`: the module that a node stands for a part of, where it is no call of that module
+OWNER = "fxgrow.owner"
+
 
 def submodule(root: nn.Module, path: str) -> nn.Module:
     """`root.get_submodule(path)` without its checks, which are most of the time."""

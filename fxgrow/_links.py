@@ -17,13 +17,15 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from fxgrow._axes import Axis, Dims, Var, multiplicity, resolve
+from fxgrow._layout import samples_second
+from fxgrow._steps import steps
 from fxgrow._widths import Hidden
 from fxgrow._window import Window
 from fxgrow.ops.registry import Projection, Structure
 
-#: products with another tensor move what a unit says to other positions
+#: products with another tensor move what a unit says to other positions, and a recurrence hands it on
 _MIXES = {
-    torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, operator.matmul, F.scaled_dot_product_attention,
+    steps, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, operator.matmul, F.scaled_dot_product_attention,
     "matmul", "bmm", "baddbmm", "__matmul__",
 }  # fmt: skip
 
@@ -48,12 +50,13 @@ def window(p: Projection) -> Window:
 def links(h: Hidden, structure: Structure) -> list[Link] | None:
     """A link for every producer that comes before a consumer; None where one of them has no normal form."""
     out: list[Link] = []
+    second = samples_second(h.writes[0].node.graph) if h.writes else set()
     for writes in h.writes:
         reachable = _downstream(writes.node, h.var, structure)
         for reads in h.reads:
             if reads.source not in reachable:
                 continue
-            link = _link(writes, reads, h.var, h.width.step, reachable[reads.source], structure)
+            link = _link(writes, reads, h.var, h.width.step, reachable[reads.source], structure, second)
             if link is None:
                 return None
             out.append(link)
@@ -82,7 +85,13 @@ def _carries(value: object, var: Var) -> bool:
 
 
 def _link(
-    writes: Projection, reads: Projection, var: Var, step: int, path: list[fx.Node], structure: Structure
+    writes: Projection,
+    reads: Projection,
+    var: Var,
+    step: int,
+    path: list[fx.Node],
+    structure: Structure,
+    second: set[fx.Node],
 ) -> Link | None:
     if not (writes.plain and (reads.plain or reads.turned)) or any(
         n.target in _MIXES or _selects(n, var, structure) for n in path
@@ -92,8 +101,8 @@ def _link(
     if _entries(writes.writes, var, step) != 1 or per_read is None:
         return None
     nd = len(writes.kernel)
-    written = _positions(writes.node, nd)
-    read = _positions(reads.source, len(reads.kernel))
+    written = _positions(writes.node, nd, second)
+    read = _positions(reads.source, len(reads.kernel), second)
     producer = window(writes)
     if nd == len(reads.kernel):
         pool = () if nd == 0 and _listed(writes.node) == _listed(reads.source) else _pool(written, read)
@@ -106,7 +115,7 @@ def _link(
         return None
     tokens = prod(read)
     if per_read > 1:
-        shape = next((s for n in reversed(path) if prod(s := _positions(n, nd)) == per_read), None)
+        shape = next((s for n in reversed(path) if prod(s := _positions(n, nd, second)) == per_read), None)
         kernel = shape
     else:
         shape = written if tokens == prod(written) else (1,) * nd if tokens == 1 else None
@@ -123,11 +132,11 @@ def _entries(axis: Axis, var: Var, step: int) -> int | None:
     return segments[0].inner // step if len(segments) == 1 and segments[0].inner % step == 0 else None
 
 
-def _positions(node: fx.Node, nd: int) -> tuple[int, ...]:
+def _positions(node: fx.Node, nd: int, second: set[fx.Node]) -> tuple[int, ...]:
     """The spatial shape behind the channels; for features in the last dimension, what stands between."""
     shape = tuple(node.meta["val"].shape) if isinstance(node.meta["val"], Tensor) else ()
     if nd == 0:
-        return shape[1:-1]
+        return (shape[0], *shape[2:-1]) if node in second and len(shape) > 2 else shape[1:-1]
     return shape[-nd:] if len(shape) > nd else ()
 
 

@@ -11,6 +11,7 @@ import contextlib
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from torch import Tensor, fx
 
 from fxgrow._data import Batch, LossFn, check_device, loss_of
 from fxgrow._errors import FxgrowError, ProfileError
+from fxgrow._layout import samples_second
 
 _INPLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 
@@ -61,9 +63,12 @@ class _Recorder:
         self.gm, self.read, self.corrections = gm, read, corrections
         self.sources, self.targets = set(sources), set(targets)
         self.copied = {n for n in self.sources if _overwritten(gm, n)}
+        self.second = samples_second(gm.graph)
         self.nodes = [n for n in gm.graph.nodes if n in self.sources or n in self.targets]
         self.hooks: list[Any] = []
         self.seen = Seen()
+        #: targets that no weight stands before: backward must be asked to reach them
+        self.leaves: list[Tensor] = []
         #: targets that nothing has come back to yet, with the shape, dtype and device of what they put out
         self.waiting: dict[fx.Node, tuple[torch.Size, torch.dtype, torch.device]] = {}
         code = self._tapped().python_code("self")
@@ -92,26 +97,37 @@ class _Recorder:
         """What the graph goes on with after the i-th of `nodes`."""
         node = self.nodes[i]
         if node in self.sources:
-            self.seen.inputs[node] = self._by_sample(value.detach().clone() if node in self.copied else value.detach())
+            self.seen.inputs[node] = self._by_sample(
+                node, value.detach().clone() if node in self.copied else value.detach()
+            )
         if node in self.targets:
             if not value.requires_grad:
                 value = value.detach().requires_grad_()
+                self.leaves.append(value)
             self.waiting[node] = value.shape, value.dtype, value.device
             self.hooks.append(value.register_hook(lambda g: self.returned(node, g.detach())))
         correct = self.corrections.get(node)
         if correct is not None and value.requires_grad:
-            kept = self.seen.inputs[node]
-            self.hooks.append(value.register_hook(lambda g: correct(kept, self._by_sample(g)).view_as(g)))
+            kept, by_sample = self.seen.inputs[node], partial(self._by_sample, node)
+            self.hooks.append(value.register_hook(lambda g: self._as_put_out(node, correct(kept, by_sample(g)), g)))
         return value
 
     def returned(self, node: fx.Node, v: Tensor) -> None:
         del self.waiting[node]
-        self.read(node, self._by_sample(v))
+        self.read(node, self._by_sample(node, v))
 
-    def _by_sample(self, value: Tensor) -> Tensor:
-        """`[n, positions, features]`, where the model has made one list of rows of all samples' positions."""
+    def _by_sample(self, node: fx.Node, value: Tensor) -> Tensor:
+        """`[n, positions, features]`, where the model has steps first, or one list of all samples' positions."""
         n = self.seen.size
+        if self._is_second(node, value):
+            return value.transpose(0, 1)
         return value.unflatten(0, (n, -1)) if value.dim() == 2 and len(value) > n and len(value) % n == 0 else value
+
+    def _is_second(self, node: fx.Node, value: Tensor) -> bool:
+        return node in self.second and value.dim() > 2 and value.shape[1] == self.seen.size
+
+    def _as_put_out(self, node: fx.Node, by_sample: Tensor, like: Tensor) -> Tensor:
+        return by_sample.transpose(0, 1) if self._is_second(node, like) else by_sample.view_as(like)
 
     def finish(self) -> None:
         """The loss does not depend on what is still waiting: V is zero there."""
@@ -123,6 +139,7 @@ class _Recorder:
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
+        self.leaves.clear()
         self.waiting.clear()
         self.seen = Seen()
 
@@ -197,8 +214,9 @@ def run_pass(
                 # starting from -n instead of 1 gives V itself everywhere, without a copy at each reader
                 start = torch.full_like(loss, -float(batch.size))
                 # no weight is asked for where every consumer is of a kind that has no statistics
-                gradients = torch.autograd.grad(loss, parameters, start, allow_unused=True) if parameters else ()
-                for name, p, g in zip(names, parameters, gradients, strict=True):
+                wanted = [*parameters, *recorder.leaves]
+                gradients = torch.autograd.grad(loss, wanted, start, allow_unused=True) if wanted else ()
+                for name, p, g in zip(names, parameters, gradients, strict=False):
                     g = torch.zeros_like(p) if g is None else g
                     seen.gradients[name] = g.detach()
                 recorder.finish()

@@ -33,6 +33,7 @@ from fxgrow._rewrite import require_free
 from fxgrow._sketch import sketch
 from fxgrow._solve import bottleneck as expressivity_bottleneck
 from fxgrow._statistics import Statistics
+from fxgrow._steps import written_out
 from fxgrow._widths import Hidden, hidden
 from fxgrow.initialisers import Proposal, find_initialiser
 from fxgrow.ops.registry import Structure
@@ -103,10 +104,16 @@ def profile(
         first = data.first()
         check_device(first, gm)
         gm = capture(gm, first.inputs)
-    asked, gm = gm, folded(gm)
-    structure = analyse(gm)
+    asked, original = gm, folded(gm)
+    structure = analyse(original)
     every = hidden(structure)
     chosen = _chosen(structure, every, widths, units if isinstance(units, Mapping) else {})
+    first_producers = {h.width.name: h.writes[0].node.name for h in chosen}
+    gm = written_out(original)
+    if gm is not original:
+        structure = analyse(gm)
+        by_name = {h.width.name: h for h in hidden(structure)}
+        chosen = [by_name[h.width.name] for h in chosen]
     exact = positions == "all"
     generator = torch.Generator().manual_seed(seed)
 
@@ -148,9 +155,9 @@ def profile(
     }
     twins = {n.name: n for n in asked.graph.nodes}
     for h in chosen:
-        twins[h.writes[0].node.name].meta["fxgrow"] = bottlenecks[h.width.name]
+        twins[first_producers[h.width.name]].meta["fxgrow"] = bottlenecks[h.width.name]
     return Profile(
-        gm=gm,
+        gm=original,
         widths=tuple(h.width for h in every),
         bottlenecks=bottlenecks,
         method=initialiser,

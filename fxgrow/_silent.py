@@ -36,7 +36,7 @@ OUTPUT_RIDGE = 1e-2
 PROBES = 4
 
 
-@dataclass
+@dataclass(eq=False)
 class Producer:
     """One weight that writes the width: its entries per unit, those that have a slope, and what was collected."""
 
@@ -69,16 +69,26 @@ class Sketch:
         return self.hidden.width.name
 
     @property
-    def steep(self) -> Producer:
-        return next(p for p in self.producers.values() if p.steep.any())
+    def steep(self) -> list[Producer]:
+        """Those with a slope: one, or two that are added up to make the same entries."""
+        return [p for p in self.producers.values() if p.steep.any()]
+
+    @property
+    def slots(self) -> Tensor:
+        """Which slots have a slope."""
+        return self.steep[0].steep
+
+    def split(self, rows: Tensor) -> list[Tensor]:
+        """Incoming weights as rows of each producer that has a slope."""
+        return list(rows.split([p.features for p in self.steep], -1))
 
 
 @dataclass
 class Group:
     """Entries of candidates that share N: one slot of all of them, or the dimensions of heads like one old head.
 
-    `basis` spans the directions that matter, `[P, m]` for the m entries of `atoms` x `slots`; `second` is the second
-    moment of what units with these incoming weights put out, `[m, m]`.
+    `basis` spans the directions that matter, `[P, m]` for the m entries of `atoms` x `slots`, P over all producers that
+    have a slope; `second` is the second moment of what units with these incoming weights put out, `[m, m]`.
     """
 
     context: int | None
@@ -131,8 +141,8 @@ class SilentCopy:
     def _incoming(self, gm: fx.GraphModule, s: Sketch, values: Values) -> None:
         for p in s.producers.values():
             rows = incoming(gm, p, s.contexts, s.atoms)
-            for group in s.groups if p is s.steep else []:
-                alpha = group.basis.mT.unflatten(0, (len(group.atoms), len(group.slots)))
+            for group in s.groups if p in s.steep else []:
+                alpha = s.split(group.basis.mT)[s.steep.index(p)].unflatten(0, (len(group.atoms), len(group.slots)))
                 rows[group.atoms[:, None], group.slots] = alpha.to(rows)
             rows = rows.flatten(0, 1)
             put_rows(gm, p.use, s.name, rows, values)
@@ -191,7 +201,7 @@ class SilentCopy:
     def reads_slots(self, s: Sketch) -> bool:
         """Whether what a reader takes of a unit comes apart into its slots."""
         p = s.hidden.reads[0]
-        return len(self.where[p.weight][s.name, p.in_dim]) // s.atoms % int(s.steep.steep.sum()) == 0
+        return len(self.where[p.weight][s.name, p.in_dim]) // s.atoms % int(s.slots.sum()) == 0
 
     def probe(self, batches: Iterable[Batch], loss_fn: LossFn | None) -> None:
         """What units with the groups' bases for incoming weights put out where they are read."""
@@ -204,9 +214,9 @@ class SilentCopy:
                 h = seen.inputs[u.source]
                 z = h.index_select(_channels(u), self.where[u.weight][s.name, u.in_dim].to(h.device))
                 # entries of one slot at several positions, or read by several heads, are rows
-                z = z.movedim(_channels(u), -1).unflatten(-1, (s.atoms, int(s.steep.steep.sum()), -1)).movedim(-1, 0)
+                z = z.movedim(_channels(u), -1).unflatten(-1, (s.atoms, int(s.slots.sum()), -1)).movedim(-1, 0)
                 z = accumulating(z).flatten(0, -3)
-                place = s.steep.steep.cumsum(0) - 1
+                place = s.slots.cumsum(0) - 1
                 for group in s.groups:
                     own = z[:, group.atoms[:, None], place[group.slots]].flatten(1)
                     group.second = group.second + own.mT @ own

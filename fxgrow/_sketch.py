@@ -17,8 +17,9 @@ from torch import Tensor, fx
 from fxgrow._consumer import Consumer
 from fxgrow._data import Data, LossFn
 from fxgrow._gram import mirrored
-from fxgrow._silent import Group, SilentCopy, Sketch, incoming, start
+from fxgrow._silent import Group, Producer, SilentCopy, Sketch, incoming, start
 from fxgrow._solve import DROP, factor
+from fxgrow._steps import before
 from fxgrow._widths import Hidden
 from fxgrow.initialisers.registry import Proposal
 from fxgrow.ops.registry import Structure
@@ -79,17 +80,23 @@ def sketch(
 
 
 def _possible(h: Hidden, consumers: Mapping[str, Consumer]) -> bool:
-    trained = {p.weight for p in h.writes}.isdisjoint(p.weight for p in h.reads)
-    return trained and bool(h.reads) and all(p.plain for p in h.writes) and all(p.weight in consumers for p in h.reads)
+    written = {p.weight for p in h.writes}
+    # of a recurrence what it reads of itself was there a step before
+    apart = all(p.weight not in written or p.source.target is before for p in h.reads)
+    return apart and bool(h.reads) and all(p.plain for p in h.writes) and all(p.weight in consumers for p in h.reads)
 
 
 def _keep_steep(s: Sketch) -> bool:
-    """Notes which slots have a slope; whether those are all of one weight, so that its rows alone decide."""
+    """Notes which slots have a slope; whether one weight has them all, or a recurrent layer's two have the same."""
     for p in s.producers.values():
         if p.slope is None:
             return False
         p.steep = p.slope.abs().amax((0, 2)) > 0
-    return sum(bool(p.steep.any()) for p in s.producers.values()) == 1
+    if len(s.steep) != 2:
+        return len(s.steep) == 1
+    first, second = s.steep
+    added = second.use.source.target is before and first.use.node in second.use.node.all_input_nodes
+    return added and torch.equal(first.steep, second.steep)
 
 
 def _size(s: Sketch, wanted: int, consumers: Mapping[str, Consumer], generator: torch.Generator) -> None:
@@ -106,10 +113,10 @@ def _size(s: Sketch, wanted: int, consumers: Mapping[str, Consumer], generator: 
 
 def _groups(s: Sketch) -> list[Group]:
     """Bases of (S + eps)^-1 N omega, for S of the inputs."""
-    p = s.steep
-    if p.s is None or p.slope is None:
-        raise RuntimeError("nothing was collected")
-    second = mirrored(p.s).div_(p.rows)
+    p = s.steep[0]
+    # what two producers read together is left out: it only chooses the basis
+    second = torch.block_diag(*(_second_moment(p) for p in s.steep))
+    every = torch.cat([p.slope for p in s.steep if p.slope is not None], -1)
     root = factor(second, ridge=INPUT_RIDGE)
     like = torch.tensor(s.contexts or [-1] * s.atoms)
     groups = []
@@ -117,7 +124,7 @@ def _groups(s: Sketch) -> list[Group]:
         atoms = (like == context).nonzero().flatten()
         for own in p.segment[p.steep].unique():
             slots = ((p.segment == own) & p.steep).nonzero().flatten()
-            slope = p.slope[atoms[:, None], slots].flatten(0, 1).mT
+            slope = every[atoms[:, None], slots].flatten(0, 1).mT
             basis = torch.linalg.qr(root.solve(slope)).Q
             basis = basis / (basis * (second @ basis)).sum(0).clamp_min(torch.finfo(basis.dtype).tiny).sqrt()
             wide = basis.new_zeros(len(basis), slope.shape[1])
@@ -125,6 +132,12 @@ def _groups(s: Sketch) -> list[Group]:
             empty = basis.new_zeros(slope.shape[1], slope.shape[1])
             groups.append(Group(None if context < 0 else context, atoms, slots, wide, slope, empty))
     return groups
+
+
+def _second_moment(p: Producer) -> Tensor:
+    if p.s is None:
+        raise RuntimeError("nothing was collected")
+    return mirrored(p.s).div_(p.rows)
 
 
 def _solve(gm: fx.GraphModule, s: Sketch, wanted: int) -> Proposal:
@@ -138,13 +151,14 @@ def _solve(gm: fx.GraphModule, s: Sketch, wanted: int) -> Proposal:
     alpha = {}
     for weight, p in s.producers.items():
         rows = incoming(gm, p, contexts, atoms)
-        if p is s.steep:
+        if p in s.steep:
             rows = rows.to(found[0][1])
             for g, directions, _ in found:
+                own = s.split(directions)[s.steep.index(p)]
                 if g.context is None:
-                    rows[:, g.slots] = directions
+                    rows[:, g.slots] = own
                 elif g.context in contexts:
-                    rows[contexts.index(g.context), g.slots] = directions[0]
+                    rows[contexts.index(g.context), g.slots] = own[0]
         alpha[weight] = rows.flatten(0, 1)
     return Proposal(alpha, {}, torch.cat([v for _, _, v in found]).sort(descending=True).values)
 

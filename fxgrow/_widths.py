@@ -9,6 +9,7 @@ from torch import fx
 
 from fxgrow._analyse import analyse
 from fxgrow._axes import Var, multiplicity, variables
+from fxgrow._graph import OWNER
 from fxgrow._records import Reason, Width
 from fxgrow.ops.registry import Projection, Structure
 
@@ -80,6 +81,8 @@ def layer(p: Projection) -> str:
     """The module that uses the weight; a weight that the graph uses directly stands for itself or for its layer."""
     if p.node.op == "call_module":
         return str(p.node.target)
+    if OWNER in p.node.meta:
+        return str(p.node.meta[OWNER])
     module, _, leaf = p.weight.rpartition(".")
     return module if module and leaf == "weight" else p.weight
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxgrow._axes import Axis, Dims, Var, axis_of, fixed
+from fxgrow._axes import Axis, Dims, Var, axis_of, fixed, length
+from fxgrow._steps import before, into_gates, outputs, steps
 from fxgrow.ops.registry import Context, Unsupported, op
 
 _GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
@@ -42,7 +44,46 @@ def _cell(ctx: Context, name: str, reads: Axis, hidden: Axis, gates: int) -> Non
         weight = ctx.parameter(f"weight_{kind}_{name}") or Dims()
         ctx.same(weight[0], hidden * gates)
         ctx.same(weight[1], source)
-        bias = ctx.parameter(f"bias_{kind}_{name}")
-        if bias is not None:
-            ctx.same(bias[0], hidden * gates)
-        ctx.project(weight, None, hidden, plain=False)
+        # what enters a gate is hidden in the kernel: `_steps.py` shows it
+        ctx.project(weight, ctx.parameter(f"bias_{kind}_{name}"), hidden * gates, units=hidden, plain=False)
+
+
+# -- written out
+
+
+@op(into_gates)
+def _into_gates(ctx: Context, x: Dims, weight: Dims, bias: Dims | None, recurrent: Dims) -> Dims:
+    hidden = recurrent[1]
+    gates = hidden * (length(weight[0]) // length(hidden))
+    ctx.same(recurrent[0], gates)
+    ctx.same(weight[0], gates)
+    ctx.same(weight[1], x[-1])
+    ctx.project(weight, bias, gates, units=hidden)
+    return Dims((*x[:-1], gates))
+
+
+@op(steps)
+def _steps(ctx: Context, given: Dims, echo: Dims, weight: Dims, bias: Any, h: Any, c: Any, *how: Any) -> Any:
+    hidden, time = weight[1], how[1]
+    for state in (h, c):
+        if state is not None:
+            ctx.same(state[-1], hidden)
+    batch = given[:-1][:time] + given[:-1][time + 1 :]
+    last = Dims((*batch, hidden))
+    return Dims((*given[:-1], hidden)), last, last
+
+
+@op(before)
+def _before(ctx: Context, hidden: Dims, h: Any, echo: Dims, weight: Dims, bias: Dims | None, *how: Any) -> Dims:
+    ctx.project(weight, bias, echo[-1], units=hidden[-1])
+    own = ctx.structure.projections
+    own[-1] = replace(own[-1], node=ctx.argument(2, "echo"), source=ctx.node)
+    return Dims(hidden)
+
+
+@op(outputs)
+def _outputs(ctx: Context, hidden: Dims, h: list[Dims], c: list[Dims]) -> Any:
+    for state in (*h, *c):
+        ctx.same(state[-1], h[0][-1])
+    last = Dims((fixed(len(h)), *h[0]))
+    return hidden, (last, last) if c else last

@@ -102,7 +102,8 @@ class Projection:
     in_dim: int
     writes: Axis
     reads: Axis
-    #: the axis of the node's output: `writes`, or as many copies of it as a transposed convolution has groups
+    #: the axis of the node's output: `writes`, or as many copies of it as a transposed convolution has groups; of gates
+    #: that of the state they make, which has one entry for each unit
     out: Axis
     kernel: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
@@ -273,9 +274,20 @@ class Context:
         self.structure.kept.append((self.node, keyword, value, tuple(axes)))
 
     def project(
-        self, weight: Dims, bias: Dims | None, out: Axis, *, out_dim: int = 0, in_dim: int = 1, **window: Any
+        self,
+        weight: Dims,
+        bias: Dims | None,
+        out: Axis,
+        *,
+        out_dim: int = 0,
+        in_dim: int = 1,
+        units: Axis | None = None,
+        **window: Any,
     ) -> None:
-        """This node's weight writes axis `out` (its `out_dim`) and reads its `in_dim`."""
+        """This node's weight writes axis `out` (its `out_dim`) and reads its `in_dim`.
+
+        `units`: what `out` is made of, where it has several entries for each unit (gates).
+        """
         if bias is not None:
             self.same(bias[0], out)
         name = weight.parameter
@@ -295,7 +307,7 @@ class Context:
                 in_dim=in_dim,
                 writes=self.structure.parameters[name][out_dim],
                 reads=weight[in_dim],
-                out=out,
+                out=out if units is None else units,
                 **window,
             )
         )
