@@ -48,9 +48,11 @@ def consumers_of(weight: str, projections: list[Projection], output_side: bool =
     return {f"{weight}[{g}]": Consumer(uses, output_side, g) for g in range(uses[0].groups)}
 
 
-def like_weight(matrix: Tensor, weight: Tensor, transposed: bool) -> Tensor:
-    """`[O, H]` in the layout of a weight, for any number of inputs."""
-    if transposed:
+def like_weight(matrix: Tensor, weight: Tensor, use: Projection) -> Tensor:
+    """`[O, H]` in the layout of a weight, or of one of its groups or experts, for any number of inputs."""
+    if use.experts:
+        return (matrix.mT if use.in_dim < use.out_dim else matrix)[None]
+    if use.in_dim < use.out_dim:
         return matrix.mT.reshape(-1, *weight.shape[1:])
     return matrix.reshape(len(matrix), -1, *weight.shape[2:])
 
@@ -86,7 +88,7 @@ class Consumer:
         self.output_side = output_side
         self.weight = uses[0].weight
         #: where the weight itself is stored [in, out]; here it is [out, in] throughout
-        self.transposed = uses[0].out_dim == 1
+        self.transposed = uses[0].in_dim < uses[0].out_dim
         self.turned = window(uses[0]) if uses[0].turned else None
         #: the bias of a transposed convolution is added once, not once for each tap
         self.bias = None if self.turned else _movable(uses[0])
@@ -99,8 +101,8 @@ class Consumer:
         self.vv: Tensor | float = 0.0
         self.m: Tensor | None = None
         self.g: Tensor | None = None
-        #: positions per sample, and rows that M and G were made from
-        self.positions = 0
+        #: samples and positions that were seen, and rows that M and G were made from
+        self.samples, self.given = 0, 0
         self.rows = 0
 
     def add_gradient(self, seen: Seen) -> None:
@@ -114,15 +116,16 @@ class Consumer:
 
     def matrix(self, weight: Tensor) -> Tensor:
         """A tensor like the weight as `[O, H]`; `like_weight` is the reverse."""
-        flat = self._own(weight, 0).flatten(1)
+        own = self._own(weight, 0)
+        flat = own[0] if self.uses[0].experts else own.flatten(1)
         return flat.mT if self.transposed else flat
 
     def _own(self, t: Tensor, dim: int) -> Tensor:
-        """This group's part of a dimension."""
+        """This group's, or this expert's, part of a dimension."""
         return t if self.group is None else t.unflatten(dim, (self.groups, -1)).select(dim, self.group)
 
     def taken(self, h: Tensor) -> Tensor:
-        """What this layer reads of its input: all of it, its group's channels, or one row for each position."""
+        """What this layer reads of its input: all of it, its group's or expert's part, or one row per position."""
         return h.flatten(2).mT if self.turned else self._own(h, 1)
 
     def asked(self, v: Tensor) -> Tensor:
@@ -153,14 +156,19 @@ class Consumer:
             share: of the rows that this weight needs.
         """
         updates = self.updates(v)
-        n, positions = updates.shape[:2]
-        self.positions = max(self.positions, positions)
-        chosen, count = None, n * positions
+        n = len(updates)
+        # where an expert is given nothing it has no position
+        given = h.flatten(0, -2).any(-1).nonzero().flatten() if self.uses[0].experts else None
+        count = n * updates.shape[1] if given is None else len(given)
+        self.samples, self.given = self.samples + n, self.given + count
+        chosen = None
         if samples is not None:
             width = h.shape[self.dim] * self.window.taps
             chosen = some_rows(count, math.ceil(share * rows_for(width)), generator, h.device)
+        if given is not None:
+            chosen = given if chosen is None else given[chosen]
         rows, updates = self.inputs(h, chosen), updates.flatten(0, 1)
-        scale = 1.0 if samples is None else samples * positions / len(rows)
+        scale = 1.0 if samples is None else samples * count / n / max(1, len(rows))
         self.m = add_gram(self.m, rows, bias=self.bias is not None, scale=scale)
         if self.output_side:
             self.g = add_gram(self.g, updates if chosen is None else updates[chosen], scale=scale)
@@ -184,6 +192,11 @@ class Consumer:
         self.m = None if self.m is None else mirrored(self.m).div_(samples)
         self.g = None if self.g is None else mirrored(self.g).div_(samples)
 
+    @property
+    def positions(self) -> float:
+        """Per sample."""
+        return self.given / max(1, self.samples)
+
     def project(self, exact: bool) -> Tensor:
         """The best move of the weights dW* = E[V h^T] M^-1, `[O, H]`."""
         if self.m is None:
@@ -194,7 +207,7 @@ class Consumer:
         """G per position, `[O, O]`."""
         if self.g is None:
             raise RuntimeError("no rows were added")
-        return self.g / max(1, self.positions * len(self.uses))
+        return self.g / max(1.0, self.positions * len(self.uses))
 
     def apply(self, update: Tensor, h: Tensor) -> Tensor:
         """This layer with weights `update` (`[O, H]`) on h as `taken`, in the layout of `asked`."""

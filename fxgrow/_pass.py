@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from fxgrow._data import Batch, LossFn, check_device, loss_of
 from fxgrow._errors import FxgrowError, ProfileError
+from fxgrow._experts import all_routes
 from fxgrow._layout import samples_second
 
 _INPLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
@@ -64,9 +65,13 @@ class _Recorder:
         self.sources, self.targets = set(sources), set(targets)
         self.copied = {n for n in self.sources if _overwritten(gm, n)}
         self.second = samples_second(gm.graph)
-        self.nodes = [n for n in gm.graph.nodes if n in self.sources or n in self.targets]
+        #: rows of experts, and what says whose they are
+        self.routes = {n: r for n, r in all_routes(gm).items() if n in self.sources or n in self.targets}
+        self.routing = {n for r in self.routes.values() for n in r.nodes()}
+        self.nodes = [n for n in gm.graph.nodes if n in self.sources or n in self.targets or n in self.routing]
         self.hooks: list[Any] = []
         self.seen = Seen()
+        self.known: dict[fx.Node, Tensor] = {}
         #: targets that no weight stands before: backward must be asked to reach them
         self.leaves: list[Tensor] = []
         #: targets that nothing has come back to yet, with the shape, dtype and device of what they put out
@@ -97,9 +102,11 @@ class _Recorder:
         """What the graph goes on with after the i-th of `nodes`."""
         node = self.nodes[i]
         if node in self.sources:
-            self.seen.inputs[node] = self._by_sample(
-                node, value.detach().clone() if node in self.copied else value.detach()
-            )
+            kept = value.detach().clone() if node in self.copied else value.detach()
+            # whose rows these are may be found out later than what they are
+            self.seen.inputs[node] = kept if node in self.routes else self._by_sample(node, kept)
+        if node in self.routing:
+            self.known[node] = value.detach()
         if node in self.targets:
             if not value.requires_grad:
                 value = value.detach().requires_grad_()
@@ -116,9 +123,16 @@ class _Recorder:
         del self.waiting[node]
         self.read(node, self._by_sample(node, v))
 
+    def lay_out(self) -> None:
+        """After the forward pass: what experts read, by sample."""
+        for node in self.routes.keys() & self.seen.inputs.keys():
+            self.seen.inputs[node] = self._by_sample(node, self.seen.inputs[node])
+
     def _by_sample(self, node: fx.Node, value: Tensor) -> Tensor:
         """`[n, positions, features]`, where the model has steps first, or one list of all samples' positions."""
         n = self.seen.size
+        if node in self.routes:
+            return self.routes[node].by_sample(value, self.known, n)
         if self._is_second(node, value):
             return value.transpose(0, 1)
         return value.unflatten(0, (n, -1)) if value.dim() == 2 and len(value) > n and len(value) % n == 0 else value
@@ -141,6 +155,7 @@ class _Recorder:
         self.hooks.clear()
         self.leaves.clear()
         self.waiting.clear()
+        self.known.clear()
         self.seen = Seen()
 
 
@@ -205,6 +220,7 @@ def run_pass(
             seen.size = batch.size
             try:
                 loss = loss_of(forward(recorder, gm, batch), batch, loss_fn)
+                recorder.lay_out()
                 seen.loss = float(loss.detach())
                 if not loss.requires_grad:
                     raise ProfileError(

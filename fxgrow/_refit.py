@@ -20,6 +20,7 @@ from fxgrow._data import Batch, Data, LossFn
 from fxgrow._graph import lookup
 from fxgrow._pass import Seen, run_pass
 from fxgrow._solve import best_update, quadratic, refit
+from fxgrow.ops.registry import Projection
 
 #: relative ridge on E[[h, z] [h, z]^T]
 RIDGE = 1e-1
@@ -38,7 +39,7 @@ class Readout:
     Attributes:
         weight: name of its weight.
         bias: name of its bias.
-        transposed: whether the weight is stored [in, out]; everything here is [out, in].
+        use: how the weight is stored; everything here is [out, in].
         outputs: rows of the weight that are not new units themselves.
         old: columns of h (the bias last).
         new: per width `[K, columns per atom]`; an atom is the least that can be added, `step` units.
@@ -50,7 +51,7 @@ class Readout:
 
     weight: str
     bias: str | None
-    transposed: bool
+    use: Projection
     outputs: Tensor
     old: Tensor
     new: dict[str, Tensor]
@@ -240,16 +241,15 @@ def _readout(c: Consumer, found: Candidates) -> Readout:
     old = (channels.nonzero() * taps + torch.arange(taps)).flatten()
     if c.bias is not None:
         old = torch.cat([old, torch.tensor([c.vh.shape[1] - 1])])
-    rows = torch.ones(len(c.vh) * c.groups, dtype=torch.bool)
+    groups = 1 if c.uses[0].experts else c.groups
+    rows = torch.ones(len(c.vh) * groups, dtype=torch.bool)
     for (_, dim), positions in found.places[c.weight].items():
         if dim == c.uses[0].out_dim:
             rows[(positions[:, None] * c.fan + torch.arange(c.fan)).flatten()] = False
-    rows = rows if c.group is None else rows.unflatten(0, (c.groups, -1))[c.group]
+    rows = rows if groups == 1 else rows.unflatten(0, (groups, -1))[c.group]
     outputs, fit = rows.nonzero().flatten().to(c.vh.device), c.vh[rows.to(c.vh.device)]
     g = c.curvature()[outputs][:, outputs]
-    return Readout(
-        c.weight, c.bias, c.transposed, outputs, old.to(c.vh.device), new, c.m, g, fit, torch.zeros_like(fit)
-    )
+    return Readout(c.weight, c.bias, c.uses[0], outputs, old.to(c.vh.device), new, c.m, g, fit, torch.zeros_like(fit))
 
 
 def rank_by_fit(out: Refit, found: Candidates) -> None:

@@ -27,7 +27,7 @@ from fxgrow._fold import folded, quiet_rows, unfolded
 from fxgrow._graph import copy_graph, lookup
 from fxgrow._settle import settle_entries, settle_norms, settle_numbers, settle_products, shrunk
 from fxgrow._widths import Hidden, hidden
-from fxgrow.ops.registry import Structure
+from fxgrow.ops.registry import Projection, Structure
 
 
 @dataclass
@@ -202,11 +202,11 @@ def _fill(
             new.index_fill_(dim, positions.to(new.device), _constant_fill(fill, old))
     if uses or fill == "random":
         out_dim = uses[0].out_dim if uses else 0
-        _random(new, out_dim, list(plan[out_dim].new.values()), out_dim, generator)
+        _random(new, out_dim, list(plan[out_dim].new.values()), _fan_in(new, uses[0] if uses else None), generator)
     for p in uses:
         # whoever read the width before must not see the new units
         free = {var for var, c in structure.compensations.items() if (p.weight, p.in_dim) in c.free}
-        _random(new, p.in_dim, [i for v, i in plan[p.in_dim].new.items() if v in free], p.out_dim, generator)
+        _random(new, p.in_dim, [i for v, i in plan[p.in_dim].new.items() if v in free], _fan_in(new, p), generator)
         _zero(new, plan, p.in_dim, p.out_dim, corner=not values.corner, free=free)
     for (width, dim), given in values.new.get(name, {}).items():
         for var, positions in plan[dim].new.items():
@@ -225,9 +225,15 @@ def _constant_fill(fill: float | str, old: Tensor) -> float:
     return float(old.double().mean()) if old.is_floating_point() and old.numel() else 0.0
 
 
-def _random(new: Tensor, dim: int, places: list[Tensor], out_dim: int, generator: torch.Generator | None) -> None:
-    """Kaiming-normal entries at places of a dimension, for the new fan-in (He et al. 2015, eq. 10)."""
-    std = math.sqrt(2 / max(1, new.numel() // max(1, new.shape[out_dim])))
+def _fan_in(new: Tensor, use: Projection | None) -> int:
+    """How many inputs a row has; each of several experts has its own."""
+    rows = new.shape[use.out_dim if use is not None else 0]
+    return new.numel() // max(1, rows * (len(new) if use is not None and use.experts else 1))
+
+
+def _random(new: Tensor, dim: int, places: list[Tensor], fan: int, generator: torch.Generator | None) -> None:
+    """Kaiming-normal entries at places of a dimension, for so many inputs (He et al. 2015, eq. 10)."""
+    std = math.sqrt(2 / max(1, fan))
     for positions in places:
         shape = [len(positions) if d == dim else n for d, n in enumerate(new.shape)]
         drawn = torch.randn(shape, generator=generator, dtype=torch.promote_types(new.dtype, torch.float32))

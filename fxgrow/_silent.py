@@ -159,7 +159,7 @@ class SilentCopy:
             omega = torch.randn(shape, generator=self.generator, dtype=torch.float64)
             if c.g is not None:
                 g = factor(c.curvature(), ridge=OUTPUT_RIDGE)
-                omega = like_weight(g.unwhiten(c.matrix(omega).to(c.g)), weight, c.transposed)
+                omega = like_weight(g.unwhiten(c.matrix(omega).to(c.g)), weight, p)
             values.new.setdefault(p.weight, {})[s.name, p.in_dim] = omega
 
     def run(self, batches: Iterable[Batch], loss_fn: LossFn | None) -> None:

@@ -116,9 +116,9 @@ def _from_refit(
                 at += n
                 continue
             block = weights[:, at : at + n]
-            into = 0 if r.transposed else 1
+            into = r.use.in_dim
             found = values.new.setdefault(name, {})
-            found[width, into] = _below(found.get((width, into)), like_weight(block, weight, r.transposed))
+            found[width, into] = _below(found.get((width, into)), like_weight(block, weight, r.use))
             if (name, width, into) not in outgoing:
                 outgoing.append((name, width, into))
             at += n
@@ -127,7 +127,7 @@ def _from_refit(
             if r.bias is not None:
                 values.delta[r.bias] = _below(values.delta.get(r.bias), moved[:, -1])
                 moved = moved[:, :-1]
-            values.delta[name] = _below(values.delta.get(name), like_weight(moved, weight, r.transposed))
+            values.delta[name] = _below(values.delta.get(name), like_weight(moved, weight, r.use))
     s, q = sum(t[0] for t in terms), sum(t[1] for t in terms)
     predicted = {w: refit.marginal(w, len(u)) for w, u in order.items() if refit.of(w)}
     best = s / q if q > 0 and decrease(terms) > 0 else 0.0
@@ -148,24 +148,22 @@ def _from_proposals(
     outgoing: list[tuple[str, str, int]],
 ) -> None:
     touched: set[str] = set()
-    into_rows = {p.weight for p in structure.projections if p.in_dim == 0}
+    uses = {p.weight: p for p in structure.projections}
     for width, k in units.items():
         for name, omega in profile.proposals[width].omega.items():
             weight = lookup(profile.graph, name)
             block = omega[:k].permute(2, 0, 1)  # [O, k, taps]
             block = torch.cat([block, block.new_zeros(block.shape[0], k - block.shape[1], block.shape[2])], 1)
-            transposed = name in into_rows
-            slices = like_weight(block.flatten(1), weight, transposed)
-            values.new.setdefault(name, {})[width, 0 if transposed else 1] = slices
-            outgoing.append((name, width, 0 if transposed else 1))
+            into = uses[name].in_dim
+            values.new.setdefault(name, {})[width, into] = like_weight(block.flatten(1), weight, uses[name])
+            outgoing.append((name, width, into))
             touched.add(name)
     if not update_existing:
         return
-    biases = {p.weight: p.bias for p in structure.projections}
     for name in touched:
         update = profile.updates[name]
-        bias = biases[name]
+        bias = uses[name].bias
         if bias is not None and lookup(profile.graph, bias).requires_grad:
             values.delta[bias] = update[:, -1]
             update = update[:, :-1]
-        values.delta[name] = like_weight(update, lookup(profile.graph, name), name in into_rows)
+        values.delta[name] = like_weight(update, lookup(profile.graph, name), uses[name])

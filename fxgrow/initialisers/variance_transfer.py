@@ -35,6 +35,7 @@ def variance_transfer(
     reads = {(p.weight, p.in_dim): p.out_dim for p in h.reads}
     writes = {(p.weight, p.out_dim) for p in h.writes}
     biases = {(p.bias, 0) for p in h.writes}
+    experts = {p.weight for p in (*h.writes, *h.reads) if p.experts}
     out = Written()
     for name, dim, entries in places(structure, h, "variance-transfer"):
         rows = rows_of(gm, name, dim, entries, units)
@@ -43,6 +44,7 @@ def variance_transfer(
             fan = (
                 rows.numel() // rows.shape[dim] if (name, dim) in writes else _fan_in(rows, dim, reads[name, dim], h, k)
             )
+            fan //= len(rows) if name in experts else 1
             one = split.select(dim + 1, 0)
             drawn = torch.randn(one.shape, generator=generator, dtype=torch.float64).to(rows) * math.sqrt(2 / fan)
             split = torch.stack([drawn, -drawn if (name, dim) in reads else drawn], dim + 1)

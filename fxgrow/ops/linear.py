@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fxgrow._axes import Axis, Dims, Var, axis_of, length
+from fxgrow._experts import routes
 from fxgrow.ops import reduce
 from fxgrow.ops.pointwise import broadcast
 from fxgrow.ops.registry import Context, Unsupported, op
@@ -67,9 +68,15 @@ def _each_times(ctx: Context, x: Dims, weight: Dims) -> Dims:
     ctx.pin(weight[0], "size", "one entry per group")
     batch = broadcast(ctx, Dims(x[:1]), Dims(weight[:1]))
     ctx.same(x[2], weight[1])
-    ctx.project(weight, None, weight[2], out_dim=2, in_dim=1, plain=False)
-    _reads_from(ctx, ctx.argument(0, "input"))
+    _experts(ctx, weight, 2, 1, ctx.argument(0, "input"))
     return Dims((*batch, x[1], weight[2]))
+
+
+def _experts(ctx: Context, weight: Dims, out_dim: int, in_dim: int, source: Any) -> None:
+    found = routes(ctx.node)
+    groups = found.experts if found is not None else 0
+    ctx.project(weight, None, weight[out_dim], out_dim=out_dim, in_dim=in_dim, plain=False, experts=True, groups=groups)
+    _reads_from(ctx, source)
 
 
 @op(torch.addmm, "addmm")
@@ -119,8 +126,7 @@ def grouped_mm(ctx: Context, mat_a: Dims, mat_b: Dims, **options: Any) -> Dims:
     ctx.same(mat_a[1], weight[in_dim])
     for axis in (weight[in_dim], weight[out_dim]):
         _aligned(ctx, axis, 16 // ctx.value.element_size())
-    ctx.project(weight, None, weight[out_dim], out_dim=out_dim, in_dim=in_dim, plain=False)
-    _reads_from(ctx, ctx.argument(0, "mat_a"))
+    _experts(ctx, weight, out_dim, in_dim, ctx.argument(0, "mat_a"))
     return Dims((mat_a[0], weight[out_dim]))
 
 

@@ -111,8 +111,10 @@ class Projection:
     padding: tuple[int, ...] = ()
     #: False for embeddings and experts, whose statistics are not those of one matrix, and for the two below
     plain: bool = True
-    #: a convolution with so many groups: as many matrices side by side
+    #: a convolution with so many groups, or so many experts: as many matrices side by side; 0: not to be told apart
     groups: int = 1
+    #: the matrices are the first dimension of the weight, and each reads rows of its own (`fxgrow._experts`)
+    experts: bool = False
     #: a transposed convolution: a dense layer at every position of its input, whose outputs are laid over each other
     turned: bool = False
 
