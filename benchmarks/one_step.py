@@ -27,7 +27,10 @@ import fxgrow
 from examples.data import Split, cifar10, fashion_mnist, shakespeare
 from models import GPT, MLP, ViT, resnet20
 
-METHODS = ("default", "newton", "tiny", "gradmax", "random-refit", "random", "net2wider", "variance-transfer", "north")
+METHODS = (
+    "default", "newton", "tiny", "gradmax", "random-refit", "random", "net2wider", "variance-transfer", "north",
+    "splitting", "firefly",
+)  # fmt: skip
 SHARE, CONTEXT = 0.25, 32
 Batches = list[tuple[Tensor, Tensor]]
 #: per method the held-out loss at once and after more training

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fxgrow._analyse import analyse
 from fxgrow._bottleneck import Bottleneck, Profile
@@ -18,6 +18,7 @@ from fxgrow._plan import Plan
 from fxgrow._rewrite import require_free
 from fxgrow._units import fill_plan
 from fxgrow._widths import hidden
+from fxgrow.initialisers.copies import check_copies
 
 #: the budget when none is given
 DEFAULT_BUDGET = "+25%"
@@ -46,7 +47,8 @@ def plan(
             of the example batch on the model's device.
         multiple: sizes to prefer, such as 8 for tensor cores: a width that grows from a budget gets a size that is a
             multiple of it.
-        neurons: instead of a budget: units for every width, or per width; added whether significant or not.
+        neurons: instead of a budget: units for every width, or per width; added whether significant or not (`splitting`
+            and `firefly` add no more than lower the loss).
         update_existing: also move the weights that exist (dW).
 
     Returns:
@@ -71,22 +73,30 @@ def plan(
     structure = analyse(profile.graph)
     count = Parameters(profile.graph, structure)
     if neurons is not None:
-        units = _as_asked(profile, neurons)
+        asked = _as_asked(profile, neurons)
+        units = {name: min(k, profile[name].significant) for name, k in asked.items()} if _finds(profile) else asked
     else:
         price = cost_of(cost, profile.graph, structure, [n for n, b in profile.items() if b.significant])
         limit = _parse(DEFAULT_BUDGET if budget is None else budget, price)
-        units = _allocate(profile, price, limit, multiple)
+        units = asked = _allocate(profile, price, limit, multiple)
     if not any(units.values()):
-        reason = "no width has a unit that the held-back test accepts"
         total = count.total({})
-        return Plan({}, profile.method.name, parameters=(total, total), reason=reason)
+        return Plan({}, profile.method.name, parameters=(total, total), reason=profile.method.nothing)
+    less = [f"{units[name]} of {k} units at {name}" for name, k in asked.items() if units[name] < k]
     units = {name: k for name, k in units.items() if k}
-    return fill_plan(profile, structure, units, update_existing, (count.total({}), count.total(units)))
+    found = fill_plan(profile, structure, units, update_existing, (count.total({}), count.total(units)))
+    return replace(found, reason=f"{', '.join(less)}: beyond them, {profile.method.nothing}") if less else found
+
+
+def _finds(profile: Profile) -> bool:
+    """Whether the method offers no other units than it found."""
+    return profile.method.find is not None
 
 
 def _as_asked(profile: Profile, neurons: int | Mapping[str, int]) -> dict[str, int]:
+    structure = analyse(profile.graph)
+    every = {h.width.name: h for h in hidden(structure)}
     if isinstance(neurons, Mapping):
-        every = {h.width.name: h for h in hidden(analyse(profile.graph))}
         wanted = {name: (k, require_free(every, name).width.step) for name, k in neurons.items()}
         missing = [name for name in wanted if name not in profile]
         if missing:
@@ -95,6 +105,8 @@ def _as_asked(profile: Profile, neurons: int | Mapping[str, int]) -> dict[str, i
         steps = {name: b.width.step for name, b in profile.items()}
         wanted = {name: (math.ceil(neurons / step) * step, step) for name, step in steps.items()}
     for name, (k, step) in wanted.items():
+        if _finds(profile) and profile.proposals[name].splits is None:
+            check_copies(profile.graph, structure, every[name], profile.method.name)
         if k <= 0 or k % step:
             raise PlanError(f"{k} units for width {name!r}: give a positive multiple of its step {step}.")
         have = profile.proposed[name]

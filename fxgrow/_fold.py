@@ -100,6 +100,11 @@ def _padded(old: Tensor, where: Sequence[Tensor | None], shape: Sequence[int]) -
     return old
 
 
+def spectral(gm: fx.GraphModule, name: str) -> bool:
+    """Whether a parameter of a folded graph keeps its largest singular value."""
+    return hasattr(gm.meta.get(_KEY, {}).get(name.removesuffix(".weight")), "_u")
+
+
 def quiet_rows(gm: fx.GraphModule, name: str, weight: Tensor, old: Sequence[Tensor]) -> None:
     """Under spectral normalisation, new rows at right angles to old ones and singular vector, half as long as may be.
 
@@ -109,9 +114,9 @@ def quiet_rows(gm: fx.GraphModule, name: str, weight: Tensor, old: Sequence[Tens
         weight: its new value, changed in place; a plain one stays as it is.
         old: per dimension, the positions of its old entries.
     """
-    norm = gm.meta.get(_KEY, {}).get(name.removesuffix(".weight"))
-    if not hasattr(norm, "_u"):
+    if not spectral(gm, name):
         return
+    norm = gm.meta[_KEY][name.removesuffix(".weight")]
     rows = weight.movedim(norm.dim, 0)
     is_new = torch.ones(len(rows), dtype=torch.bool).index_fill(0, old[norm.dim], False).to(rows.device)
     columns = [at for d, at in enumerate(old) if d != norm.dim]

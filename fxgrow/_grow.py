@@ -25,12 +25,15 @@ from fxgrow._optim import repoint
 from fxgrow._plan import Plan
 from fxgrow._profile import profile as make_profile
 from fxgrow._records import Reason
+from fxgrow._rewrite import rewrite
 from fxgrow._search import SEARCH_SAMPLES, Line, Search, mean_loss, search
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 M = TypeVar("M", bound=nn.Module)
+#: a split has to lower the held-back loss by this part of it
+ROUNDING = 1e-6
 log = logging.getLogger("fxgrow")
 
 
@@ -41,7 +44,7 @@ class Growth:
     Attributes:
         plan: what was added, with the gamma that was applied.
         profile: what it was decided on.
-        search: held-back losses along gamma.
+        search: held-back losses along gamma; None where nothing was added, or the function stays.
         losses: mean held-back loss before and after, `{"eval": (before, after), "train": (before, after)}`.
         pinned: widths that cannot change, and why.
         seconds: wall time per stage.
@@ -142,7 +145,7 @@ def grow(
         budget: what to add, a number of `cost` or a share such as `"+10%"`; None for `"+25%"`.
         neurons: instead of a budget: units for every width, or per width.
         method: the initialiser: `default`, `newton`, `tiny`, `gradmax`, `net2wider`, `variance-transfer`, `north`,
-            `random`, `random-refit`, `random-newton`, or one entered with `fxgrow.initialiser`.
+            `splitting`, `firefly`, `random`, `random-refit`, `random-newton`, or one entered with `fxgrow.initialiser`.
         cost: of the budget: `parameters`, `multiply-adds` or `latency`; see `fxgrow.plan`.
         multiple: sizes to prefer, such as 8; see `fxgrow.plan`.
         samples: how many samples to use at most; None for 8192.
@@ -223,29 +226,28 @@ def _apply_best(
     if not decided.units:
         same = {mode: (loss, loss) for mode, loss in before.items()}
         return copy_graph(gm), _Outcome(Growth(decided, found, None, same, pinned, {}, decided.reason), {})
+    if not decided.moves:
+        grown, index = rewrite(gm, decided.units, decided.at(decided.scale), torch.Generator().manual_seed(0))
+        check_function(gm, grown, gm.meta["example_inputs"])
+        after = _losses(grown, held, loss_fn)
+        losses = {mode: (before[mode], after[mode]) for mode in before}
+        return grown, _Outcome(Growth(decided, found, None, losses, pinned, {}), index)
     line = Line(gm, decided, held)
     check_function(gm, line.move(0.0), gm.meta["example_inputs"])
-    if found.method.write is not None:
-        # the loss is the same all along
-        check_function(gm, line.move(1.0), gm.meta["example_inputs"])
-        after = _losses(line.graph, held, loss_fn)
-        losses = {mode: (before[mode], after[mode]) for mode in before}
-        return line.graph, _Outcome(Growth(decided, found, None, losses, pinned, {}), line.index)
     result = search(line, loss_fn, found.method.share, follow=update_existing)
-    declined = None
     gamma = result.applied
-    if result.best == 0.0 and decided.outgoing:
+    # halves of a split unit that do not come apart would stay alike for ever
+    alike = bool(decided.values.copies) and result.gain < ROUNDING
+    if alike or (result.best == 0.0 and decided.outgoing and not forced):
         declined = "no step along the proposed units lowers the held-back loss (gamma = 0 wins)"
-        if not forced:
-            plan = replace(decided, units={}, scale=0.0, reason=declined)
-            same = {mode: (loss, loss) for mode, loss in before.items()}
-            return copy_graph(gm), _Outcome(Growth(plan, found, result, same, pinned, {}, declined), {})
-        declined = None
+        plan = replace(decided, units={}, scale=0.0, reason=declined)
+        same = {mode: (loss, loss) for mode, loss in before.items()}
+        return copy_graph(gm), _Outcome(Growth(plan, found, result, same, pinned, {}, declined), {})
     if gamma:
         decided = line.plan_here(gamma)
     after = _losses(line.graph, held, loss_fn)
     losses = {mode: (before[mode], after[mode]) for mode in before}
-    record = Growth(decided.scaled(gamma), found, result, losses, pinned, {}, declined)
+    record = Growth(decided.scaled(gamma), found, result, losses, pinned, {})
     return line.graph, _Outcome(record, line.index)
 
 

@@ -148,7 +148,7 @@ class Quadratic:
             new[name][width, dim] = self._old_entries(moved[name].index_select(dim, positions), name, but=dim)
         for name in delta:
             delta[name] = self._old_entries(moved[name], name)
-        return Values(new, delta, values.corner)
+        return replace(values, new=new, delta=delta)
 
     def _old_entries(self, t: Tensor, name: str, but: int | None = None) -> Tensor:
         """The entries along every dimension (except one) that were there before."""

@@ -33,6 +33,19 @@ def norms_of(gm: nn.Module) -> dict[str, _BatchNorm]:
     }
 
 
+def moments(x: Tensor) -> Moments:
+    """Of what enters a norm in one batch, `[n, channels, ...]`."""
+    rows = x.transpose(0, 1).flatten(1)
+    rows = rows if rows.dtype == torch.float64 else rows.float()
+    return rows.mean(1), rows.var(1)
+
+
+def average(pairs: Sequence[Moments]) -> Moments:
+    """The mean over batches."""
+    mean, var = (torch.stack(each).mean(0) for each in zip(*pairs, strict=True))
+    return mean, var
+
+
 class Norms:
     """The norms of a graph that moves along gamma.
 
@@ -57,9 +70,7 @@ class Norms:
         found: dict[str, Moments] = {}
 
         def see(name: str, x: Tensor) -> None:
-            rows = x.transpose(0, 1).flatten(1)
-            rows = rows if rows.dtype == torch.float64 else rows.float()
-            seen.setdefault(name, []).append((rows.mean(1), rows.var(1)))
+            seen.setdefault(name, []).append(moments(x))
 
         with eval_mode(self.graph):
             norms = self.norms if self.live else {}
@@ -76,8 +87,7 @@ class Norms:
                 for hook in hooks:
                     hook.remove()
         for name, pairs in seen.items():
-            mean, var = (torch.stack(each).mean(0) for each in zip(*pairs, strict=True))
-            found[name] = mean, var
+            found[name] = average(pairs)
 
     def follow(self, start: Mapping[str, Moments], now: Mapping[str, Moments]) -> None:
         """Moves running statistics as batch statistics moved from `start` to `now`."""

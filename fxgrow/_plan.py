@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fxgrow._copies import Copies
 from fxgrow._errors import PlanError
 from fxgrow._rewrite import Values
 
@@ -28,7 +29,7 @@ class Plan:
         symmetric: new incoming weights share the scale (its root on both sides).
         predicted: predicted decrease of the loss per width, where the method predicts one.
         parameters: parameters of the model before and after.
-        reason: why nothing is added, if nothing is.
+        reason: why nothing, or less than was asked for, is added.
         values: new entries and updates of old ones, at scale 1.
     """
 
@@ -54,7 +55,12 @@ class Plan:
             for name, slices in self.values.new.items()
         }
         delta = {name: t * scale for name, t in self.values.delta.items()} if update else {}
-        return Values(new, delta, corner=self.values.corner)
+        return replace(self.values, new=new, delta=delta)
+
+    @property
+    def moves(self) -> bool:
+        """Whether the function depends on gamma: if not, it is the old one."""
+        return bool(self.outgoing or self.values.delta)
 
     def scaled(self, scale: float) -> Plan:
         """The same plan at another gamma."""
@@ -64,8 +70,9 @@ class Plan:
         if not self.units:
             return f"nothing to add: {self.reason}"
         before, after = self.parameters
+        gamma = f"gamma {self.scale:.3g}" if self.moves else "function kept"
         what = ", ".join(f"{name} +{k}" for name, k in self.units.items())
-        return f"{what}; {before:,} -> {after:,} parameters, gamma {self.scale:.3g}"
+        return f"{what}; {before:,} -> {after:,} parameters, {gamma}"
 
     # -- JSON
 
@@ -96,6 +103,7 @@ class Plan:
                     for (width, dim), t in slices.items()
                 ],
                 "delta": [[name, _encode(t)] for name, t in self.values.delta.items()],
+                "copies": [[w, c.origin.tolist(), _encode(c.shares)] for w, c in self.values.copies.items()],
             }
         )
 
@@ -119,7 +127,12 @@ class Plan:
                 predicted=dict(raw["predicted"]),
                 parameters=(raw["parameters"][0], raw["parameters"][1]),
                 reason=raw["reason"],
-                values=Values(new, {name: _decode(t) for name, t in raw["delta"]}, corner=raw["corner"]),
+                values=Values(
+                    new=new,
+                    delta={name: _decode(t) for name, t in raw["delta"]},
+                    corner=raw["corner"],
+                    copies={w: Copies(torch.tensor(o), _decode(t)) for w, o, t in raw.get("copies", [])},
+                ),
                 outgoing=tuple((a, b, c) for a, b, c in raw["outgoing"]),
                 incoming=tuple((a, b, c) for a, b, c in raw["incoming"]),
             )

@@ -36,6 +36,7 @@ from fxgrow._statistics import Statistics
 from fxgrow._steps import written_out
 from fxgrow._widths import Hidden, hidden
 from fxgrow.initialisers import Proposal, find_initialiser
+from fxgrow.initialisers.registry import Setting
 from fxgrow.ops.registry import Structure
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def profile(
             for integer targets, mean squared error for floating ones, the model's own `.loss` where it has one.
         samples: how many samples to use at most; None for 8192.
         method: the initialiser: `default`, `newton`, `tiny`, `gradmax`, `net2wider`, `variance-transfer`, `north`,
-            `random`, `random-refit`, `random-newton`, or one entered with `fxgrow.initialiser`.
+            `splitting`, `firefly`, `random`, `random-refit`, `random-newton`, or one entered with `fxgrow.initialiser`.
         positions: `"sampled"` estimates second moments from sampled positions; `"all"` uses every one, and one more
             forward pass, for exact figures.
         widths: names of the widths to profile; None for all that are free, but for those whose new units send nothing
@@ -141,6 +142,12 @@ def profile(
         proposals |= sketch(
             gm, structure, rest, stats.consumers, updates, data, loss_fn, additions, initialiser.refit, generator
         )
+    if initialiser.find is not None:
+        wanted = [h for h in chosen if not isinstance(units, Mapping) or h.width.name in units]
+        steps = {h.width.name: additions[h.width.name] // h.width.step for h in wanted}
+        found_splits = initialiser.find(Setting(gm, structure, wanted, steps, data, loss_fn, generator))
+        proposals |= {name: Proposal(splits=s) for name, s in found_splits.items()}
+        additions = {name: k if name in found_splits else 0 for name, k in additions.items()}
     calibration = _calibration(gm, data, initialiser.refit)
     found = refit = None
     if initialiser.refit:
@@ -286,7 +293,10 @@ def _bottleneck(
     own = [key for key, c in stats.consumers.items() if c.weight in read]
     values = tuple(float(v) for v in proposal.values)
     gains, significant = tuple(v * v for v in values[:k]), min(k, len(values)) if proposal.alpha else k
-    if refit is not None and refit.of(name):
+    if proposal.splits is not None:
+        gains = tuple(proposal.splits.gains.tolist())
+        significant = min(k, len(gains) * h.width.step)
+    elif refit is not None and refit.of(name):
         evidence = refit.evidence[name]
         total = refit.marginal(name, k // h.width.step)
         shares = evidence.shares.clamp_min(0)

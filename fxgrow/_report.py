@@ -67,11 +67,15 @@ def growth_report(growth: Growth) -> str:
     lines = [f"Growth by {plan.method}: {_parameters(plan) if plan.units else 'nothing added'}"]
     if growth.declined:
         lines.append(f"declined: {growth.declined}")
+    elif plan.reason:
+        lines += textwrap.wrap(f"less than asked for: {plan.reason}", WIDTH, subsequent_indent=" " * 21)
     lines.append("held-back loss: " + ", ".join(f"{mode} {_change(*loss)}" for mode, loss in growth.losses.items()))
     if search is not None:
         seen = "  ".join(f"{g:.3g}:\xa0{loss:.4f}" for g, loss in zip(search.gammas, search.losses, strict=True))
         lines.append(f"gamma: {plan.scale:.3g} applied, {search.best:.3g} best on held-back batches")
         lines += textwrap.wrap(f"loss along gamma: {seen}", WIDTH, subsequent_indent=" " * 18)
+    elif plan.units:
+        lines.append("gamma: function kept; no line search")
     stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in growth.seconds.items())
     if stages:
         lines.append(f"seconds: {sum(growth.seconds.values()):.2f} ({stages})")

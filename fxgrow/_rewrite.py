@@ -22,6 +22,7 @@ from torch import Tensor, fx, nn
 from fxgrow._analyse import analyse
 from fxgrow._axes import Axis, Dims, Var, length, resolve
 from fxgrow._check import check_shapes
+from fxgrow._copies import Copies, settle_copies
 from fxgrow._errors import PlanError
 from fxgrow._fold import folded, quiet_rows, unfolded
 from fxgrow._graph import copy_graph, lookup
@@ -39,11 +40,13 @@ class Values:
             positions; the other dimensions have their old sizes.
         delta: per parameter, what is added to its old entries.
         corner: whether new rows of a producer read the new units of other widths (random) or not (zero).
+        copies: per width, the old units that its new ones are like; `new` is what they have of their own.
     """
 
     new: dict[str, dict[tuple[str, int], Tensor]] = field(default_factory=dict)
     delta: dict[str, Tensor] = field(default_factory=dict)
     corner: bool = True
+    copies: dict[str, Copies] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -104,24 +107,11 @@ def widened(
     generator: torch.Generator | None = None,
 ) -> Wide:
     """`rewrite` without its check, for who runs the copy on data at once; its nodes keep the old shapes' metadata."""
-    found = {h.width.name: h for h in hidden(structure)}
-    grow = units_of(found, additions)
-    names = {h.var: name for name, h in found.items()}
-    values = values or Values()
-    index: dict[str, tuple[Tensor | None, ...]] = {}
+    grow = units_of({h.width.name: h for h in hidden(structure)}, additions)
+    filled, index = entries(gm, structure, additions, values or Values(), generator)
     replaced: dict[int, Tensor] = {}
-    scales = {n: lookup(gm, n).detach() for c in structure.compensations.values() for n in c.scales.values()}
-    for name, dims in structure.parameters.items():
+    for name, new in filled.items():
         old = lookup(gm, name)
-        plan = [extend(axis, grow) for axis in dims]
-        changed = any(g.new for g in plan)
-        if not changed and name not in values.delta:
-            continue
-        new = _fill(name, old.detach(), dims, plan, structure, values, names, generator, grow)
-        settle_entries(new, name, [g.new for g in plan], structure, grow, scales)
-        quiet_rows(gm, name, new, [g.old for g in plan])
-        if changed:
-            index[name] = tuple(g.old if g.new else None for g in plan)
         replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
     grown = copy_graph(gm, replaced)
     twins = dict(zip(gm.graph.nodes, grown.graph.nodes, strict=True))
@@ -135,6 +125,37 @@ def widened(
     grown.recompile()
     settle_products(grown, structure, grow, twins, gm.meta["example_inputs"], index)
     return Wide(grown, index, twins, _lengths(structure, grow, twins))
+
+
+def entries(
+    gm: fx.GraphModule,
+    structure: Structure,
+    additions: Mapping[str, int],
+    values: Values,
+    generator: torch.Generator | None = None,
+) -> tuple[dict[str, Tensor], dict[str, tuple[Tensor | None, ...]]]:
+    """Every parameter that changes, as `widened` has it, and the new positions of old entries in those that grow.
+
+    Gradients flow back to what `values` gives.
+    """
+    found = {h.width.name: h for h in hidden(structure)}
+    grow = units_of(found, additions)
+    names = {h.var: name for name, h in found.items()}
+    out: dict[str, Tensor] = {}
+    index: dict[str, tuple[Tensor | None, ...]] = {}
+    scales = {n: lookup(gm, n).detach() for c in structure.compensations.values() for n in c.scales.values()}
+    for name, dims in structure.parameters.items():
+        old = lookup(gm, name)
+        plan = [extend(axis, grow) for axis in dims]
+        changed = any(g.new for g in plan)
+        if not changed and name not in values.delta:
+            continue
+        new = out[name] = _fill(name, old.detach(), dims, plan, structure, values, names, generator, grow)
+        settle_entries(new, name, [g.new for g in plan], structure, grow, scales)
+        quiet_rows(gm, name, new, [g.old for g in plan])
+        if changed:
+            index[name] = tuple(g.old if g.new else None for g in plan)
+    return out, index
 
 
 def units_of(found: Mapping[str, Hidden], additions: Mapping[str, int]) -> dict[Var, int]:
@@ -215,7 +236,16 @@ def _fill(
                 _put(new, where, given.to(old))
     delta = values.delta.get(name)
     old = shrunk(old, name, structure, grow)
-    _put(new, [g.old for g in plan], old if delta is None else old + delta.to(old))
+    kept = [g.old for g in plan]
+    _put(new, kept, old if delta is None else old + delta.to(old))
+    if values.copies:
+        moved = None
+        if delta is not None:
+            moved = torch.zeros_like(new)
+            _put(moved, kept, delta.to(old))
+        copies = {var: values.copies[width] for var, width in names.items() if width in values.copies}
+        own = {(var, dim) for width, dim in values.new.get(name, {}) for var in copies if names[var] == width}
+        settle_copies(new, name, structure, plan, copies, own, moved)
     return new
 
 

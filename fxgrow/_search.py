@@ -14,7 +14,7 @@ from fxgrow._data import Batch, LossFn, loss_of
 from fxgrow._norms import Moments, Norms
 from fxgrow._pass import eval_mode, forward
 from fxgrow._plan import Plan
-from fxgrow._rewrite import Values, rewrite
+from fxgrow._rewrite import rewrite
 
 #: gamma moves by this factor, at most so many times
 STRIDE, STRIDES = 4.0, 12
@@ -39,6 +39,11 @@ class Search:
     eval_losses: tuple[float, ...]
     best: float
     applied: float
+
+    @property
+    def gain(self) -> float:
+        """How much less the loss is at the best gamma, as a part of the loss without growth."""
+        return (self.losses[0] - min(self.losses)) / max(abs(self.losses[0]), 1e-30)
 
     @property
     def predicted(self) -> dict[str, float]:
@@ -88,7 +93,7 @@ class Line:
             (old,) = self.index.get(name, (None,))
             # a plan multiplies its deltas by gamma
             delta[name] = (shift if old is None else shift[old.to(shift.device)]) / gamma
-        return replace(self.plan, values=Values(new, delta, values.corner))
+        return replace(self.plan, values=replace(values, new=new, delta=delta))
 
 
 def mean_loss(graph: fx.GraphModule, batches: Sequence[Batch], loss_fn: LossFn | None) -> float:

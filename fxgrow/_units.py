@@ -14,7 +14,8 @@ from fxgrow._graph import lookup
 from fxgrow._plan import Plan
 from fxgrow._refit import decrease
 from fxgrow._rewrite import Values
-from fxgrow._widths import hidden
+from fxgrow._splits import Splits, split_values
+from fxgrow._widths import Hidden, hidden
 from fxgrow.ops.registry import Structure
 
 
@@ -23,6 +24,8 @@ def fill_plan(
 ) -> Plan:
     if profile.method.write is not None:
         return _written(profile, structure, units, parameters)
+    if profile.method.find is not None:
+        return _split(profile, structure, units, parameters)
     found, refit = profile.candidates(), profile.refit
     order = {
         name: refit.evidence[name].order[:k] if refit is not None and name in refit.evidence else torch.arange(k)
@@ -62,7 +65,6 @@ def fill_plan(
 def _written(profile: Profile, structure: Structure, units: dict[str, int], parameters: tuple[int, int]) -> Plan:
     """A plan of a method that writes every entry itself."""
     values = Values(corner=False)
-    outgoing: list[tuple[str, str, int]] = []
     generator = torch.Generator().manual_seed(profile.seed)
     for h in hidden(structure):
         name = h.width.name
@@ -71,11 +73,26 @@ def _written(profile: Profile, structure: Structure, units: dict[str, int], para
         written = profile.method.write(profile.graph, structure, h, units[name] // h.width.step, generator)
         for (parameter, dim), t in written.new.items():
             values.new.setdefault(parameter, {})[name, dim] = t
-        for parameter, t in written.delta.items():
-            values.delta[parameter] = values.delta[parameter] + t if parameter in values.delta else t
-        outgoing += [(p.weight, name, p.in_dim) for p in h.reads]
-    outgoing = list(dict.fromkeys(outgoing))
-    return Plan(units, profile.method.name, parameters=parameters, values=values, outgoing=tuple(outgoing))
+        if written.copies is not None:
+            values.copies[name] = written.copies
+    return Plan(units, profile.method.name, parameters=parameters, values=values)
+
+
+def _split(profile: Profile, structure: Structure, units: dict[str, int], parameters: tuple[int, int]) -> Plan:
+    """A plan of units that start as old ones."""
+    chosen: list[tuple[Hidden, Splits]] = []
+    for h in hidden(structure):
+        if h.width.name in units and (found := profile.proposals[h.width.name].splits) is not None:
+            chosen.append((h, found.take(torch.arange(units[h.width.name] // h.width.step))))
+    values, outgoing = split_values(profile.graph, structure, chosen)
+    return Plan(
+        units,
+        profile.method.name,
+        predicted={h.width.name: float(s.gains.sum()) for h, s in chosen},
+        parameters=parameters,
+        values=values,
+        outgoing=outgoing,
+    )
 
 
 def _pick(t: Tensor, dim: int, chosen: Tensor, candidates: int) -> Tensor:

@@ -199,5 +199,5 @@ def test_an_initialiser_of_ones_own() -> None:
         _TABLE.pop("first-input")
     assert isinstance(grown, fx.GraphModule)
     assert grown.get_parameter("0.weight")[4:].tolist() == [[1, 0, 0, 0, 0, 0], [2, 0, 0, 0, 0, 0]]
-    with pytest.raises(fxgrow.ProfileError, match="no method 'first-input'; there are default, gradmax"):
+    with pytest.raises(fxgrow.ProfileError, match="no method 'first-input'; there are default, firefly, gradmax"):
         fxgrow.grow(mlp(), VECTORS, method="first-input", progress=False)

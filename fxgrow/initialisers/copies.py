@@ -8,30 +8,45 @@ from torch import Tensor, fx
 
 from fxgrow._axes import multiplicity, unit_entries
 from fxgrow._errors import PlanError
+from fxgrow._fold import spectral
 from fxgrow._graph import lookup
 from fxgrow._widths import Hidden
 from fxgrow.ops.registry import Structure
 
 
-def places(structure: Structure, h: Hidden, method: str) -> Iterator[tuple[str, int, Tensor]]:
-    """Every parameter and buffer that carries the width: its name, the dimension, the entries of each unit there.
+def why_no_copies(gm: fx.GraphModule, structure: Structure, h: Hidden) -> str | None:
+    """What would become of the function if units of a width were copied; None where it stays."""
+    if h.var in structure.compensations:
+        return "copies of a unit would change the norm over it, or the products of its units"
+    for name, dims in structure.parameters.items():
+        own = sum(h.var in multiplicity(axis) for axis in dims)
+        if own > 1:
+            return f"{name} both writes and reads it"
+        if own and spectral(gm, name):
+            return f"copies of its units would change the largest singular value of {name}"
+    return None
+
+
+def check_copies(gm: fx.GraphModule, structure: Structure, h: Hidden, method: str) -> None:
+    """Refuses a width whose units cannot be copied.
 
     Raises:
-        PlanError: units of this width cannot be copied.
+        PlanError: its units are under a norm, multiplied with each other, or in a weight that both writes and reads
+            them; or one of its weights keeps its largest singular value.
     """
-    if h.var in structure.compensations:
+    why = why_no_copies(gm, structure, h)
+    if why is not None:
         raise PlanError(
-            f"method={method!r} is not defined for width {h.width.name!r}: copies of a unit would change the norm over "
-            "it, or the products of its units. Choose another method for it."
+            f"method={method!r} is not defined for width {h.width.name!r}: {why}. Choose another method for it."
         )
+
+
+def places(structure: Structure, h: Hidden) -> Iterator[tuple[str, int, Tensor]]:
+    """Every parameter and buffer that carries the width: its name, the dimension, the entries of each unit there."""
     for name, dims in structure.parameters.items():
-        own = [d for d, axis in enumerate(dims) if h.var in multiplicity(axis)]
-        if len(own) > 1:
-            raise PlanError(
-                f"method={method!r} is not defined for width {h.width.name!r}: {name} both writes and reads it."
-            )
-        for d in own:
-            yield name, d, unit_entries(dims[d], h.var)
+        for d, axis in enumerate(dims):
+            if h.var in multiplicity(axis):
+                yield name, d, unit_entries(axis, h.var)
 
 
 def rows_of(gm: fx.GraphModule, name: str, dim: int, entries: Tensor, units: Tensor) -> Tensor:

@@ -11,9 +11,9 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxgrow._graph import lookup
+from fxgrow._copies import Copies
 from fxgrow._widths import Hidden
-from fxgrow.initialisers.copies import places, rows_of
+from fxgrow.initialisers.copies import check_copies
 from fxgrow.initialisers.registry import Written, writer
 from fxgrow.ops.registry import Structure
 
@@ -23,23 +23,11 @@ MOST = 3.0
 
 @writer("net2wider")
 def net2wider(gm: fx.GraphModule, structure: Structure, h: Hidden, k: int, generator: torch.Generator) -> Written:
-    """New entries for `k` units, and what the old units give away."""
+    """Copies for `k` units."""
+    check_copies(gm, structure, h, "net2wider")
     size = h.var.size
     units = torch.randint(size, (k,), generator=generator)
     parts = 1 + (MOST - 1) * torch.rand(size + k, generator=generator, dtype=torch.float64)
     origin = torch.cat([torch.arange(size), units])
     shares = parts / torch.zeros(size, dtype=torch.float64).index_add_(0, origin, parts)[origin]
-    reads = {(p.weight, p.in_dim) for p in h.reads}
-    out = Written()
-    for name, dim, entries in places(structure, h, "net2wider"):
-        rows = rows_of(gm, name, dim, entries, units)
-        if (name, dim) in reads:
-            old = lookup(gm, name).detach()
-            each = entries.shape[1]
-            along = [-1 if d == dim else 1 for d in range(old.dim())]
-            rows = rows * shares[size:].repeat_interleave(each).to(rows).view(along)
-            kept = torch.ones(old.shape[dim], dtype=torch.float64)
-            kept[entries.flatten()] = shares[:size].repeat_interleave(each)
-            out.delta[name] = old * (kept.to(old) - 1).view(along)
-        out.new[name, dim] = rows
-    return out
+    return Written(copies=Copies(units, shares))

@@ -5,14 +5,17 @@ An initialiser proposes units for one width from its moments; its flags say what
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
 from fxgrow._consumer import Consumer
+from fxgrow._copies import Copies
+from fxgrow._data import Data, LossFn
 from fxgrow._errors import ProfileError
+from fxgrow._splits import Splits
 from fxgrow._statistics import WidthMoments
 from fxgrow._widths import Hidden
 from fxgrow.ops.registry import Structure
@@ -27,28 +30,44 @@ class Proposal:
             Empty: random rows, and k is what was asked for.
         omega: per consumer weight, outgoing weights `[k, taps, O]`. Empty: zero, or refitted.
         values: singular values, as many as were computed.
+        splits: instead of all these: units that start as old ones (see `finder`).
     """
 
     alpha: dict[str, Tensor] = field(default_factory=dict)
     omega: dict[str, Tensor] = field(default_factory=dict)
     values: Tensor = field(default_factory=lambda: torch.zeros(0))
+    splits: Splits | None = None
 
 
 @dataclass(frozen=True)
 class Written:
-    """New entries of a width, and what becomes of old ones.
+    """New entries of a width.
 
     Attributes:
         new: per parameter and dimension, slices for the new units; those of one unit stand together.
-        delta: per parameter, what is added to its old entries.
+        copies: the old units that new ones are like, if any.
     """
 
     new: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    delta: dict[str, Tensor] = field(default_factory=dict)
+    copies: Copies | None = None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a finder looks for units in: `additions` per width of `hiddens`, in steps of the width."""
+
+    gm: fx.GraphModule
+    structure: Structure
+    hiddens: Sequence[Hidden]
+    additions: Mapping[str, int]
+    data: Data
+    loss_fn: LossFn | None
+    generator: torch.Generator
 
 
 #: graph, its structure, the width, how many units, random numbers
 Write = Callable[[fx.GraphModule, Structure, Hidden, int, torch.Generator], Written]
+Find = Callable[[Setting], dict[str, Splits]]
 Propose = Callable[[WidthMoments, Mapping[str, Consumer], int], Proposal]
 
 
@@ -69,6 +88,8 @@ class Initialiser:
         curved: `grow` fits outgoing weights once more, on the loss's own curvature (with `refit`; see `_newton.py`).
         write: instead of proposals: writes new entries of every parameter; the function is the same at any gamma, so
             that there is no line search.
+        find: instead of proposals from moments: reads the data itself.
+        nothing: why a plan without units has none.
     """
 
     name: str
@@ -82,6 +103,8 @@ class Initialiser:
     share: float = 1.0
     curved: bool = False
     write: Write | None = None
+    find: Find | None = None
+    nothing: str = "no width has a unit that the held-back test accepts"
 
 
 _TABLE: dict[str, Initialiser] = {}
@@ -101,10 +124,24 @@ def writer(name: str) -> Callable[[Write], Write]:
     """Enters a function that writes all entries of new units itself, and keeps the function, under `name`."""
 
     def enter(write: Write) -> Write:
-        _TABLE[name] = Initialiser(name, lambda width, consumers, k: Proposal(), moments=False, write=write)
+        _TABLE[name] = Initialiser(name, _no_proposal, moments=False, write=write)
         return write
 
     return enter
+
+
+def finder(name: str, nothing: str) -> Callable[[Find], Find]:
+    """Enters a function that finds units like old ones with passes of its own over the data, under `name`."""
+
+    def enter(find: Find) -> Find:
+        _TABLE[name] = Initialiser(name, _no_proposal, moments=False, find=find, nothing=nothing)
+        return find
+
+    return enter
+
+
+def _no_proposal(width: WidthMoments, consumers: Mapping[str, Consumer], k: int) -> Proposal:
+    return Proposal()
 
 
 def find_initialiser(name: str) -> Initialiser:

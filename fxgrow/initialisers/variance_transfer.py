@@ -15,7 +15,7 @@ from torch import fx
 
 from fxgrow._errors import PlanError
 from fxgrow._widths import Hidden
-from fxgrow.initialisers.copies import places, rows_of
+from fxgrow.initialisers.copies import check_copies, places, rows_of
 from fxgrow.initialisers.registry import Written, writer
 from fxgrow.ops.registry import Structure
 
@@ -30,6 +30,7 @@ def variance_transfer(
             f"method='variance-transfer' adds units in pairs: {k} more at width {h.width.name!r}, give an even number "
             f"of its steps ({h.width.step})."
         )
+    check_copies(gm, structure, h, "variance-transfer")
     # what follows on the way is that of one old unit for both of a pair
     units = torch.randint(h.var.size, (k // 2,), generator=generator).repeat_interleave(2)
     reads = {(p.weight, p.in_dim): p.out_dim for p in h.reads}
@@ -37,7 +38,7 @@ def variance_transfer(
     biases = {(p.bias, 0) for p in h.writes}
     experts = {p.weight for p in (*h.writes, *h.reads) if p.experts}
     out = Written()
-    for name, dim, entries in places(structure, h, "variance-transfer"):
+    for name, dim, entries in places(structure, h):
         rows = rows_of(gm, name, dim, entries, units)
         split = rows.unflatten(dim, (k // 2, 2, -1))
         if (name, dim) in writes or (name, dim) in reads:

@@ -1,0 +1,148 @@
+"""Firefly: splits and small new units, tried out together by a few gradient steps; those that help most are kept.
+
+Wu, Liu, Stone, Liu: "Firefly Neural Architecture Descent: a General Approach for Growing Neural Networks", NeurIPS
+2020, arXiv 2102.08574, the part that widens. Candidates are a split of every unit, theta + delta and theta - delta with
+half the outgoing weights each, and as many new units as are asked for, with tiny outgoing weights omega. First deltas,
+incoming weights of new units and omega alone take `STEPS` gradient steps, kept within eps; then the loss is expanded to
+first order in how far each candidate is switched on, and those with the largest predicted decrease stay.
+
+A candidate's decrease is its slope integrated from off to on with the others on, as in the paper. Along delta the slope
+is zero at zero and grows linearly, which makes -<dL/d delta, delta> / 2; along omega it is nearly constant, which makes
+-<dL/d omega, omega>.
+
+Here eps is `EPS` times the mean length of a width's own weights (the paper: a constant), steps have a fixed length per
+unit along its gradient (the paper: an optimiser), what follows on the way to a new unit (norms, depthwise kernels) is
+that of an old one drawn at random, with running statistics of its own, and a line search scales deltas and omega
+together. New layers are no candidates.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fxgrow._splits import SplitGraph, Splits, pack, reads_of, unit_rows, unpack, writes_of
+from fxgrow._widths import Hidden
+from fxgrow.initialisers.copies import why_no_copies
+from fxgrow.initialisers.registry import Setting, finder
+
+#: largest length of delta and omega, relative to incoming and outgoing weights of the width
+EPS = 0.1
+#: gradient steps on the candidates, each of this part of eps
+STEPS, RATE = 12, 0.25
+
+
+@finder("firefly", nothing="no split and no new unit lowers the loss to first order")
+def firefly(setting: Setting) -> dict[str, Splits]:
+    """_Candidates that lower the loss, best first."""
+    gm, structure = setting.gm, setting.structure
+    defined = [h for h in setting.hiddens if why_no_copies(gm, structure, h) is None]
+    if not defined:
+        return {}
+    found = [_Candidates(setting, h) for h in defined]
+    graph = SplitGraph(gm, structure, _splits(found), setting.data, setting.loss_fn)
+    with torch.enable_grad():
+        for batch in itertools.islice(itertools.cycle(graph.batches()), STEPS):
+            slopes = _slopes(graph.loss(graph.at(_splits(found)), batch), found)
+            for c, own in zip(found, slopes, strict=True):
+                c.step(own)
+        total, count = 0.0, 0
+        sums = [[torch.zeros_like(t) for t in c.leaves] for c in found]
+        parameters = graph.at(_splits(found))
+        for batch in graph.batches():
+            loss = graph.loss(parameters, batch)
+            for own, add in zip(sums, _slopes(loss, found), strict=True):
+                for s, g in zip(own, add, strict=True):
+                    s += g * batch.size
+            total, count = total + float(loss.detach()) * batch.size, count + batch.size
+    out = {}
+    running = graph.statistics(_splits(found), parameters)
+    for c, own, buffers in zip(found, sums, running, strict=True):
+        least = torch.finfo(c.delta.dtype).eps * abs(total / count)
+        whole = replace(c.splits(), gains=c.gains([s / count for s in own]), buffers=buffers)
+        out[c.hidden.width.name] = whole.best(least)
+    return out
+
+
+def _splits(found: list[_Candidates]) -> list[tuple[Hidden, Splits]]:
+    return [(c.hidden, c.splits()) for c in found]
+
+
+def _slopes(loss: Tensor, found: list[_Candidates]) -> list[list[Tensor]]:
+    """Per width, the gradients of its leaves; zero for what the loss does not depend on."""
+    leaves = [t for c in found for t in c.leaves]
+    slopes = (
+        torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
+        if loss.requires_grad
+        else [None] * len(leaves)
+    )
+    whole = iter(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, slopes, strict=True))
+    return [[next(whole) for _ in c.leaves] for c in found]
+
+
+class _Candidates:
+    """Of one width: deltas `[units, D]`, incoming `[k, D]` and outgoing weights `[k, D']` of new units.
+
+    Args:
+        setting: graph, structure, how many new units and random numbers.
+        h: the width.
+    """
+
+    def __init__(self, setting: Setting, h: Hidden) -> None:
+        gm, structure = setting.gm, setting.structure
+        k, size, generator = setting.additions[h.width.name], h.var.size, setting.generator
+        self.hidden = h
+        self.rows = {name: unit_rows(gm, structure, h, name, dim) for name, dim in writes_of(h, gm).items()}
+        self.columns = {name: unit_rows(gm, structure, h, name, p.in_dim) for name, p in reads_of(h).items()}
+        into, out = pack(self.rows), pack(self.columns)
+        self.length = float(into.norm(dim=1).mean())
+        self.eps = EPS * self.length, EPS * float(out.norm(dim=1).mean())
+        self.origin = torch.cat([torch.arange(size), torch.randint(size, (k,), generator=generator)])
+        self.fresh = torch.arange(size + k) >= size
+
+        def draw(n: int) -> Tensor:
+            return _within(torch.randn(n, into.shape[1], generator=generator, dtype=torch.float64).to(into), 1.0, True)
+
+        # at zero a split has no slope
+        self.delta = (self.eps[0] / 2 * draw(size)).requires_grad_()
+        self.alpha = (self.length * draw(k)).requires_grad_()
+        self.omega = out.new_zeros(k, out.shape[1], requires_grad=True)
+
+    @property
+    def leaves(self) -> list[Tensor]:
+        """What is optimised."""
+        return [self.delta, self.alpha, self.omega]
+
+    def splits(self) -> Splits:
+        """All of them as they are now."""
+        rows = unpack(torch.cat([self.delta, self.alpha]), self.rows)
+        omega = torch.cat([self.omega.new_zeros(len(self.delta), self.omega.shape[1]), self.omega])
+        columns = unpack(omega, self.columns)
+        return Splits(self.origin, self.fresh, rows, columns)
+
+    @torch.no_grad()
+    def step(self, slopes: list[Tensor]) -> None:
+        """Against the gradient, unit by unit, within eps."""
+        into, out = self.eps
+        for t, g, eps in zip(self.leaves, slopes, (into, into, out), strict=True):
+            t -= RATE * eps * _within(g, 1.0, True)
+        self.delta.copy_(_within(self.delta, into))
+        self.alpha.copy_(_within(self.alpha, self.length, True))
+        self.omega.copy_(_within(self.omega, out))
+
+    def gains(self, slopes: list[Tensor]) -> Tensor:
+        """Predicted decrease by each."""
+        delta, _, omega = slopes
+        split = -(delta * self.delta.detach()).sum(1) / 2
+        new = -(omega * self.omega.detach()).sum(1)
+        return torch.cat([split, new]).double().cpu()
+
+
+def _within(t: Tensor, length: float, exactly: bool = False) -> Tensor:
+    """Rows no longer than this, or just as long; zero stays zero."""
+    ratio = length / t.norm(dim=1, keepdim=True).clamp_min(torch.finfo(t.dtype).tiny)
+    ratio = torch.where(t.abs().amax(1, keepdim=True) > 0, ratio, 0.0)
+    return t * (ratio if exactly else ratio.clamp_max(1.0))

@@ -1,0 +1,214 @@
+"""Splitting steepest descent: units split along the most negative eigenvector of their splitting matrix.
+
+Liu, Wu, Wang: "Splitting Steepest Descent for Growing Neural Architectures", NeurIPS 2019, arXiv 1910.02366. A unit
+sigma(theta^T b) becomes two, theta + delta and theta - delta, with half its outgoing weights each. The loss changes by
+delta^T S delta / 2, S = E[(dl/d sigma) sigma''(theta^T b) b b^T]. With v the eigenvector of the smallest eigenvalue
+lambda < 0, delta = eps v lowers it by eps^2 |lambda| / 2, for each unit of the network; others stay as they are.
+
+Here S is the second derivative in delta of the loss of the widened graph itself. For a dense layer or a convolution (b
+its patches, a sum over positions) that is the formula, and it goes through whatever lies between producer and consumer.
+S is only multiplied with, by double backward; lambda and v come from `STEPS` steps of Lanczos (the paper takes all
+eigenvalues). eps is `EPS` times the mean length of the width's theta, then times the gamma of the line search (the
+paper: a constant). Each unit is split at most once at a growth, the k best ones of a width.
+
+A piecewise linear sigma has no second derivative. It gets that of its convolution with a box: [sigma'(a + r) -
+sigma'(a - r)] / 2r, r half the root mean square of its inputs a in a batch (the paper smoothes too). So do ReLU, ReLU6,
+LeakyReLU, PReLU, hardtanh, hardsigmoid and threshold; kinks of other functions, max-pools too, count as straight.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from fxgrow._errors import ProfileError
+from fxgrow._splits import SplitGraph, Splits, pack, unit_rows, unpack, writes_of
+from fxgrow.initialisers.copies import why_no_copies
+from fxgrow.initialisers.registry import Setting, finder
+
+#: length of delta at gamma = 1, relative to the incoming weights of its width
+EPS = 0.1
+#: products with S
+STEPS = 12
+#: half of the box that smoothes a kink, relative to the root mean square of what enters
+BOX = 0.5
+
+_KINKED = {
+    F.relu, F.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.prelu, F.hardtanh, F.hardtanh_, F.hardsigmoid, F.threshold,
+    torch.relu, torch.relu_, torch.prelu, torch.threshold, "relu", "relu_", "prelu",
+}  # fmt: skip
+_KINKED_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.Hardsigmoid, nn.Threshold)
+
+#: per width, one vector for every unit `[units, D]`
+Vectors = dict[str, Tensor]
+
+
+@finder("splitting", nothing="no unit's splitting matrix has a negative eigenvalue: no split would lower the loss")
+def splitting(setting: Setting) -> dict[str, Splits]:
+    """Splits of every unit with a negative eigenvalue, best first."""
+    matrix = SplittingMatrix(setting)
+    if not matrix.hiddens:
+        return {}
+    values, vectors = smallest(matrix.product, matrix.start(setting.generator), STEPS)
+    out = {}
+    for name, v in vectors.items():
+        theta = pack(matrix.like[name])
+        eps = EPS * theta.norm(dim=1).mean()
+        gains = (-0.5 * eps**2 * values[name]).double().cpu()
+        whole = matrix.splits(name, eps * v, gains)
+        out[name] = whole.best(torch.finfo(theta.dtype).eps * abs(matrix.loss))
+    return out
+
+
+class SplittingMatrix:
+    """S of every unit of the widths that can be split, all at once.
+
+    Args:
+        setting: graph, widths and data; widths whose units cannot be copied are left out.
+    """
+
+    def __init__(self, setting: Setting) -> None:
+        """Widens a copy of the graph by a copy of every unit."""
+        gm, structure = setting.gm, setting.structure
+        self.hiddens = {h.width.name: h for h in setting.hiddens if why_no_copies(gm, structure, h) is None}
+        self.like = {
+            name: {w: unit_rows(gm, structure, h, w, dim) for w, dim in writes_of(h, gm).items()}
+            for name, h in self.hiddens.items()
+        }
+        #: mean loss, from the last product
+        self.loss = 0.0
+        self.delta = {name: torch.zeros_like(pack(t), requires_grad=True) for name, t in self.like.items()}
+        zero = [(h, self.splits(name, self.delta[name])) for name, h in self.hiddens.items()]
+        self.graph = SplitGraph(gm, structure, zero, setting.data, setting.loss_fn)
+        self.parameters = self.graph.at(zero)
+        smooth(self.graph.graph)
+
+    def splits(self, name: str, delta: Tensor, gains: Tensor | None = None) -> Splits:
+        """Every unit of a width split along its row of `delta`."""
+        units, fresh = torch.arange(len(delta)), torch.zeros(len(delta), dtype=torch.bool)
+        found = Splits(units, fresh, unpack(delta, self.like[name]))
+        return found if gains is None else replace(found, gains=gains)
+
+    def start(self, generator: torch.Generator) -> Vectors:
+        """Random vectors."""
+        shapes = {name: pack(like) for name, like in self.like.items()}
+        return {n: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for n, t in shapes.items()}
+
+    def product(self, vectors: Vectors) -> Vectors:
+        """S v for a vector of every unit.
+
+        Raises:
+            ProfileError: an operator of the model has no second derivative.
+        """
+        out = {name: torch.zeros_like(v) for name, v in vectors.items()}
+        total, count, delta = 0.0, 0, list(self.delta.values())
+        with torch.enable_grad():
+            for batch in self.graph.batches():
+                loss = self.graph.loss(self.parameters, batch)
+                try:
+                    first = torch.autograd.grad(loss, delta, create_graph=True)
+                    along = sum((g * vectors[n]).sum() for n, g in zip(self.delta, first, strict=True))
+                    second = _grad(along, delta)
+                except RuntimeError as error:
+                    raise ProfileError(
+                        f"method='splitting' needs second derivatives, which this model does not have: {error}. "
+                        "Choose another method."
+                    ) from error
+                for name, g in zip(out, second, strict=True):
+                    if g is not None:
+                        out[name] += g * batch.size
+                total, count = total + float(loss.detach()) * batch.size, count + batch.size
+        self.loss = total / count
+        return {name: t / count for name, t in out.items()}
+
+
+def _grad(along: Any, to: list[Tensor]) -> tuple[Tensor | None, ...]:
+    if not (isinstance(along, Tensor) and along.requires_grad):
+        return (None,) * len(to)
+    return torch.autograd.grad(along, to, retain_graph=True, allow_unused=True)
+
+
+def smallest(product: Callable[[Vectors], Vectors], start: Vectors, steps: int) -> tuple[Vectors, Vectors]:
+    """The smallest eigenvalue `[units]` of each matrix and its vector: Lanczos with full orthogonalisation.
+
+    Eigenvalues at zero or above may be reported as zero.
+    """
+    basis: dict[str, list[Tensor]] = {name: [] for name in start}
+    images: dict[str, list[Tensor]] = {name: [] for name in start}
+    q = {name: _unit(v, 0.0) for name, v in start.items()}
+    for _ in range(steps):
+        image = product(q)
+        for name, w in image.items():
+            basis[name].append(q[name])
+            images[name].append(w)
+            known = torch.stack(basis[name], 1)
+            rest = w
+            for _ in range(2):  # once more for what rounding left
+                rest = rest - torch.einsum("ukd,uk->ud", known, torch.einsum("ukd,ud->uk", known, rest))
+            q[name] = _unit(rest, 1e3 * torch.finfo(w.dtype).eps * w.norm(dim=1, keepdim=True))
+        if not any(bool(v.any()) for v in q.values()):
+            break
+    values, vectors = {}, {}
+    for name in start:
+        known, seen = torch.stack(basis[name], 1).double(), torch.stack(images[name], 1).double()
+        inner = known @ seen.mT
+        found = torch.linalg.eigh((inner + inner.mT) / 2)
+        values[name] = found.eigenvalues[:, 0].to(start[name])
+        vectors[name] = torch.einsum("ukd,uk->ud", known, found.eigenvectors[:, :, 0]).to(start[name])
+    return values, vectors
+
+
+def _unit(v: Tensor, least: Tensor | float) -> Tensor:
+    """Rows of length one; zero where there is nothing but rounding."""
+    length = v.norm(dim=1, keepdim=True)
+    return torch.where(length > least, v / length.clamp_min(torch.finfo(v.dtype).tiny), 0.0)
+
+
+def smooth(gm: fx.GraphModule) -> None:
+    """Gives piecewise linear functions a second derivative; values and slopes stay."""
+    for node in list(gm.graph.nodes):
+        f = _kinked(gm, node)
+        if f is not None:
+            kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
+            with gm.graph.inserting_before(node):
+                # a flag among the arguments says to work in place
+                args = tuple(a for a in node.args if not isinstance(a, bool))
+                smoothed = gm.graph.call_function(_smoothed(f), args, kwargs)
+            node.replace_all_uses_with(smoothed)
+            gm.graph.erase_node(node)
+    gm.recompile()
+
+
+def _kinked(gm: fx.GraphModule, node: fx.Node) -> Callable[..., Tensor] | None:
+    if node.op == "call_module" and isinstance(module := gm.get_submodule(str(node.target)), _KINKED_MODULES):
+        module = copy.copy(module)
+        module.inplace = False
+        return module
+    if node.op in ("call_function", "call_method") and node.target in _KINKED:
+        name = node.target if isinstance(node.target, str) else node.target.__name__
+        plain = name.removesuffix("_")
+        out: Callable[..., Tensor] = getattr(F, plain, None) or getattr(torch, plain)
+        return out
+    return None
+
+
+def _smoothed(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def smoothed(x: Tensor, *rest: Any, **more: Any) -> Tensor:
+        def slope(t: Tensor) -> Tensor:
+            t.requires_grad_()
+            with torch.enable_grad():
+                (found,) = torch.autograd.grad(f(t, *rest, **more).sum(), t)
+            return found
+
+        at = x.detach()
+        half = BOX * at.square().mean().sqrt().clamp_min(torch.finfo(at.dtype).tiny)
+        bend = (slope(at + half) - slope(at - half)) / (2 * half)
+        return f(x, *rest, **more) + bend * (x - at).square() / 2
+
+    return smoothed
