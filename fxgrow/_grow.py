@@ -143,7 +143,7 @@ def grow(
         loss_fn: see `fxgrow.profile`.
         example_inputs: inputs to capture the model with; None for those of the first batch.
         budget: what to add, a number of `cost` or a share such as `"+10%"`; None for `"+25%"`.
-        neurons: instead of a budget: units for every width, or per width.
+        neurons: instead of a budget: units for every width, or per width; then only the named ones are profiled.
         method: the initialiser: `default`, `newton`, `tiny`, `gradmax`, `net2wider`, `variance-transfer`, `north`,
             `splitting`, `firefly`, `random`, `random-refit`, `random-newton`, or one entered with `fxgrow.initialiser`.
         cost: of the budget: `parameters`, `multiply-adds` or `latency`; see `fxgrow.plan`.
@@ -184,8 +184,11 @@ def grow(
     captured = capture(model, inputs)
     gm = folded(captured)
     clock.lap("capture")
+    asked = _candidates(neurons)
+    # widths that get no units need no figures
+    named = list(asked) if isinstance(asked, Mapping) else None
     found = make_profile(
-        gm, data.loader, loss_fn, samples, method, units=_candidates(neurons), progress=progress, seed=seed
+        gm, data.loader, loss_fn, samples, method, widths=named, units=asked, progress=progress, seed=seed
     )
     clock.lap("profile")
     decided = make_plan(found, budget, neurons, cost=cost, multiple=multiple, update_existing=update_existing)

@@ -145,7 +145,9 @@ def search(line: Line, loss_fn: LossFn | None, share: float = 1.0, follow: bool 
 
     gamma = line.plan.scale if line.plan.scale > 0 else 1.0
     unchanged = at(0.0)
-    if at(gamma) < unchanged:
+    if not line.steps:  # new outgoing weights are zero and no old one moves: the loss is the same all along
+        pass
+    elif at(gamma) < unchanged:
         for _ in range(STRIDES):
             if not at(gamma * STRIDE) < at(gamma):
                 break

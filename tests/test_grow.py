@@ -378,3 +378,12 @@ def test_random_columns_of_silent_units_do_not_move_with_gamma():
     assert 0.2 < new.std() < 0.6  # Kaiming for 20 inputs: 0.32
     assert torch.equal(again.blocks[0].mlp.gate.weight[:, 16:], new)
     torch.testing.assert_close(grown(tokens[:2, :-1]), again(tokens[:2, :-1]))
+
+
+def test_nothing_moves_along_gamma_where_units_start_at_zero() -> None:
+    model, _, batches = trained(20)
+    grown = fxgrow.grow(model, batches, neurons={"conv1": 2}, method="random", progress=False)
+    record = grown.meta["fxgrow"]
+    assert record.search.gammas == (0.0,) and record.plan.units == {"conv1": 2}
+    assert list(record.profile) == ["conv1"]
+    assert record.losses["eval"][0] == pytest.approx(record.losses["eval"][1], abs=1e-5)
