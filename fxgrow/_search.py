@@ -145,9 +145,7 @@ def search(line: Line, loss_fn: LossFn | None, share: float = 1.0, follow: bool 
 
     gamma = line.plan.scale if line.plan.scale > 0 else 1.0
     unchanged = at(0.0)
-    if not line.steps:  # new outgoing weights are zero and no old one moves: the loss is the same all along
-        pass
-    elif at(gamma) < unchanged:
+    if at(gamma) < unchanged:
         for _ in range(STRIDES):
             if not at(gamma * STRIDE) < at(gamma):
                 break
