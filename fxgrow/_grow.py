@@ -84,6 +84,7 @@ def grow(
     cost: str = ...,
     multiple: int = ...,
     samples: int | None = ...,
+    memory_limit: int | None = ...,
     optimizer: torch.optim.Optimizer | None = ...,
     update_existing: bool = ...,
     progress: bool = ...,
@@ -105,6 +106,7 @@ def grow(
     cost: str = ...,
     multiple: int = ...,
     samples: int | None = ...,
+    memory_limit: int | None = ...,
     optimizer: torch.optim.Optimizer | None = ...,
     update_existing: bool = ...,
     progress: bool = ...,
@@ -126,6 +128,7 @@ def grow(
     cost: str = "parameters",
     multiple: int = 1,
     samples: int | None = None,
+    memory_limit: int | None = None,
     optimizer: torch.optim.Optimizer | None = None,
     update_existing: bool = True,
     progress: bool = True,
@@ -149,6 +152,7 @@ def grow(
         cost: of the budget: `parameters`, `multiply-adds` or `latency`; see `fxgrow.plan`.
         multiple: sizes to prefer, such as 8; see `fxgrow.plan`.
         samples: how many samples to use at most; None for 8192.
+        memory_limit: bytes that the profile's statistics may take, or None; see `fxgrow.profile`.
         optimizer: the optimiser that trains the model: re-pointed to the new parameters, its state kept.
         update_existing: also move the weights that exist (dW).
         progress: show a progress bar (if tqdm is installed).
@@ -188,7 +192,16 @@ def grow(
     # widths that get no units need no figures
     named = list(asked) if isinstance(asked, Mapping) else None
     found = make_profile(
-        gm, data.loader, loss_fn, samples, method, widths=named, units=asked, progress=progress, seed=seed
+        gm,
+        data.loader,
+        loss_fn,
+        samples,
+        method,
+        memory_limit=memory_limit,
+        widths=named,
+        units=asked,
+        progress=progress,
+        seed=seed,
     )
     clock.lap("profile")
     decided = make_plan(found, budget, neurons, cost=cost, multiple=multiple, update_existing=update_existing)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,26 +21,18 @@ from fxgrow._bottleneck import Bottleneck, Profile
 from fxgrow._candidates import candidates
 from fxgrow._capture import capture
 from fxgrow._compensate import silent
-from fxgrow._data import Batch, Data, LossFn, check_device, random_state_kept
+from fxgrow._data import Data, LossFn, check_device, random_state_kept
 from fxgrow._errors import ProfileError
 from fxgrow._fold import folded
-from fxgrow._graph import lookup
-from fxgrow._pass import Seen, run_pass
-from fxgrow._progress import progress as bar
+from fxgrow._measure import Measured, Reader
 from fxgrow._records import Width
 from fxgrow._refit import Refit, run_refit
 from fxgrow._rewrite import require_free
-from fxgrow._sketch import sketch
-from fxgrow._solve import bottleneck as expressivity_bottleneck
-from fxgrow._statistics import Statistics
 from fxgrow._steps import written_out
 from fxgrow._widths import Hidden, hidden
 from fxgrow.initialisers import Proposal, find_initialiser
 from fxgrow.initialisers.registry import Setting
 from fxgrow.ops.registry import Structure
-
-if TYPE_CHECKING:
-    pass
 
 log = logging.getLogger("fxgrow")
 #: norms of new channels are measured on at least so many samples
@@ -56,6 +48,7 @@ def profile(
     method: str = "default",
     *,
     positions: str = "sampled",
+    memory_limit: int | None = None,
     widths: Sequence[str] | None = None,
     units: int | Mapping[str, int] | None = None,
     progress: bool = True,
@@ -74,6 +67,9 @@ def profile(
             `splitting`, `firefly`, `random`, `random-refit`, `random-newton`, or one entered with `fxgrow.initialiser`.
         positions: `"sampled"` estimates second moments from sampled positions; `"all"` uses every one, and one more
             forward pass, for exact figures.
+        memory_limit: bytes that moments and remembered activations may take at once, or None: widths that do not fit
+            in together are measured in turns, with a reading of the data each. The fit of outgoing weights then keeps
+            one second moment per layer that reads a width, whatever the limit.
         widths: names of the widths to profile; None for all that are free, but for those whose new units send nothing
             on at first, so that the data say nothing of them (streams under a norm, queries and keys), unless `units`
             names them.
@@ -85,7 +81,8 @@ def profile(
         A `Profile`.
 
     Raises:
-        ProfileError: no width is free, the loader is empty, a batch does not fit, a loss is not finite.
+        ProfileError: no width is free, the loader is empty, a batch does not fit, a loss is not finite, a width needs
+            more than `memory_limit`.
         PlanError: `widths` names one that does not exist or is pinned.
 
     Example:
@@ -117,31 +114,10 @@ def profile(
         chosen = [by_name[h.width.name] for h in chosen]
     exact = positions == "all"
     generator = torch.Generator().manual_seed(seed)
-
-    stats = Statistics(
-        structure,
-        chosen,
-        exact=exact,
-        link=initialiser.moments,
-        project=initialiser.project,
-        output_side=initialiser.output_side,
-    )
-    loss = _collect(gm, stats, data, loss_fn, initialiser.refit, progress)
-    stats.finish(generator)
-    updates, psi = _project(stats)
-    if initialiser.project and initialiser.moments:
-        _subtract(gm, stats, updates, data, loss_fn, initialiser.refit)
-
     additions = {h.width.name: _how_many(h.width, units) for h in chosen}
-    proposals = {
-        name: initialiser.propose(stats.widths[name], stats.consumers, k) if name in stats.widths else Proposal()
-        for name, k in additions.items()
-    }
-    if initialiser.sketch:
-        rest = [h for h in chosen if h.width.name not in stats.widths]
-        proposals |= sketch(
-            gm, structure, rest, stats.consumers, updates, data, loss_fn, additions, initialiser.refit, generator
-        )
+    reader = Reader(gm, structure, initialiser, data, loss_fn, exact, generator, progress, memory_limit)
+    measured = reader.measure(chosen, additions)
+    proposals, samples, loss = measured.proposals, measured.samples, measured.loss
     if initialiser.find is not None:
         wanted = [h for h in chosen if not isinstance(units, Mapping) or h.width.name in units]
         steps = {h.width.name: additions[h.width.name] // h.width.step for h in wanted}
@@ -153,11 +129,10 @@ def profile(
     if initialiser.refit:
         found = candidates(gm, structure, proposals, additions, calibration, generator)
         refit = run_refit(found, data, loss_fn, generator)
-    samples = stats.samples
     if refit is not None and data.batches != 1:
         samples, loss = samples + refit.samples, loss + refit.loss
     bottlenecks = {
-        h.width.name: _bottleneck(h, stats, psi, proposals[h.width.name], refit, additions[h.width.name], samples)
+        h.width.name: _bottleneck(h, measured, proposals[h.width.name], refit, additions[h.width.name], samples)
         for h in chosen
     }
     twins = {n.name: n for n in asked.graph.nodes}
@@ -170,7 +145,7 @@ def profile(
         method=initialiser,
         loss=loss / max(1, samples),
         samples=samples,
-        updates=updates,
+        updates=measured.updates,
         proposals=proposals,
         proposed=additions,
         calibration=calibration,
@@ -194,63 +169,6 @@ def _chosen(
             "both trainable, with only described operators between."
         )
     return free
-
-
-def _collect(
-    gm: fx.GraphModule, stats: Statistics, data: Data, loss_fn: LossFn | None, hold: bool, show: bool
-) -> float:
-    """The first pass; returns the sum of the losses."""
-    total = 0.0
-
-    def done(batch: Batch, seen: Seen) -> None:
-        nonlocal total
-        total += seen.loss * seen.size
-        stats.end_batch(seen)
-
-    run_pass(
-        gm,
-        bar(data.fitting(hold), "profiling", data.batches, show),
-        loss_fn,
-        sources=stats.sources,
-        targets=stats.reads,
-        weights={n: lookup(gm, n) for n in stats.weights},
-        reader=lambda seen, node, v: stats.read(seen, node, v, batches=data.expected(seen.size)),
-        done=done,
-    )
-    return total
-
-
-def _project(stats: Statistics) -> tuple[dict[str, Tensor], dict[str, tuple[float, float]]]:
-    """Per consumer weight: dW*, and (Psi, E|V|^2)."""
-    updates: dict[str, Tensor] = {}
-    psi: dict[str, tuple[float, float]] = {}
-    for name, c in stats.consumers.items():
-        updates[name] = c.project(stats.exact)
-        psi[name] = expressivity_bottleneck(float(c.vv), c.vh, updates[name]), float(c.vv)
-    return updates, psi
-
-
-def _subtract(
-    gm: fx.GraphModule,
-    stats: Statistics,
-    updates: Mapping[str, Tensor],
-    data: Data,
-    loss_fn: LossFn | None,
-    hold: bool,
-) -> None:
-    if not stats.exact:
-        stats.subtract_expressible(updates)
-        return
-    run_pass(
-        gm,
-        data.fitting(hold),
-        loss_fn,
-        sources=stats.sources,
-        targets=[],
-        weights={n: lookup(gm, n) for n in stats.weights[:1]},
-        reader=lambda seen, node, v: None,
-        done=lambda batch, seen: stats.subtract_expressible_of(seen, updates),
-    )
 
 
 def _how_many(width: Width, units: int | Mapping[str, int] | None) -> int:
@@ -280,17 +198,10 @@ def _calibration(gm: fx.GraphModule, data: Data, hold: bool) -> list[Any]:
 
 
 def _bottleneck(
-    h: Hidden,
-    stats: Statistics,
-    psi: Mapping[str, tuple[float, float]],
-    proposal: Proposal,
-    refit: Refit | None,
-    k: int,
-    samples: int,
+    h: Hidden, measured: Measured, proposal: Proposal, refit: Refit | None, k: int, samples: int
 ) -> Bottleneck:
     name = h.width.name
-    read = {p.weight for p in h.reads}
-    own = [key for key, c in stats.consumers.items() if c.weight in read]
+    psi, desired = measured.asked[name]
     values = tuple(float(v) for v in proposal.values)
     gains, significant = tuple(v * v for v in values[:k]), min(k, len(values)) if proposal.alpha else k
     if proposal.splits is not None:
@@ -304,14 +215,13 @@ def _bottleneck(
         significant = evidence.significant * h.width.step
     elif refit is not None:
         gains, significant = (), 0
-    moments = stats.widths.get(name)
     return Bottleneck(
         width=h.width,
-        bottleneck=sum(psi[w][0] for w in own),
-        desired=sum(psi[w][1] for w in own),
+        bottleneck=psi,
+        desired=desired,
         gains=gains,
         singular_values=values,
         significant=significant // h.width.step * h.width.step,
         samples=samples,
-        positions=moments.rows if moments is not None else 0,
+        positions=measured.positions[name],
     )

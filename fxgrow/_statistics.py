@@ -187,6 +187,7 @@ class Statistics:
         link: collect S and N at all.
         project: `subtract_expressible` will follow; it then adds what remembered samples give to N too.
         output_side: collect E[V V^T] too.
+        cache: bytes of activations to remember per width at most.
     """
 
     def __init__(
@@ -198,7 +199,9 @@ class Statistics:
         link: bool = True,
         project: bool = False,
         output_side: bool = False,
+        cache: int = CACHE,
     ) -> None:
+        self.cache = cache
         self.exact, self.project = exact, project and not exact
         self.samples = 0
         self.consumers: dict[str, Consumer] = {}
@@ -242,7 +245,7 @@ class Statistics:
             need = math.ceil(rows_for(w.features) / w.positions(seen.inputs))
             nodes = {n for k in w.links for n in (k.writes.source, k.reads.source)}
             bytes_ = sum(seen.inputs[n][0].numel() * seen.inputs[n].element_size() for n in nodes)
-            need = min(max(need, FEW_SAMPLES), max(1, CACHE // bytes_))
+            need = min(max(need, FEW_SAMPLES), max(1, self.cache // bytes_))
             w.keep = math.ceil(need / per_batch)
             for n in (*nodes, *(k.reads.node for k in w.links)):
                 self.keep[n] = max(self.keep.get(n, 0), w.keep)

@@ -12,9 +12,11 @@ from torch import nn
 import fxgrow
 from fxgrow._analyse import analyse
 from fxgrow._data import Data
+from fxgrow._measure import Reader, project
 from fxgrow._silent import SilentCopy, start
 from fxgrow._statistics import Statistics
 from fxgrow._widths import hidden
+from fxgrow.initialisers import find_initialiser
 from models.decoder import Decoder
 
 
@@ -52,9 +54,9 @@ def sketched(net, data, name, atoms, contexts=()):
     h = next(h for h in hidden(structure) if h.width.name == name)
     stats = Statistics(structure, [h], exact=True, output_side=True)
     loader = Data(data)
-    fxgrow._profile._collect(gm, stats, loader, None, False, False)
+    Reader(gm, structure, find_initialiser("tiny"), loader, None, True, torch.Generator()).collect(stats)
     stats.finish(torch.Generator())
-    updates, _ = fxgrow._profile._project(stats)
+    updates, _ = project(stats)
     s = start(h, structure)
     s.atoms, s.contexts = atoms, list(contexts)
     if contexts:

@@ -1,0 +1,208 @@
+"""The first reading of the data: moments of every consumer and width, and the units that follow from them.
+
+Widths whose matrices have no room beside each other take turns, with a reading of the data for each turn.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from fxgrow._consumer import accumulator
+from fxgrow._data import Batch, Data, LossFn
+from fxgrow._errors import ProfileError
+from fxgrow._graph import lookup
+from fxgrow._pass import Seen, run_pass
+from fxgrow._progress import progress as bar
+from fxgrow._sketch import sketch
+from fxgrow._solve import bottleneck
+from fxgrow._statistics import CACHE, Statistics
+from fxgrow._widths import Hidden
+from fxgrow.initialisers import Initialiser, Proposal
+from fxgrow.ops.registry import Projection, Structure
+
+#: matrices like S or M that exist at once while one is solved for: itself, its factor, and what the solver copies
+COPIES = 3
+
+
+@dataclass
+class Measured:
+    """What a first reading found.
+
+    Attributes:
+        updates: dW* per consumer.
+        proposals: units per width.
+        asked: per width, Psi and E|V|^2 of all its consumers.
+        positions: per width, sampled positions behind its second moments.
+        samples: how many were read.
+        loss: the sum of their losses.
+    """
+
+    updates: dict[str, Tensor] = field(default_factory=dict)
+    proposals: dict[str, Proposal] = field(default_factory=dict)
+    asked: dict[str, tuple[float, float]] = field(default_factory=dict)
+    positions: dict[str, int] = field(default_factory=dict)
+    samples: int = 0
+    loss: float = 0.0
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How to read: the graph, the data, the method.
+
+    Attributes:
+        exact: every matrix from every position.
+        generator: of the sampling.
+        show: a progress bar.
+        limit: bytes that matrices and remembered activations may take, or None.
+    """
+
+    gm: fx.GraphModule
+    structure: Structure
+    method: Initialiser
+    data: Data
+    loss_fn: LossFn | None
+    exact: bool
+    generator: torch.Generator
+    show: bool = False
+    limit: int | None = None
+
+    def measure(self, hiddens: Sequence[Hidden], additions: Mapping[str, int]) -> Measured:
+        """Moments of these widths, and up to so many units for each.
+
+        Raises:
+            ProfileError: a width has no room on its own.
+        """
+        out = Measured()
+        for own in turns(hiddens, self.gm, self.limit):
+            self._measure(own, additions, out)
+        return out
+
+    def _measure(self, hiddens: Sequence[Hidden], additions: Mapping[str, int], out: Measured) -> None:
+        method = self.method
+        stats = Statistics(
+            self.structure,
+            hiddens,
+            exact=self.exact,
+            link=method.moments,
+            project=method.project,
+            output_side=method.output_side,
+            cache=CACHE if self.limit is None else min(CACHE, self.limit // 4 // len(hiddens)),
+        )
+        out.loss = self.collect(stats)
+        out.samples = stats.samples
+        stats.finish(self.generator)
+        updates, psi = project(stats)
+        if method.project and method.moments:
+            self._subtract(stats, updates)
+        wanted = {h.width.name: additions[h.width.name] for h in hiddens}
+        for name, k in wanted.items():
+            found = stats.widths.get(name)
+            out.proposals[name] = Proposal() if found is None else method.propose(found, stats.consumers, k)
+            out.positions[name] = 0 if found is None else found.rows
+        if method.sketch:
+            rest = [h for h in hiddens if h.width.name not in stats.widths]
+            out.proposals |= sketch(
+                self.gm, self.structure, rest, stats.consumers, updates, self.data, self.loss_fn, wanted, method.refit,
+                self.generator,
+            )  # fmt: skip
+        for h in hiddens:
+            read = {p.weight for p in h.reads}
+            own = [psi[key] for key, c in stats.consumers.items() if c.weight in read]
+            out.asked[h.width.name] = sum(p for p, _ in own), sum(v for _, v in own)
+        out.updates |= updates
+
+    def collect(self, stats: Statistics) -> float:
+        """The first pass; returns the sum of the losses."""
+        total = 0.0
+
+        def done(batch: Batch, seen: Seen) -> None:
+            nonlocal total
+            total += seen.loss * seen.size
+            stats.end_batch(seen)
+
+        run_pass(
+            self.gm,
+            bar(self.data.fitting(self.method.refit), "profiling", self.data.batches, self.show),
+            self.loss_fn,
+            sources=stats.sources,
+            targets=stats.reads,
+            weights={n: lookup(self.gm, n) for n in stats.weights},
+            reader=lambda seen, node, v: stats.read(seen, node, v, batches=self.data.expected(seen.size)),
+            done=done,
+        )
+        return total
+
+    def _subtract(self, stats: Statistics, updates: Mapping[str, Tensor]) -> None:
+        if not stats.exact:
+            stats.subtract_expressible(updates)
+            return
+        run_pass(
+            self.gm,
+            self.data.fitting(self.method.refit),
+            self.loss_fn,
+            sources=stats.sources,
+            targets=[],
+            weights={n: lookup(self.gm, n) for n in stats.weights[:1]},
+            reader=lambda seen, node, v: None,
+            done=lambda batch, seen: stats.subtract_expressible_of(seen, updates),
+        )
+
+
+def project(stats: Statistics) -> tuple[dict[str, Tensor], dict[str, tuple[float, float]]]:
+    """Per consumer weight: dW*, and (Psi, E|V|^2)."""
+    updates: dict[str, Tensor] = {}
+    psi: dict[str, tuple[float, float]] = {}
+    for name, c in stats.consumers.items():
+        updates[name] = c.project(stats.exact)
+        psi[name] = bottleneck(float(c.vv), c.vh, updates[name]), float(c.vv)
+    return updates, psi
+
+
+def turns(hiddens: Sequence[Hidden], gm: fx.GraphModule, limit: int | None) -> list[list[Hidden]]:
+    """Widths that are measured together, so that their matrices take at most three quarters of the limit.
+
+    Raises:
+        ProfileError: a width has no room on its own.
+    """
+    if limit is None:
+        return [list(hiddens)]
+    out: list[list[Hidden]] = []
+    taken: dict[str, int] = {}
+    for h in hiddens:
+        needs = _bytes(h, gm)
+        alone = sum(needs.values())
+        if alone > 0.75 * limit:
+            raise ProfileError(
+                f"The moments of width {h.width.name!r} take {alone / 2**20:,.0f} MiB, more than three quarters of "
+                f"memory_limit={limit:,} bytes: raise it to at least {math.ceil(alone / 0.75):,}, or leave the width "
+                "out with widths=."
+            )
+        if not out or sum((taken | needs).values()) > 0.75 * limit:
+            out.append([])
+            taken = {}
+        out[-1].append(h)
+        taken |= needs
+    return out
+
+
+def _bytes(h: Hidden, gm: fx.GraphModule) -> dict[str, int]:
+    """What the matrices of a width and of its consumers take, by weight: neighbours share those of a consumer."""
+
+    def sides(p: Projection) -> tuple[int, int, int, int]:
+        """How many matrices a weight is, the inputs and the outputs of each, and the size of a number."""
+        weight, many = lookup(gm, p.weight), max(1, p.groups)
+        outputs = weight.shape[p.out_dim] // (1 if p.experts else many)
+        return many, weight.numel() // (many * outputs) + 1, outputs, accumulator(weight).itemsize
+
+    found = {}
+    features, size = sum(sides(p)[1] for p in h.writes), max((sides(p)[3] for p in h.writes), default=4)
+    for p in h.reads:
+        many, inputs, outputs, own = sides(p)
+        found[p.weight] = many * (COPIES * (inputs**2 + outputs**2) + 2 * inputs * outputs) * own
+        found[f"{p.weight} after {h.width.name}"] = 2 * features * math.prod(p.kernel) * many * outputs * own
+    return found | {h.width.name: COPIES * features**2 * size}
