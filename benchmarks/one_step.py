@@ -133,8 +133,10 @@ def one_seed(subject: Subject, split: Split, seed: int, methods: list[str]) -> R
             grown = fxgrow.grow(twin, profiled, loss_fn=loss_of, **options)
         except fxgrow.PlanError:  # not defined for one of the widths
             continue
-        before, after = grown.meta["fxgrow"].losses["eval"]
-        out[method] = {"now": evaluate(grown, *test), "predicted": before - after}
+        record = grown.meta["fxgrow"]
+        before, after = record.losses["eval"]
+        predicted = record.plan.decrease(record.plan.scale)
+        out[method] = {"now": evaluate(grown, *test), "held": before - after, "predicted": predicted}
         train(grown, optimizer, further, decay=True)
         out[method]["after"] = evaluate(grown, *test)
     twin = copy.deepcopy(net)
@@ -156,22 +158,25 @@ def paired(rows: list[Row], method: str, key: str) -> str:
 
 
 def predictions(rows: dict[str, list[Row]]) -> str:
-    """The decrease that the report promises, on held-back training batches, and the one on test data."""
-    pairs = [
-        (r[m]["predicted"], r["ungrown"]["now"] - r[m]["now"])
+    """What the profile predicts for the gamma that was applied, what held-back batches and the test data say of it."""
+    triples = [
+        (r[m]["predicted"], r[m]["held"], r["ungrown"]["now"] - r[m]["now"])
         for of in rows.values()
         for r in of
         for m in r
         if r[m].get("predicted")
     ]
-    if len(pairs) < 2:
+    if len(triples) < 2:
         return ""
-    off = statistics.median(abs(p - d) / abs(d) for p, d in pairs)
-    ratio = statistics.median(p / d for p, d in pairs)
-    correlation = statistics.correlation(*zip(*pairs, strict=True))
+    predicted, held, test = zip(*triples, strict=True)
+
+    def against(mine: tuple[float, ...], theirs: tuple[float, ...]) -> str:
+        apart = statistics.median(abs(p - d) / max(abs(d), 1e-12) for p, d in zip(mine, theirs, strict=True))
+        return f"{apart:.0%} apart in the median, correlation {statistics.correlation(mine, theirs):.2f}"
+
     return (
-        f"Predicted (held back) and realised (test) decrease over {len(pairs)} growths: {off:.0%} apart in the median, "
-        f"ratio {ratio:.2f}, correlation {correlation:.2f}."
+        f"{len(triples)} growths, predicted and held back: {against(predicted, held)}; "
+        f"predicted and test: {against(predicted, test)}; held back and test: {against(held, test)}."
     )
 
 

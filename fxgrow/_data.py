@@ -242,6 +242,16 @@ def _set_random_state(state: dict[str, Any], loader: Any) -> None:
         sys.modules["numpy"].random.set_state(state["numpy"])
 
 
+@dataclass(frozen=True)
+class Fitting:
+    """The fitting part of some data as a loader of its own: who reads it cannot see what is held back."""
+
+    data: Data
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.data.fitting()
+
+
 @contextlib.contextmanager
 def random_state_kept() -> Iterator[None]:
     """Leaves all global random generators as they were, whatever a loss or a dropout layer draws."""

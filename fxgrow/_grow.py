@@ -14,7 +14,7 @@ from torch import fx, nn
 from fxgrow._bottleneck import Profile
 from fxgrow._capture import capture
 from fxgrow._check import check_function
-from fxgrow._data import Batch, Data, LossFn, check_device, random_state_kept
+from fxgrow._data import Batch, Data, Fitting, LossFn, check_device, random_state_kept
 from fxgrow._decide import plan as make_plan
 from fxgrow._errors import PlanError
 from fxgrow._fold import folded, unfolded
@@ -27,6 +27,7 @@ from fxgrow._profile import profile as make_profile
 from fxgrow._records import Reason
 from fxgrow._rewrite import rewrite
 from fxgrow._search import SEARCH_SAMPLES, Line, Search, mean_loss, search
+from fxgrow.initialisers import find_initialiser
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -49,6 +50,8 @@ class Growth:
         pinned: widths that cannot change, and why.
         seconds: wall time per stage.
         declined: why nothing was added, or None.
+        decreases: predicted and realised decrease of the held-back loss (eval mode), of the growths before this one
+            and of this one, where its method predicts.
     """
 
     plan: Plan
@@ -58,6 +61,7 @@ class Growth:
     pinned: Mapping[str, Reason]
     seconds: Mapping[str, float]
     declined: str | None = None
+    decreases: tuple[tuple[float, float], ...] = ()
 
     def __str__(self) -> str:
         from fxgrow._report import growth_report
@@ -191,9 +195,11 @@ def grow(
     asked = _candidates(neurons)
     # widths that get no units need no figures
     named = list(asked) if isinstance(asked, Mapping) else None
+    # what the line search measures no statistics have seen
+    fitting = data.loader if find_initialiser(method).refit else Fitting(data)
     found = make_profile(
         gm,
-        data.loader,
+        fitting,
         loss_fn,
         samples,
         method,
@@ -215,7 +221,7 @@ def grow(
     out = into_module(model, inputs, captured, grown) if into == "module" else grown
     if optimizer is not None:
         repoint(optimizer, model, out, index)
-    record = replace(growth.record, seconds=clock.laps)
+    record = replace(growth.record, seconds=clock.laps, decreases=_decreases(model, growth.record))
     keep_record(out, record)
     log.info("%s", record.declined or record.plan)
     return out
@@ -265,6 +271,14 @@ def _apply_best(
     losses = {mode: (before[mode], after[mode]) for mode in before}
     record = Growth(decided.scaled(gamma), found, result, losses, pinned, {})
     return line.graph, _Outcome(record, line.index)
+
+
+def _decreases(model: nn.Module, growth: Growth) -> tuple[tuple[float, float], ...]:
+    """Predicted and realised, after those of the growth that made the model."""
+    before = getattr(model, "meta", {}).get("fxgrow") if isinstance(getattr(model, "meta", {}), dict) else None
+    earlier = before.decreases if isinstance(before, Growth) else ()
+    predicted, (old, new) = growth.plan.decrease(growth.plan.scale), growth.losses["eval"]
+    return (*earlier, (predicted, old - new)) if growth.plan.units and predicted else earlier
 
 
 def _losses(gm: fx.GraphModule, held: list[Batch], loss_fn: LossFn | None) -> dict[str, float]:

@@ -62,7 +62,9 @@ def newton(gm: fx.GraphModule, plan: Plan, data: Data, loss_fn: LossFn | None, s
         return plan
     with eval_mode(quadratic.graph), torch.enable_grad():
         found = conjugate_gradients(quadratic.slope(), quadratic.curvature)
-    return replace(plan, values=quadratic.values(found), scale=share) if found is not None else plan
+    if found is None:
+        return plan
+    return replace(plan, values=quadratic.values(found), scale=share, slope=0.0, curvature=0.0)
 
 
 class Quadratic:

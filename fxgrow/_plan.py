@@ -28,6 +28,8 @@ class Plan:
         scale: gamma; new outgoing weights and the update of existing ones are multiplied by it.
         symmetric: new incoming weights share the scale (its root on both sides).
         predicted: predicted decrease of the loss per width, where the method predicts one.
+        slope: predicted decrease of the held-back loss per unit of gamma, all widths and updates together.
+        curvature: of the same; see `decrease`.
         parameters: parameters of the model before and after.
         reason: why nothing, or less than was asked for, is added.
         values: new entries and updates of old ones, at scale 1.
@@ -38,6 +40,8 @@ class Plan:
     scale: float = 1.0
     symmetric: bool = False
     predicted: dict[str, float] = field(default_factory=dict)
+    slope: float = 0.0
+    curvature: float = 0.0
     parameters: tuple[int, int] = (0, 0)
     reason: str | None = None
     values: Values = field(default_factory=Values, repr=False)
@@ -56,6 +60,10 @@ class Plan:
         }
         delta = {name: t * scale for name, t in self.values.delta.items()} if update else {}
         return replace(self.values, new=new, delta=delta)
+
+    def decrease(self, gamma: float) -> float:
+        """Predicted decrease of the loss at a gamma: slope * gamma - curvature * gamma^2 / 2."""
+        return gamma * self.slope - 0.5 * gamma**2 * self.curvature
 
     @property
     def moves(self) -> bool:
@@ -92,6 +100,8 @@ class Plan:
                 "scale": self.scale,
                 "symmetric": self.symmetric,
                 "predicted": self.predicted,
+                "slope": self.slope,
+                "curvature": self.curvature,
                 "parameters": list(self.parameters),
                 "reason": self.reason,
                 "outgoing": [list(k) for k in self.outgoing],
@@ -125,6 +135,8 @@ class Plan:
                 scale=float(raw["scale"]),
                 symmetric=bool(raw["symmetric"]),
                 predicted=dict(raw["predicted"]),
+                slope=float(raw.get("slope", 0.0)),
+                curvature=float(raw.get("curvature", 0.0)),
                 parameters=(raw["parameters"][0], raw["parameters"][1]),
                 reason=raw["reason"],
                 values=Values(

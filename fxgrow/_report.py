@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
@@ -70,6 +71,7 @@ def growth_report(growth: Growth) -> str:
     elif plan.reason:
         lines += textwrap.wrap(f"less than asked for: {plan.reason}", WIDTH, subsequent_indent=" " * 21)
     lines.append("held-back loss: " + ", ".join(f"{mode} {_change(*loss)}" for mode, loss in growth.losses.items()))
+    lines += _predictions(growth)
     if search is not None:
         seen = "  ".join(f"{g:.3g}:\xa0{loss:.4f}" for g, loss in zip(search.gammas, search.losses, strict=True))
         lines.append(f"gamma: {plan.scale:.3g} applied, {search.best:.3g} best on held-back batches")
@@ -81,6 +83,18 @@ def growth_report(growth: Growth) -> str:
         lines.append(f"seconds: {sum(growth.seconds.values()):.2f} ({stages})")
     lines += ["", _bottlenecks(growth.profile, "added", plan.units), "", LEGEND, *_pinned(growth.pinned)]
     return "\n".join(lines)
+
+
+def _predictions(growth: Growth) -> list[str]:
+    """What the profile promised and what came of it; over several growths, how well the two go together."""
+    pairs = growth.decreases
+    if not pairs or not growth.plan.units:
+        return []
+    predicted, realised = pairs[-1]
+    line = f"decrease: {predicted:.4f} predicted, {realised:.4f} realised"
+    if len(pairs) > 2 and all(len(set(side)) > 1 for side in zip(*pairs, strict=True)):
+        line += f" (correlation over {len(pairs)} growths {statistics.correlation(*zip(*pairs, strict=True)):.2f})"
+    return [line]
 
 
 LEGEND = (

@@ -12,7 +12,6 @@ from fxgrow._compensate import silent
 from fxgrow._consumer import like_weight
 from fxgrow._graph import lookup
 from fxgrow._plan import Plan
-from fxgrow._refit import decrease
 from fxgrow._rewrite import Values
 from fxgrow._splits import Splits, split_values
 from fxgrow._widths import Hidden, hidden
@@ -42,10 +41,12 @@ def fill_plan(
                 values.new.setdefault(name, {})[width, dim] = _pick(t, dim, order[width], found.atoms[width])
                 if (name, dim) in produces:
                     incoming.append((name, width, dim))
-    scale = 1.0
+    terms, scale = (0.0, 0.0), 1.0
     predicted: dict[str, float] = {}
     if refit is not None:
-        scale, predicted = _from_refit(profile, structure, order, update_existing, values, outgoing)
+        terms, predicted = _from_refit(profile, structure, order, update_existing, values, outgoing)
+        slope, curvature = terms
+        scale = profile.method.share * slope / curvature if slope > 0 and curvature > 0 else 0.0
     else:
         _from_proposals(profile, structure, units, update_existing, values, outgoing)
     followed = any(h.width.followers for h in hidden(structure) if h.width.name in units)
@@ -55,6 +56,8 @@ def fill_plan(
         scale=scale,
         symmetric=profile.method.symmetric and not followed,
         predicted=predicted,
+        slope=terms[0],
+        curvature=terms[1],
         parameters=parameters,
         values=values,
         outgoing=tuple(outgoing),
@@ -109,11 +112,15 @@ def _from_refit(
     update_existing: bool,
     values: Values,
     outgoing: list[tuple[str, str, int]],
-) -> tuple[float, dict[str, float]]:
-    """Outgoing weights and updates, solved jointly for all chosen units that a consumer reads."""
+) -> tuple[tuple[float, float], dict[str, float]]:
+    """Outgoing weights and updates, solved jointly for all chosen units that a consumer reads.
+
+    Returns:
+        Slope and curvature of the loss along gamma, and what each width's units are predicted to bring.
+    """
     refit = profile.refit
     if refit is None:
-        return 1.0, {}
+        return (0.0, 0.0), {}
     terms = []
     # what reads a new unit that is zero at first needs columns that are not
     mute = {h.width.name for h in hidden(structure) if silent(structure, h.var)}
@@ -147,8 +154,7 @@ def _from_refit(
             values.delta[name] = _below(values.delta.get(name), like_weight(moved, weight, r.use))
     s, q = sum(t[0] for t in terms), sum(t[1] for t in terms)
     predicted = {w: refit.marginal(w, len(u)) for w, u in order.items() if refit.of(w)}
-    best = s / q if q > 0 and decrease(terms) > 0 else 0.0
-    return profile.method.share * best, predicted
+    return (s, q), predicted
 
 
 def _below(above: Tensor | None, t: Tensor) -> Tensor:

@@ -387,3 +387,40 @@ def test_nothing_moves_along_gamma_where_units_start_at_zero() -> None:
     assert record.search is None and record.plan.units == {"conv1": 2}
     assert list(record.profile) == ["conv1"]
     assert record.losses["eval"][0] == pytest.approx(record.losses["eval"][1], abs=1e-5)
+
+
+def test_predictions_come_true_and_are_kept() -> None:
+    torch.manual_seed(0)
+    model, batches = MLP([64, 12, 10]), [(x.flatten(1), y) for x, y in digits()]
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    train(model, batches, optimizer, 60)
+    net: nn.Module = model
+    for times in (1, 2, 3):
+        net = fxgrow.grow(net, batches, neurons=2, optimizer=optimizer, progress=False)
+        record = net.meta["fxgrow"]
+        assert len(record.decreases) == times
+        predicted, realised = record.decreases[-1]
+        before, after = record.losses["eval"]
+        assert realised == before - after > 0
+        assert predicted == record.plan.decrease(record.plan.scale) == pytest.approx(realised, rel=0.25)
+        assert f"decrease: {predicted:.4f} predicted, {realised:.4f} realised" in str(record)
+        train(net, batches, optimizer, 20)
+    assert "(correlation over 3 growths " in str(record)
+    again = fxgrow.Plan.from_json(record.plan.to_json())
+    assert (again.slope, again.curvature) == (record.plan.slope, record.plan.curvature)
+
+
+@pytest.mark.parametrize("method", ["tiny", "default"])
+def test_the_line_search_sees_what_nothing_was_fitted_on(method: str) -> None:
+    model, _, batches = trained(20)
+    # other labels for the held-back batches: the units stay as they were
+    broken = [(x, y if i % 4 != 3 else y.flip(0)) for i, (x, y) in enumerate(batches)]
+    plans = [
+        fxgrow.grow(model, data, method=method, neurons={"conv1": 2}, progress=False).meta["fxgrow"].plan
+        for data in (batches, broken)
+    ]
+    assert plans[0].scale != plans[1].scale
+    for name, slices in plans[0].values.new.items():
+        for key, t in slices.items():
+            if "running" not in name:  # those move along with gamma
+                torch.testing.assert_close(plans[1].values.new[name][key], t)
