@@ -12,6 +12,10 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fxgrow
 from fxgrow._analyse import analyse
+from fxgrow._consumer import consumers_of
+from fxgrow._data import Data
+from fxgrow._graph import lookup
+from fxgrow._silent import SilentCopy, start
 from fxgrow._steps import written_out
 from fxgrow._widths import hidden
 
@@ -274,6 +278,53 @@ def test_packed_sequences_and_projections_stay_pinned() -> None:
         assert width.name == "0" and width.pinned is not None and reason in str(width.pinned)
         with pytest.raises(fxgrow.ProfileError, match=reason):
             fxgrow.profile(gm, data(), F.mse_loss, progress=False)
+
+
+# -- new units
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_silent_units_see_what_the_weights_cannot_express(batch_first: bool) -> None:
+    """At zero a unit of an RNN puts out alpha b; W_hh reads it one step later."""
+    net, batches = Net("rnn", batch_first=batch_first).double(), data()
+    expected, inputs = by_hand(net, batches)
+    graph = written_out(fxgrow.capture(net, (batches[0][0],)))
+    structure = analyse(graph)
+    h = next(h for h in hidden(structure) if h.width.name == "r")
+    profile = fxgrow.profile(net, batches, F.mse_loss, positions="all", method="tiny", progress=False)
+    consumers = {p.weight: c for p in h.reads for c in consumers_of(p.weight, structure.projections, False).values()}
+    s = start(h, structure)
+    s.atoms = 3
+    copy = SilentCopy(graph, structure, consumers, profile.updates, [s], torch.Generator().manual_seed(1))
+    copy.run(Data(batches), F.mse_loss)
+    rest = {}
+    for name in ("r.weight_hh_l0", "out.weight"):
+        g = expected[name]
+        rest[name] = torch.stack(g.v) - torch.stack(g.h) @ moments(g, 48)[0].T
+        rest[name] = rest[name].unflatten(0, (48, STEPS))
+    omega = {p.weight: lookup(copy.graph, p.weight)[: len(rest[p.weight][0, 0]), UNITS:].detach() for p in h.reads}
+    later = F.pad(rest["r.weight_hh_l0"] @ omega["r.weight_hh_l0"], (0, 0, 0, 1))[:, 1:]
+    asked = (later + rest["out.weight"] @ omega["out.weight"]).flatten(0, 1)
+    for name in ("ih", "hh"):
+        b = torch.stack(expected[f"r.weight_{name}_l0"].h)
+        torch.testing.assert_close(s.producers[f"r.weight_{name}_l0"].slope[:, 0], asked.T @ b, rtol=1e-8, atol=1e-10)
+    assert copy.silent["r"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_units_are_told_what_to_be(kind: str) -> None:
+    profile = fxgrow.profile(Net(kind).double(), data(), F.mse_loss, units=2, progress=False)
+    if kind == "rnn with relu":  # has no slope at zero
+        assert profile.proposals["r"].alpha == {}
+        return
+    alpha = profile.proposals["r"].alpha
+    gates = {"lstm": 4, "gru": 3, "rnn": 1}[kind]
+    assert alpha["r.weight_ih_l0"].shape == (2 * gates, WIDTH + 1)
+    assert alpha["r.weight_hh_l0"].shape == (2 * gates, UNITS + 1)
+    assert len(profile["r"].singular_values) > 0
+    # layers and directions are units of their own, which one direction cannot serve
+    both = fxgrow.profile(Net(kind, bidirectional=True).double(), data(), F.mse_loss, units=2, progress=False)
+    assert both.proposals["r"].alpha == {} and both["r"].bottleneck > 0
 
 
 # -- where the samples are
