@@ -327,6 +327,23 @@ def test_new_units_are_told_what_to_be(kind: str) -> None:
     assert both.proposals["r"].alpha == {} and both["r"].bottleneck > 0
 
 
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_norm_over_the_units_pins_them(kind: type[nn.RNNBase], norm: type[nn.Module]) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.r, self.norm, self.out = kind(IN, 5, batch_first=True), norm(5), nn.Linear(5, OUT)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.norm(self.r(x)[0]))
+
+    gm = fxgrow.capture(Normed().double(), (data()[0][0],))
+    for graph in (gm, written_out(gm)):
+        width = fxgrow.widths(graph)[0]
+        assert width.name == "r" and width.pinned is not None and width.pinned.code == "norm"
+
+
 # -- where the samples are
 
 
@@ -355,3 +372,40 @@ def test_steps_first_is_samples_first_in_disguise(method: str, positions: str, s
         assert found[name].desired == pytest.approx(expected[name].desired, rel=1e-9)
         assert found[name].singular_values == pytest.approx(expected[name].singular_values, rel=1e-6)
         assert found[name].gains == pytest.approx(expected[name].gains, rel=1e-6, abs=1e-12)
+
+
+class Heard(nn.Module):
+    """A convolution over time, or an embedding, read by a GRU."""
+
+    def __init__(self, front: nn.Module, batch_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.front, self.r, self.out = front, nn.GRU(WIDTH, UNITS, batch_first=batch_first), nn.Linear(UNITS, OUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.front(x)
+        if isinstance(self.front, nn.Conv1d):
+            h = torch.tanh(h).permute(*((0, 2, 1) if self.r.batch_first else (2, 0, 1)))
+        elif not self.r.batch_first:
+            h = h.transpose(0, 1)
+        return self.out(self.r(h)[0][(slice(None), -1) if self.r.batch_first else -1])
+
+
+@pytest.mark.parametrize("size", [12, STEPS])
+@pytest.mark.parametrize("front", ["convolution", "embedding"])
+def test_what_writes_a_sequence_has_a_bottleneck(front: str, size: int) -> None:
+    profiles = []
+    for batch_first in (True, False):
+        torch.manual_seed(2)
+        layer = nn.Conv1d(IN, WIDTH, 3, padding=1) if front == "convolution" else nn.Embedding(5, WIDTH)
+        inputs = [x.transpose(1, 2) if front == "convolution" else (x[..., 0] > 0).long() for x, _ in data(size=size)]
+        batches = [(x, y[:, -1]) for x, (_, y) in zip(inputs, data(size=size), strict=True)]
+        net = Heard(layer, batch_first).double()
+        options: dict[str, Any] = {"positions": "all", "widths": ["front"], "progress": False}
+        profiles.append(fxgrow.profile(net, batches, F.mse_loss, **options)["front"])
+    first, second = profiles
+    assert first.bottleneck > 0 and len(first.gains) == 4
+    assert (len(first.singular_values) > 0) == (front == "convolution")
+    assert second.bottleneck == pytest.approx(first.bottleneck, rel=1e-9)
+    assert second.singular_values == pytest.approx(first.singular_values, rel=1e-6)
+    assert second.gains == pytest.approx(first.gains, rel=1e-6, abs=1e-12)
