@@ -1,11 +1,11 @@
-"""What new units are worth at each kind of width of a small decoder, by initialiser, over paired seeds.
+"""What new units are worth at each kind of width of a small decoder or an LSTM, by initialiser, over paired seeds.
 
-A two-layer character-level decoder (RMSNorm, rotary positions, SwiGLU) is trained on Shakespeare. One kind of width
-then grows in both layers by a quarter, with every method from the same checkpoint and with the same line search, and
-all of it trains on with the same batches and the old Adam state. The weights that exist are not moved by the growth
-unless `--update`: their move is most of the gain at once, alike for all methods, and gone after some steps. Figures are
-held-back losses in nats per character, at once and after further steps; differences are paired over seeds, with their
-standard error.
+A two-layer character-level decoder (RMSNorm, rotary positions, SwiGLU) or a character-level LSTM is trained on
+Shakespeare. One kind of width then grows (in both layers) by a quarter, with every method from the same checkpoint and
+with the same line search, and all of it trains on with the same batches and the old Adam state. The weights that exist
+are not moved by the growth unless `--update`: their move is most of the gain at once, alike for all methods, and gone
+after some steps. Figures are held-back losses in nats per character, at once and after further steps; differences are
+paired over seeds, with their standard error.
 
     FXGROW_DATA=... python -m benchmarks.widths [--seeds 6] [--steps 300] [--further 200] [--only values heads ...]
 """
@@ -28,12 +28,30 @@ from models import Decoder
 METHODS = ("random", "random-refit", "default")
 #: the end of the names of the widths of each kind
 KINDS = {"values": "attention.v", "heads": "attention.q", "gated": "mlp.gate", "stream": "tokens"}
+#: those of the LSTM: its units, what a linear layer in front of it writes, and the embedding, which it reads itself
+RECURRENT = {"hidden": "lstm", "input": "input", "embedding": "tokens"}
+KINDS |= RECURRENT
 SHARE = 0.25
 CONTEXT, BATCH, RATE = 64, 32, 2e-3
 
 Batches = list[tuple[Tensor, Tensor]]
 #: per method: the losses `now` and `after`, and what was added
 Row = dict[str, dict[str, float]]
+
+
+class CharacterLSTM(nn.Module):
+    """Embedding, a linear layer with tanh (if there is one), an LSTM and a linear head."""
+
+    def __init__(self, characters: int, with_input: bool) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(characters, 16)
+        self.input = nn.Linear(16, 16) if with_input else None
+        self.lstm, self.head = nn.LSTM(16, 32, batch_first=True), nn.Linear(32, characters)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.tokens(x)
+        h = h if self.input is None else torch.tanh(self.input(h))
+        return self.head(self.lstm(h)[0])
 
 
 def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
@@ -66,7 +84,11 @@ def one_seed(kind: str, seed: int, steps: int, further: int, update: bool) -> Ro
     train_text, test_text, characters = shakespeare()
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
-    net = Decoder(len(characters), CONTEXT, fixed_heads=kind == "values")
+    net: nn.Module
+    if kind in RECURRENT:
+        net = CharacterLSTM(len(characters), with_input=kind == "input")
+    else:
+        net = Decoder(len(characters), CONTEXT, fixed_heads=kind == "values")
     optimizer = torch.optim.Adam(net.parameters(), RATE)
     train(net, optimizer, draw(train_text, steps, generator))
     state, profiled = optimizer.state_dict(), draw(train_text, 32, generator)

@@ -205,6 +205,8 @@ class _Follow:
         return found
 
     def _evaluate(self, node: fx.Node, silent: bool) -> str:
+        if node.op == "call_module" and isinstance(self.gm.get_submodule(str(node.target)), nn.RNNBase):
+            return ANY  # several weights write it, through gates
         if node in self.writes:
             p = self.writes[node]
             return self._written(node, [(p.weight, p.out_dim), *([] if p.bias is None else [(p.bias, 0)])], silent)

@@ -29,6 +29,7 @@ from fxgrow._graph import lookup
 from fxgrow._pass import eval_mode, forward
 from fxgrow._plan import Plan
 from fxgrow._rewrite import Values, rewrite
+from fxgrow._steps import written_out
 
 #: conjugate-gradient steps; the fewer, the less of the noise of few batches is fitted
 STEPS = 8
@@ -73,7 +74,8 @@ class Quadratic:
     def __init__(self, gm: fx.GraphModule, plan: Plan, data: Data, loss_fn: LossFn | None) -> None:
         self.plan, self.data, self.loss_fn = plan, data, loss_fn
         self.few = list(itertools.islice(data.fitting(), BATCHES))
-        self.graph, _ = rewrite(gm, plan.units, plan.at(0.0), torch.Generator().manual_seed(0))
+        wide, _ = rewrite(gm, plan.units, plan.at(0.0), torch.Generator().manual_seed(0))
+        self.graph = written_out(wide)  # cuDNN's recurrent layers have no backward pass in eval mode
         self.where = places(analyse(gm), plan.units)
         self.names = list(dict.fromkeys([*(name for name, _, _ in plan.outgoing), *plan.values.delta]))
         self.parameters = [lookup(self.graph, name).requires_grad_() for name in self.names]

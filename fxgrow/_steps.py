@@ -176,8 +176,9 @@ class _Layers:
         arguments = given, echo, w_hh, b_hh, h, c, self.cell, self.time, reverse
         every = self._call(steps, arguments, (hidden, last, last))
         states, last_h, last_c = (self._item(every, i) for i in range(3))
-        self._call(before, (states, h, echo, w_hh, b_hh, self.time, reverse), hidden)
-        return states, last_h, last_c
+        read = self._call(before, (states, h, echo, w_hh, b_hh, self.time, reverse), hidden)
+        # so that backward passes by what W_hh reads, with a gradient of zero: what a reader returns can be corrected
+        return self._call(torch.add, (states, read), hidden, alpha=0), last_h, last_c
 
     def _new(self, entries: int) -> Tensor:
         """A value of so many entries per unit at every step."""
@@ -193,8 +194,8 @@ class _Layers:
             return None if of is None else of[i]
         return self._call(operator.getitem, (of, i), of.meta["val"][i])
 
-    def _call(self, function: Any, arguments: tuple[Any, ...], value: Any) -> fx.Node:
-        node = self.graph.call_function(function, arguments)
+    def _call(self, function: Any, arguments: tuple[Any, ...], value: Any, **options: Any) -> fx.Node:
+        node = self.graph.call_function(function, arguments, options)
         node.meta[OWNER] = str(self.node.target)
         set_value(node, value)
         return node

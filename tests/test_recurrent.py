@@ -12,6 +12,10 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fxgrow
 from fxgrow._analyse import analyse
+from fxgrow._consumer import consumers_of
+from fxgrow._data import Data
+from fxgrow._graph import lookup
+from fxgrow._silent import SilentCopy, start
 from fxgrow._steps import written_out
 from fxgrow._widths import hidden
 
@@ -276,6 +280,70 @@ def test_packed_sequences_and_projections_stay_pinned() -> None:
             fxgrow.profile(gm, data(), F.mse_loss, progress=False)
 
 
+# -- new units
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+def test_silent_units_see_what_the_weights_cannot_express(batch_first: bool) -> None:
+    """At zero a unit of an RNN puts out alpha b; W_hh reads it one step later."""
+    net, batches = Net("rnn", batch_first=batch_first).double(), data()
+    expected, inputs = by_hand(net, batches)
+    graph = written_out(fxgrow.capture(net, (batches[0][0],)))
+    structure = analyse(graph)
+    h = next(h for h in hidden(structure) if h.width.name == "r")
+    profile = fxgrow.profile(net, batches, F.mse_loss, positions="all", method="tiny", progress=False)
+    consumers = {p.weight: c for p in h.reads for c in consumers_of(p.weight, structure.projections, False).values()}
+    s = start(h, structure)
+    s.atoms = 3
+    copy = SilentCopy(graph, structure, consumers, profile.updates, [s], torch.Generator().manual_seed(1))
+    copy.run(Data(batches), F.mse_loss)
+    rest = {}
+    for name in ("r.weight_hh_l0", "out.weight"):
+        g = expected[name]
+        rest[name] = torch.stack(g.v) - torch.stack(g.h) @ moments(g, 48)[0].T
+        rest[name] = rest[name].unflatten(0, (48, STEPS))
+    omega = {p.weight: lookup(copy.graph, p.weight)[: len(rest[p.weight][0, 0]), UNITS:].detach() for p in h.reads}
+    later = F.pad(rest["r.weight_hh_l0"] @ omega["r.weight_hh_l0"], (0, 0, 0, 1))[:, 1:]
+    asked = (later + rest["out.weight"] @ omega["out.weight"]).flatten(0, 1)
+    for name in ("ih", "hh"):
+        b = torch.stack(expected[f"r.weight_{name}_l0"].h)
+        torch.testing.assert_close(s.producers[f"r.weight_{name}_l0"].slope[:, 0], asked.T @ b, rtol=1e-8, atol=1e-10)
+    assert copy.silent["r"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_units_are_told_what_to_be(kind: str) -> None:
+    profile = fxgrow.profile(Net(kind).double(), data(), F.mse_loss, units=2, progress=False)
+    if kind == "rnn with relu":  # has no slope at zero
+        assert profile.proposals["r"].alpha == {}
+        return
+    alpha = profile.proposals["r"].alpha
+    gates = {"lstm": 4, "gru": 3, "rnn": 1}[kind]
+    assert alpha["r.weight_ih_l0"].shape == (2 * gates, WIDTH + 1)
+    assert alpha["r.weight_hh_l0"].shape == (2 * gates, UNITS + 1)
+    assert len(profile["r"].singular_values) > 0
+    # layers and directions are units of their own, which one direction cannot serve
+    both = fxgrow.profile(Net(kind, bidirectional=True).double(), data(), F.mse_loss, units=2, progress=False)
+    assert both.proposals["r"].alpha == {} and both["r"].bottleneck > 0
+
+
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.RMSNorm])
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_a_norm_over_the_units_pins_them(kind: type[nn.RNNBase], norm: type[nn.Module]) -> None:
+    class Normed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.r, self.norm, self.out = kind(IN, 5, batch_first=True), norm(5), nn.Linear(5, OUT)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.norm(self.r(x)[0]))
+
+    gm = fxgrow.capture(Normed().double(), (data()[0][0],))
+    for graph in (gm, written_out(gm)):
+        width = fxgrow.widths(graph)[0]
+        assert width.name == "r" and width.pinned is not None and width.pinned.code == "norm"
+
+
 # -- where the samples are
 
 
@@ -304,3 +372,40 @@ def test_steps_first_is_samples_first_in_disguise(method: str, positions: str, s
         assert found[name].desired == pytest.approx(expected[name].desired, rel=1e-9)
         assert found[name].singular_values == pytest.approx(expected[name].singular_values, rel=1e-6)
         assert found[name].gains == pytest.approx(expected[name].gains, rel=1e-6, abs=1e-12)
+
+
+class Heard(nn.Module):
+    """A convolution over time, or an embedding, read by a GRU."""
+
+    def __init__(self, front: nn.Module, batch_first: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.front, self.r, self.out = front, nn.GRU(WIDTH, UNITS, batch_first=batch_first), nn.Linear(UNITS, OUT)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.front(x)
+        if isinstance(self.front, nn.Conv1d):
+            h = torch.tanh(h).permute(*((0, 2, 1) if self.r.batch_first else (2, 0, 1)))
+        elif not self.r.batch_first:
+            h = h.transpose(0, 1)
+        return self.out(self.r(h)[0][(slice(None), -1) if self.r.batch_first else -1])
+
+
+@pytest.mark.parametrize("size", [12, STEPS])
+@pytest.mark.parametrize("front", ["convolution", "embedding"])
+def test_what_writes_a_sequence_has_a_bottleneck(front: str, size: int) -> None:
+    profiles = []
+    for batch_first in (True, False):
+        torch.manual_seed(2)
+        layer = nn.Conv1d(IN, WIDTH, 3, padding=1) if front == "convolution" else nn.Embedding(5, WIDTH)
+        inputs = [x.transpose(1, 2) if front == "convolution" else (x[..., 0] > 0).long() for x, _ in data(size=size)]
+        batches = [(x, y[:, -1]) for x, (_, y) in zip(inputs, data(size=size), strict=True)]
+        net = Heard(layer, batch_first).double()
+        options: dict[str, Any] = {"positions": "all", "widths": ["front"], "progress": False}
+        profiles.append(fxgrow.profile(net, batches, F.mse_loss, **options)["front"])
+    first, second = profiles
+    assert first.bottleneck > 0 and len(first.gains) == 4
+    assert (len(first.singular_values) > 0) == (front == "convolution")
+    assert second.bottleneck == pytest.approx(first.bottleneck, rel=1e-9)
+    assert second.singular_values == pytest.approx(first.singular_values, rel=1e-6)
+    assert second.gains == pytest.approx(first.gains, rel=1e-6, abs=1e-12)
