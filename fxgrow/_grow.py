@@ -150,7 +150,8 @@ def grow(
         loss_fn: see `fxgrow.profile`.
         example_inputs: inputs to capture the model with; None for those of the first batch.
         budget: what to add, a number of `cost` or a share such as `"+10%"`; None for `"+25%"`.
-        neurons: instead of a budget: units for every width, or per width; then only the named ones are profiled.
+        neurons: instead of a budget: units for every width, or per width, then only the named ones are profiled; see
+            `fxgrow.plan`.
         method: the initialiser: `default`, `newton`, `tiny`, `gradmax`, `net2wider`, `variance-transfer`, `north`,
             `splitting`, `firefly`, `random`, `random-refit`, `random-newton`, or one entered with `fxgrow.initialiser`.
         cost: of the budget: `parameters`, `multiply-adds` or `latency`; see `fxgrow.plan`.

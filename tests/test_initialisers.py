@@ -68,7 +68,11 @@ def test_the_function_stays_and_new_units_learn(method: str) -> None:
     net, x = settled(), IMAGES[0][0]
     wanted = {"stem": 4, "expand": 6, "last": 4}
     grown = fxgrow.grow(net, IMAGES, method=method, neurons=wanted, progress=False)
-    assert grown.meta["fxgrow"].plan.units == wanted
+    growth = grown.meta["fxgrow"]
+    assert growth.plan.units == wanted
+    # nothing to search for, and the report says so
+    assert growth.search is None and "gamma: function kept; no line search" in str(growth)
+    assert str(growth.plan).endswith("function kept")
     again = fxgrow.apply(fxgrow.capture(net, (x,)), fxgrow.Plan.from_json(grown.meta["fxgrow"].plan.to_json()))
     for g in (grown, again):
         twin = copy.deepcopy(net)

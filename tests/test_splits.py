@@ -160,7 +160,11 @@ def test_the_loss_falls_by_half_eps_squared_lambda(act: type[nn.Module]) -> None
     predicted = sum(plan.predicted.values())
     assert predicted == pytest.approx(sum(profile["0"].gains[:2]) + sum(profile["2"].gains[:2]))
     x, y = fitting(VECTORS)
-    loss = lambda gamma: float(F.cross_entropy(fxgrow.apply(profile.graph, plan.scaled(gamma))(x), y))  # noqa: E731
+
+    @torch.no_grad()
+    def loss(gamma: float) -> float:
+        return float(F.cross_entropy(fxgrow.apply(profile.graph, plan.scaled(gamma))(x), y))
+
     before = float(F.cross_entropy(net(x), y).detach())
     assert loss(0.0) == pytest.approx(before, rel=1e-12)
     for gamma in (0.02, 0.04):
@@ -175,7 +179,7 @@ def test_each_half_moves_one_way_and_takes_half() -> None:
     (j,) = (rows[:4] != net[0].weight).any(1).nonzero().flatten().tolist()
     torch.testing.assert_close(rows[j] + rows[4], 2 * net[0].weight[j])
     torch.testing.assert_close(columns[:, [j, 4]], (net[2].weight[:, j] / 2)[:, None].expand(-1, 2))
-    delta = torch.cat([rows[j] - net[0].weight[j], grown.get_parameter("0.bias")[j : j + 1] - net[0].bias[j]])
+    delta = torch.cat([rows[j] - net[0].weight[j], grown.get_parameter("0.bias")[j : j + 1] - net[0].bias[j]]).detach()
     matrix = dense(SplittingMatrix(setting(net, VECTORS, "0")), "0")
     smallest_of = torch.linalg.eigvalsh(matrix)[:, 0]
     assert j == int(smallest_of.argmin())
@@ -301,6 +305,31 @@ def test_refused_under_spectral_normalisation(method: str) -> None:
     net = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 3))
     with pytest.raises(fxgrow.PlanError, match=r"the largest singular value of 0\.weight"):
         fxgrow.grow(net, VECTORS, method=method, neurons={"0": 2}, progress=False)
+
+
+def test_values_of_attention_are_linear() -> None:
+    """Nothing to split, whatever the fused kernel of attention has for a second derivative; new units help."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value = nn.Linear(2, 4), nn.Linear(2, 4), nn.Linear(2, 4)
+            self.out = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = x.view(len(x), 3, 2)
+            return self.out(F.scaled_dot_product_attention(self.query(x), self.key(x), self.value(x)).mean(1))
+
+    torch.manual_seed(0)
+    net, found = Attention(), {}
+    for method in METHODS:
+        found[method] = fxgrow.profile(net, learnable(6), method=method, progress=False, units={"value": 2})
+    assert float(dense(SplittingMatrix(setting(net, VECTORS, "value")), "value").abs().max()) < 1e-12
+    assert sum(found["splitting"]["value"].gains) < 1e-12
+    splits = found["firefly"].proposals["value"].splits
+    assert splits is not None and bool(splits.fresh[0]) and float(splits.gains[0]) > 1e-6
+    with pytest.raises(fxgrow.PlanError, match="products of its units"):
+        fxgrow.grow(net, VECTORS, method="splitting", neurons={"query": 1}, progress=False)
 
 
 @pytest.mark.parametrize("method", METHODS)
