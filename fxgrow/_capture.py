@@ -13,6 +13,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
+from torch.utils import _pytree as pytree
 
 from fxgrow._errors import CaptureError
 from fxgrow._follow import Follower
@@ -200,10 +201,18 @@ def _assemble(model: nn.Module, tracer: ValueTracer, values: tuple[Any, ...]) ->
         # lint would have `training` flags be tensors or modules.
         warnings.filterwarnings("ignore", message=".*does not reference an nn.Module.*")
         gm.graph.lint()
-    gm.meta["example_inputs"] = values
+    # a slice of a data set would carry all of it into every copy and every saved file
+    gm.meta["example_inputs"] = pytree.tree_map_only(torch.Tensor, _alone, values)
     gm.meta[_KEEP] = sorted(gm._non_persistent_buffers_set)
     gm._register_deepcopy_hook(_keep_buffer_flags)
     return gm
+
+
+def _alone(x: torch.Tensor) -> torch.Tensor:
+    """The tensor with a storage of its own where it is a part of a larger one."""
+    if x.layout is not torch.strided or x.untyped_storage().nbytes() <= x.numel() * x.element_size():
+        return x
+    return x.detach().clone()
 
 
 def _keep_buffer_flags(copied: fx.GraphModule) -> None:
