@@ -86,6 +86,9 @@ class _Trial:
 
     def __init__(self, gm: fx.GraphModule, structure: Structure, gate: Projection, var: Var) -> None:
         self.gm, self.structure, self.gate, self.var = gm, structure, gate, var
+        # kernels differ in which dtypes they take
+        device = lookup(gm, gate.weight).device
+        self.device = torch.device("cpu") if device.type == "meta" else device
         self.generator = torch.Generator().manual_seed(0)
         #: both values of what was computed or made up
         self.values: dict[fx.Node, tuple[Any, Any]] = {}
@@ -176,14 +179,14 @@ class _Trial:
         """Random values, the same for all features; copies along what holds an entry per expert."""
         value = node.meta["val"]
         if isinstance(value, torch.device):
-            return torch.device("cpu"), torch.device("cpu")
+            return self.device, self.device
         if not isinstance(value, Tensor):
             return value, value
         if not value.is_floating_point() or value.numel() > MANY:
             raise _Differs("not to be made up")
         own = [d for d, axis in enumerate(dims) if self.var in multiplicity(axis)]
         shape = [1 if d == value.dim() - 1 and d not in own else n for d, n in enumerate(value.shape)]
-        made = torch.randn(shape, generator=self.generator).to(value.dtype).expand(value.shape).clone()
+        made = torch.randn(shape, generator=self.generator).to(self.device, value.dtype).expand(value.shape).clone()
         twice = made.clone()
         for d in own:
             twice = torch.cat([twice, twice], d)
@@ -236,7 +239,8 @@ class _Trial:
         p = self.projections[node]
         self._per_expert(self.structure.parameters[p.weight][0])
         x, ends = self._value(node.args[0], which), self._value(found.ends, which)  # type: ignore[arg-type]
-        expert = torch.searchsorted(ends, torch.arange(len(x), dtype=ends.dtype), right=True) % found.experts
+        rows = torch.arange(len(x), dtype=ends.dtype, device=ends.device)
+        expert = torch.searchsorted(ends, rows, right=True) % found.experts
         number = expert[:, None].to(x.dtype) + 1
         wide: Tensor = (x.mean(-1, keepdim=True) * number.sin() + number.cos()).repeat(1, node.meta["val"].shape[1])
         return wide
