@@ -19,6 +19,7 @@ import fxgrow.ops  # noqa: F401  (enters the rules)
 from fxgrow._axes import Axis, Dims, Var, axes_in, fixed, is_fixed, length, multiplicity, pin, resolve, unify
 from fxgrow._compensate import compensate
 from fxgrow._graph import lookup
+from fxgrow._mixtures import copy_experts
 from fxgrow._opaque import KEY
 from fxgrow._records import Reason
 from fxgrow._runtime import guard
@@ -39,6 +40,7 @@ def analyse(gm: fx.GraphModule) -> Structure:
         _check(structure, check)
     _pin_frozen(gm, structure)
     compensate(gm, structure)
+    copy_experts(gm, structure)
     return structure
 
 

@@ -23,7 +23,7 @@ from fxgrow._graph import lookup
 from fxgrow._records import Reason
 from fxgrow.ops.registry import Demand, Structure
 
-MEAN, ZERO, SPLIT, ANY = "mean", "zero", "split", "any"
+MEAN, ZERO, SPLIT, COPY, ANY = "mean", "zero", "split", "copy", "any"
 #: a mean that is zero
 _BOTH = "both"
 
@@ -56,7 +56,8 @@ class Compensation:
     """How the new units of one width start.
 
     Attributes:
-        kind: what the writers' new entries are: the mean over the old units, zero, or each a part of an old one.
+        kind: what the writers' new entries are: the mean over the old units, zero, each a part of an old one, or copies
+            (`fxgrow._mixtures`).
         writers: parameters, and their dimension, whose new entries are set so.
         scales: per writer, the parameter that multiplies it unit by unit on the way into the width.
         free: weights, and their dimension, that read new units which are zero: any columns will do.

@@ -22,9 +22,10 @@ from fxgrow._candidates import candidates
 from fxgrow._capture import capture
 from fxgrow._compensate import silent
 from fxgrow._data import Data, LossFn, check_device, random_state_kept
-from fxgrow._errors import ProfileError
+from fxgrow._errors import PlanError, ProfileError
 from fxgrow._fold import folded
 from fxgrow._measure import Measured, Reader
+from fxgrow._mixtures import grows_by_copies
 from fxgrow._records import Width
 from fxgrow._refit import Refit, run_refit
 from fxgrow._rewrite import require_free
@@ -158,6 +159,13 @@ def profile(
 def _chosen(
     structure: Structure, every: Sequence[Hidden], names: Sequence[str] | None, wanted: Mapping[str, int]
 ) -> list[Hidden]:
+    asked = {*(names or ()), *wanted}
+    for h in every:
+        if h.width.name in asked and grows_by_copies(structure, h.var):
+            raise PlanError(
+                f"Width {h.width.name!r} grows by copies of all experts, of which the data say nothing: call "
+                f"fxgrow.widen with {{{h.width.name!r}: {h.width.step}}} first, and grow its result."
+            )
     if names is not None:
         by_name = {h.width.name: h for h in every}
         return [require_free(by_name, n) for n in names]

@@ -333,9 +333,9 @@ def _write_constants(
             continue
         if isinstance(target, str):
             module, (name, *rest) = gm.get_submodule(target), path
-            setattr(module, name, _with(getattr(module, name), rest, n))
+            setattr(module, name, _with(getattr(module, name), rest, n - c.less))
         else:
-            _set_argument(twins[target], path, n)
+            _set_argument(twins[target], path, n - c.less)
     for node, path, axes, axis in structure.replaced:
         if any(_new_length(a, grow) != length(a) for a in axes):
             _set_argument(twins[node], path, -1 if axis is None else _new_length(axis, grow))

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from fxgrow._axes import Dims, Var, multiplicity, unit_entries
-from fxgrow._compensate import MEAN, SPLIT, ZERO, Compensation
+from fxgrow._compensate import COPY, MEAN, SPLIT, ZERO, Compensation
 from fxgrow._graph import lookup
 from fxgrow._pass import eval_mode
 from fxgrow.ops.registry import Structure
@@ -52,7 +52,7 @@ def settle_entries(
     grow: Mapping[Var, int],
     scale_of: Mapping[str, Tensor],
 ) -> None:
-    """New entries of a parameter that writes a compensated width: the mean of the old ones, zero, or parts of them.
+    """New entries of a parameter that writes a compensated width: the mean of the old ones, zero, parts or copies.
 
     Args:
         new: the widened parameter, complete but for these entries.
@@ -76,6 +76,12 @@ def settle_entries(
                     old = old * scale.view(-1, *[1] * (old.dim() - 1))
                 mean = old.mean(0, keepdim=True).expand(len(positions), *old.shape[1:])
                 new.index_copy_(dim, positions, mean.movedim(0, dim).contiguous())
+            elif c.kind == COPY:
+                kept = torch.ones(new.shape[dim], dtype=torch.bool, device=new.device)
+                kept[positions] = False
+                old = new.movedim(dim, 0)[kept]
+                copies = old.repeat(grow[var], *[1] * (old.dim() - 1)).movedim(0, dim)
+                new.index_copy_(dim, positions, copies.contiguous())
             elif c.kind == SPLIT:
                 _split(new.movedim(dim, 0), unit_entries(structure.parameters[name][dim], var, grow), grow[var])
             elif not c.products:

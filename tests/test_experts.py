@@ -1,4 +1,4 @@
-"""The hidden widths of experts: statistics of each expert's own rows, growth by them.
+"""Experts: statistics of each one's own rows, growth of their hidden width, and of their number by copies.
 
 Both ways in which transformers computes a mixture: all tokens stacked for every expert (Llama 4), and rows sorted by
 expert for one grouped product (Mixtral and most others).
@@ -228,3 +228,97 @@ def test_a_token_that_goes_to_an_expert_twice() -> None:
     x = torch.randn(8, 8)
     with pytest.raises(fxgrow.ProfileError, match="same expert twice"):
         fxgrow.profile(Twice(), [(x, torch.randn(8, 8))], F.mse_loss, progress=False)
+
+
+class Routed(nn.Module):
+    """A mixture that is written out, with one thing or another that copies may not survive."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        if not hasattr(F, "grouped_mm"):
+            pytest.skip("this PyTorch has no grouped_mm")
+        torch.manual_seed(0)
+        self.kind, self.router = kind, nn.Linear(8, 4, bias=kind == "bias")
+        self.up, self.down = nn.Parameter(torch.randn(4, 8, 12) / 3), nn.Parameter(torch.randn(4, 12, 8) / 3)
+        self.scale = nn.Parameter(torch.rand(4) + 0.5)
+        self.router.weight.requires_grad_(kind != "frozen")
+
+    def forward(self, x: Tensor) -> Any:
+        logits = self.router(x)
+        scores = logits.sigmoid() if self.kind == "sigmoid" else logits.softmax(-1)
+        if self.kind == "scaled":
+            scores = scores * self.scale
+        weights, chosen = torch.topk(scores, 2, dim=-1)
+        if self.kind == "normalised":
+            weights = weights / weights.sum(-1, keepdim=True)
+        if self.kind == "sure":
+            weights = weights * (weights > 0.2)
+        expert, order = chosen.reshape(-1).sort()
+        ends = torch.histc(expert.float(), bins=4, min=0, max=3).cumsum(0, dtype=torch.int32)
+        h = F.grouped_mm(x[order // chosen.size(-1)], self.up, offs=ends)
+        out = F.grouped_mm(F.relu(h), self.down, offs=ends) * weights.reshape(-1)[order][:, None]
+        y = torch.zeros_like(out).index_copy(0, order, out).view(x.shape[0], -1, 8).sum(1)
+        if self.kind == "seen":
+            return y + self.up.square().mean()
+        return (y, logits) if self.kind == "returned" else y
+
+
+@pytest.mark.parametrize("kind", ["plain", "bias", "scaled", "normalised"])
+def test_all_experts_can_be_copied_where_weights_add_up_to_the_same(kind: str) -> None:
+    model, x = Routed(kind), torch.randn(6, 8)
+    (width,) = [w for w in fxgrow.widths(fxgrow.capture(model, (x,))) if w.name == "router"]
+    assert width.pinned is None and (width.size, width.step) == (4, 4)
+    grown = fxgrow.widen(model, (x,), {"router": 8, "up": 4})
+    for name, p in model.named_parameters():
+        if name != "scale" or kind == name + "d":
+            old = grown.get_parameter(name)
+            assert len(old) == 12 and torch.equal(old[:4][tuple(slice(n) for n in p.shape)], p)
+            assert torch.equal(old[:4], old[4:8]) and torch.equal(old[:4], old[8:])
+    x = torch.randn(40, 8)
+    torch.testing.assert_close(grown(x), model(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["sigmoid", "sure", "frozen", "seen", "returned"])
+def test_experts_are_not_copied_where_that_would_change_something(kind: str) -> None:
+    model, x = Routed(kind), torch.randn(6, 8)
+    (width,) = [w for w in fxgrow.widths(fxgrow.capture(model, (x,))) if w.name == "router"]
+    assert width.pinned is not None
+    with pytest.raises(fxgrow.PlanError, match="router"):
+        fxgrow.widen(model, (x,), {"router": 4})
+
+
+def test_copies_stay_copies_until_they_are_told_apart() -> None:
+    model, (x, y) = made("mixtral"), data("mixtral")[0]
+    grown = fxgrow.widen(model, (x,), {"moe.gate": EXPERTS})
+    names = ["moe.gate.weight", "moe.experts.gate_up_proj", "moe.experts.down_proj"]
+
+    def slopes() -> list[tuple[Tensor, Tensor]]:
+        grown.zero_grad()
+        F.mse_loss(grown(x), y).backward()
+        return [tuple(grown.get_parameter(n).grad.chunk(2)) for n in names]  # type: ignore[union-attr, misc]
+
+    for a, b in slopes():
+        assert a.any()
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5 * float(a.abs().max()))
+    # half and half: what is added to the one and taken from the other leaves the function as it is
+    with torch.no_grad():
+        old, new = grown.get_parameter(names[2]).chunk(2)
+        noise = 0.1 * torch.randn_like(old)
+        old += noise
+        new -= noise
+    torch.testing.assert_close(grown(x), model(x), rtol=1e-4, atol=1e-4)
+    for a, b in slopes()[:2]:
+        assert float((a - b).abs().max()) > 1e-2 * float(a.abs().max())
+
+
+def test_data_say_nothing_of_copies() -> None:
+    model, name = made("mixtral"), "moe.gate"
+    assert name not in fxgrow.profile(model, data("mixtral", 2), F.mse_loss, progress=False)
+    with pytest.raises(fxgrow.PlanError, match=r"moe\.gate.*fxgrow\.widen"):
+        fxgrow.grow(model, data("mixtral", 2), loss_fn=F.mse_loss, neurons={name: EXPERTS}, progress=False)
+    twice = fxgrow.widen(model, (data("mixtral")[0][0],), {name: EXPERTS})
+    grown = fxgrow.grow(
+        twice, data("mixtral"), loss_fn=F.mse_loss, neurons={"moe.experts.gate_up_proj": 8}, progress=False
+    )
+    before, after = grown.meta["fxgrow"].losses["eval"]
+    assert after < before and grown.get_parameter("moe.experts.down_proj").shape == (2 * EXPERTS, 8, 12)

@@ -121,10 +121,11 @@ class Projection:
 
 @dataclass
 class Constant:
-    """A size written into the graph or a module, and the axis it is the length of."""
+    """A size written into the graph or a module, and the axis it is the length of (or so much less than that)."""
 
     where: tuple[str, tuple[Any, ...]] | tuple[fx.Node, tuple[Any, ...]]
     axis: Axis
+    less: int = 0
 
 
 @dataclass(frozen=True)
