@@ -26,7 +26,7 @@ from fxgrow.ops.registry import Projection
 RIDGE = 1e-1
 #: the same for what existing weights can express: no more than keeps the solution finite
 EXPRESSIBLE_RIDGE = 1e-2
-#: a unit counts while its held-back decrease is so many standard errors above zero
+#: units count where the held-back decrease of the first ones together is so many standard errors above zero
 Z = 2.5
 #: second moments of inputs are estimated from about so many samples
 SAMPLES = 1024
@@ -93,8 +93,8 @@ class Evidence:
 
     Attributes:
         order: candidate numbers, best first.
-        z: held-back decrease of each, in standard errors.
-        shares: held-back slope of each.
+        z: held-back decrease of the first ones together, in standard errors, of what existing weights cannot express.
+        shares: held-back slope of each, of the same.
         coherence: curvature of whole samples over that of independent positions: neighbouring positions of a map
             move together, so a direction is worth less than its positions one by one.
     """
@@ -106,9 +106,12 @@ class Evidence:
 
     @property
     def significant(self) -> int:
-        """How many atoms stand before the first one that fails."""
-        failed = (self.z <= Z).nonzero()
-        return int(failed[0]) if len(failed) else len(self.z)
+        """How many of the first atoms decrease the loss most, of the numbers that do so beyond doubt.
+
+        One by one few units of a small sample stand out from the noise; together they do, and noise still does not.
+        """
+        passed = self.z > Z
+        return int(self.shares.cumsum(0).where(passed, -torch.inf).argmax()) + 1 if bool(passed.any()) else 0
 
 
 @dataclass
@@ -312,7 +315,7 @@ class _Tests:
                 units[width] = units[width] + own if width in units else own
                 whole[width] = whole[width] + slope if width in whole else slope
         for width, t in units.items():
-            t = t.double().cpu()
+            t = t.double().cpu()[:, self.out.evidence[width].order].cumsum(1)
             self.sums[width] += t.sum(0)
             self.squares[width] += t.square().sum(0)
             self.whole[width] += float(whole[width].double().square().sum())
@@ -333,7 +336,7 @@ class _Tests:
         for width, e in self.out.evidence.items():
             mean = self.sums[width] / n
             error = ((self.squares[width] / n - mean.square()).clamp_min(0) / (n - 1)).sqrt()
-            e.shares = mean[e.order]
-            e.z = (mean / error.clamp_min(1e-30))[e.order]
+            e.shares = mean.diff(prepend=mean.new_zeros(1))
+            e.z = mean / error.clamp_min(1e-30)
             if self.curvature[width] > 0:
                 e.coherence = max(1.0, self.whole[width] / n / self.curvature[width])

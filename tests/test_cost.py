@@ -54,8 +54,8 @@ def test_costs_are_those_of_the_grown_network() -> None:
 
 def data() -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(12, 32, 6, generator=generator)
-    return [(b, (b[:, :3] * b[:, 3:]).sin()) for b in x]
+    x, a = torch.randn(12, 32, 6, generator=generator), torch.randn(6, 3, generator=generator)
+    return [(b, (3 * b @ a).tanh()) for b in x]
 
 
 def mlp() -> nn.Sequential:
