@@ -23,7 +23,7 @@ OUTPUT_RIDGE = 1e-2
 
 
 @initialiser("newton", output_side=True, sketch=True, refit=True, share=0.25, curved=True)
-@initialiser("default", output_side=True, sketch=True, refit=True, share=0.25)
+@initialiser("default", output_side=True, sketch=True, refit=True)
 def default(width: WidthMoments, consumers: Mapping[str, Consumer], k: int) -> Proposal:
     """Units for one width; outgoing weights are left to the refit."""
     names = list(width.blocks)

@@ -15,7 +15,7 @@ from fxgrow.initialisers.registry import Proposal, initialiser
 
 @initialiser("random", moments=False)
 @initialiser("random-newton", moments=False, refit=True, share=0.25, curved=True)
-@initialiser("random-refit", moments=False, refit=True, share=0.25)
+@initialiser("random-refit", moments=False, refit=True)
 def random(width: WidthMoments, consumers: Mapping[str, Consumer], k: int) -> Proposal:
     """Leaves the rows to the rewrite, which draws them."""
     return Proposal()
