@@ -214,15 +214,26 @@ def _use_up(
 
 def _tilt(profile: Profile, count: Cost, free: Iterable[str]) -> dict[str, float]:
     """Predicted gain per cost, relative to the median and within bounds; 1 where nothing is predicted."""
+    score = scores(profile, count, free)
+    if not score:
+        return dict.fromkeys(free, 1.0)
+    middle = sorted(score.values())[len(score) // 2] or 1.0
+    return {n: min(max((s / middle) ** 0.5, TILT[0]), TILT[1]) for n, s in score.items()}
+
+
+def scores(profile: Profile, count: Cost, names: Iterable[str]) -> dict[str, float]:
+    """Predicted gain per cost of an eighth of each width, or of what the held-back test accepts of that.
+
+    Empty for a method that predicts nothing.
+    """
     refit = profile.refit
     if refit is None:
-        return dict.fromkeys(free, 1.0)
+        return {}
     base = count.total({})
     score = {}
-    for name in free:
+    for name in names:
         width = profile[name].width
         k = min(profile[name].significant, max(width.step, math.ceil(width.size / 8)))
         k = max(width.step, k // width.step * width.step)
         score[name] = refit.marginal(name, k // width.step) / max(count.total({name: k}) - base, 1e-12)
-    middle = sorted(score.values())[len(score) // 2] or 1.0
-    return {n: min(max((s / middle) ** 0.5, TILT[0]), TILT[1]) for n, s in score.items()}
+    return score
