@@ -270,7 +270,9 @@ def _apply_best(
         decided = line.plan_here(gamma)
     after = _losses(line.graph, held, loss_fn)
     losses = {mode: (before[mode], after[mode]) for mode in before}
-    record = Growth(decided.scaled(gamma), found, result, losses, pinned, {})
+    # what the profile says of the slope holds; of the curvature the line search has seen more
+    curvature = decided.slope / result.best if result.best else decided.curvature
+    record = Growth(replace(decided.scaled(gamma), curvature=curvature), found, result, losses, pinned, {})
     return line.graph, _Outcome(record, line.index)
 
 

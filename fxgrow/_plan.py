@@ -29,7 +29,7 @@ class Plan:
         symmetric: new incoming weights share the scale (its root on both sides).
         predicted: predicted decrease of the loss per width, where the method predicts one.
         slope: predicted decrease of the held-back loss per unit of gamma, all widths and updates together.
-        curvature: of the same; see `decrease`.
+        curvature: of the same, see `decrease`; after a line search the one that has its optimum where that found it.
         parameters: parameters of the model before and after.
         reason: why nothing, or less than was asked for, is added.
         values: new entries and updates of old ones, at scale 1.
