@@ -107,7 +107,7 @@ def together(refit: Refit, width: str) -> float:
     """Predicted decrease by units and the update of existing weights."""
     evidence = refit.evidence[width]
     units = {width: evidence.order[:UNITS].sort().values}
-    return decrease([r.predict(r.solve(units, True)) for r in refit.of(width)]) / evidence.coherence
+    return decrease([r.predict(units, True) for r in refit.of(width)]) / evidence.coherence
 
 
 def cut(name: str, subject: Subject, split: Split, seed: int) -> Row:
@@ -241,7 +241,7 @@ def main() -> None:
     known = [name for name in SUBJECTS if name != "gpt" or os.environ.get(VARIABLE)]
     parser.add_argument("--only", nargs="+", choices=list(SUBJECTS), default=known)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[10], help="for all nets, or for each of them")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", type=Path, default=Path("out/where.jsonl"), help="seeds in it are not run again")
     arguments = parser.parse_args()
@@ -251,10 +251,11 @@ def main() -> None:
     done = {(r["kind"], r["net"], r["seed"]): r["row"] for r in map(json.loads, text.splitlines())}
     kinds = [kind for part in arguments.parts for kind in PARTS[part]]
     every: dict[str, dict[str, list[Row]]] = {kind: {} for kind in kinds}
-    for name in arguments.only:
+    seeds = arguments.seeds * len(arguments.only) if len(arguments.seeds) == 1 else arguments.seeds
+    for name, count in zip(arguments.only, seeds, strict=True):
         split = SUBJECTS[name].data()
         for kind in kinds:
-            for seed in range(arguments.seeds):
+            for seed in range(count):
                 if (kind, name, seed) not in done:
                     row = done[kind, name, seed] = RUNS[kind](name, SUBJECTS[name], split, seed)
                     with arguments.resume.open("a") as file:

@@ -19,7 +19,7 @@ from fxgrow._consumer import Consumer, consumers_of, reads_of
 from fxgrow._data import Batch, Data, LossFn
 from fxgrow._graph import lookup
 from fxgrow._pass import Seen, run_pass
-from fxgrow._solve import best_update, quadratic, refit
+from fxgrow._solve import best_update, refit
 from fxgrow.ops.registry import Projection
 
 #: relative ridge on E[[h, z] [h, z]^T]
@@ -59,26 +59,28 @@ class Readout:
     g: Tensor
     fit: Tensor
     held: Tensor
-    _solved: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict, repr=False)
+    _solved: dict[Any, tuple[Tensor, Tensor, float]] = field(default_factory=dict, repr=False)
 
     def solve(self, chosen: Mapping[str, Tensor], update_existing: bool) -> tuple[Tensor, Tensor]:
         """Weights `[O, columns]` for the chosen units of each width, and their columns (old ones first)."""
+        weights, columns, _ = self._solution(chosen, update_existing)
+        return weights, columns
+
+    def predict(self, chosen: Mapping[str, Tensor], update_existing: bool) -> tuple[float, float]:
+        """Held-back slope s and curvature q along what is solved for the same units."""
+        weights, columns, curvature = self._solution(chosen, update_existing)
+        return (weights * self.held[:, columns]).sum().item(), curvature
+
+    def _solution(self, chosen: Mapping[str, Tensor], update_existing: bool) -> tuple[Tensor, Tensor, float]:
         key = (update_existing, *((w, tuple(u.tolist())) for w, u in chosen.items() if w in self.new))
         if key not in self._solved:
-            self._solved[key] = self._solve(chosen, update_existing)
+            parts = [self.old] if update_existing else []
+            parts += [self.new[w][units].flatten() for w, units in chosen.items() if w in self.new]
+            columns = torch.cat(parts) if parts else self.old[:0]
+            m = self.m[columns][:, columns]
+            weights, curvature = refit(m, self.fit[:, columns], self.g, RIDGE)
+            self._solved[key] = weights, columns, curvature
         return self._solved[key]
-
-    def _solve(self, chosen: Mapping[str, Tensor], update_existing: bool) -> tuple[Tensor, Tensor]:
-        parts = [self.old] if update_existing else []
-        parts += [self.new[w][units].flatten() for w, units in chosen.items() if w in self.new]
-        columns = torch.cat(parts) if parts else self.old[:0]
-        m = self.m[columns][:, columns]
-        return refit(m, self.fit[:, columns], self.g, RIDGE), columns
-
-    def predict(self, solution: tuple[Tensor, Tensor]) -> tuple[float, float]:
-        """Held-back slope s and curvature q along a solution."""
-        weights, columns = solution
-        return quadratic(weights, self.held[:, columns], self.m[columns][:, columns], self.g)
 
     def expressible(self) -> Tensor:
         """The best move of the existing weights by themselves, `[O, H]`, zero at the new columns."""
@@ -134,8 +136,8 @@ class Refit:
         """
         e = self.evidence[width]
         units = e.order[:k].sort().values
-        both = [r.predict(r.solve({width: units}, True)) for r in self.of(width)]
-        alone = [r.predict(r.solve({}, True)) for r in self.of(width)]
+        both = [r.predict({width: units}, True) for r in self.of(width)]
+        alone = [r.predict({}, True) for r in self.of(width)]
         return max(0.0, decrease(both) - decrease(alone)) / e.coherence
 
 
@@ -292,8 +294,9 @@ class _Tests:
             for name, r in out.readouts.items():
                 if width not in r.new:
                     continue
-                weights, columns = solution = r.solve({width: torch.arange(k)}, True)
-                self.curvature[width] += r.predict(solution)[1]
+                every = {width: torch.arange(k)}
+                weights, columns = r.solve(every, True)
+                self.curvature[width] += r.predict(every, True)[1]
                 step = weights.new_zeros(len(weights), r.m.shape[0])
                 step[:, columns] = weights
                 self.steps[width, name] = step

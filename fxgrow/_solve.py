@@ -296,7 +296,7 @@ def bottleneck(vv_trace: float, vh: Tensor, update: Tensor) -> float:
     return max(0.0, float(vv_trace) - (vh * update).sum().item())
 
 
-def refit(M: Tensor, vz: Tensor, G: Tensor, ridge: float, g_ridge: float = 0.1) -> Tensor:
+def refit(M: Tensor, vz: Tensor, G: Tensor, ridge: float, g_ridge: float = 0.1) -> tuple[Tensor, float]:
     """Outgoing weights and dW together, fitted on what the new units really output.
 
     W = (G / mean eigenvalue + g_ridge)^-1 E[V [h, z]^T] (M + eps)^-1: ridge least squares of V on [h, z],
@@ -310,29 +310,18 @@ def refit(M: Tensor, vz: Tensor, G: Tensor, ridge: float, g_ridge: float = 0.1) 
         g_ridge: ridge on G, relative to its mean eigenvalue.
 
     Returns:
-        ``[O, H + K]``: the first H columns move the weights that exist, the rest are the new units'
-        outgoing weights.
+        W ``[O, H + K]``: the first H columns move the weights that exist, the rest are the new units' outgoing weights.
+        The second order of the loss along d = W [h, z], q = E[d^T G d]: moving by gamma d lowers the loss by about
+        gamma s - gamma^2 q / 2 with s = E[V . d].
     """
-    fitted = best_update(M, vz, ridge)
     mean = G.diagonal().mean()
     if not mean > 0:  # no gradient reaches the consumer: there is nothing to fit
-        return torch.zeros_like(fitted)
-    return factor(G / mean + g_ridge * torch.eye(len(G), dtype=G.dtype, device=G.device)).solve(fitted)
-
-
-def quadratic(W: Tensor, vz: Tensor, M: Tensor, G: Tensor) -> tuple[float, float]:
-    """First and second order of the loss along d = W [h, z]: s = E[V . d] and q = E[d^T G d].
-
-    Args:
-        W: ``[O, H + K]``.
-        vz: E[V [h, z]^T], ``[O, H + K]``.
-        M: E[[h, z] [h, z]^T], ``[H + K, H + K]``.
-        G: E[V V^T], ``[O, O]``, the curvature on the output side (empirical Fisher).
-
-    Returns:
-        (s, q); moving by gamma d lowers the loss by about gamma s - gamma^2 q / 2.
-    """
-    return (W * vz).sum().item(), ((G @ W) * (W @ M)).sum().item()
+        return torch.zeros_like(vz), 0.0
+    damped = factor(G / mean + g_ridge * torch.eye(len(G), dtype=G.dtype, device=G.device)).solve(vz)
+    W = best_update(M, damped, ridge)
+    # W M without the product: W (M + eps) is what was solved for
+    product = damped - ridge * M.diagonal().mean() * W
+    return W, ((G @ W) * product).sum().item()
 
 
 def decrease(s: float, q: float) -> tuple[float, float]:

@@ -129,8 +129,8 @@ def _from_refit(
         chosen = {w: u for w, u in order.items() if w in r.new}
         if not chosen:
             continue
-        weights, columns = solution = r.solve(chosen, update_existing)
-        slope, curvature = r.predict(solution)
+        weights, _ = r.solve(chosen, update_existing)
+        slope, curvature = r.predict(chosen, update_existing)
         terms.append((slope, curvature * max(refit.evidence[w].coherence for w in chosen)))
         weight = lookup(profile.graph, name)
         at = len(r.old) if update_existing else 0

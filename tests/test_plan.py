@@ -206,3 +206,21 @@ def test_prints_what_it_does() -> None:
     plan = fxgrow.plan(profiled("mlp"), neurons={"layers.1": 2})
     before, after = plan.parameters
     assert str(plan).startswith(f"layers.1 +2; {before:,} -> {after:,} parameters, gamma ")
+
+
+def test_ranking_is_what_shares_are_tilted_by() -> None:
+    profile = profiled("mlp")
+    ranking = profile.ranking()
+    assert set(ranking) == set(profile)
+    assert list(ranking.values()) == sorted(ranking.values(), reverse=True) and min(ranking.values()) >= 0
+    assert profile.refit is not None
+    for name, score in ranking.items():
+        width = profile[name].width
+        k = max(1, min(profile[name].significant, -(-width.size // 8)))
+        graph = fxgrow.apply(profile.graph, fxgrow.plan(profile, neurons={name: k}))
+        assert score == pytest.approx(profile.refit.marginal(name, k) / (size(graph) - size(profile.graph)))
+    with pytest.raises(fxgrow.PlanError, match="choose 'parameters'"):
+        profile.ranking(cost="money")
+    assert fxgrow.profile(make("mlp"), images(), method="random", progress=False).ranking() == {}
+    with pytest.raises(fxgrow.PlanError, match="profile the grown network again"):
+        profile.record().ranking()

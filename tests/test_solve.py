@@ -21,7 +21,6 @@ from fxgrow._solve import (
     bottleneck,
     decrease,
     factor,
-    quadratic,
     refit,
     top_units,
 )
@@ -160,7 +159,7 @@ SCALE = 1e-4  # a gradient at the end of training
         lambda c, N, S, G: top_units([c * N], factor(S), None, 3).values / c,
         lambda c, N, S, G: top_units([c * N], factor(S, ridge=0.1), [factor(c * c * G, ridge=0.01)], 3).values,
         lambda c, N, S, G: top_units([c * N], factor(rows=S, ridge=0.1), None, 3).values / c,
-        lambda c, N, S, G: refit(S, c * N[:, 0].T, c * c * G, 0.1) / c,
+        lambda c, N, S, G: refit(S, c * N[:, 0].T, c * c * G, 0.1)[0] / c,
         lambda c, N, S, G: best_update(c * c * S, c * c * N[:, 0].T, 0.1),
     ],
     ids=["tiny", "both-sided", "dual", "refit", "update"],
@@ -174,22 +173,23 @@ def test_refit_without_output_whitening_is_ridge_least_squares() -> None:
     z, V = randn(200, 6), randn(200, 3)
     M, vz = z.T @ z / 200, V.T @ z / 200
     ridge = 0.05 * M.trace() / 6
-    W = refit(M, vz, torch.eye(3, dtype=M.dtype) * 7, ridge=0.05, g_ridge=0.0)
+    W, _ = refit(M, vz, torch.eye(3, dtype=M.dtype) * 7, ridge=0.05, g_ridge=0.0)
     gradient = W @ z.T @ z / 200 - V.T @ z / 200 + ridge * W  # of |V - W z|^2 / 2 + ridge |W|^2 / 2
     assert gradient.abs().max() < 1e-12
     G = gram(V) / 200
     values, vectors = torch.linalg.eigh(G)
     half = vectors / (values / values.mean() + 0.1) @ vectors.T
-    torch.testing.assert_close(refit(M, vz, G, ridge=0.05), half @ W)
-    assert refit(M, 0 * vz, 0 * G, ridge=0.05).abs().max() == 0
+    torch.testing.assert_close(refit(M, vz, G, ridge=0.05)[0], half @ W)
+    assert refit(M, 0 * vz, 0 * G, ridge=0.05)[0].abs().max() == 0
 
 
 def test_the_quadratic_model_is_the_sum_over_samples() -> None:
-    z, V, W = randn(50, 6), randn(50, 3), randn(3, 6)
-    G, d = V.T @ V / 50, z @ W.T
-    s, q = quadratic(W, V.T @ z / 50, z.T @ z / 50, G)
-    assert s == pytest.approx((V * d).sum().item() / 50)
+    z, V = randn(50, 6), randn(50, 3)
+    G = V.T @ V / 50
+    W, q = refit(z.T @ z / 50, V.T @ z / 50, G, ridge=0.05)
+    d = z @ W.T
     assert q == pytest.approx(torch.einsum("no,op,np->", d, G, d).item() / 50)
+    s = (V * d).sum().item() / 50
     p, scale = decrease(s, q)
     steps = torch.linspace(-3, 3, 6001, dtype=torch.float64) * abs(scale)
     best = (steps * s - steps**2 * q / 2).max().item()
