@@ -2,7 +2,7 @@
 
 A two-layer character-level decoder (RMSNorm, rotary positions, SwiGLU) or a character-level LSTM is trained on
 Shakespeare. One kind of width then grows (in both layers) by a quarter, with every method from the same checkpoint and
-with the same line search, and all of it trains on with the same batches and the old Adam state. The weights that exist
+with the same line search, and all of it trains on with the same batches, the old Adam state and a rate that falls to zero. The weights that exist
 are not moved by the growth unless `--update`: their move is most of the gain at once, alike for all methods, and gone
 after some steps. Figures are held-back losses in nats per character, at once and after further steps; differences are
 paired over seeds, with their standard error.
@@ -73,8 +73,11 @@ def evaluate(net: nn.Module, data: Batches) -> float:
     return statistics.mean(float(loss_of(net(x), y)) for x, y in data)
 
 
-def train(net: nn.Module, optimizer: torch.optim.Optimizer, data: Batches) -> None:
-    for x, y in data:
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, data: Batches, decay: bool = False) -> None:
+    """One step a batch, at a constant rate or at one that falls to zero."""
+    for i, (x, y) in enumerate(data):
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * (1 - i / len(data)) if decay else RATE
         optimizer.zero_grad()
         loss_of(net(x), y).backward()
         optimizer.step()
@@ -105,7 +108,7 @@ def one_seed(kind: str, seed: int, steps: int, further: int, update: bool) -> Ro
         grown = fxgrow.grow(twin, profiled, loss_fn=loss_of, optimizer=own, **options)
         plan = grown.meta["fxgrow"].plan
         row = {"now": evaluate(grown, test), "units": sum(plan.units.values()), "gamma": plan.scale}
-        train(grown, own, continued)
+        train(grown, own, continued, decay=True)
         row["after"] = evaluate(grown, test)
         out[method] = row
     return out
