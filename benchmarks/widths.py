@@ -2,10 +2,10 @@
 
 A two-layer character-level decoder (RMSNorm, rotary positions, SwiGLU) or a character-level LSTM is trained on
 Shakespeare. One kind of width then grows (in both layers) by a quarter, with every method from the same checkpoint and
-with the same line search, and all of it trains on with the same batches, the old Adam state and a rate that falls to zero. The weights that exist
-are not moved by the growth unless `--update`: their move is most of the gain at once, alike for all methods, and gone
-after some steps. Figures are held-back losses in nats per character, at once and after further steps; differences are
-paired over seeds, with their standard error.
+with the same line search, and all of it trains on with the same batches, the old Adam state and a rate that falls to
+zero. The weights that exist are not moved by the growth unless `--update`: their move is most of the gain at once,
+alike for all methods, and gone after some steps. Figures are held-back losses in nats per character, at once and after
+further steps; differences are paired over seeds, with their standard error.
 
     FXGROW_DATA=... python -m benchmarks.widths [--seeds 6] [--steps 300] [--further 200] [--only values heads ...]
 """
