@@ -7,7 +7,7 @@ consumer, and once on the held-back ones, where each unit is tested and the pred
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from fxgrow._candidates import Candidates
 from fxgrow._consumer import Consumer, consumers_of, reads_of
 from fxgrow._data import Batch, Data, LossFn
+from fxgrow._evidence import Evidence, Tests
 from fxgrow._graph import lookup
 from fxgrow._pass import Seen, run_pass
 from fxgrow._solve import best_update, refit
@@ -26,8 +27,6 @@ from fxgrow.ops.registry import Projection
 RIDGE = 1e-1
 #: the same for what existing weights can express: no more than keeps the solution finite
 EXPRESSIBLE_RIDGE = 1e-2
-#: units count where the held-back decrease of the first ones together is so many standard errors above zero
-Z = 2.5
 #: second moments of inputs are estimated from about so many samples
 SAMPLES = 1024
 
@@ -87,33 +86,6 @@ class Readout:
         move = self.fit.new_zeros(self.fit.shape)
         move[:, self.old] = best_update(self.m[self.old][:, self.old], self.fit[:, self.old], ridge=EXPRESSIBLE_RIDGE)
         return move
-
-
-@dataclass
-class Evidence:
-    """Candidates of one width, best first, and what the held-back batches say of them.
-
-    Attributes:
-        order: candidate numbers, best first.
-        z: held-back decrease of the first ones together, in standard errors, of what existing weights cannot express.
-        shares: held-back slope of each, of the same.
-        coherence: curvature of whole samples over that of independent positions: neighbouring positions of a map
-            move together, so a direction is worth less than its positions one by one.
-    """
-
-    order: Tensor
-    z: Tensor
-    shares: Tensor
-    coherence: float = 1.0
-
-    @property
-    def significant(self) -> int:
-        """How many of the first atoms decrease the loss most, of the numbers that do so beyond doubt.
-
-        One by one few units of a small sample stand out from the noise; together they do, and noise still does not.
-        """
-        passed = self.z > Z
-        return int(self.shares.cumsum(0).where(passed, -torch.inf).argmax()) + 1 if bool(passed.any()) else 0
 
 
 @dataclass
@@ -189,7 +161,7 @@ def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: 
         out.readouts[name] = _readout(c, found)
         c.vh = torch.zeros(0)
     rank_by_fit(out, found)
-    tests = _Tests(out, found)
+    tests = Tests(out, found)
     count = 0
     held: dict[fx.Node, Tensor] = {}
 
@@ -267,79 +239,3 @@ def rank_by_fit(out: Refit, found: Candidates) -> None:
             share += own.sum(0).view(k, -1).sum(1).float().cpu()
         order = share.argsort(descending=True)
         out.evidence[width] = Evidence(order, torch.zeros(k), torch.zeros(k))
-
-
-def _per_sample(values: Tensor, size: int) -> Tensor:
-    """Sums over what the model has put in a row for each sample: the frames of a clip, say."""
-    return values.unflatten(0, (size, -1)).sum(1) if len(values) > size and len(values) % size == 0 else values
-
-
-class _Tests:
-    """Per sample: the slope of the loss along each unit's fitted outgoing weights, and along a width's whole step.
-
-    A unit is asked for what the existing weights cannot do: its slope is taken against V less what they can express.
-    With V itself a network that is only badly calibrated would have every unit pass for a part of that.
-    """
-
-    def __init__(self, out: Refit, found: Candidates) -> None:
-        self.out, self.found = out, found
-        self.sums = {w: torch.zeros(k, dtype=torch.float64) for w, k in found.atoms.items()}
-        self.squares = {w: torch.zeros(k, dtype=torch.float64) for w, k in found.atoms.items()}
-        self.whole = dict.fromkeys(found.atoms, 0.0)
-        self.count = 0
-        self.steps: dict[tuple[str, str], Tensor] = {}
-        self.expressible = {name: r.expressible() for name, r in out.readouts.items()}
-        self.curvature = dict.fromkeys(found.atoms, 0.0)
-        for width, k in found.atoms.items():
-            for name, r in out.readouts.items():
-                if width not in r.new:
-                    continue
-                every = {width: torch.arange(k)}
-                weights, columns = r.solve(every, True)
-                self.curvature[width] += r.predict(every, True)[1]
-                step = weights.new_zeros(len(weights), r.m.shape[0])
-                step[:, columns] = weights
-                self.steps[width, name] = step
-
-    def add(self, size: int, uses: Iterable[tuple[str, Consumer, Tensor, Tensor]]) -> None:
-        units: dict[str, Tensor] = {}
-        whole: dict[str, Tensor] = {}
-        for name, c, h, v in uses:
-            r = self.out.readouts[name]
-            v = v.index_select(c.dim, r.outputs.to(v.device)).to(r.m.dtype)
-            rest = v - c.apply(self.expressible[name], h)
-            for (width, axis), positions in self.found.places[c.weight].items():
-                if axis != c.uses[0].in_dim:
-                    continue
-                step = self.steps[width, name]
-                slope = _per_sample((c.apply(step, h) * v).flatten(1).sum(1), size)
-                own = self._slopes(c, step[:, r.new[width].flatten()], positions, h.to(v.dtype), rest, r.new[width])
-                own = _per_sample(own, size)
-                units[width] = units[width] + own if width in units else own
-                whole[width] = whole[width] + slope if width in whole else slope
-        for width, t in units.items():
-            t = t.double().cpu()[:, self.out.evidence[width].order].cumsum(1)
-            self.sums[width] += t.sum(0)
-            self.squares[width] += t.square().sum(0)
-            self.whole[width] += float(whole[width].double().square().sum())
-        self.count += next((len(t) for t in units.values()), 0)
-
-    def _slopes(self, c: Consumer, weights: Tensor, positions: Tensor, h: Tensor, v: Tensor, new: Tensor) -> Tensor:
-        """`[n, K]`: sum over positions of V . omega_k z_k, as z_k times the gradient of (omega z) . V."""
-        dim = c.dim
-        z = h.index_select(dim, positions.to(h.device)).requires_grad_()
-        with torch.enable_grad():
-            (pulled,) = torch.autograd.grad((c.outgoing(weights, z) * v).sum(), z)
-        t = (z.detach() * pulled).movedim(dim, -1)
-        t = t.flatten(1, -2).sum(1) if t.dim() > 2 else t
-        return t.reshape(len(t), len(new), -1).sum(2)
-
-    def finish(self) -> None:
-        n = max(2, self.count)
-        for width, e in self.out.evidence.items():
-            mean = self.sums[width] / n
-            error = ((self.squares[width] / n - mean.square()).clamp_min(0) / (n - 1)).sqrt()
-            e.shares = mean.diff(prepend=mean.new_zeros(1))
-            e.z = mean / error.clamp_min(1e-30)
-            if self.curvature[width] > 0:
-                e.coherence = max(1.0, self.whole[width] / n / self.curvature[width])
