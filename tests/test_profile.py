@@ -242,8 +242,12 @@ def test_same_seed_same_profile() -> None:
     assert dict(first) == dict(again)
 
 
-def test_pure_noise_gets_no_units() -> None:
-    """Labels drawn from the model's own softmax: nothing can be learned, the held-back test accepts next to nothing."""
+@pytest.mark.parametrize("off", [0.0, 2.0])
+def test_nothing_to_express_gets_no_units(off: float) -> None:
+    """Labels drawn from the model's own softmax: the held-back test accepts next to nothing.
+
+    Nor where the head is off by a bias alone, though every unit that is not zero on average would do for that too.
+    """
     accepted = 0
     for seed in range(6):
         torch.manual_seed(seed)
@@ -251,24 +255,11 @@ def test_pure_noise_gets_no_units() -> None:
         x = torch.randn(1024, 8)
         with torch.no_grad():
             y = torch.distributions.Categorical(logits=model(x)).sample()
-        batches = list(zip(x.split(64), y.split(64), strict=True))
-        accepted += fxgrow.profile(model, batches, progress=False)["layers.0"].significant
-    assert accepted <= 1
-
-
-def test_what_existing_weights_can_do_is_no_reason_for_units() -> None:
-    """A head that is off by a bias alone: every unit that is not zero on average would do for that too."""
-    accepted = 0
-    for seed in range(6):
-        torch.manual_seed(seed)
-        model = MLP([8, 6, 4])
-        x = torch.randn(1024, 8)
-        with torch.no_grad():
-            y = torch.distributions.Categorical(logits=model(x)).sample()
-            list(model.parameters())[-1][0] += 2.0
+            list(model.parameters())[-1][0] += off
         batches = list(zip(x.split(64), y.split(64), strict=True))
         profile = fxgrow.profile(model, batches, progress=False)
-        assert float(profile.updates["layers.1.weight"][0, -1]) < 0
+        if off:
+            assert float(profile.updates["layers.1.weight"][0, -1]) < 0
         accepted += profile["layers.0"].significant
     assert accepted <= 1
 
