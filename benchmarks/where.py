@@ -37,6 +37,7 @@ from benchmarks._where import MARKS, SUBJECTS, Subject, Trained
 from examples.data import VARIABLE, Split
 from fxgrow._analyse import analyse
 from fxgrow._cost import Parameters
+from fxgrow._decide import scores as tilting
 from fxgrow._refit import Refit, decrease
 
 #: units by which each width grows alone
@@ -92,7 +93,7 @@ def scores(trained: Trained) -> dict[str, dict[str, float]]:
     added = {w: count.total({w: UNITS}) - count.total({}) for w in profile}
     marginal = {w: refit.marginal(w, UNITS) for w in profile}
     return {
-        "ranking()": profile.ranking(),
+        "tilt of plan": tilting(profile, count, profile),
         "marginal": marginal,
         "marginal per parameter": {w: m / added[w] for w, m in marginal.items()},
         "Psi": {w: b.bottleneck for w, b in profile.items()},

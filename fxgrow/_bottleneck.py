@@ -102,34 +102,6 @@ class Profile(Mapping[str, Bottleneck]):
         generator = torch.Generator().manual_seed(self.seed)
         return candidates(self.graph, analyse(self.graph), self.proposals, self.proposed, self.calibration, generator)
 
-    def ranking(self, cost: str = "parameters") -> dict[str, float]:
-        """Where to grow: predicted decrease of the loss per cost for each width, best first; `fxgrow.plan` tilts by it.
-
-        For an eighth of the width, beyond what moving the existing weights would bring (`Refit.marginal`).
-
-        Args:
-            cost: see `fxgrow.plan`.
-
-        Returns:
-            Width name to nats per parameter (multiply-add, second); empty where the method predicts nothing.
-
-        Raises:
-            PlanError: there is no such cost, or this is the record of a growth, which keeps no network.
-
-        Example:
-            >>> import torch, fxgrow
-            >>> _ = torch.manual_seed(0)
-            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
-            >>> batches = [(torch.randn(32, 4), torch.randn(32, 2)) for _ in range(4)]
-            >>> list(fxgrow.profile(net, batches, progress=False).ranking())
-            ['0']
-        """
-        from fxgrow._cost import cost_of
-        from fxgrow._decide import scores
-
-        found = scores(self, cost_of(cost, self.graph, analyse(self.graph), list(self)), self)
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
-
     def record(self) -> Profile:
         """The figures alone, without the network and the candidates."""
         return replace(self, gm=None, updates={}, proposals={}, calibration=(), found=None, refit=None)

@@ -14,7 +14,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxgrow
-from fxgrow._decide import TILT
+from fxgrow._analyse import analyse
+from fxgrow._cost import Parameters
+from fxgrow._decide import TILT, scores
 from models.mlp import MLP
 from models.resnet import DigitsResNet
 
@@ -208,19 +210,13 @@ def test_prints_what_it_does() -> None:
     assert str(plan).startswith(f"layers.1 +2; {before:,} -> {after:,} parameters, gamma ")
 
 
-def test_ranking_is_what_shares_are_tilted_by() -> None:
+def test_scores_are_predicted_gains_per_parameter() -> None:
     profile = profiled("mlp")
-    ranking = profile.ranking()
-    assert set(ranking) == set(profile)
-    assert list(ranking.values()) == sorted(ranking.values(), reverse=True) and min(ranking.values()) >= 0
+    count = Parameters(profile.graph, analyse(profile.graph))
     assert profile.refit is not None
-    for name, score in ranking.items():
+    for name, score in scores(profile, count, profile).items():
         width = profile[name].width
         k = max(1, min(profile[name].significant, -(-width.size // 8)))
-        graph = fxgrow.apply(profile.graph, fxgrow.plan(profile, neurons={name: k}))
-        assert score == pytest.approx(profile.refit.marginal(name, k) / (size(graph) - size(profile.graph)))
-    with pytest.raises(fxgrow.PlanError, match="choose 'parameters'"):
-        profile.ranking(cost="money")
-    assert fxgrow.profile(make("mlp"), images(), method="random", progress=False).ranking() == {}
-    with pytest.raises(fxgrow.PlanError, match="profile the grown network again"):
-        profile.record().ranking()
+        wider = fxgrow.apply(profile.graph, fxgrow.plan(profile, neurons={name: k}))
+        assert score == pytest.approx(profile.refit.marginal(name, k) / (size(wider) - size(profile.graph)))
+    assert scores(fxgrow.profile(make("mlp"), images(), method="random", progress=False), count, profile) == {}
