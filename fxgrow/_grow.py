@@ -278,7 +278,8 @@ def _apply_best(
 
 def _decreases(model: nn.Module, growth: Growth) -> tuple[tuple[float, float], ...]:
     """Predicted and realised, after those of the growth that made the model."""
-    before = getattr(model, "meta", {}).get("fxgrow") if isinstance(getattr(model, "meta", {}), dict) else None
+    meta = getattr(model, "meta", None)
+    before = meta.get("fxgrow") if isinstance(meta, dict) else None
     earlier = before.decreases if isinstance(before, Growth) else ()
     predicted, (old, new) = growth.plan.decrease(growth.plan.scale), growth.losses["eval"]
     return (*earlier, (predicted, old - new)) if growth.plan.units and predicted else earlier
