@@ -21,13 +21,12 @@ from fxgrow._analyse import analyse
 from fxgrow._candidates import candidates, places
 from fxgrow._data import Data
 from fxgrow._graph import lookup
-from fxgrow._grow import _held
 from fxgrow._newton import conjugate_gradients
 from fxgrow._norms import Norms
 from fxgrow._plan import Plan
 from fxgrow._refit import run_refit
 from fxgrow._rewrite import rewrite
-from fxgrow._search import Line, search
+from fxgrow._search import Line, held_batches, search
 from fxgrow._units import fill_plan
 from fxgrow._widths import hidden
 from fxgrow.initialisers import Proposal
@@ -62,7 +61,7 @@ class Trial:
         self.widths = {h.width.name: h for h in hidden(self.structure) if h.width.name in units}
         self.data = Data(profiled)
         self.fit: Batches = [(b.inputs[0], b.targets) for b in self.data.fitting()]
-        self.held = _held(self.data)
+        self.held = held_batches(self.data)
         self.generator = torch.Generator().manual_seed(seed)
 
     def outgoing(self) -> list[Key]:

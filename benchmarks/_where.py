@@ -15,8 +15,9 @@ import fxgrow
 from benchmarks.one_step import CONTEXT, Batches, characters, draw, evaluate, loss_of, text, train
 from examples.data import VARIABLE, Split, cifar10, digits, fashion_mnist
 from fxgrow._data import Data
-from fxgrow._grow import _apply_best, _held
+from fxgrow._grow import _apply_best
 from fxgrow._optim import repoint
+from fxgrow._search import held_batches
 from models import GPT, MLP
 
 #: batches that a profile reads
@@ -109,7 +110,7 @@ class Trained:
         self.profiled = self.batches(PROFILED)
         self.gm = fxgrow.capture(self.net, (self.profiled[0][0],))
         self.profile = fxgrow.profile(self.gm, self.profiled, loss_of, widths=subject.widths, seed=seed, progress=False)
-        self.held = _held(Data(self.profiled))
+        self.held = held_batches(Data(self.profiled))
 
     def batches(self, count: int) -> Batches:
         """So many more, never seen in this order."""

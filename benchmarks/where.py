@@ -35,6 +35,7 @@ from scipy.stats import rankdata
 
 import fxgrow
 from benchmarks._where import MARKS, SUBJECTS, Subject, Trained
+from benchmarks.one_step import loss_of
 from examples.data import VARIABLE, Split
 from fxgrow._analyse import analyse
 from fxgrow._cost import Parameters
@@ -72,14 +73,12 @@ def rank(name: str, subject: Subject, split: Split, seed: int) -> Row:
     found = scores(trained)
     orders = [trained.batches(MARKS[-1]) for _ in range(2)]
     losses = {UNGROWN: trained.losses(*trained.grown()[:2], orders)}
-    realised = {}
     for width in subject.widths:
-        net, optimizer, growth = trained.grown(fxgrow.plan(trained.profile, neurons={width: UNITS}))
-        if growth is not None and growth.search is not None:
-            realised[width] = growth.search.losses[0] - min(growth.search.losses)
+        net, optimizer, _ = trained.grown(fxgrow.plan(trained.profile, neurons={width: UNITS}))
         losses[width] = trained.losses(net, optimizer, orders)
-    found["realised at best gamma"] = realised
-    found["realised per parameter"] = {w: r / found[ADDED][w] for w, r in realised.items()}
+    tried = fxgrow.try_widths(trained.profile, trained.profiled, loss_of, units=UNITS)
+    found["tried"] = {w: t.decrease for w, t in tried.items()}
+    found["tried, per parameter"] = {w: t.per_parameter for w, t in tried.items()}
     return {"losses": losses, "scores": found}
 
 

@@ -19,6 +19,7 @@ from fxgrow._networkx import to_networkx
 from fxgrow._plan import Plan
 from fxgrow._profile import profile
 from fxgrow._records import Reason, Width
+from fxgrow._try import Tried, try_widths
 from fxgrow._widen import apply, widen
 from fxgrow._widths import widths
 from fxgrow.initialisers import Proposal, initialiser
@@ -40,6 +41,7 @@ __all__ = [
     "Proposal",
     "Reason",
     "RewriteError",
+    "Tried",
     "Width",
     "apply",
     "capture",
@@ -51,6 +53,7 @@ __all__ = [
     "plan",
     "profile",
     "to_networkx",
+    "try_widths",
     "widen",
     "widths",
 ]

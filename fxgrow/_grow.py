@@ -26,7 +26,7 @@ from fxgrow._plan import Plan
 from fxgrow._profile import profile as make_profile
 from fxgrow._records import Reason
 from fxgrow._rewrite import rewrite
-from fxgrow._search import SEARCH_SAMPLES, Line, Search, mean_loss, search
+from fxgrow._search import Line, Search, held_batches, mean_loss, search
 from fxgrow.initialisers import find_initialiser
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def grow(
     if found.method.curved and decided.units:
         decided = newton(gm, decided, data, loss_fn, found.method.share)
     clock.lap("plan")
-    held = _held(data)
+    held = held_batches(data)
     grown, growth = _apply_best(gm, decided, found.record(), held, loss_fn, neurons is not None, update_existing)
     clock.lap("search")
     grown, index = unfolded(grown, growth.index)
@@ -300,18 +300,6 @@ def _candidates(neurons: int | Mapping[str, int] | None) -> int | Mapping[str, i
     if any(not isinstance(k, int) or k <= 0 for k in wanted):
         raise PlanError(f"neurons={neurons!r}: give a positive number of units.")
     return neurons
-
-
-def _held(data: Data) -> list[Batch]:
-    """Held-back batches for the line search, all of a single batch."""
-    held: list[Batch] = []
-    size = 0
-    for batch in data.held_back():
-        held.append(batch)
-        size += batch.size
-        if size >= SEARCH_SAMPLES:
-            break
-    return held
 
 
 class _Clock:

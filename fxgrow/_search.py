@@ -10,7 +10,7 @@ from torch import Tensor, fx
 
 from fxgrow._analyse import analyse
 from fxgrow._candidates import places
-from fxgrow._data import Batch, LossFn, loss_of
+from fxgrow._data import Batch, Data, LossFn, loss_of
 from fxgrow._norms import Moments, Norms
 from fxgrow._pass import eval_mode, forward
 from fxgrow._plan import Plan
@@ -94,6 +94,18 @@ class Line:
             # a plan multiplies its deltas by gamma
             delta[name] = (shift if old is None else shift[old.to(shift.device)]) / gamma
         return replace(self.plan, values=replace(values, new=new, delta=delta))
+
+
+def held_batches(data: Data) -> list[Batch]:
+    """Held-back batches for the line search, all of a single batch."""
+    held: list[Batch] = []
+    size = 0
+    for batch in data.held_back():
+        held.append(batch)
+        size += batch.size
+        if size >= SEARCH_SAMPLES:
+            break
+    return held
 
 
 def mean_loss(graph: fx.GraphModule, batches: Sequence[Batch], loss_fn: LossFn | None) -> float:
