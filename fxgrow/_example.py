@@ -1,12 +1,14 @@
 """What a model was captured with, as plain data, so that a fresh one can be captured without being told.
 
-Tracing looks at shapes, dtypes and Python values only. Small tensors keep their entries all the same, since what runs
-on them later may fail on others (an attention mask of zeros); large ones come back as noise, or zeros for integers.
+Tracing looks at shapes, dtypes and Python values only. Masks, tensors of one value and tensors of a few entries keep
+their entries, since what runs on them later may fail on others (an attention mask of zeros). The rest is data of the
+user's, which has no business in a file of weights: it comes back as noise, integers as zeros.
 """
 
 from __future__ import annotations
 
 import base64
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,8 +21,8 @@ from fxgrow._tree import decoded, encoded
 
 #: key in a graph's `.meta`: names of the inputs that were given by keyword, or None
 KEYWORDS = "fxgrow.keywords"
-#: tensors of more bytes do not keep their entries
-SMALL = 16384
+#: tensors of so many entries keep them, masks of up to so many
+FEW, MASK = 16, 16384
 
 
 @dataclass(frozen=True)
@@ -87,17 +89,26 @@ def _name(dtype: torch.dtype) -> str:
 
 def _spec(t: Tensor) -> dict[str, Any]:
     spec: dict[str, Any] = {"shape": list(t.shape), "dtype": _name(t.dtype)}
-    small = t.numel() * t.element_size() <= SMALL and t.layout is torch.strided and t.device.type != "meta"
-    if small and not t.is_complex():
-        flat = t.detach().cpu().contiguous().flatten().view(torch.uint8)
-        spec["entries"] = base64.b64encode(bytes(flat.tolist())).decode()
+    if t.numel() == 0 or t.layout is not torch.strided or t.device.type == "meta" or t.is_complex():
+        return spec
+    flat = t.detach().cpu().contiguous().flatten()
+    entries = flat.view(torch.uint8).view(len(flat), -1)
+    if bool((entries == entries[0]).all()):
+        entries = entries[:1]
+    if len(entries) <= FEW or (len(entries) <= MASK and _is_mask(flat)):
+        spec["entries"] = base64.b64encode(bytes(entries.flatten().tolist())).decode()
     return spec
+
+
+def _is_mask(t: Tensor) -> bool:
+    return not t.is_floating_point() and bool((t.long() >> 1 == 0).all())
 
 
 def _tensor(spec: Mapping[str, Any]) -> Tensor:
     shape, dtype = spec["shape"], getattr(torch, spec["dtype"])
-    if spec.get("entries"):
-        return torch.frombuffer(bytearray(base64.b64decode(spec["entries"])), dtype=dtype).reshape(shape)
+    if "entries" in spec:
+        entries = torch.frombuffer(bytearray(base64.b64decode(spec["entries"])), dtype=dtype)
+        return entries.reshape(shape) if len(entries) > 1 else entries.expand(math.prod(shape)).reshape(shape).clone()
     if not dtype.is_floating_point:
         return torch.zeros(shape, dtype=dtype)
     return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -106,8 +106,13 @@ def replayed(gm: fx.GraphModule, recipe: Recipe, given: Mapping[str, Tensor] | N
     return out
 
 
-def sizes_after(tensors: Mapping[str, Tensor], recipe: Recipe) -> dict[str, torch.Size]:
+def sizes_after(tensors: Mapping[str, Tensor], recipe: Recipe, constants: bool = True) -> dict[str, torch.Size]:
     """The shapes of parameters and buffers after the recipe's growths.
+
+    Args:
+        tensors: before them, by name.
+        recipe: the growths.
+        constants: whether tensors that a model's code makes, and only its graph has names for, must be there.
 
     Raises:
         FileError: a tensor is missing, or has another size than the recipe starts from.
@@ -116,6 +121,8 @@ def sizes_after(tensors: Mapping[str, Tensor], recipe: Recipe) -> dict[str, torc
     for number, step in enumerate(recipe.steps, 1):
         for name, dims in step.sizes.items():
             if name not in shapes:
+                if not constants and "." not in name:
+                    continue
                 raise FileError(f"The recipe's growth {number} widens {name!r}, which this model has not. {_OTHER}")
             for d, before, after in dims:
                 found = shapes[name][d] if d < len(shapes[name]) else None
@@ -152,8 +159,8 @@ def _set_attributes(out: fx.GraphModule, step: Step) -> None:
             raise FileError(f"The recipe sets {a.module}.{a.name}, which is not there. {_OTHER}") from None
         if found != a.before:
             raise FileError(
-                f"{a.module}.{a.name} is {found!r} in this model, and a growth of the recipe takes it from {a.before!r} "
-                f"to {a.after!r}. {_OTHER}"
+                f"{a.module}.{a.name} is {found!r} in this model, and a growth of the recipe takes it from "
+                f"{a.before!r} to {a.after!r}. {_OTHER}"
             )
         setattr(module, a.name, a.after)
 

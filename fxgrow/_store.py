@@ -14,6 +14,7 @@ import ctypes
 import hashlib
 import json
 import os
+import stat
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -59,18 +60,21 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], body: Map
     path = Path(path)
     if path.is_dir():
         raise FileError(f"{path} is a folder. Give the name of a file.")
-    temporary = None
+    target = Path(os.path.realpath(path))  # a link stays one
     try:
-        # a folder of its own, on the same disk: the file in it has the permissions of any new file
-        with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as temporary:
+        # in a folder of its own on the same disk, which goes whatever happens
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
             part = Path(temporary) / "part"
+            part.touch()
+            mode = (target if target.exists() else part).stat().st_mode
             save_file(stored, part, metadata)
+            part.chmod(stat.S_IMODE(mode))  # safetensors would have it for the owner alone
             _to_disk(part)
-            os.replace(part, path)
+            os.replace(part, target)
     except (OSError, SafetensorError) as error:
         raise FileError(f"{path} could not be written: {error}. Nothing was changed.") from error
     with contextlib.suppress(OSError):  # not every system opens folders
-        _to_disk(path.parent)
+        _to_disk(target.parent)
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:

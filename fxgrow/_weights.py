@@ -18,7 +18,7 @@ from torch.nn.parameter import is_lazy
 
 from fxgrow._capture import capture
 from fxgrow._errors import FileError
-from fxgrow._into import into_module
+from fxgrow._into import check_into, into_module
 from fxgrow._recipe import Recipe, grown_inside, keep_recipe
 from fxgrow._replay import named_tensors, replayed, sizes_after
 
@@ -103,9 +103,8 @@ def resized(
         PlanError: the model's code does not allow `into="module"`.
     """
     into = into or recipe.into
-    if into not in ("graph", "module"):
-        raise FileError(f'into={into!r}: take "graph" for a GraphModule or "module" for a copy of the model.')
     model = bare(model)
+    check_into(into, model)
     if Recipe.of(model).steps:
         raise FileError("This model has grown already. A recipe starts from a model as it was before it grew.")
     if into == "module" and not recipe.steps:
@@ -113,7 +112,8 @@ def resized(
         out = copy.deepcopy(model, {id(t): given[name] for name, t in named_tensors(model).items() if name in given})
         keep_recipe(out, recipe)
     else:
-        sizes_after(named_tensors(model), recipe)  # says what does not fit before the model is traced
+        # of another model nothing else is worth saying; what only the graph's root has will be seen there
+        sizes_after(named_tensors(model), recipe, constants=False)
         inputs = example_inputs
         if inputs is None and recipe.example is not None:
             inputs = recipe.example.inputs(model)
