@@ -2,10 +2,12 @@
 
 from fxgrow._bottleneck import Bottleneck, Profile
 from fxgrow._capture import capture
+from fxgrow._checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fxgrow._decide import plan
 from fxgrow._errors import (
     CaptureError,
     ExportError,
+    FileError,
     FxgrowError,
     MissingExtraError,
     PlanError,
@@ -14,10 +16,12 @@ from fxgrow._errors import (
 )
 from fxgrow._explain import Explanation, explain
 from fxgrow._export import export_onnx
+from fxgrow._files import load, resize, save
 from fxgrow._grow import Growth, grow
 from fxgrow._networkx import to_networkx
 from fxgrow._plan import Plan
 from fxgrow._profile import profile
+from fxgrow._recipe import Recipe
 from fxgrow._records import Reason, Width
 from fxgrow._widen import apply, widen
 from fxgrow._widths import widths
@@ -28,8 +32,10 @@ __version__ = "0.1.0"
 __all__ = [
     "Bottleneck",
     "CaptureError",
+    "Checkpoint",
     "Explanation",
     "ExportError",
+    "FileError",
     "FxgrowError",
     "Growth",
     "MissingExtraError",
@@ -39,6 +45,7 @@ __all__ = [
     "ProfileError",
     "Proposal",
     "Reason",
+    "Recipe",
     "RewriteError",
     "Width",
     "apply",
@@ -47,9 +54,14 @@ __all__ = [
     "export_onnx",
     "grow",
     "initialiser",
+    "load",
+    "load_checkpoint",
     "op",
     "plan",
     "profile",
+    "resize",
+    "save",
+    "save_checkpoint",
     "to_networkx",
     "widen",
     "widths",

@@ -34,5 +34,9 @@ class ExportError(FxgrowError):
     """The ONNX file could not be written, or disagrees with the module."""
 
 
+class FileError(FxgrowError):
+    """A file could not be written or read, or is not of the model it is loaded into."""
+
+
 class MissingExtraError(FxgrowError, ImportError):
     """An optional package is not installed."""

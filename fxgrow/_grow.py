@@ -25,6 +25,7 @@ from fxgrow._optim import repoint
 from fxgrow._plan import Plan
 from fxgrow._profile import profile as make_profile
 from fxgrow._records import Reason
+from fxgrow._replay import record
 from fxgrow._rewrite import rewrite
 from fxgrow._search import SEARCH_SAMPLES, Line, Search, mean_loss, search
 from fxgrow.initialisers import find_initialiser
@@ -220,11 +221,12 @@ def grow(
     clock.lap("search")
     grown, index = unfolded(grown, growth.index)
     out = into_module(model, inputs, captured, grown) if into == "module" else grown
+    finished = replace(growth.record, seconds=clock.laps, decreases=_decreases(model, growth.record))
+    keep_record(out, finished)
+    record(out, captured, grown, finished.plan.units, method)
     if optimizer is not None:
         repoint(optimizer, model, out, index)
-    record = replace(growth.record, seconds=clock.laps, decreases=_decreases(model, growth.record))
-    keep_record(out, record)
-    log.info("%s", record.declined or record.plan)
+    log.info("%s", finished.declined or finished.plan)
     return out
 
 
