@@ -14,7 +14,8 @@ from fxgrow._errors import (
 )
 from fxgrow._explain import Explanation, explain
 from fxgrow._export import export_onnx
-from fxgrow._grow import Growth, grow
+from fxgrow._grow import grow
+from fxgrow._growth import Growth
 from fxgrow._networkx import to_networkx
 from fxgrow._plan import Plan
 from fxgrow._profile import profile

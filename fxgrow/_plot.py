@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fxgrow._bottleneck import Profile
-    from fxgrow._grow import Growth
+    from fxgrow._growth import Growth
 
 INK, MUTED, GRID = "#22303c", "#6b7a87", "#e3e8ec"
 BOTTLENECK, EXPRESSIBLE = "#c8553d", "#f0d3c9"
