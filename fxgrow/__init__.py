@@ -11,15 +11,21 @@ from fxgrow._errors import (
     PlanError,
     ProfileError,
     RewriteError,
+    ScheduleError,
 )
 from fxgrow._explain import Explanation, explain
 from fxgrow._export import export_onnx
 from fxgrow._grow import grow
+from fxgrow._grower import Grower
 from fxgrow._growth import Growth
+from fxgrow._history import Event, History
+from fxgrow._limits import Either, Until
 from fxgrow._networkx import to_networkx
 from fxgrow._plan import Plan
 from fxgrow._profile import profile
 from fxgrow._records import Reason, Width
+from fxgrow._schedule import Schedule
+from fxgrow._schedules import Every, LayerByLayer, OnBottleneck, OnPlateau
 from fxgrow._widen import apply, widen
 from fxgrow._widths import widths
 from fxgrow.initialisers import Proposal, initialiser
@@ -29,11 +35,19 @@ __version__ = "0.1.0"
 __all__ = [
     "Bottleneck",
     "CaptureError",
+    "Either",
+    "Event",
+    "Every",
     "Explanation",
     "ExportError",
     "FxgrowError",
+    "Grower",
     "Growth",
+    "History",
+    "LayerByLayer",
     "MissingExtraError",
+    "OnBottleneck",
+    "OnPlateau",
     "Plan",
     "PlanError",
     "Profile",
@@ -41,6 +55,9 @@ __all__ = [
     "Proposal",
     "Reason",
     "RewriteError",
+    "Schedule",
+    "ScheduleError",
+    "Until",
     "Width",
     "apply",
     "capture",
