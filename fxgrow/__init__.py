@@ -13,16 +13,23 @@ from fxgrow._errors import (
     PlanError,
     ProfileError,
     RewriteError,
+    ScheduleError,
 )
 from fxgrow._explain import Explanation, explain
 from fxgrow._export import export_onnx
 from fxgrow._files import load, resize, save
-from fxgrow._grow import Growth, grow
+from fxgrow._grow import grow
+from fxgrow._grower import Grower
+from fxgrow._growth import Growth
+from fxgrow._history import Event, History
+from fxgrow._limits import Either, Until
 from fxgrow._networkx import to_networkx
 from fxgrow._plan import Plan
 from fxgrow._profile import profile
 from fxgrow._recipe import Recipe
 from fxgrow._records import Reason, Width
+from fxgrow._schedule import Schedule
+from fxgrow._schedules import Every, LayerByLayer, OnBottleneck, OnPlateau
 from fxgrow._widen import apply, widen
 from fxgrow._widths import widths
 from fxgrow.initialisers import Proposal, initialiser
@@ -33,12 +40,20 @@ __all__ = [
     "Bottleneck",
     "CaptureError",
     "Checkpoint",
+    "Either",
+    "Event",
+    "Every",
     "Explanation",
     "ExportError",
     "FileError",
     "FxgrowError",
+    "Grower",
     "Growth",
+    "History",
+    "LayerByLayer",
     "MissingExtraError",
+    "OnBottleneck",
+    "OnPlateau",
     "Plan",
     "PlanError",
     "Profile",
@@ -47,6 +62,9 @@ __all__ = [
     "Reason",
     "Recipe",
     "RewriteError",
+    "Schedule",
+    "ScheduleError",
+    "Until",
     "Width",
     "apply",
     "capture",

@@ -26,6 +26,14 @@ class PlanError(FxgrowError):
     """A budget, a width name or a number of units that cannot be met."""
 
 
+class SmallBudgetError(PlanError):
+    """A budget that no unit fits into."""
+
+
+class ScheduleError(FxgrowError):
+    """A schedule that cannot be followed: a number out of range, a width that is not there."""
+
+
 class RewriteError(FxgrowError):
     """A rewritten graph failed its checks; nothing was returned."""
 
