@@ -7,6 +7,7 @@ import inspect
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +17,12 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from fxgrow._errors import CaptureError
+from fxgrow._example import KEYWORDS
 from fxgrow._follow import Follower
 from fxgrow._modes import guard_modes, merge_modes
 from fxgrow._opaque import Obstacles
 from fxgrow._purity import is_pure
+from fxgrow._recipe import Recipe, keep_recipe
 from fxgrow._trace import ValueTracer
 from fxgrow.ops.registry import recognised
 
@@ -71,7 +74,8 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
         recognised(module)  # runs it on numbers of its own, which tracing would record
     with _without_caches(model), _without_fast_path():
         tracer = _trace(model, inputs, call)
-    return _assemble(model, tracer, tuple(inputs.values()))
+    keywords = list(inputs) if isinstance(example_inputs, Mapping) else None
+    return _assemble(model, tracer, tuple(inputs.values()), keywords)
 
 
 def _bind(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], Callable[[list[Any]], Any]]:
@@ -178,7 +182,9 @@ def _prune(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-def _assemble(model: nn.Module, tracer: ValueTracer, values: tuple[Any, ...]) -> fx.GraphModule:
+def _assemble(
+    model: nn.Module, tracer: ValueTracer, values: tuple[Any, ...], keywords: list[str] | None
+) -> fx.GraphModule:
     gm = fx.GraphModule(nn.Module(), fx.Graph(), class_name=type(model).__name__)
     gm._modules.update(model._modules)
     used = {str(node.target) for node in tracer.graph.find_nodes(op="call_module")}
@@ -203,6 +209,9 @@ def _assemble(model: nn.Module, tracer: ValueTracer, values: tuple[Any, ...]) ->
         gm.graph.lint()
     # a slice of a data set would carry all of it into every copy and every saved file
     gm.meta["example_inputs"] = pytree.tree_map_only(torch.Tensor, _alone, values)
+    gm.meta[KEYWORDS] = keywords
+    if Recipe.of(model).steps:
+        keep_recipe(gm, replace(Recipe.of(model), into="graph"))
     gm.meta[_KEEP] = sorted(gm._non_persistent_buffers_set)
     gm._register_deepcopy_hook(_keep_buffer_flags)
     return gm

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from fxgrow._analyse import analyse
 from fxgrow._bottleneck import Bottleneck, Profile
 from fxgrow._cost import Cost, Parameters, cost_of
-from fxgrow._errors import PlanError
+from fxgrow._errors import PlanError, SmallBudgetError
 from fxgrow._plan import Plan
 from fxgrow._rewrite import require_free
 from fxgrow._units import fill_plan
@@ -170,7 +170,7 @@ def _allocate(profile: Profile, count: Cost, limit: float, multiple: int) -> dic
     cheapest = {n: count.total({n: sizes[n].first}) - base for n in free}
     if min(cheapest.values()) > limit:
         name = min(cheapest, key=lambda n: cheapest[n])
-        raise PlanError(
+        raise SmallBudgetError(
             f"The budget of {limit:,.6g} {count.unit} is less than the smallest growth, {cheapest[name]:,.6g} "
             f"{count.unit} for {name!r}."
         )

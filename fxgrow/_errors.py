@@ -26,12 +26,24 @@ class PlanError(FxgrowError):
     """A budget, a width name or a number of units that cannot be met."""
 
 
+class SmallBudgetError(PlanError):
+    """A budget that no unit fits into."""
+
+
+class ScheduleError(FxgrowError):
+    """A schedule that cannot be followed: a number out of range, a width that is not there."""
+
+
 class RewriteError(FxgrowError):
     """A rewritten graph failed its checks; nothing was returned."""
 
 
 class ExportError(FxgrowError):
     """The ONNX file could not be written, or disagrees with the module."""
+
+
+class FileError(FxgrowError):
+    """A file could not be written or read, or is not of the model it is loaded into."""
 
 
 class MissingExtraError(FxgrowError, ImportError):

@@ -27,6 +27,12 @@ def lookup(gm: nn.Module, name: str) -> Tensor:
     return tensor
 
 
+def caller(node: fx.Node) -> str:
+    """Path of the innermost module whose code made the node."""
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return stack[-1] if stack else ""
+
+
 def copy_graph(gm: fx.GraphModule, replaced: Mapping[int, Tensor] | None = None) -> fx.GraphModule:
     """A deep copy without gradients and without the record of earlier growth.
 

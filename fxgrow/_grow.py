@@ -6,7 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import fx, nn
@@ -19,60 +19,21 @@ from fxgrow._decide import plan as make_plan
 from fxgrow._errors import PlanError
 from fxgrow._fold import folded, unfolded
 from fxgrow._graph import copy_graph
+from fxgrow._growth import Grown, Growth, Settings
 from fxgrow._into import check_into, into_module, keep_record
 from fxgrow._newton import newton
 from fxgrow._optim import repoint
 from fxgrow._plan import Plan
 from fxgrow._profile import profile as make_profile
-from fxgrow._records import Reason
+from fxgrow._replay import record
 from fxgrow._rewrite import rewrite
-from fxgrow._search import Line, Search, held_batches, mean_loss, search
+from fxgrow._search import Line, held_batches, mean_loss, search
 from fxgrow.initialisers import find_initialiser
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 M = TypeVar("M", bound=nn.Module)
 #: a split has to lower the held-back loss by this part of it
 ROUNDING = 1e-6
 log = logging.getLogger("fxgrow")
-
-
-@dataclass(frozen=True)
-class Growth:
-    """The record of one growth, at `grown.meta["fxgrow"]`; prints as a report.
-
-    Attributes:
-        plan: what was added, with the gamma that was applied.
-        profile: what it was decided on.
-        search: held-back losses along gamma; None where nothing was added, or the function stays.
-        losses: mean held-back loss before and after, `{"eval": (before, after), "train": (before, after)}`.
-        pinned: widths that cannot change, and why.
-        seconds: wall time per stage.
-        declined: why nothing was added, or None.
-        decreases: predicted and realised decrease of the held-back loss (eval mode), of the growths before this one
-            and of this one, where its method predicts.
-    """
-
-    plan: Plan
-    profile: Profile
-    search: Search | None
-    losses: Mapping[str, tuple[float, float]]
-    pinned: Mapping[str, Reason]
-    seconds: Mapping[str, float]
-    declined: str | None = None
-    decreases: tuple[tuple[float, float], ...] = ()
-
-    def __str__(self) -> str:
-        from fxgrow._report import growth_report
-
-        return growth_report(self)
-
-    def plot(self, path: str | None = None) -> Figure:
-        """Bars of bottleneck and gains per width and the loss against gamma. Needs matplotlib."""
-        from fxgrow._plot import plot_growth
-
-        return plot_growth(self, path)
 
 
 @overload
@@ -119,7 +80,6 @@ def grow(
 ) -> M: ...
 
 
-@random_state_kept()
 def grow(
     model: nn.Module,
     dataloader: Iterable[Any],
@@ -184,48 +144,63 @@ def grow(
         >>> grown.state_dict()["0.weight"].shape
         torch.Size([5, 6])
     """
-    check_into(into, model)
+    done = run(
+        model,
+        dataloader,
+        Settings(
+            loss_fn, example_inputs, budget, neurons, method, cost, multiple, samples, memory_limit, update_existing,
+            progress, seed, into,
+        ),
+    )  # fmt: skip
+    if optimizer is not None:
+        repoint(optimizer, model, done.model, done.index)
+    keep_record(done.model, done.record)
+    log.info("%s", done.record.declined or done.record.plan)
+    return done.model
+
+
+@random_state_kept()
+def run(model: nn.Module, dataloader: Iterable[Any], settings: Settings) -> Grown:
+    """The stages of `grow`, on a copy: the model and whatever trains it are as before."""
+    s = settings
+    check_into(s.into, model)
     clock = _Clock()
-    data = Data(dataloader, samples)
+    data = Data(dataloader, s.samples)
     first = data.first()
     check_device(first, model)
-    inputs = first.inputs if example_inputs is None else example_inputs
+    inputs = first.inputs if s.example_inputs is None else s.example_inputs
     captured = capture(model, inputs)
     gm = folded(captured)
     clock.lap("capture")
-    asked = _candidates(neurons)
+    asked = _candidates(s.neurons)
     # widths that get no units need no figures
     named = list(asked) if isinstance(asked, Mapping) else None
     # what the line search measures no statistics have seen
-    fitting = data.loader if find_initialiser(method).refit else Fitting(data)
+    fitting = data.loader if find_initialiser(s.method).refit else Fitting(data)
     found = make_profile(
         gm,
         fitting,
-        loss_fn,
-        samples,
-        method,
-        memory_limit=memory_limit,
+        s.loss_fn,
+        s.samples,
+        s.method,
+        memory_limit=s.memory_limit,
         widths=named,
         units=asked,
-        progress=progress,
-        seed=seed,
+        progress=s.progress,
+        seed=s.seed,
     )
     clock.lap("profile")
-    decided = make_plan(found, budget, neurons, cost=cost, multiple=multiple, update_existing=update_existing)
+    decided = make_plan(found, s.budget, s.neurons, cost=s.cost, multiple=s.multiple, update_existing=s.update_existing)
     if found.method.curved and decided.units:
-        decided = newton(gm, decided, data, loss_fn, found.method.share)
+        decided = newton(gm, decided, data, s.loss_fn, found.method.share)
     clock.lap("plan")
     held = held_batches(data)
-    grown, growth = _apply_best(gm, decided, found.record(), held, loss_fn, neurons is not None, update_existing)
+    grown, growth = _apply_best(gm, decided, found.record(), held, s.loss_fn, s.neurons is not None, s.update_existing)
     clock.lap("search")
     grown, index = unfolded(grown, growth.index)
-    out = into_module(model, inputs, captured, grown) if into == "module" else grown
-    if optimizer is not None:
-        repoint(optimizer, model, out, index)
-    record = replace(growth.record, seconds=clock.laps, decreases=_decreases(model, growth.record))
-    keep_record(out, record)
-    log.info("%s", record.declined or record.plan)
-    return out
+    out = into_module(model, inputs, captured, grown) if s.into == "module" else grown
+    record(out, captured, grown, growth.record.plan.units, s.method)
+    return Grown(out, index, replace(growth.record, seconds=clock.laps, decreases=_decreases(model, growth.record)))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from torch.utils import _pytree as pytree
 from fxgrow._capture import capture
 from fxgrow._check import TOLERANCE
 from fxgrow._errors import CaptureError, PlanError
+from fxgrow._graph import caller
 from fxgrow._whole import Whole
 
 #: more ways than this to explain the changed sizes by attributes are not tried
@@ -188,7 +189,7 @@ def _explanations(module: nn.Module, literals: list[_Literal]) -> Iterator[tuple
     yield ()
     choices: dict[tuple[Any, ...], dict[str, list[_Attribute]]] = {}
     for literal in literals:
-        path = _owner(literal.node)
+        path = caller(literal.node)
         owner = module.get_submodule(path)
         for name, value in vars(owner).items():
             if type(value) is int and value == literal.old and not name.startswith("_"):
@@ -202,12 +203,6 @@ def _explanations(module: nn.Module, literals: list[_Literal]) -> Iterator[tuple
     if choices:
         for combination in itertools.islice(itertools.product(*every), TRIES):
             yield tuple(itertools.chain.from_iterable(combination))
-
-
-def _owner(node: fx.Node) -> str:
-    """Path of the innermost module whose code made the node."""
-    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    return stack[-1] if stack else ""
 
 
 def _attribute_of(model: nn.Module, attribute: _Attribute) -> Any:
@@ -283,7 +278,7 @@ def _refusal(literals: list[_Literal], problem: str, tried: str) -> str:
         return f'into="module" is not possible: {problem}. {_ADVICE}.'
     node, old, new = literals[0]
     more = f" (and {len(literals) - 1} more sizes)" if len(literals) > 1 else ""
-    path = _owner(node)
+    path = caller(node)
     owner = f"module {path!r}" if path else "the model"
     why = tried or f"{owner} has no attribute that its code reads it from"
     return (

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.optim import LBFGS, Adafactor, Adagrad, Optimizer, Rprop
+from torch.optim import ASGD, LBFGS, Adafactor, Adagrad, Optimizer, Rprop
 
 from fxgrow._errors import FxgrowError
+from fxgrow._rewrite import put
 
 # Per dimension of a parameter: where its old entries are in the new one. None: it did not change.
 Positions: TypeAlias = tuple[Tensor | None, ...]
@@ -26,6 +27,9 @@ _STARTS: dict[tuple[type[Optimizer], str], str] = {
     (Rprop, "step_size"): "lr",
     (Adagrad, "sum"): "initial_accumulator_value",
 }
+
+# State that is an average of the parameter itself: new entries start where the parameter's do.
+_WEIGHTS: dict[tuple[type[Optimizer], str], bool] = {(ASGD, "ax"): True}
 
 # Factored state, and the dimension that it has averaged away (kept with size 1).
 _AVERAGED: dict[tuple[type[Optimizer], str], int] = {(Adafactor, "row_var"): -1, (Adafactor, "col_var"): -2}
@@ -62,10 +66,17 @@ def repoint(optimizer: Optimizer, old: nn.Module, new: nn.Module, index: Mapping
         >>> optimizer.param_groups[0]["params"][0] is new.weight
         True
     """
+    repointing(optimizer, old, new, index)()
+
+
+@torch.no_grad()
+def repointing(
+    optimizer: Optimizer, old: nn.Module, new: nn.Module, index: Mapping[str, Positions]
+) -> Callable[[], None]:
+    """All of `repoint` but its assignments: what can fail has failed when this returns, and nothing has changed."""
     moves = _moves(optimizer, old, new, index)
     _check_once(optimizer, moves)
-    # Everything that can fail is behind us once the new state is built: only assignments follow.
-    state = {}
+    state: dict[Tensor, Any] = {}
     for parameter, entries in optimizer.state.items():
         move = moves.get(id(parameter))
         if move is None:
@@ -73,13 +84,16 @@ def repoint(optimizer: Optimizer, old: nn.Module, new: nn.Module, index: Mapping
         elif (moved := _moved(optimizer, entries, move)) is not None:
             state[move.new] = moved
 
-    for group in optimizer.param_groups:
-        # In place: LBFGS keeps a second reference to this list.
-        group["params"][:] = [_target(moves, parameter) for parameter in group["params"]]
-    optimizer.state.clear()
-    optimizer.state.update(state)
-    if isinstance(optimizer, LBFGS):
-        optimizer._numel_cache = None
+    def assign() -> None:
+        for group in optimizer.param_groups:
+            # In place: LBFGS keeps a second reference to this list.
+            group["params"][:] = [_target(moves, parameter) for parameter in group["params"]]
+        optimizer.state.clear()
+        optimizer.state.update(state)
+        if isinstance(optimizer, LBFGS):
+            optimizer._numel_cache = None
+
+    return assign
 
 
 @dataclass(frozen=True)
@@ -99,10 +113,7 @@ class _Move:
 
 def _moves(optimizer: Optimizer, old: nn.Module, new: nn.Module, index: Mapping[str, Positions]) -> dict[int, _Move]:
     """By id of the old parameter, what becomes of each one that the optimizer owns."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in old.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    targets = dict(new.named_parameters(remove_duplicate=False))
+    names, targets = _names(old), dict(new.named_parameters(remove_duplicate=False))
     moves = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -116,6 +127,27 @@ def _moves(optimizer: Optimizer, old: nn.Module, new: nn.Module, index: Mapping[
             "before growth"
         )
     return moves
+
+
+def _names(model: nn.Module) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
+
+
+def moved_parameters(
+    old: nn.Module, new: nn.Module, index: Mapping[str, Positions]
+) -> list[tuple[nn.Parameter, nn.Parameter, Positions]]:
+    """Each parameter of `old` with the one that takes its place, and where its entries are there.
+
+    Raises:
+        FxgrowError: as `repoint`.
+    """
+    targets = dict(new.named_parameters(remove_duplicate=False))
+    names = _names(old)
+    moves = [_move(parameter, names[id(parameter)], targets, index, {}) for parameter in old.parameters()]
+    return [(move.old, move.new, move.positions) for move in moves]
 
 
 def _move(
@@ -221,6 +253,8 @@ def _grown(optimizer: Optimizer, key: str, value: Tensor, move: _Move) -> Tensor
     dims = _dims(optimizer, key, value, move)
     if dims is None:
         return None
+    if _listed(_WEIGHTS, optimizer, key):
+        return spread(value, move.positions, move.new)
     option = _listed(_STARTS, optimizer, key)
     start = 0.0 if option is None else float(move.options[option])
     grown = value
@@ -234,6 +268,14 @@ def _grown(optimizer: Optimizer, key: str, value: Tensor, move: _Move) -> Tensor
         # The parameter's own strides (channels_last), which the fused and foreach kernels count on.
         grown = torch.empty_like(move.new, dtype=value.dtype, device=value.device).copy_(grown)
     return grown
+
+
+def spread(old: Tensor, positions: Positions, new: Tensor) -> Tensor:
+    """What `new` holds, in the type and place of `old`, with the entries of `old` at their positions."""
+    out = new.detach().clone().to(device=old.device, dtype=old.dtype)
+    whole = [torch.arange(n) if at is None else at for n, at in zip(out.shape, positions, strict=True)]
+    put(out, whole, old.detach())
+    return out
 
 
 def _listed(table: Mapping[tuple[type[Optimizer], str], T], optimizer: Optimizer, key: str) -> T | None:

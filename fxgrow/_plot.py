@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from fxgrow._bottleneck import Profile
-    from fxgrow._grow import Growth
+    from fxgrow._growth import Growth
+    from fxgrow._history import History
 
 INK, MUTED, GRID = "#22303c", "#6b7a87", "#e3e8ec"
 BOTTLENECK, EXPRESSIBLE = "#c8553d", "#f0d3c9"
@@ -199,3 +200,37 @@ def _written(figure: Figure, path: str | None) -> Figure:
     if path is not None:
         figure.savefig(path)
     return figure
+
+
+def plot_history(history: History, path: str | None = None) -> Figure:
+    """Parameters over steps, and the held-back loss before and after each growth.
+
+    Args:
+        history: of a `Grower`.
+        path: file to write; the format follows its ending.
+
+    Returns:
+        The figure, independent of pyplot.
+
+    Raises:
+        MissingExtraError: matplotlib is not installed.
+    """
+    figure = _figure(2, 4)
+    left, right = figure.subplots(1, 2)
+    grown = [e for e in history if e.declined is None]
+    for axes, title in ((left, "parameters"), (right, "held-back loss (eval mode)")):
+        axes.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold", pad=20)
+        axes.set_xlabel("optimiser steps", fontsize=8.5, color=MUTED)
+        axes.grid(color=GRID, linewidth=0.7)
+        _frame(axes)
+    if grown:
+        steps = [0, *(e.step for e in grown)]
+        left.step(steps, [grown[0].parameters[0], *(e.parameters[1] for e in grown)], where="post", color=CHOSEN)
+    for e in history:
+        color = CHOSEN if e.declined is None else REJECTED
+        right.plot([e.step, e.step], e.loss, color=color, linewidth=1.4)
+        right.plot([e.step], [e.loss[0]], marker="o", markersize=4, color=MUTED)
+        right.plot([e.step], [e.loss[1]], marker="o", markersize=6, color=color)
+    declined = len(history) - len(grown)
+    _title(figure, f"fxgrow · {len(grown)} growths, {declined} declined · {history.seconds:.1f} s growing")
+    return _written(figure, path)

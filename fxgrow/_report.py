@@ -13,7 +13,7 @@ from fxgrow._table import WIDTH, Column, table
 
 if TYPE_CHECKING:
     from fxgrow._bottleneck import Bottleneck, Profile
-    from fxgrow._grow import Growth
+    from fxgrow._growth import Growth
     from fxgrow._plan import Plan
 
 #: gains of so many units are printed

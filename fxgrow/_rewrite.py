@@ -233,16 +233,16 @@ def _fill(
         for var, positions in plan[dim].new.items():
             if names[var] == width:
                 where = [positions if d == dim else other.old for d, other in enumerate(plan)]
-                _put(new, where, given.to(old))
+                put(new, where, given.to(old))
     delta = values.delta.get(name)
     old = shrunk(old, name, structure, grow)
     kept = [g.old for g in plan]
-    _put(new, kept, old if delta is None else old + delta.to(old))
+    put(new, kept, old if delta is None else old + delta.to(old))
     if values.copies:
         moved = None
         if delta is not None:
             moved = torch.zeros_like(new)
-            _put(moved, kept, delta.to(old))
+            put(moved, kept, delta.to(old))
         copies = {var: values.copies[width] for var, width in names.items() if width in values.copies}
         own = {(var, dim) for width, dim in values.new.get(name, {}) for var in copies if names[var] == width}
         settle_copies(new, name, structure, plan, copies, own, moved)
@@ -284,7 +284,7 @@ def _zero(new: Tensor, plan: list[Extended], in_dim: int, out_dim: int, corner: 
         new.index_copy_(in_dim, positions, columns)
 
 
-def _put(new: Tensor, where: list[Tensor], value: Tensor, dim: int = 0) -> None:
+def put(new: Tensor, where: list[Tensor], value: Tensor, dim: int = 0) -> None:
     """`new[ix_(*where)] = value`, dimension by dimension, skipping those that are taken whole."""
     while dim < new.dim() and len(where[dim]) == new.shape[dim]:
         dim += 1
@@ -294,11 +294,11 @@ def _put(new: Tensor, where: list[Tensor], value: Tensor, dim: int = 0) -> None:
     runs = _runs(where[dim])
     if len(runs) <= 8:
         for start, at, n in runs:
-            _put(new.narrow(dim, start, n), where, value.narrow(dim, at, n), dim + 1)
+            put(new.narrow(dim, start, n), where, value.narrow(dim, at, n), dim + 1)
         return
     index = where[dim].to(new.device)
     part = new.index_select(dim, index)
-    _put(part, where, value, dim + 1)
+    put(part, where, value, dim + 1)
     new.index_copy_(dim, index, part)
 
 

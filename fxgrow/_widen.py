@@ -14,6 +14,7 @@ from fxgrow._errors import PlanError
 from fxgrow._into import check_into, into_module
 from fxgrow._optim import repoint
 from fxgrow._plan import Plan
+from fxgrow._replay import record
 from fxgrow._rewrite import rewrite
 
 M = TypeVar("M", bound=nn.Module)
@@ -49,6 +50,7 @@ def apply(gm: nn.Module, plan: Plan, example_inputs: tuple[Any, ...] | dict[str,
     grown, _ = rewrite(gm, plan.units, plan.at(plan.scale), generator)
     if not (plan.values.new or plan.values.delta):
         check_function(gm, grown, gm.meta["example_inputs"])
+    record(grown, gm, grown, plan.units, plan.method)
     return grown
 
 
@@ -118,6 +120,7 @@ def widen(
     grown, index = rewrite(gm, units, generator=generator)
     check_function(gm, grown, gm.meta["example_inputs"])
     out = into_module(model, example_inputs, gm, grown) if into == "module" else grown
+    record(out, gm, grown, units, "widen")
     if optimizer is not None:
         repoint(optimizer, model, out, index)
     return out
