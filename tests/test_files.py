@@ -123,15 +123,20 @@ def fresh_outputs(path: Path, name: str) -> Tensor:
 def batches(name: str, classes: int, n: int = 4) -> list[Any]:
     inputs = INPUTS[name]()
     if isinstance(inputs, dict):
-        return [{**inputs, "labels": inputs["input_ids"]} for _ in range(n)]
+        return [(inputs, inputs["input_ids"]) for _ in range(n)]
     return [(inputs[0], torch.arange(len(inputs[0])) % classes) for _ in range(n)]
+
+
+def language_loss(output: Any, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(output["logits"].flatten(0, 1), targets.flatten())
 
 
 def grown_twice(name: str, first: dict[str, int], second: dict[str, int], classes: int) -> Any:
     """By `widen`, then by `grow` on a little random data, and moved away from where growth left it."""
     torch.manual_seed(1)
     net = fxgrow.widen(globals()[name](), INPUTS[name](), first)
-    grown = fxgrow.grow(net, batches(name, classes), neurons=second, method="random", progress=False)
+    loss_fn = language_loss if name == "gpt2" else None
+    grown = fxgrow.grow(net, batches(name, classes), loss_fn=loss_fn, neurons=second, method="random", progress=False)
     with torch.no_grad():
         for p in grown.parameters():
             p.add_(torch.randn_like(p), alpha=0.01)
@@ -152,6 +157,7 @@ SMALL = [
         {"blocks.0.mlp.fc1": 2},
         5,
     ),
+    BIG[2],
 ]
 
 
