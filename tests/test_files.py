@@ -344,6 +344,7 @@ def test_recipes_are_plain_data() -> None:
     assert again == recipe and str(again) == "widen: qkv +12, embed +3"
     for text, message in [
         ("{}", "is not a recipe"),
+        (3, "A int is no recipe"),
         ("{nothing", "is not a recipe"),
         (recipe.to_json().replace('"fxgrow_recipe": 1', '"fxgrow_recipe": 2'), "version 2"),
         (recipe.to_json().replace('"sizes"', '"size"'), "is not a recipe"),

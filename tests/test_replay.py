@@ -52,7 +52,7 @@ def assert_replays(grown: Any, fresh: nn.Module) -> None:
 def check(row: Row) -> None:
     inputs = given(row, 2)
     grown = fxgrow.widen(made(row), inputs, {name: row.steps[0] * step for name, step in row.free.items()})
-    grown = fxgrow.widen(grown, inputs, dict(row.free))
+    grown = fxgrow.widen(grown, inputs, {w.name: w.step for w in fxgrow.widths(grown) if w.name in row.free})
     assert len(fxgrow.Recipe.of(grown).steps) == 2
     assert_replays(grown, made(row))
 
