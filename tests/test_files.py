@@ -236,6 +236,17 @@ def test_wrapped_models(tmp_path: Path) -> None:
         assert torch.equal(outputs(fxgrow.load(torch.compile(mlp()), tmp_path / "net"), x), outputs(grown, x))
 
 
+def test_under_distributed_data_parallel(tmp_path: Path) -> None:
+    x = INPUTS["mlp"]()
+    grown = fxgrow.widen(mlp(), x, {"0": 4})
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
+    try:
+        fxgrow.save(nn.parallel.DistributedDataParallel(grown), tmp_path / "net")
+    finally:
+        torch.distributed.destroy_process_group()
+    assert torch.equal(outputs(fxgrow.load(mlp(), tmp_path / "net"), x), outputs(grown, x))
+
+
 def test_a_grown_part_of_a_larger_model(tmp_path: Path) -> None:
     grown = fxgrow.widen(mlp(), INPUTS["mlp"](), {"0": 4})
     with pytest.raises(fxgrow.FileError, match="Submodule '1' .* has grown on its own"):
