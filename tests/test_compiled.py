@@ -34,17 +34,6 @@ class Branches(nn.Module):
         return self.second(h) + 0 * shift
 
 
-class OtherMode(Branches):
-    """Computes something else in eval mode: its graph refuses the mode it was not captured in."""
-
-    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
-        h = F.relu(self.first(x))
-        if self.training:
-            for part in h.split(2, 1):
-                part.mul_(1.5)
-        return self.second(h)
-
-
 MODELS: dict[str, Any] = {
     "mlp": lambda: (MLP((8, 6, 5, 3)), torch.randn(12, 8)),
     "resnet": lambda: (DigitsResNet(0.25), torch.randn(6, 1, 8, 8)),
@@ -90,18 +79,6 @@ def test_dynamo_explains_it_as_one_graph() -> None:
     net, x = MODELS["branches"]()
     found = torch._dynamo.explain(wider(net, x))(x)
     assert (found.graph_break_count, found.graph_count) == (0, 1)
-
-
-def test_a_guard_still_refuses() -> None:
-    """Compiled, the graph refuses the mode that it refuses uncompiled."""
-    torch._dynamo.reset()
-    x = torch.randn(4, 8)
-    graph = fxgrow.capture(OtherMode(), (x,))
-    compiled = torch.compile(graph, backend="eager")
-    compiled(x)
-    graph.eval()
-    with pytest.raises(Exception, match="captured in train mode and is run in eval mode"):
-        compiled(x)
 
 
 class Counting:
