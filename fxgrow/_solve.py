@@ -1,4 +1,4 @@
-"""From second moments to new units: factors, the whitened SVD, the best update and the refit.
+"""From second moments to new units: factors, the whitened SVD and the best update.
 
 Matrices are sums or means; nothing here depends on which, beyond the scale of what comes out. Every ridge
 and every threshold is relative, so that scaling the loss scales the results and changes no decision.
@@ -294,34 +294,6 @@ def bottleneck(vv_trace: float, vh: Tensor, update: Tensor) -> float:
         What no move of the existing weights can express, not negative.
     """
     return max(0.0, float(vv_trace) - (vh * update).sum().item())
-
-
-def refit(M: Tensor, vz: Tensor, G: Tensor, ridge: float, g_ridge: float = 0.1) -> tuple[Tensor, float]:
-    """Outgoing weights and dW together, fitted on what the new units really output.
-
-    W = (G / mean eigenvalue + g_ridge)^-1 E[V [h, z]^T] (M + eps)^-1: ridge least squares of V on [h, z],
-    preconditioned by the output-side Fisher matrix.
-
-    Args:
-        M: E[[h, z] [h, z]^T], ``[H + K, H + K]``.
-        vz: E[V [h, z]^T], ``[O, H + K]``.
-        G: E[V V^T], ``[O, O]``.
-        ridge: relative ridge on M.
-        g_ridge: ridge on G, relative to its mean eigenvalue.
-
-    Returns:
-        W ``[O, H + K]``: the first H columns move the weights that exist, the rest are the new units' outgoing weights.
-        The second order of the loss along d = W [h, z], q = E[d^T G d]: moving by gamma d lowers the loss by about
-        gamma s - gamma^2 q / 2 with s = E[V . d].
-    """
-    mean = G.diagonal().mean()
-    if not mean > 0:  # no gradient reaches the consumer: there is nothing to fit
-        return torch.zeros_like(vz), 0.0
-    damped = factor(G / mean + g_ridge * torch.eye(len(G), dtype=G.dtype, device=G.device)).solve(vz)
-    W = best_update(M, damped, ridge)
-    # W M without the product: W (M + eps) is what was solved for
-    product = damped - ridge * M.diagonal().mean() * W
-    return W, ((G @ W) * product).sum().item()
 
 
 def decrease(s: float, q: float) -> tuple[float, float]:

@@ -15,7 +15,7 @@ import torch
 
 from fxgrow._consumer import Consumer
 from fxgrow._solve import factor, top_units
-from fxgrow._statistics import WidthMoments
+from fxgrow._width_moments import WidthMoments
 from fxgrow.initialisers.registry import Proposal, initialiser, split_rows
 
 INPUT_RIDGE = 1.0

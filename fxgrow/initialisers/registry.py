@@ -16,7 +16,7 @@ from fxgrow._copies import Copies
 from fxgrow._data import Data, LossFn
 from fxgrow._errors import ProfileError
 from fxgrow._splits import Splits
-from fxgrow._statistics import WidthMoments
+from fxgrow._width_moments import WidthMoments
 from fxgrow._widths import Hidden
 from fxgrow.ops.registry import Structure
 
