@@ -99,6 +99,7 @@ class Reader:
             project=method.project,
             output_side=method.output_side,
             cache=CACHE if self.limit is None else min(CACHE, self.limit // 8 // len(hiddens)),
+            rows=method.rows,
             room=ROOM if self.limit is None else min(ROOM, self.limit // 8),
         )
         if tried:

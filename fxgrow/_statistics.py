@@ -29,6 +29,8 @@ CACHE = 128 << 20
 ROOM = 256 << 20
 #: a sampled matrix is estimated from at least so many samples, where there are any
 FEW_SAMPLES = 64
+#: and from at least so many rows
+FEW_ROWS = 512
 #: relative ridge on a sampled S, with ten rows per feature and with fewer: what it lacks must not be divided by
 SAMPLED_RIDGE = (1e-2, 1e-1)
 
@@ -45,6 +47,7 @@ class Statistics:
         output_side: collect E[V V^T] too.
         cache: bytes of activations to remember per width at most.
         room: bytes that what new units are tried on may take.
+        rows: sampled rows of b for each of its features that S is made from, None for as many as `rows_for` says.
     """
 
     def __init__(
@@ -58,6 +61,7 @@ class Statistics:
         output_side: bool = False,
         cache: int = CACHE,
         room: int = ROOM,
+        rows: float | None = None,
     ) -> None:
         self.cache, self.room = cache, room
         self.exact, self.project = exact, project and not exact
@@ -70,7 +74,9 @@ class Statistics:
                     self.consumers |= consumers_of(p.weight, structure.projections, output_side)
             found = links(h, structure) if link else None
             if found is not None and all(k.reads.weight in self.consumers for k in found):
-                self.widths[h.width.name] = WidthMoments(h, found, spans_of(h, structure))
+                w = self.widths[h.width.name] = WidthMoments(h, found, spans_of(h, structure))
+                most = rows_for(w.features)
+                w.wanted = most if rows is None else min(most, max(FEW_ROWS, math.ceil(rows * w.features)))
         self.reads = reads_of(self.consumers)
         self.by_node: dict[fx.Node, list[tuple[WidthMoments, Link]]] = {}
         for w in self.widths.values():

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
+from torch.nn import functional as F
 
 from fxgrow._axes import length
-from fxgrow._consumer import rows_for, some_rows
+from fxgrow._consumer import some_rows
 from fxgrow._gram import accumulating, add_gram, mirrored
 from fxgrow._links import Link, gradient_map, producer_map
 from fxgrow._moments import coverage, cross_moment, patch_rows
+from fxgrow._solve import Factor, factor
 from fxgrow._widths import Hidden
 from fxgrow.ops.registry import Structure
 
@@ -36,6 +38,9 @@ class WidthMoments:
     keep: int = 0
     #: relative ridge that S needs
     ridge: float = 0.0
+    #: rows to make S from; of fewer than there are features the rows are kept instead of S, as they count
+    wanted: int = 0
+    few: list[Tensor] = field(default_factory=list)
 
     @property
     def features(self) -> int:
@@ -57,6 +62,16 @@ class WidthMoments:
         if self.s is None:
             raise RuntimeError("no rows were added")
         return self.s
+
+    def factor(self, ridge: float) -> Factor:
+        """Of S and a relative ridge."""
+        return factor(rows=torch.cat(self.few), ridge=ridge) if self.few else factor(self.upper, ridge=ridge)
+
+    def mean_squares(self, alpha: Tensor) -> Tensor:
+        """E[(alpha^T b)^2] over what is read, for every column of alpha."""
+        if self.few:
+            return (torch.cat(self.few) @ alpha).square().sum(0) / self.readings
+        return (alpha * (self.second_moment @ alpha)).sum(0) / self.readings
 
     def add(self, link: Link, x: Tensor, v: Tensor, scale: float = 1.0) -> None:
         """Adds scale * sum b V^T of one batch to the consumer's block."""
@@ -100,7 +115,7 @@ class WidthMoments:
         share: float = 1.0,
     ) -> None:
         """Adds to S, from this share of its rows, as if there were `samples` samples (None: all, as they are)."""
-        limit = None if samples is None else math.ceil(share * rows_for(self.features))
+        limit = None if samples is None else math.ceil(share * self.wanted)
         n = next(iter(inputs[k.writes.source] for k in self.links)).shape[0]
         total = n * self.positions(inputs)
         self.samples += n
@@ -110,8 +125,12 @@ class WidthMoments:
             scale = 1.0 if samples is None else samples / n * total / len(rows)
             least, most = (float(w) for w in weight.aminmax())
             even = least == most
-            self.s = add_gram(self.s, rows, None if even else weight, bias, scale * (least if even else 1.0))
             self.rows += len(rows)
+            if samples is not None and self.wanted < self.features:
+                rows = F.pad(rows, (0, 1), value=1.0) if bias else rows
+                self.few.append(rows * (weight * (scale * share / samples)).sqrt()[:, None].to(rows))
+                continue
+            self.s = add_gram(self.s, rows, None if even else weight, bias, scale * (least if even else 1.0))
 
     def rounds(self) -> list[dict[str, Link]]:
         """The i-th use of every producer, for each i: a module used twice writes twice, as two positions would."""

@@ -11,14 +11,6 @@ from torch.nn import functional as F
 
 import fxgrow
 from fxgrow import _consumer, _measure, _statistics, _width_moments
-from fxgrow._analyse import analyse
-from fxgrow._apart import apart
-from fxgrow._candidates import candidates, padded
-from fxgrow._consumer import consumers_of
-from fxgrow._graph import lookup
-from fxgrow._pass import eval_mode
-from fxgrow._widths import hidden
-from fxgrow.initialisers.registry import Proposal
 from models import GPT, MLP, DigitsResNet
 from tests.test_statistics import randomised
 
