@@ -6,7 +6,8 @@
 and grown and ungrown nets train on with Adam on the same batches. The gain is the decrease of the held-out loss
 relative to the ungrown net, at once and after 50 and 400 steps, averaged over two data orders. The figures are means
 over nets of Spearman's rank correlation between a score and the gain of the net's widths, with standard errors;
-chance is 0. *agreement* is the correlation between the two data orders: what averaging leaves to a perfect score.
+chance is 0; a second table has gains per parameter added. *agreement* is the correlation between the two data orders:
+what averaging leaves to a perfect score.
 
 *Allocation*: a budget spent by the library's rule against one ratio for all widths at as many parameters, held-out loss
 after 400 more steps, paired; on balanced nets and on those with a planted cut.
@@ -37,14 +38,12 @@ from benchmarks._where import MARKS, SUBJECTS, Subject, Trained
 from examples.data import VARIABLE, Split
 from fxgrow._analyse import analyse
 from fxgrow._cost import Parameters
-from fxgrow._decide import scores as tilting
-from fxgrow._refit import Refit, decrease
 
 #: units by which each width grows alone
 UNITS = 4
 #: a planted cut leaves this part of a layer
 CUT = 8
-UNGROWN, OWN, UNIFORM = "ungrown", "own", "uniform"
+UNGROWN, OWN, UNIFORM, ADDED = "ungrown", "own", "uniform", "most parameters added"
 #: one line of the file of results: kind, net and seed say which, the rest is what was found
 Row = dict[str, Any]
 
@@ -80,8 +79,7 @@ def rank(name: str, subject: Subject, split: Split, seed: int) -> Row:
             realised[width] = growth.search.losses[0] - min(growth.search.losses)
         losses[width] = trained.losses(net, optimizer, orders)
     found["realised at best gamma"] = realised
-    marginal = found["marginal"]
-    found["realised and marginal"] = {w: math.sqrt(max(0.0, realised[w]) * marginal[w]) for w in realised}
+    found["realised per parameter"] = {w: r / found[ADDED][w] for w, r in realised.items()}
     return {"losses": losses, "scores": found}
 
 
@@ -93,22 +91,17 @@ def scores(trained: Trained) -> dict[str, dict[str, float]]:
     added = {w: count.total({w: UNITS}) - count.total({}) for w in profile}
     marginal = {w: refit.marginal(w, UNITS) for w in profile}
     return {
-        "tilt of plan": tilting(profile, count, profile),
+        "worth": {w: b.worth for w, b in profile.items()},
+        "worth for the size (tilt of plan)": {w: b.worth / b.width.size for w, b in profile.items()},
+        "worth per parameter": {w: b.worth / added[w] for w, b in profile.items()},
+        "units and dW predicted": {w: refit.joint(w, UNITS) for w in profile},
         "marginal": marginal,
         "marginal per parameter": {w: m / added[w] for w, m in marginal.items()},
         "Psi": {w: b.bottleneck for w, b in profile.items()},
         "smallest width": {w: -b.width.size for w, b in profile.items()},
-        "most parameters added": added,
         "gradient norm": trained.gradient_norms(),
-        "units and dW predicted": {w: together(refit, w) for w in profile},
+        ADDED: added,
     }
-
-
-def together(refit: Refit, width: str) -> float:
-    """Predicted decrease by units and the update of existing weights."""
-    evidence = refit.evidence[width]
-    units = {width: evidence.order[:UNITS].sort().values}
-    return decrease([r.predict(units, True) for r in refit.of(width)]) / evidence.coherence
 
 
 def cut(name: str, subject: Subject, split: Split, seed: int) -> Row:
@@ -166,13 +159,14 @@ def mean_error(values: Sequence[float]) -> str:
     return f"{statistics.mean(values):+.2f} ± {error:.2f}"
 
 
-def correlations(row: Row) -> dict[str, list[float]]:
+def correlations(row: Row, per_parameter: bool = False) -> dict[str, list[float]]:
     """Per score, and for the two data orders, the rank correlation with the gain at each of `MARKS` within one net."""
     losses = row["losses"]
     widths = [w for w in losses if w != UNGROWN]
+    cost = row["scores"][ADDED] if per_parameter else dict.fromkeys(widths, 1)
     # [width][order][mark]
     gain = [
-        [[u - g for u, g in zip(*of, strict=True)] for of in zip(losses[UNGROWN], losses[w], strict=True)]
+        [[(u - g) / cost[w] for u, g in zip(*of, strict=True)] for of in zip(losses[UNGROWN], losses[w], strict=True)]
         for w in widths
     ]
     out = {}
@@ -243,6 +237,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=list(SUBJECTS), default=known)
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[10], help="for all nets, or for each of them")
+    parser.add_argument("--first", type=int, default=0, help="the first seed")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--resume", type=Path, default=Path("out/where.jsonl"), help="seeds in it are not run again")
     arguments = parser.parse_args()
@@ -256,7 +251,7 @@ def main() -> None:
     for name, count in zip(arguments.only, seeds, strict=True):
         split = SUBJECTS[name].data()
         for kind in kinds:
-            for seed in range(count):
+            for seed in range(arguments.first, arguments.first + count):
                 if (kind, name, seed) not in done:
                     row = done[kind, name, seed] = RUNS[kind](name, SUBJECTS[name], split, seed)
                     with arguments.resume.open("a") as file:
@@ -266,8 +261,10 @@ def main() -> None:
         print("\nThe width that was cut to an eighth ranks first\n")
         print(cut_table(every["cut"]))
     if "rank" in arguments.parts:
-        print(f"\nRank correlation within a net with the gain of growing one width by {UNITS} units\n")
-        print(rank_table({name: [correlations(r) for r in rows] for name, rows in every["rank"].items()}))
+        for per in (False, True):
+            what = f"gain{' per parameter' * per} of growing one width by {UNITS} units"
+            print(f"\nRank correlation within a net with the {what}\n")
+            print(rank_table({name: [correlations(r, per) for r in rows] for name, rows in every["rank"].items()}))
     if "allocation" in arguments.parts:
         print("\nHeld-out loss, 10^-3 nats, negative: the library's allocation is better than one ratio for all\n")
         titles = {"balanced": "balanced", "unbalanced": "one layer cut"}

@@ -35,6 +35,9 @@ class Bottleneck:
         significant: how many units a held-back test accepts (with no test: how many there are).
         samples: samples that were read.
         positions: sampled positions behind the second moments.
+        worth: score of widths by what a few more units are worth to them, now and after further training: the predicted
+            decrease by units and dW together times the root of Psi. The first alone forgets what training would bring
+            anyway, the second what the data can tell; `benchmarks.where` compares scores. 0 with no prediction.
     """
 
     width: Width
@@ -45,6 +48,7 @@ class Bottleneck:
     significant: int
     samples: int
     positions: int
+    worth: float = 0.0
 
 
 @dataclass(frozen=True)

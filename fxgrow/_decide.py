@@ -22,8 +22,8 @@ from fxgrow.initialisers.copies import check_copies
 
 #: the budget when none is given
 DEFAULT_BUDGET = "+25%"
-#: how far the predicted gain per parameter may tilt a width's share of the budget
-TILT = (0.5, 2.0)
+#: how far its worth may tilt a width's share of the budget
+TILT = (0.5, 4.0)
 
 
 def plan(
@@ -37,8 +37,8 @@ def plan(
 ) -> Plan:
     """Decides how many units each width gets.
 
-    A budget is spread over the widths in proportion to their sizes, tilted by predicted gain per cost, and never
-    spent on units that the held-back test did not accept.
+    A budget is spread over the widths in proportion to their sizes, tilted towards widths of much worth for their
+    size, and never spent on units that the held-back test did not accept.
 
     Args:
         profile: from `fxgrow.profile`.
@@ -174,7 +174,7 @@ def _allocate(profile: Profile, count: Cost, limit: float, multiple: int) -> dic
             f"The budget of {limit:,.6g} {count.unit} is less than the smallest growth, {cheapest[name]:,.6g} "
             f"{count.unit} for {name!r}."
         )
-    tilt = _tilt(profile, count, free)
+    tilt = _tilt(profile, free)
 
     def at(ratio: float) -> dict[str, int]:
         return {name: sizes[name].nearest(ratio * tilt[name] * b.width.size) for name, b in free.items()}
@@ -212,28 +212,13 @@ def _use_up(
         units[best] = more[best]
 
 
-def _tilt(profile: Profile, count: Cost, free: Iterable[str]) -> dict[str, float]:
-    """Predicted gain per cost, relative to the median and within bounds; 1 where nothing is predicted."""
-    score = scores(profile, count, free)
-    if not score:
-        return dict.fromkeys(free, 1.0)
-    middle = sorted(score.values())[len(score) // 2] or 1.0
-    return {n: min(max((s / middle) ** 0.5, TILT[0]), TILT[1]) for n, s in score.items()}
+def _tilt(profile: Profile, free: Iterable[str]) -> dict[str, float]:
+    """How a width's share of its size departs from the others'; 1 where nothing is predicted.
 
-
-def scores(profile: Profile, count: Cost, names: Iterable[str]) -> dict[str, float]:
-    """Predicted gain per cost of an eighth of each width, or of what the held-back test accepts of that.
-
-    Empty for a method that predicts nothing.
+    Units go by worth, not by size, but no further than the root: what a profile sees of worth is noisy.
     """
-    refit = profile.refit
-    if refit is None:
-        return {}
-    base = count.total({})
-    score = {}
-    for name in names:
-        width = profile[name].width
-        k = min(profile[name].significant, max(width.step, math.ceil(width.size / 8)))
-        k = max(width.step, k // width.step * width.step)
-        score[name] = refit.marginal(name, k // width.step) / max(count.total({name: k}) - base, 1e-12)
-    return score
+    short = {n: profile[n].worth / profile[n].width.size for n in free}
+    middle = sorted(short.values())[len(short) // 2]
+    if middle <= 0:
+        return dict.fromkeys(short, 1.0)
+    return {n: min(max((s / middle) ** 0.5, TILT[0]), TILT[1]) for n, s in short.items()}

@@ -223,6 +223,7 @@ def _bottleneck(
     psi, desired = measured.asked[name]
     values = tuple(float(v) for v in proposal.values)
     gains, significant = tuple(v * v for v in values[:k]), min(k, len(values)) if proposal.alpha else k
+    worth = 0.0
     if proposal.splits is not None:
         gains = tuple(proposal.splits.gains.tolist())
         significant = min(k, len(gains) * h.width.step)
@@ -232,6 +233,8 @@ def _bottleneck(
         shares = evidence.shares.clamp_min(0)
         gains = tuple(float(g) for g in (total * shares / shares.sum().clamp_min(1e-30)).sort(descending=True).values)
         significant = evidence.significant * h.width.step
+        # of an eighth of the width
+        worth = refit.joint(name, max(1, math.ceil(h.width.size / 8) // h.width.step)) * psi**0.5
     elif refit is not None:
         gains, significant = (), 0
     return Bottleneck(
@@ -243,4 +246,5 @@ def _bottleneck(
         significant=significant // h.width.step * h.width.step,
         samples=samples,
         positions=measured.positions[name],
+        worth=worth,
     )

@@ -38,16 +38,19 @@ class Refit:
     def of(self, width: str) -> list[Readout]:
         return [r for r in self.readouts.values() if width in r.new]
 
+    def joint(self, width: str, k: int) -> float:
+        """Predicted decrease by k atoms and the update of existing weights together, p = max(s, 0)^2 / 2q."""
+        e = self.evidence[width]
+        units = e.order[:k].sort().values
+        return decrease([r.predict({width: units}, True) for r in self.of(width)]) / e.coherence
+
     def marginal(self, width: str, k: int) -> float:
         """Predicted decrease that k atoms add to what updating the existing weights alone would bring.
 
-        p(units + dW) - p(dW alone), p = max(s, 0)^2 / 2q, fitted on one part of the data, measured on the other.
+        p(units + dW) - p(dW alone), fitted on one part of the data, measured on the other.
         """
-        e = self.evidence[width]
-        units = e.order[:k].sort().values
-        both = [r.predict({width: units}, True) for r in self.of(width)]
-        alone = [r.predict({}, True) for r in self.of(width)]
-        return max(0.0, decrease(both) - decrease(alone)) / e.coherence
+        alone = decrease([r.predict({}, True) for r in self.of(width)]) / self.evidence[width].coherence
+        return max(0.0, self.joint(width, k) - alone)
 
     def rank(self, atoms: Mapping[str, int]) -> None:
         """Orders the candidates of each width, so many each, by their part of the fitted slope."""

@@ -99,7 +99,8 @@ def _predictions(growth: Growth) -> list[str]:
 
 LEGEND = (
     "Ψ: what the loss asks of the consumers and no change of their weights can express; share: of all it asks for.\n"
-    "best gains: predicted decrease of the loss per unit; ok: units that a test on held-back batches accepts."
+    "best gains: predicted decrease of the loss per unit; ok: units that a test on held-back batches accepts.\n"
+    "worth: of a few more units, against other widths'; shares of a budget lean towards worth for the size."
 )
 
 COLUMNS = (
@@ -110,6 +111,7 @@ COLUMNS = (
     Column("Ψ", right=True),
     Column("share", right=True),
     Column("best gains", right=True),
+    Column("worth", right=True),
     Column("ok", right=True),
 )
 
@@ -151,6 +153,7 @@ def _row(b: Bottleneck) -> tuple[str, ...]:
     width = b.width
     return (
         width.name, str(width.size), str(width.step), flow(width), f"{b.bottleneck:.3g}", share, gains or "·",
+        f"{b.worth:.2g}" if b.worth else "·",
         f"{b.significant} of {max(len(b.gains) * b.width.step, b.significant)}",
     )  # fmt: skip
 

@@ -24,7 +24,7 @@ from fxgrow._widths import Hidden
 from fxgrow.initialisers.registry import Proposal
 from fxgrow.ops.registry import Structure
 
-#: relative ridge on S, as in `initialisers/default.py`
+#: relative ridge on S
 INPUT_RIDGE = 1.0
 #: old units that new ones may be like in what has no slope, and copies of each
 CONTEXTS, COPIES = 8, 2

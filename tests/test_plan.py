@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,9 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxgrow
-from fxgrow._analyse import analyse
-from fxgrow._cost import Parameters
-from fxgrow._decide import TILT, scores
+from fxgrow._decide import TILT, _tilt
 from models.mlp import MLP
 from models.resnet import DigitsResNet
 
@@ -210,13 +209,31 @@ def test_prints_what_it_does() -> None:
     assert str(plan).startswith(f"layers.1 +2; {before:,} -> {after:,} parameters, gamma ")
 
 
-def test_scores_are_predicted_gains_per_parameter() -> None:
+def test_worth_is_the_decrease_of_the_fitted_step_times_the_root_of_what_weights_cannot_express() -> None:
     profile = profiled("mlp")
-    count = Parameters(profile.graph, analyse(profile.graph))
     assert profile.refit is not None
-    for name, score in scores(profile, count, profile).items():
-        width = profile[name].width
-        k = max(1, min(profile[name].significant, -(-width.size // 8)))
-        wider = fxgrow.apply(profile.graph, fxgrow.plan(profile, neurons={name: k}))
-        assert score == pytest.approx(profile.refit.marginal(name, k) / (size(wider) - size(profile.graph)))
-    assert scores(fxgrow.profile(make("mlp"), images(), method="random", progress=False), count, profile) == {}
+    for name, b in profile.items():
+        evidence, (readout,) = profile.refit.evidence[name], profile.refit.of(name)
+        units = evidence.order[: -(-b.width.size // 8)].sort().values
+        step, columns = readout.solve({name: units}, True)
+        slope = float((step * readout.held[:, columns]).sum())
+        m = readout.m[columns][:, columns]
+        curvature = float((readout.g @ step @ m * step).sum())
+        expected = slope**2 / 2 / curvature / evidence.coherence * b.bottleneck**0.5
+        assert b.worth == pytest.approx(expected, rel=1e-4) if slope > 0 else b.worth == 0
+    assert all(b.worth == 0 for b in fxgrow.profile(make("mlp"), images(), method="random", progress=False).values())
+
+
+def test_shares_lean_towards_worth_for_the_size_within_bounds() -> None:
+    profile = profiled("mlp")
+    (first, a), (second, b) = list(profile.items())[:2]
+    size = b.width.size / a.width.size
+
+    def tilts(worth: float) -> float:
+        given = {first: replace(a, worth=1.0), second: replace(b, worth=worth * size)}
+        found = _tilt(replace(profile, bottlenecks=given), given)
+        return found[second] / found[first]
+
+    assert [tilts(w) for w in (1.0, 4.0)] == pytest.approx([1.0, 2.0])
+    assert tilts(1e9) == pytest.approx(1 / TILT[0])  # the larger of two is the median
+    assert _tilt(replace(profile, bottlenecks={first: replace(a, worth=0.0)}), [first]) == {first: 1.0}

@@ -2,9 +2,10 @@
 
 alpha = (S + eps)^(-1/2) u for the SVD (S + eps)^(-1/2) N (G + eps)^(-1/2) = U Lambda W^T, scaled to
 E[(alpha^T b)^2] = 1. After Verbockhaven et al. 2024 (TMLR, arXiv 2405.19816), with G = E[V V^T] on the output side and
-ridges relative to the mean eigenvalue. A large ridge on S wins less at the first step and more after further training:
-with a small one incoming weights are two to three times too large. `newton` has the same units; their outgoing weights
-are fitted on the curvature of the loss through the whole network.
+ridges relative to the mean eigenvalue. Units are scaled by what they put out, so the ridge on S decides only which
+directions count; between a hundredth and the whole of the mean eigenvalue a tenth is as good as any on every net
+(`benchmarks/RESULTS.md`). `newton` has the same units; their outgoing weights are fitted on the curvature of the loss
+through the whole network.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from fxgrow._solve import factor, top_units
 from fxgrow._width_moments import WidthMoments
 from fxgrow.initialisers.registry import Proposal, initialiser, split_rows
 
-INPUT_RIDGE = 1.0
+INPUT_RIDGE = 0.1
 #: with such a ridge S needs few rows: half as many as features lose no more than a few percent of the units' worth
 ROWS = 0.5
 #: and its best directions few iterations
