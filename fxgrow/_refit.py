@@ -84,7 +84,7 @@ def run_refit(
     generator: torch.Generator,
     widths: Collection[str] | None = None,
 ) -> Refit:
-    """Two passes over the candidate graph, fitting batches, then held-back ones; for these of its widths, None for all."""
+    """Two passes over the candidate graph for these of its widths (None: all): fitting batches, then held-back ones."""
     graph = found.graph
     atoms = {w: k for w, k in found.atoms.items() if widths is None or w in widths}
     consumers = _consumers(found, atoms)
