@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxgrow._analyse import analyse
 from fxgrow._bottleneck import Bottleneck, Profile
-from fxgrow._candidates import candidates
+from fxgrow._candidates import candidates, padded
 from fxgrow._capture import capture
 from fxgrow._compensate import silent
 from fxgrow._data import Data, LossFn, check_device, random_state_kept
@@ -30,6 +30,7 @@ from fxgrow._records import Width
 from fxgrow._refit import Refit, run_refit
 from fxgrow._rewrite import require_free
 from fxgrow._steps import written_out
+from fxgrow._trials import Trials
 from fxgrow._widths import Hidden, hidden
 from fxgrow.initialisers import Proposal, find_initialiser
 from fxgrow.initialisers.registry import Setting
@@ -60,7 +61,7 @@ def profile(
     Args:
         gm: a captured graph, or a model (captured on the first batch).
         dataloader: batches `(inputs, targets)`, where inputs may be a tuple or a dict, or dicts for models that return
-            an object with `.loss`. Read two to three times, the same batches in the same order.
+            an object with `.loss`. Read one to three times, the same batches in the same order.
         loss_fn: takes (output, targets), returns the mean over the batch or one value per sample. None: cross-entropy
             for integer targets, mean squared error for floating ones, the model's own `.loss` where it has one.
         samples: how many samples to use at most; None for 8192.
@@ -70,7 +71,8 @@ def profile(
             forward pass, for exact figures.
         memory_limit: bytes that moments and remembered activations may take at once, or None: widths that do not fit
             in together are measured in turns, with a reading of the data each. The fit of outgoing weights then keeps
-            one second moment per layer that reads a width, whatever the limit.
+            one second moment per layer that reads a width, whatever the limit. What new units are tried on is
+            remembered if it takes at most 256 MB, or an eighth of the limit; else the data are read again.
         widths: names of the widths to profile; None for all that are free, but for those whose new units send nothing
             on at first, so that the data say nothing of them (streams under a norm, queries and keys), unless `units`
             names them.
@@ -128,8 +130,17 @@ def profile(
     calibration = _calibration(gm, data, initialiser.refit)
     found = refit = None
     if initialiser.refit:
-        found = candidates(gm, structure, proposals, additions, calibration, generator)
-        refit = run_refit(found, data, loss_fn, generator)
+        refit, rest = Refit(), [name for name in additions if name not in measured.ways]
+        if measured.stats is not None and measured.ways:
+            own = [h for h in chosen if h.width.name in measured.ways]
+            atoms = {h.width.name: additions[h.width.name] // h.width.step for h in own}
+            for h in own:
+                name = h.width.name
+                proposals[name] = padded(gm, h, proposals[name], additions[name], generator)
+            refit = Trials(measured.ways, proposals, atoms, measured.stats, measured.held, data, loss_fn).run()
+        if rest:
+            found = candidates(gm, structure, proposals, additions, calibration, generator)
+            refit.join(run_refit(found, data, loss_fn, generator, rest))
     if refit is not None and data.batches != 1:
         samples, loss = samples + refit.samples, loss + refit.loss
     bottlenecks = {

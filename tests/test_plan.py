@@ -217,7 +217,9 @@ def test_worth_is_the_decrease_of_the_fitted_step_times_the_root_of_what_weights
         units = evidence.order[: -(-b.width.size // 8)].sort().values
         step, columns = readout.solve({name: units}, True)
         slope = float((step * readout.held[:, columns]).sum())
-        m = readout.m[columns][:, columns]
+        z = [readout.new[name].flatten().tolist().index(c) for c in columns[len(readout.old) :].tolist()]
+        hz = readout.hz[:, z]
+        m = torch.cat([torch.cat([readout.hh, hz], 1), torch.cat([hz.mT, readout.zz[z][:, z]], 1)])
         curvature = float((readout.g @ step @ m * step).sum())
         expected = slope**2 / 2 / curvature / evidence.coherence * b.bottleneck**0.5
         assert b.worth == pytest.approx(expected, rel=1e-4) if slope > 0 else b.worth == 0
