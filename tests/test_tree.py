@@ -94,7 +94,9 @@ class Colour(str, enum.Enum):
     RED = "red"
 
 
-@pytest.mark.parametrize("thing", [object(), {1, 2}, lambda: 0, Colour.RED, range(3), np.array(["a"])], ids=lambda t: type(t).__name__)
+@pytest.mark.parametrize(
+    "thing", [object(), {1, 2}, lambda: 0, Colour.RED, range(3), np.array(["a"])], ids=lambda x: type(x).__name__
+)
 def test_what_is_not_plain_is_refused_by_its_path(thing: Any) -> None:
     with pytest.raises(fxgrow.FileError, match="root/state/0/callback"):
         encoded({"state": {0: {"callback": thing}}}, {}, "root")
