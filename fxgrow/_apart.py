@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fxgrow._axes import Dims, Var, multiplicity, resolve
 from fxgrow._candidates import put_rows
 from fxgrow._consumer import Consumer
+from fxgrow._fold import spectral
 from fxgrow._graph import lookup
 from fxgrow._layout import samples_second
 from fxgrow._rewrite import Values
@@ -120,6 +121,8 @@ def _way(
         return None
     if any(len(resolve(p.reads)) != 1 or p.turned for p in h.reads):
         return None
+    if any(spectral(gm, p.weight) for p in (*h.writes, *h.reads)):
+        return None  # under such a norm new entries are not what was proposed
     if not all(p.plain and p.groups == 1 and not p.turned and _own_weight(gm, p) for p in h.writes):
         return None
     writers = {p.node for p in h.writes}

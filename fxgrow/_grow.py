@@ -31,7 +31,7 @@ from fxgrow._search import Line, held_batches, mean_loss, search
 from fxgrow.initialisers import find_initialiser
 
 M = TypeVar("M", bound=nn.Module)
-#: a split has to lower the held-back loss by this part of it
+#: a step that lowers the held-back loss by less than this part of it lowers nothing
 ROUNDING = 1e-6
 log = logging.getLogger("fxgrow")
 
@@ -235,8 +235,8 @@ def _apply_best(
     result = search(line, loss_fn, found.method.share, follow=update_existing)
     gamma = result.applied
     # halves of a split unit that do not come apart would stay alike for ever
-    alike = bool(decided.values.copies) and result.gain < ROUNDING
-    if alike or (result.best == 0.0 and decided.outgoing and not forced):
+    nothing = result.gain < ROUNDING
+    if nothing and (decided.values.copies or (decided.outgoing and not forced)):
         declined = "no step along the proposed units lowers the held-back loss (gamma = 0 wins)"
         plan = replace(decided, units={}, scale=0.0, reason=declined)
         same = {mode: (loss, loss) for mode, loss in before.items()}

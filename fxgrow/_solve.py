@@ -229,8 +229,9 @@ class _Columns:
         for i, (block, own) in enumerate(zip(self.blocks, x.split(self.sizes), strict=True)):
             if self.g:
                 # [taps, O, w]: G acts on O
-                own = self.g[i].unwhiten(own.unflatten(0, (-1, self.ranks[i])).transpose(0, 1).flatten(1))
-                own = own.unflatten(1, (block.shape[1], -1)).transpose(0, 1).flatten(0, 1)
+                taps = block.shape[1]
+                own = self.g[i].unwhiten(own.unflatten(0, (taps, self.ranks[i])).transpose(0, 1).flatten(1))
+                own = own.unflatten(1, (taps, x.shape[1])).transpose(0, 1).flatten(0, 1)
             out.append((block, own))
         return out
 
@@ -245,7 +246,7 @@ class _Columns:
             own = block.flatten(1).mT @ y
             if self.g:
                 own = self.g[i].whiten(own.unflatten(0, block.shape[1:]).transpose(0, 1).flatten(1))
-                own = own.unflatten(1, (block.shape[1], -1)).transpose(0, 1).flatten(0, 1)
+                own = own.unflatten(1, (block.shape[1], y.shape[1])).transpose(0, 1).flatten(0, 1)
             columns.append(own)
         return torch.cat(columns)
 

@@ -393,7 +393,7 @@ def test_predictions_come_true_and_are_kept() -> None:
     torch.manual_seed(0)
     model, batches = MLP([64, 12, 10]), [(x.flatten(1), y) for x, y in digits()]
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
-    train(model, batches, optimizer, 300)
+    train(model, batches, optimizer, 100)
     net: nn.Module = model
     for times in (1, 2, 3):
         net = fxgrow.grow(net, batches, neurons=2, optimizer=optimizer, progress=False)
