@@ -115,21 +115,34 @@ def _slice(tensor: Tensor, dim: int, positions: Tensor, new: Mapping[tuple[str, 
     return out.clone()
 
 
+def padded(gm: fx.GraphModule, h: Hidden, proposal: Proposal, k: int, generator: torch.Generator) -> Proposal:
+    """The proposal with k incoming rows for every producer: random ones (Kaiming) fill up, or are all there are."""
+    alpha: dict[str, Tensor] = {}
+    for p in h.writes:
+        if p.weight in alpha:
+            continue
+        weight, biased = lookup(gm, p.weight), p.bias is not None
+        rows = proposal.alpha.get(p.weight, weight.new_zeros(0, weight.numel() // weight.shape[p.out_dim] + biased))
+        missing = k - len(rows[:k])
+        drawn = torch.randn(missing, rows.shape[1] - biased, generator=generator).to(rows)
+        drawn = drawn * (2 / max(1, drawn.shape[1])) ** 0.5
+        if biased:
+            drawn = torch.cat([drawn, drawn.new_zeros(missing, 1)], 1)
+        alpha[p.weight] = torch.cat([rows[:k], drawn])
+    return replace(proposal, alpha=alpha)
+
+
 def _rows(
     gm: fx.GraphModule, h: Hidden, proposal: Proposal, where: Places, values: Values, generator: torch.Generator
 ) -> None:
-    """Proposed incoming weights as slices of the producers' weights and biases; random ones (Kaiming) fill up."""
-    for p in {p.weight: p for p in h.writes}.values():
-        rows = proposal.alpha.get(p.weight)
-        if rows is None:
-            continue
+    """Proposed incoming weights as slices of the producers' weights and biases; random ones fill up."""
+    if not proposal.alpha:
+        return
+    proposed = {p.weight: p for p in h.writes if p.weight in proposal.alpha}.values()
+    for p in proposed:
         k = len(where[p.weight][h.width.name, p.out_dim])
-        missing = k - len(rows[:k])
-        drawn = torch.randn(missing, rows.shape[1] - (p.bias is not None), generator=generator)
-        drawn = drawn.to(rows) * (2 / max(1, drawn.shape[1])) ** 0.5
-        if p.bias is not None:
-            drawn = torch.cat([drawn, drawn.new_zeros(missing, 1)], 1)
-        put_rows(gm, p, h.width.name, torch.cat([rows[:k], drawn]), values)
+        rows = padded(gm, replace(h, writes=[p]), proposal, k, generator).alpha[p.weight]
+        put_rows(gm, p, h.width.name, rows, values)
 
 
 def put_rows(gm: fx.GraphModule, use: Projection, name: str, rows: Tensor, values: Values) -> None:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from fxgrow._gram import add_gram, mirrored
+from fxgrow._gram import accumulating, add_gram, mirrored
 from fxgrow._graph import lookup
 from fxgrow._links import window
+from fxgrow._memory import Span
 from fxgrow._moments import patch_rows
 from fxgrow._pass import Seen
 from fxgrow._solve import best_update
@@ -22,6 +24,8 @@ from fxgrow.ops.registry import Projection
 PROJECTION_RIDGE = 1e-1
 #: weights of more groups than this have no statistics: each is measured on its own
 GROUPS = 32
+#: rows that are gathered at once take at most so many bytes
+GATHERED = 32 << 20
 _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
@@ -73,6 +77,25 @@ def _movable(p: Projection) -> str | None:
     return p.bias if p.bias is not None and gm is not None and lookup(gm, p.bias).requires_grad else None
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """Which rows of what one use reads M was made from.
+
+    Attributes:
+        use: the use.
+        span: of the batches that are remembered.
+        keep: samples of each.
+        parts: rows of these samples, as many as are gathered at once; None for all.
+        scale: what each of them counts.
+    """
+
+    use: Projection
+    span: Span
+    keep: int
+    parts: list[Tensor | None]
+    scale: float
+
+
 class Consumer:
     """E[V h^T], E|V|^2, M = E[h h^T] and G = E[V V^T] of one weight, over all its uses.
 
@@ -104,15 +127,21 @@ class Consumer:
         #: samples and positions that were seen, and rows that M and G were made from
         self.samples, self.given = 0, 0
         self.rows = 0
+        self.drawn: list[Drawn] = []
 
     def add_gradient(self, seen: Seen) -> None:
         """The sum of V h^T over a batch is its weight gradient."""
+        self.vh = self.added(self.vh if self.vh.numel() else None, seen)
+
+    def added(self, total: Tensor | None, seen: Seen) -> Tensor:
+        """A sum of V h^T, and of V where there is a bias, with one more batch."""
         g = self.matrix(seen.gradients[self.weight])
-        if not self.vh.numel():
-            self.vh = g.new_zeros(g.shape[0], g.shape[1] + (self.bias is not None), dtype=accumulator(g))
-        self.vh[:, : g.shape[1]].add_(g)
+        if total is None:
+            total = g.new_zeros(g.shape[0], g.shape[1] + (self.bias is not None), dtype=accumulator(g))
+        total[:, : g.shape[1]].add_(g)
         if self.bias is not None:
-            self.vh[:, -1].add_(self._own(seen.gradients[self.bias], 0))
+            total[:, -1].add_(self._own(seen.gradients[self.bias], 0))
+        return total
 
     def matrix(self, weight: Tensor) -> Tensor:
         """A tensor like the weight as `[O, H]`; `like_weight` is the reverse."""
@@ -145,7 +174,7 @@ class Consumer:
         samples: float | None,
         generator: torch.Generator | None = None,
         share: float = 1.0,
-    ) -> None:
+    ) -> tuple[list[Tensor | None], float]:
         """Adds to M and G, from this share of their rows, as if there were `samples` samples.
 
         Args:
@@ -154,6 +183,9 @@ class Consumer:
             samples: None: all rows, as they are.
             generator: chooses the rows.
             share: of the rows that this weight needs.
+
+        Returns:
+            Which rows, in parts, and what each counts.
         """
         updates = self.updates(v)
         n = len(updates)
@@ -167,12 +199,36 @@ class Consumer:
             chosen = some_rows(count, math.ceil(share * rows_for(width)), generator, h.device)
         if given is not None:
             chosen = given if chosen is None else given[chosen]
-        rows, updates = self.inputs(h, chosen), updates.flatten(0, 1)
-        scale = 1.0 if samples is None else samples * count / n / max(1, len(rows))
-        self.m = add_gram(self.m, rows, bias=self.bias is not None, scale=scale)
+        rows = count if chosen is None else len(chosen)
+        scale = 1.0 if samples is None else samples * count / n / max(1, rows)
+        parts = list(self._parts(h, chosen, count))
+        for part in parts:
+            self.m = add_gram(self.m, self.inputs(h, part), bias=self.bias is not None, scale=scale)
         if self.output_side:
+            updates = updates.flatten(0, 1)
             self.g = add_gram(self.g, updates if chosen is None else updates[chosen], scale=scale)
-        self.rows += len(rows)
+        self.rows += rows
+        return parts, scale
+
+    def _parts(self, h: Tensor, chosen: Tensor | None, count: int) -> Iterator[Tensor | None]:
+        """Rows to be gathered at once; those of dense layers lie where they can be read."""
+        if chosen is None and not self.window.kernel:
+            yield None
+            return
+        most = max(1, GATHERED // (h.shape[self.dim] * self.window.taps * 4))
+        yield from (torch.arange(count, device=h.device) if chosen is None else chosen).split(most)
+
+    def outer(self, v: Tensor, z: Tensor) -> Tensor:
+        """The sum of V z^T, `[O, channels * taps]`: V as `asked`, z as `taken`, of other channels than h."""
+        v, z = accumulating(v), accumulating(z)
+        w = self.window
+        if not w.kernel:
+            return v.flatten(0, -2).mT @ z.flatten(0, -2)
+        like = v.new_empty(1).expand(v.shape[1], z.shape[1], *w.kernel)
+        gradient: Tensor = torch.ops.aten.convolution_backward(
+            v, z, like, None, w.stride, w.padding, w.dilation, False, [0] * len(w.kernel), 1, (False, True, False)
+        )[1]
+        return gradient.flatten(1)
 
     def updates(self, v: Tensor) -> Tensor:
         """V, as `asked`, in rows: `[n, positions, O]`."""

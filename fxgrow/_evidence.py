@@ -6,14 +6,13 @@ ensures:  where there is nothing to find, next to nothing is found (`benchmarks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fxgrow._candidates import Candidates
 from fxgrow._consumer import Consumer
 
 if TYPE_CHECKING:
@@ -60,25 +59,30 @@ class Tests:
 
     A unit is asked for what the existing weights cannot do: its slope is taken against V less what they can express.
     With V itself a network that is only badly calibrated would have every unit pass for a part of that.
+
+    Args:
+        out: readouts, fitted, and an order of the candidates of every width.
+        atoms: how many those are.
+        channels: per readout, where in what its weight reads the new channels of each width are.
     """
 
-    def __init__(self, out: Refit, found: Candidates) -> None:
-        self.out, self.found = out, found
-        self.sums = {w: torch.zeros(k, dtype=torch.float64) for w, k in found.atoms.items()}
-        self.squares = {w: torch.zeros(k, dtype=torch.float64) for w, k in found.atoms.items()}
-        self.whole = dict.fromkeys(found.atoms, 0.0)
+    def __init__(self, out: Refit, atoms: Mapping[str, int], channels: Mapping[str, Mapping[str, Tensor]]) -> None:
+        self.out, self.channels = out, channels
+        self.sums = {w: torch.zeros(k, dtype=torch.float64) for w, k in atoms.items()}
+        self.squares = {w: torch.zeros(k, dtype=torch.float64) for w, k in atoms.items()}
+        self.whole = dict.fromkeys(atoms, 0.0)
         self.count = 0
         self.steps: dict[tuple[str, str], Tensor] = {}
         self.expressible = {name: r.expressible() for name, r in out.readouts.items()}
-        self.curvature = dict.fromkeys(found.atoms, 0.0)
-        for width, k in found.atoms.items():
+        self.curvature = dict.fromkeys(atoms, 0.0)
+        for width, k in atoms.items():
             for name, r in out.readouts.items():
                 if width not in r.new:
                     continue
                 every = {width: torch.arange(k)}
                 weights, columns = r.solve(every, True)
                 self.curvature[width] += r.predict(every, True)[1]
-                step = weights.new_zeros(len(weights), r.m.shape[0])
+                step = weights.new_zeros(r.fit.shape)
                 step[:, columns] = weights
                 self.steps[width, name] = step
 
@@ -87,11 +91,10 @@ class Tests:
         whole: dict[str, Tensor] = {}
         for name, c, h, v in uses:
             r = self.out.readouts[name]
-            v = v.index_select(c.dim, r.outputs.to(v.device)).to(r.m.dtype)
+            v = v if len(r.outputs) == v.shape[c.dim] else v.index_select(c.dim, r.outputs.to(v.device))
+            v = v.to(r.fit.dtype)
             rest = v - c.apply(self.expressible[name], h)
-            for (width, axis), positions in self.found.places[c.weight].items():
-                if axis != c.uses[0].in_dim:
-                    continue
+            for width, positions in self.channels[name].items():
                 step = self.steps[width, name]
                 slope = _per_sample((c.apply(step, h) * v).flatten(1).sum(1), size)
                 own = self._slopes(c, step[:, r.new[width].flatten()], positions, h.to(v.dtype), rest, r.new[width])

@@ -38,7 +38,8 @@ def _second(node: fx.Node, source: fx.Node, found: set[fx.Node]) -> bool:
         return second if node.args[1] == 0 else True  # last states: [layers, samples, units]
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return second
-    name = getattr(node.target, "__name__", str(node.target))
+    # a layer may have any name
+    name = "" if node.op == "call_module" else getattr(node.target, "__name__", str(node.target))
     if name in _MOVES and before.dim() <= len(_SIZES):
         return _moved(node, before.dim(), int(second)) == 1
     if after.dim() > before.dim():

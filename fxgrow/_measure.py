@@ -6,12 +6,13 @@ Widths whose matrices have no room beside each other take turns, with a reading 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
+from fxgrow._apart import Apart, apart
 from fxgrow._consumer import accumulator
 from fxgrow._data import Batch, Data, LossFn
 from fxgrow._errors import ProfileError
@@ -20,7 +21,8 @@ from fxgrow._pass import Seen, run_pass
 from fxgrow._progress import progress as bar
 from fxgrow._sketch import sketch
 from fxgrow._solve import bottleneck
-from fxgrow._statistics import CACHE, Statistics
+from fxgrow._statistics import CACHE, ROOM, Statistics
+from fxgrow._trials import HeldBack
 from fxgrow._widths import Hidden
 from fxgrow.initialisers import Initialiser, Proposal
 from fxgrow.ops.registry import Projection, Structure
@@ -48,6 +50,10 @@ class Measured:
     positions: dict[str, int] = field(default_factory=dict)
     samples: int = 0
     loss: float = 0.0
+    #: widths of which new units can be tried by themselves, and on what
+    ways: dict[str, Apart] = field(default_factory=dict)
+    stats: Statistics | None = None
+    held: HeldBack = field(default_factory=HeldBack)
 
 
 @dataclass(frozen=True)
@@ -78,11 +84,12 @@ class Reader:
             ProfileError: a width has no room on its own.
         """
         out = Measured()
-        for own in turns(hiddens, self.gm, self.limit):
-            self._measure(own, additions, out)
+        found = turns(hiddens, self.gm, self.limit)
+        for own in found:
+            self._measure(own, additions, out, self.method.refit and not self.exact and len(found) == 1)
         return out
 
-    def _measure(self, hiddens: Sequence[Hidden], additions: Mapping[str, int], out: Measured) -> None:
+    def _measure(self, hiddens: Sequence[Hidden], additions: Mapping[str, int], out: Measured, tried: bool) -> None:
         method = self.method
         stats = Statistics(
             self.structure,
@@ -91,9 +98,15 @@ class Reader:
             link=method.moments,
             project=method.project,
             output_side=method.output_side,
-            cache=CACHE if self.limit is None else min(CACHE, self.limit // 4 // len(hiddens)),
+            cache=CACHE if self.limit is None else min(CACHE, self.limit // 8 // len(hiddens)),
+            rows=method.rows,
+            room=ROOM if self.limit is None else min(ROOM, self.limit // 8),
         )
-        out.loss = self.collect(stats)
+        if tried:
+            linked = [h for h in hiddens if h.width.name in stats.widths]
+            out.ways, out.stats = apart(self.gm, self.structure, linked, stats.consumers), stats
+            stats.remember(out.ways)
+        out.loss = self.collect(stats, out.held)
         out.samples = stats.samples
         stats.finish(self.generator)
         updates, psi = project(stats)
@@ -116,23 +129,43 @@ class Reader:
             out.asked[h.width.name] = sum(p for p, _ in own), sum(v for _, v in own)
         out.updates |= updates
 
-    def collect(self, stats: Statistics) -> float:
-        """The first pass; returns the sum of the losses."""
+    def collect(self, stats: Statistics, held: HeldBack | None = None) -> float:
+        """The first pass; returns the sum of the fitting batches' losses. What there is room for goes to `held`."""
         total = 0.0
+        returned: dict[fx.Node, Tensor] = {}
+        apart = False
+
+        def batches() -> Iterator[Batch]:
+            nonlocal apart
+            for batch in self.data:
+                apart = self.method.refit and self.data.held(batch)
+                # the first batch is none of these, and with it the room is known
+                if not apart or stats.remembers:
+                    yield batch
+
+        def read(seen: Seen, node: fx.Node, v: Tensor) -> None:
+            if apart:
+                returned[node] = v
+            else:
+                stats.read(seen, node, v, batches=self.data.expected(seen.size))
 
         def done(batch: Batch, seen: Seen) -> None:
             nonlocal total
-            total += seen.loss * seen.size
-            stats.end_batch(seen)
+            if not apart:
+                total += seen.loss * seen.size
+                stats.end_batch(seen)
+            elif held is not None:
+                held.add(seen, stats.held, stats.whole[1], returned, stats.consumers)
+                returned.clear()
 
         run_pass(
             self.gm,
-            bar(self.data.fitting(self.method.refit), "profiling", self.data.batches, self.show),
+            bar(batches(), "profiling", self.data.batches, self.show),
             self.loss_fn,
             sources=stats.sources,
             targets=stats.reads,
             weights={n: lookup(self.gm, n) for n in stats.weights},
-            reader=lambda seen, node, v: stats.read(seen, node, v, batches=self.data.expected(seen.size)),
+            reader=read,
             done=done,
         )
         return total

@@ -25,6 +25,13 @@ class Chunk(NamedTuple):
         return self.stop - self.start
 
 
+class Span(NamedTuple):
+    """Batches from one number up to, not with, another."""
+
+    start: int
+    stop: int
+
+
 class Store:
     """One tensor per batch."""
 
@@ -55,13 +62,13 @@ class Store:
         room, *own = piece.shape
         return Chunk(piece, start, start + n) if start + n <= room and own == list(shape) else None
 
-    def read(self, start: int, stop: int, keep: int) -> Tensor:
-        """The first `keep` samples of the batches from `start` to `stop`, which lie in one piece."""
+    def read(self, start: int, stop: int, keep: int | None = None) -> Tensor:
+        """The first `keep` samples of each batch from `start` to `stop`; None: all that are remembered."""
         chunks = self.chunks[start:stop]
         piece = chunks[0].piece
-        if all(c.size <= keep for c in chunks):
+        if chunks[-1].piece is piece and (keep is None or all(c.size <= keep for c in chunks)):
             return piece[chunks[0].start : chunks[-1].stop]
-        return torch.cat([piece[c.start : min(c.stop, c.start + keep)] for c in chunks])
+        return torch.cat([c.piece[c.start : c.stop if keep is None else min(c.stop, c.start + keep)] for c in chunks])
 
 
 class Memory:
@@ -79,16 +86,30 @@ class Memory:
     def add_update(self, node: fx.Node, batch: Tensor, keep: int) -> None:
         self.updates.setdefault(node, Store()).add(batch, keep, self.expected)
 
-    def groups(
-        self, keep: int, inputs: Sequence[fx.Node], updates: Sequence[fx.Node] = ()
-    ) -> Iterator[tuple[dict[fx.Node, Tensor], dict[fx.Node, Tensor]]]:
-        """The first `keep` samples of every batch, at all these nodes: as many batches at once as share a piece."""
+    def read(self, nodes: Sequence[fx.Node], span: Span, keep: int | None = None) -> list[Tensor]:
+        """The first `keep` samples of the batches of a span, at all these inputs."""
+        return [self.inputs[n].read(*span, keep) for n in nodes]
+
+    def spans(self, inputs: Sequence[fx.Node], updates: Sequence[fx.Node] = ()) -> Iterator[Span]:
+        """As many batches at once as share a piece at all these nodes."""
         stores = [*(self.inputs[n] for n in inputs), *(self.updates[n] for n in updates)]
         start = 0
-        for stop in _ends(stores):
-            whole = [store.read(start, stop, keep) for store in stores]
-            start = stop
-            yield dict(zip(inputs, whole, strict=False)), dict(zip(updates, whole[len(inputs) :], strict=True))
+        for i, chunks in enumerate(zip(*(s.chunks for s in stores), strict=True)):
+            if i and any(c.start == 0 for c in chunks):
+                yield Span(start, i)
+                start = i
+        yield Span(start, len(stores[0].chunks))
+
+    def groups(
+        self, keep: int | None, inputs: Sequence[fx.Node], updates: Sequence[fx.Node] = ()
+    ) -> Iterator[tuple[Span, dict[fx.Node, Tensor], dict[fx.Node, Tensor]]]:
+        """The first `keep` samples of every batch, at all these nodes, span by span."""
+        for span in self.spans(inputs, updates):
+            yield (
+                span,
+                dict(zip(inputs, self.read(inputs, span, keep), strict=True)),
+                {n: self.updates[n].read(*span, keep) for n in updates},
+            )
 
 
 def _places(size: int, expected: int) -> int:
@@ -97,11 +118,3 @@ def _places(size: int, expected: int) -> int:
     if 0 < expected <= fit:
         return expected
     return 1 << (fit.bit_length() - 1) if fit else 1
-
-
-def _ends(stores: Sequence[Store]) -> Iterator[int]:
-    """Where groups of batches end: where any store begins a new piece."""
-    for i, chunks in enumerate(zip(*(s.chunks for s in stores), strict=True)):
-        if i and any(c.start == 0 for c in chunks):
-            yield i
-    yield len(stores[0].chunks)

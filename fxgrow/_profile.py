@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxgrow._analyse import analyse
 from fxgrow._bottleneck import Bottleneck, Profile
-from fxgrow._candidates import candidates
+from fxgrow._candidates import candidates, padded
 from fxgrow._capture import capture
 from fxgrow._compensate import silent
 from fxgrow._data import Data, LossFn, check_device, random_state_kept
@@ -30,6 +30,7 @@ from fxgrow._records import Width
 from fxgrow._refit import Refit, run_refit
 from fxgrow._rewrite import require_free
 from fxgrow._steps import written_out
+from fxgrow._trials import Trials
 from fxgrow._widths import Hidden, hidden
 from fxgrow.initialisers import Proposal, find_initialiser
 from fxgrow.initialisers.registry import Setting
@@ -128,8 +129,18 @@ def profile(
     calibration = _calibration(gm, data, initialiser.refit)
     found = refit = None
     if initialiser.refit:
-        found = candidates(gm, structure, proposals, additions, calibration, generator)
-        refit = run_refit(found, data, loss_fn, generator)
+        by_itself = {name: k for name, k in additions.items() if name in measured.ways}
+        for h in chosen:
+            if (name := h.width.name) in by_itself:
+                proposals[name] = padded(gm, h, proposals[name], additions[name], generator)
+        refit = Refit()
+        if by_itself and measured.stats is not None:
+            atoms = {h.width.name: additions[h.width.name] // h.width.step for h in chosen if h.width.name in by_itself}
+            refit = Trials(measured.ways, proposals, atoms, measured.stats, measured.held, data, loss_fn).run()
+        if rest := {name: k for name, k in additions.items() if name not in by_itself}:
+            found = candidates(gm, structure, proposals, rest, calibration, generator)
+            refit.join(run_refit(found, data, loss_fn, generator))
+            found = None if by_itself else found
     if refit is not None and data.batches != 1:
         samples, loss = samples + refit.samples, loss + refit.loss
     bottlenecks = {

@@ -1,7 +1,7 @@
-"""Outgoing weights and the update of existing ones, fitted together on what candidates really put out.
+"""What a plan needs to choose and weigh units: readouts of every consumer, evidence for every width.
 
-The candidate graph is run once on the fitting batches, where E[V [h, z]^T] is the weight gradient of the widened
-consumer, and once on the held-back ones, where each unit is tested and the predictions are made.
+Where units cannot be run by themselves (`_trials.py`) the widened network is: once on the fitting batches, where
+E[V [h, z]^T] is the weight gradient of the widened consumer, and once on the held-back ones, where each unit is tested.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -20,72 +19,10 @@ from fxgrow._data import Batch, Data, LossFn
 from fxgrow._evidence import Evidence, Tests
 from fxgrow._graph import lookup
 from fxgrow._pass import Seen, run_pass
-from fxgrow._solve import best_update, refit
-from fxgrow.ops.registry import Projection
+from fxgrow._readout import Readout
 
-#: relative ridge on E[[h, z] [h, z]^T]
-RIDGE = 1e-1
-#: the same for what existing weights can express: no more than keeps the solution finite
-EXPRESSIBLE_RIDGE = 1e-2
 #: second moments of inputs are estimated from about so many samples
 SAMPLES = 1024
-
-
-@dataclass
-class Readout:
-    """One consumer of the candidate graph: moments of V and [h, z], and which columns are whose.
-
-    Attributes:
-        weight: name of its weight.
-        bias: name of its bias.
-        use: how the weight is stored; everything here is [out, in].
-        outputs: rows of the weight that are not new units themselves.
-        old: columns of h (the bias last).
-        new: per width `[K, columns per atom]`; an atom is the least that can be added, `step` units.
-        m: E[[h, z] [h, z]^T].
-        g: E[V V^T] per position.
-        fit: E[V [h, z]^T] on the fitting batches.
-        held: the same on the held-back ones.
-    """
-
-    weight: str
-    bias: str | None
-    use: Projection
-    outputs: Tensor
-    old: Tensor
-    new: dict[str, Tensor]
-    m: Tensor
-    g: Tensor
-    fit: Tensor
-    held: Tensor
-    _solved: dict[Any, tuple[Tensor, Tensor, float]] = field(default_factory=dict, repr=False)
-
-    def solve(self, chosen: Mapping[str, Tensor], update_existing: bool) -> tuple[Tensor, Tensor]:
-        """Weights `[O, columns]` for the chosen units of each width, and their columns (old ones first)."""
-        weights, columns, _ = self._solution(chosen, update_existing)
-        return weights, columns
-
-    def predict(self, chosen: Mapping[str, Tensor], update_existing: bool) -> tuple[float, float]:
-        """Held-back slope s and curvature q along what is solved for the same units."""
-        weights, columns, curvature = self._solution(chosen, update_existing)
-        return (weights * self.held[:, columns]).sum().item(), curvature
-
-    def _solution(self, chosen: Mapping[str, Tensor], update_existing: bool) -> tuple[Tensor, Tensor, float]:
-        key = (update_existing, *((w, tuple(u.tolist())) for w, u in chosen.items() if w in self.new))
-        if key not in self._solved:
-            parts = [self.old] if update_existing else []
-            parts += [self.new[w][units].flatten() for w, units in chosen.items() if w in self.new]
-            columns = torch.cat(parts) if parts else self.old[:0]
-            m = self.m[columns][:, columns]
-            weights, curvature = refit(m, self.fit[:, columns], self.g, RIDGE)
-            self._solved[key] = weights, columns, curvature
-        return self._solved[key]
-
-    def expressible(self) -> Tensor:
-        """The best move of the existing weights by themselves, `[O, H]`, zero at the new columns."""
-        move = self.fit.new_zeros(self.fit.shape)
-        move[:, self.old] = best_update(self.m[self.old][:, self.old], self.fit[:, self.old], ridge=EXPRESSIBLE_RIDGE)
-        return move
 
 
 @dataclass
@@ -114,6 +51,24 @@ class Refit:
         """
         alone = decrease([r.predict({}, True) for r in self.of(width)]) / self.evidence[width].coherence
         return max(0.0, self.joint(width, k) - alone)
+
+    def rank(self, atoms: Mapping[str, int]) -> None:
+        """Orders the candidates of each width, so many each, by their part of the fitted slope."""
+        for width, k in atoms.items():
+            share = torch.zeros(k)
+            for r in self.of(width):
+                weights, columns = r.solve({width: torch.arange(k)}, True)
+                own = weights[:, len(r.old) :] * r.fit[:, columns[len(r.old) :]]
+                share += own.sum(0).view(k, -1).sum(1).float().cpu()
+            order = share.argsort(descending=True)
+            self.evidence[width] = Evidence(order, torch.zeros(k), torch.zeros(k))
+
+    def join(self, other: Refit) -> None:
+        """Adds other widths; of samples that were read twice one count is kept."""
+        self.readouts |= other.readouts
+        self.evidence |= other.evidence
+        if other.samples:
+            self.samples, self.loss = other.samples, other.loss
 
 
 def decrease(terms: Sequence[tuple[float, float]]) -> float:
@@ -163,8 +118,12 @@ def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: 
         c.finish(count)
         out.readouts[name] = _readout(c, found)
         c.vh = torch.zeros(0)
-    rank_by_fit(out, found)
-    tests = Tests(out, found)
+    out.rank(found.atoms)
+    channels = {
+        name: {w: places for (w, dim), places in found.places[c.weight].items() if dim == c.uses[0].in_dim}
+        for name, c in consumers.items()
+    }
+    tests = Tests(out, found.atoms, channels)
     count = 0
     held: dict[fx.Node, Tensor] = {}
 
@@ -221,6 +180,7 @@ def _readout(c: Consumer, found: Candidates) -> Readout:
     old = (channels.nonzero() * taps + torch.arange(taps)).flatten()
     if c.bias is not None:
         old = torch.cat([old, torch.tensor([c.vh.shape[1] - 1])])
+    old = old.to(c.vh.device)
     groups = 1 if c.uses[0].experts else c.groups
     rows = torch.ones(len(c.vh) * groups, dtype=torch.bool)
     for (_, dim), positions in found.places[c.weight].items():
@@ -229,16 +189,6 @@ def _readout(c: Consumer, found: Candidates) -> Readout:
     rows = rows if groups == 1 else rows.unflatten(0, (groups, -1))[c.group]
     outputs, fit = rows.nonzero().flatten().to(c.vh.device), c.vh[rows.to(c.vh.device)]
     g = c.curvature()[outputs][:, outputs]
-    return Readout(c.weight, c.bias, c.uses[0], outputs, old.to(c.vh.device), new, c.m, g, fit, torch.zeros_like(fit))
-
-
-def rank_by_fit(out: Refit, found: Candidates) -> None:
-    """Orders the candidates of each width by their part of the fitted slope."""
-    for width, k in found.atoms.items():
-        share = torch.zeros(k)
-        for r in out.of(width):
-            weights, columns = r.solve({width: torch.arange(k)}, True)
-            own = weights[:, len(r.old) :] * r.fit[:, columns[len(r.old) :]]
-            share += own.sum(0).view(k, -1).sum(1).float().cpu()
-        order = share.argsort(descending=True)
-        out.evidence[width] = Evidence(order, torch.zeros(k), torch.zeros(k))
+    z = torch.cat([n.flatten() for n in new.values()]) if new else old[:0]
+    hh, hz, zz = c.m[old][:, old], c.m[old][:, z], c.m[z][:, z]
+    return Readout(c.weight, c.bias, c.uses[0], outputs, old, new, hh, hz, zz, g, fit, torch.zeros_like(fit))

@@ -1,4 +1,4 @@
-"""From second moments to new units: factors, the whitened SVD, the best update and the refit.
+"""From second moments to new units: factors, the whitened SVD and the best update.
 
 Matrices are sums or means; nothing here depends on which, beyond the scale of what comes out. Every ridge
 and every threshold is relative, so that scaling the loss scales the results and changes no decision.
@@ -170,7 +170,7 @@ class Units:
     values: Tensor
 
 
-def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int) -> Units:
+def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int, sweeps: int | None = None) -> Units:
     """The k best units: SVD of S^(-1/2) N G^(-1/2) = U diag(lambda) W^T over all blocks of columns.
 
     alpha_k = sqrt(lambda_k) S^(-1/2) u_k and omega_k = sqrt(lambda_k) G^(-1/2) w_k (Verbockhaven et al. 2024,
@@ -182,6 +182,7 @@ def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int) -
         s: factor of S.
         g: per consumer the factor of its G ``[O, O]``, None for the identity.
         k: largest number of units.
+        sweeps: applications of the operator; None for as many as working precision needs.
 
     Returns:
         At most k units: singular values up to 1e-6 of the largest are dropped. The sign of a unit makes the
@@ -192,30 +193,65 @@ def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int) -
     """
     if not all(math.isfinite(block.sum()) for block in blocks):
         raise ProfileError("the moment of inputs and gradients holds NaN or infinity: look for a non-finite loss")
-    white = [_whiten_columns(block, g[i] if g else None) for i, block in enumerate(blocks)]
-    columns = [w.flatten(1) for w in white]
-    matrix = torch.cat(columns, 1) if len(columns) > 1 else columns[0]
-    if isinstance(s, Dual):
-        alpha, right, values = _by_columns(matrix, s, k)
-    elif min(matrix.shape) <= EXACT[matrix.dtype]:
-        u, values, wt = torch.linalg.svd(s.whiten(matrix), full_matrices=False)
+    matrix = _Columns(blocks, s, g)
+    if not isinstance(s, Dual) and min(matrix.shape) <= EXACT[matrix.dtype]:
+        u, values, wt = torch.linalg.svd(s.whiten(matrix.whole()), full_matrices=False)
         values = values[values > DROP * values[:1]]
         found = min(k, len(values))
         alpha, right = s.unwhiten(u[:, :found]) * values[:found].sqrt(), wt[:found].mT
     else:
-        alpha, right, values = _by_columns(matrix, s, k)
+        alpha, right, values = _by_columns(matrix, s, k, sweeps or SWEEPS[matrix.dtype])
     largest = alpha.abs().argmax(0, keepdim=True) if alpha.numel() else alpha.new_zeros(1, 0).long()
     sign = alpha.gather(0, largest).sign()
     right = right * sign * values[: alpha.shape[1]].sqrt()
-    omega = []
-    for i, (w, part) in enumerate(zip(white, right.split([w[0].numel() for w in white]), strict=True)):
-        part = part.mT.unflatten(1, w.shape[1:])
-        omega.append(_on_columns(part, g[i].unwhiten) if g else part.contiguous())
-    return Units(alpha * sign, omega, values)
+    return Units(alpha * sign, [part.mT.unflatten(1, b.shape[1:]) for b, part in matrix.parts(right)], values)
 
 
-def _whiten_columns(block: Tensor, g: Factor | None) -> Tensor:
-    return _on_columns(block, g.whiten) if g else block
+class _Columns:
+    """N G^(-1/2) over all blocks, `[P, c]`, by its products: to form it costs more than a few of them."""
+
+    def __init__(self, blocks: list[Tensor], s: Factor, g: list[Factor] | None) -> None:
+        self.blocks, self.s, self.g = blocks, s, g
+        #: entries of each tap once G has whitened them
+        self.ranks = [len(g[i].whiten(b[0].mT[:, :0])) if g else b.shape[2] for i, b in enumerate(blocks)]
+        self.sizes = [b.shape[1] * r for b, r in zip(blocks, self.ranks, strict=True)]
+        self.shape = len(blocks[0]), sum(self.sizes)
+        self.dtype, self.device = blocks[0].dtype, blocks[0].device
+
+    def whole(self) -> Tensor:
+        """The matrix itself."""
+        columns = [(_on_columns(b, self.g[i].whiten) if self.g else b).flatten(1) for i, b in enumerate(self.blocks)]
+        return torch.cat(columns, 1) if len(columns) > 1 else columns[0]
+
+    def parts(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """The blocks, and G^(-T/2) x for the rows of x that belong to each."""
+        out = []
+        for i, (block, own) in enumerate(zip(self.blocks, x.split(self.sizes), strict=True)):
+            if self.g:
+                # [taps, O, w]: G acts on O
+                own = self.g[i].unwhiten(own.unflatten(0, (-1, self.ranks[i])).transpose(0, 1).flatten(1))
+                own = own.unflatten(1, (block.shape[1], -1)).transpose(0, 1).flatten(0, 1)
+            out.append((block, own))
+        return out
+
+    def times(self, x: Tensor) -> Tensor:
+        """The matrix times `[c, w]`."""
+        return sum((b.flatten(1) @ own for b, own in self.parts(x)), x.new_zeros(()))
+
+    def transposed_times(self, y: Tensor) -> Tensor:
+        """Its transpose times `[P, w]`."""
+        columns = []
+        for i, block in enumerate(self.blocks):
+            own = block.flatten(1).mT @ y
+            if self.g:
+                own = self.g[i].whiten(own.unflatten(0, block.shape[1:]).transpose(0, 1).flatten(1))
+                own = own.unflatten(1, (block.shape[1], -1)).transpose(0, 1).flatten(0, 1)
+            columns.append(own)
+        return torch.cat(columns)
+
+    def operate(self, x: Tensor) -> Tensor:
+        """G^(-1/2) N^T S^-1 N G^(-T/2) x."""
+        return self.transposed_times(self.s.solve(self.times(x)))
 
 
 def _on_columns(block: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
@@ -224,28 +260,26 @@ def _on_columns(block: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
     return out.reshape(*block.shape[:2], out.shape[-1])
 
 
-def _by_columns(matrix: Tensor, s: Factor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+def _by_columns(columns: _Columns, s: Factor, k: int, sweeps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Top singular triples from S^-1 alone, as eigenvectors of N^T S^-1 N ``[c, c]``.
 
     With many columns by a block Krylov space (Musco and Musco 2015, algorithm 2): the block subspace
     iteration that keeps what it has seen, which costs the same products and converges in far fewer.
     """
-    columns = matrix.shape[1]
-    white = None if isinstance(s, Dual) or columns > SMALL else s.whiten(matrix)
-    product = None if white is None else gram(white)
-
-    def operate(x: Tensor) -> Tensor:
-        return matrix.mT @ s.solve(matrix @ x) if product is None else product @ x
-
-    width, sweeps = min(k + OVERSAMPLING, columns), SWEEPS[matrix.dtype]
-    if columns <= EXACT[matrix.dtype] or width * sweeps >= columns:
-        if product is None:
-            product = matrix.mT @ s.solve(matrix)
-            product = (product + product.mT) / 2
-        squares, vectors = torch.linalg.eigh(product)
+    count, dtype = columns.shape[1], columns.dtype
+    width = min(k + OVERSAMPLING, count)
+    whole = count <= EXACT[dtype] or width * sweeps >= count
+    white = product = None
+    if whole or (sweeps >= SWEEPS[dtype] and count <= SMALL and not isinstance(s, Dual)):
+        matrix = columns.whole()
+        white = None if isinstance(s, Dual) or count > SMALL else s.whiten(matrix)
+        product = matrix.mT @ s.solve(matrix) if white is None else gram(white)
+    operate = columns.operate if product is None else product.__matmul__
+    if whole and product is not None:
+        squares, vectors = torch.linalg.eigh((product + product.mT) / 2)
     else:
         generator = torch.Generator().manual_seed(0)
-        x = torch.randn(columns, width, generator=generator, dtype=torch.float64).to(matrix)
+        x = torch.randn(count, width, generator=generator, dtype=torch.float64).to(columns.device, dtype)
         x = torch.linalg.qr(x).Q
         basis, images = x, operate(x)
         for _ in range(sweeps - 1):
@@ -258,11 +292,11 @@ def _by_columns(matrix: Tensor, s: Factor, k: int) -> tuple[Tensor, Tensor, Tens
         squares, vectors = squares[-k:], basis @ vectors[:, -k:]
     squares, vectors = squares.flip(0), vectors.flip(1)
     # Squared, rounding hides more of the tail than DROP does.
-    noise = max(DROP**2, columns * torch.finfo(matrix.dtype).eps)
+    noise = max(DROP**2, count * torch.finfo(dtype).eps)
     values = squares[squares > noise * squares[:1].clamp_min(0)].sqrt()
     found = min(k, len(values))
     right = vectors[:, :found]
-    alpha = s.solve(matrix @ right) if white is None else s.unwhiten(white @ right)
+    alpha = s.solve(columns.times(right)) if white is None else s.unwhiten(white @ right)
     return alpha / values[:found].sqrt(), right, values
 
 
@@ -294,34 +328,6 @@ def bottleneck(vv_trace: float, vh: Tensor, update: Tensor) -> float:
         What no move of the existing weights can express, not negative.
     """
     return max(0.0, float(vv_trace) - (vh * update).sum().item())
-
-
-def refit(M: Tensor, vz: Tensor, G: Tensor, ridge: float, g_ridge: float = 0.1) -> tuple[Tensor, float]:
-    """Outgoing weights and dW together, fitted on what the new units really output.
-
-    W = (G / mean eigenvalue + g_ridge)^-1 E[V [h, z]^T] (M + eps)^-1: ridge least squares of V on [h, z],
-    preconditioned by the output-side Fisher matrix.
-
-    Args:
-        M: E[[h, z] [h, z]^T], ``[H + K, H + K]``.
-        vz: E[V [h, z]^T], ``[O, H + K]``.
-        G: E[V V^T], ``[O, O]``.
-        ridge: relative ridge on M.
-        g_ridge: ridge on G, relative to its mean eigenvalue.
-
-    Returns:
-        W ``[O, H + K]``: the first H columns move the weights that exist, the rest are the new units' outgoing weights.
-        The second order of the loss along d = W [h, z], q = E[d^T G d]: moving by gamma d lowers the loss by about
-        gamma s - gamma^2 q / 2 with s = E[V . d].
-    """
-    mean = G.diagonal().mean()
-    if not mean > 0:  # no gradient reaches the consumer: there is nothing to fit
-        return torch.zeros_like(vz), 0.0
-    damped = factor(G / mean + g_ridge * torch.eye(len(G), dtype=G.dtype, device=G.device)).solve(vz)
-    W = best_update(M, damped, ridge)
-    # W M without the product: W (M + eps) is what was solved for
-    product = damped - ridge * M.diagonal().mean() * W
-    return W, ((G @ W) * product).sum().item()
 
 
 def decrease(s: float, q: float) -> tuple[float, float]:

@@ -8,173 +8,31 @@ can express. E is the mean over samples of the sum over positions (Verbockhaven 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
 
-from fxgrow._axes import length
-from fxgrow._consumer import Consumer, consumers_of, reads_of, rows_for, some_rows
-from fxgrow._gram import accumulating, add_gram, mirrored
-from fxgrow._links import Link, gradient_map, links, producer_map
-from fxgrow._memory import Memory
-from fxgrow._moments import coverage, cross_moment, patch_rows
+from fxgrow._apart import Apart
+from fxgrow._consumer import Consumer, Drawn, consumers_of, reads_of, rows_for
+from fxgrow._links import Link, links
+from fxgrow._memory import Memory, Span
 from fxgrow._pass import Seen
+from fxgrow._width_moments import WidthMoments, spans_of
 from fxgrow._widths import Hidden
 from fxgrow.ops.registry import Projection, Structure
 
 #: remembered activations of one width take at most so many bytes
 CACHE = 128 << 20
+#: what new units are tried on is remembered if it takes at most so many bytes, else read again
+ROOM = 256 << 20
 #: a sampled matrix is estimated from at least so many samples, where there are any
 FEW_SAMPLES = 64
+#: and from at least so many rows
+FEW_ROWS = 512
 #: relative ridge on a sampled S, with ten rows per feature and with fewer: what it lacks must not be divided by
 SAMPLED_RIDGE = (1e-2, 1e-1)
-
-
-@dataclass
-class WidthMoments:
-    """N = E[b V^T] per consumer `[P, taps, O]`, and S = E[b b^T] `[P, P]`, over the stacked producers."""
-
-    hidden: Hidden
-    links: list[Link]
-    #: rows of each producer's features in b
-    spans: dict[str, tuple[int, int]]
-    blocks: dict[str, Tensor] = field(default_factory=dict)
-    s: Tensor | None = None
-    rows: int = 0
-    #: samples behind S, and their positions that are read, counted once per window
-    samples: int = 0
-    reads: float = 0.0
-    #: samples of a batch that are remembered for this width
-    keep: int = 0
-    #: relative ridge that S needs
-    ridge: float = 0.0
-
-    @property
-    def features(self) -> int:
-        return sum(stop - start for start, stop in self.spans.values())
-
-    @property
-    def readings(self) -> float:
-        """Positions of a sample that are read, counted once per window: S sums over them."""
-        return self.reads / max(1, self.samples)
-
-    @property
-    def second_moment(self) -> Tensor:
-        """S."""
-        return mirrored(self.upper)
-
-    @property
-    def upper(self) -> Tensor:
-        """S in its upper triangle, which is what a factor reads; the rest is unspecified."""
-        if self.s is None:
-            raise RuntimeError("no rows were added")
-        return self.s
-
-    def add(self, link: Link, x: Tensor, v: Tensor, scale: float = 1.0) -> None:
-        """Adds scale * sum b V^T of one batch to the consumer's block."""
-        moment = cross_moment(
-            producer_map(x, link),
-            gradient_map(v, link),
-            link.producer,
-            link.consumer,
-            bias=link.writes.bias is not None,
-            pool=link.pool,
-        )
-        moment.mul_(scale)
-        block = self.blocks.get(link.reads.weight)
-        if block is None and len(moment) == self.features:
-            self.blocks[link.reads.weight] = moment
-            return
-        if block is None:
-            block = self.blocks[link.reads.weight] = moment.new_zeros(self.features, *moment.shape[1:])
-        start, stop = self.spans[link.writes.weight]
-        block[start:stop].add_(moment)
-
-    def reading(self) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
-        """The map that new units are read on: its shape, the pool before it, how often each position is read."""
-        first = self.links[0]
-        shape, pool = first.read_shape, first.pool
-        if any((k.pool, k.read_shape) != (pool, shape) for k in self.links):
-            # consumers that read different maps: count every written position once
-            shape = tuple(r * p for r, p in zip(shape, pool or (1,) * len(shape), strict=True))
-            return shape, (), torch.ones(shape)
-        if not shape:
-            return shape, pool, torch.ones(())
-        windows = {k.reads.weight: k.consumer for k in self.links}.values()
-        cover = torch.stack([coverage(shape, w).double() for w in windows]).mean(0)
-        return shape, pool, cover
-
-    def add_rows(
-        self,
-        inputs: Mapping[fx.Node, Tensor],
-        samples: float | None,
-        generator: torch.Generator | None = None,
-        share: float = 1.0,
-    ) -> None:
-        """Adds to S, from this share of its rows, as if there were `samples` samples (None: all, as they are)."""
-        limit = None if samples is None else math.ceil(share * rows_for(self.features))
-        n = next(iter(inputs[k.writes.source] for k in self.links)).shape[0]
-        total = n * self.positions(inputs)
-        self.samples += n
-        for uses in self.rounds():
-            rows, weight, bias = self.stacked(uses, inputs, limit, generator)
-            self.reads += float(weight.mean()) * total
-            scale = 1.0 if samples is None else samples / n * total / len(rows)
-            least, most = (float(w) for w in weight.aminmax())
-            even = least == most
-            self.s = add_gram(self.s, rows, None if even else weight, bias, scale * (least if even else 1.0))
-            self.rows += len(rows)
-
-    def rounds(self) -> list[dict[str, Link]]:
-        """The i-th use of every producer, for each i: a module used twice writes twice, as two positions would."""
-        uses: dict[str, dict[fx.Node, Link]] = {name: {} for name in self.spans}
-        for link in self.links:
-            uses[link.writes.weight].setdefault(link.writes.node, link)
-        return [
-            {name: links[i] for name, links in ((n, list(u.values())) for n, u in uses.items()) if i < len(links)}
-            for i in range(max(len(u) for u in uses.values()))
-        ]
-
-    def positions(self, inputs: Mapping[fx.Node, Tensor]) -> int:
-        shape, _, _ = self.reading()
-        link = self.links[0]
-        return math.prod(shape) if shape else producer_map(inputs[link.writes.source], link).shape[1]
-
-    def stacked(
-        self,
-        uses: Mapping[str, Link],
-        inputs: Mapping[fx.Node, Tensor],
-        limit: int | None,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor, bool]:
-        """Rows b of all producers side by side, `[m, P]` (zero for one without a use), and how often each is read.
-
-        True: the last feature, which is 1, is left out.
-        """
-        shape, pool, cover = self.reading()
-        maps = {name: producer_map(inputs[k.writes.source], k) for name, k in uses.items()}
-        first = next(iter(maps.values()))
-        n, device, positions = first.shape[0], first.device, self.positions(inputs)
-        chosen = None if limit is None else some_rows(n * positions, limit, generator, device)
-        count = n * positions if chosen is None else len(chosen)
-        cover = cover.flatten().to(device)
-        if not shape:
-            weight = cover.expand(count)
-        else:
-            weight = cover.repeat(n) if chosen is None else cover[chosen % positions]
-        if len(self.spans) == 1:
-            ((name, k),) = uses.items()
-            return patch_rows(maps[name], k.producer, chosen, pool=pool), weight, k.writes.bias is not None
-        parts = []
-        for name, (start, stop) in self.spans.items():
-            if name in uses:
-                k = uses[name]
-                parts.append(patch_rows(maps[name], k.producer, chosen, bias=k.writes.bias is not None, pool=pool))
-            else:
-                parts.append(accumulating(first.new_zeros(count, stop - start)))
-        return torch.cat(parts, 1), weight, False
 
 
 class Statistics:
@@ -188,6 +46,8 @@ class Statistics:
         project: `subtract_expressible` will follow; it then adds what remembered samples give to N too.
         output_side: collect E[V V^T] too.
         cache: bytes of activations to remember per width at most.
+        room: bytes that what new units are tried on may take.
+        rows: sampled rows of b for each of its features that S is made from, None for as many as `rows_for` says.
     """
 
     def __init__(
@@ -200,8 +60,10 @@ class Statistics:
         project: bool = False,
         output_side: bool = False,
         cache: int = CACHE,
+        room: int = ROOM,
+        rows: float | None = None,
     ) -> None:
-        self.cache = cache
+        self.cache, self.room = cache, room
         self.exact, self.project = exact, project and not exact
         self.samples = 0
         self.consumers: dict[str, Consumer] = {}
@@ -212,7 +74,9 @@ class Statistics:
                     self.consumers |= consumers_of(p.weight, structure.projections, output_side)
             found = links(h, structure) if link else None
             if found is not None and all(k.reads.weight in self.consumers for k in found):
-                self.widths[h.width.name] = WidthMoments(h, found, _spans(h, structure))
+                w = self.widths[h.width.name] = WidthMoments(h, found, spans_of(h, structure))
+                most = rows_for(w.features)
+                w.wanted = most if rows is None else min(most, max(FEW_ROWS, math.ceil(rows * w.features)))
         self.reads = reads_of(self.consumers)
         self.by_node: dict[fx.Node, list[tuple[WidthMoments, Link]]] = {}
         for w in self.widths.values():
@@ -221,6 +85,10 @@ class Statistics:
         self.memory = Memory()
         #: how many samples of a batch to remember
         self.keep: dict[fx.Node, int] = {}
+        #: inputs and updates to remember of all samples, where they have room; of held-back ones other inputs
+        self.whole: tuple[set[fx.Node], set[fx.Node]] = set(), set()
+        self.held: set[fx.Node] = set()
+        self.remembers = False
 
     @property
     def sources(self) -> set[fx.Node]:
@@ -234,13 +102,20 @@ class Statistics:
         biases = [c.bias for c in self.consumers.values() if c.bias is not None]
         return list(dict.fromkeys([*(c.weight for c in self.consumers.values()), *biases]))
 
+    def remember(self, ways: Mapping[str, Apart]) -> None:
+        """New units of these widths will be tried by themselves: on what is remembered, if it has room."""
+        reads = [p for way in ways.values() for p in way.hidden.reads]
+        self.whole = {n for way in ways.values() for n in way.sources}, {p.node for p in reads}
+        self.held = self.whole[0] | {p.source for p in reads}
+
     # -- during a pass
 
     def _plan(self, seen: Seen, batches: int | None) -> None:
         """How many samples of each batch to remember, from the first batch's shapes."""
         per_batch = self.memory.expected = max(1, batches or 8)
+        few = math.ceil(FEW_SAMPLES / per_batch)
         for p in (p for own in self.reads.values() for _, p in own):
-            self.keep[p.node] = self.keep[p.source] = math.ceil(FEW_SAMPLES / per_batch)
+            self.keep[p.node] = self.keep[p.source] = few
         for w in self.widths.values():
             need = math.ceil(rows_for(w.features) / w.positions(seen.inputs))
             nodes = {n for k in w.links for n in (k.writes.source, k.reads.source)}
@@ -248,7 +123,22 @@ class Statistics:
             need = min(max(need, FEW_SAMPLES), max(1, self.cache // bytes_))
             w.keep = math.ceil(need / per_batch)
             for n in (*nodes, *(k.reads.node for k in w.links)):
-                self.keep[n] = max(self.keep.get(n, 0), w.keep)
+                self.keep[n] = max(self.keep.get(n, few), w.keep)
+        if self.whole[0] and self._bytes(seen) * seen.size * per_batch <= self.room:
+            self.remembers = True
+            self.keep |= dict.fromkeys((*self.whole[0], *self.whole[1]), sys.maxsize)
+
+    def _bytes(self, seen: Seen) -> float:
+        """What a sample takes in all that is to be remembered; infinity where rows are not those of samples."""
+        inputs, updates = self.whole
+        if any(len(seen.inputs[n]) != seen.size for n in inputs | self.held):
+            return math.inf
+        size = {n: t.numel() / seen.size for n, t in seen.inputs.items()}
+        growth = {p.node: size[p.source] / p.source.meta["val"].numel() for own in self.reads.values() for _, p in own}
+        size |= {n: n.meta["val"].numel() * growth[n] for n in updates}
+        # a quarter of the batches is held back
+        every = sum(size[n] for n in (*inputs, *updates)) + sum(size[n] for n in self.held - inputs) / 4
+        return every * next(iter(seen.inputs.values())).element_size()
 
     def read(self, seen: Seen, node: fx.Node, v: Tensor, batches: int | None) -> None:
         """V came back to a consumer's output."""
@@ -283,10 +173,10 @@ class Statistics:
             if not self.exact:
                 for p in c.uses:
                     keep = min(self.keep[p.node], self.keep[p.source])
-                    for share, inputs, updates in self._groups(keep, [p.source], [p.node]):
-                        c.add_rows(
-                            c.taken(inputs[p.source]), c.asked(updates[p.node]), share * self.samples, generator, share
-                        )
+                    for share, span, inputs, updates in self._groups(keep, [p.source], [p.node]):
+                        h, v = c.taken(inputs[p.source]), c.asked(updates[p.node])
+                        drawn = c.add_rows(h, v, share * self.samples, generator, share)
+                        c.drawn.append(Drawn(p, span, keep, *drawn))
             c.finish(self.samples)
         for w in self.widths.values():
             same = None if self.exact else self._same_input(w)
@@ -294,7 +184,7 @@ class Statistics:
                 w.s, w.rows = same.m * self.samples, same.rows
                 w.samples, w.reads = 1, same.positions
             elif not self.exact:
-                for share, inputs, _ in self._groups(w.keep, [k.writes.source for k in w.links]):
+                for share, _, inputs, _ in self._groups(w.keep, [k.writes.source for k in w.links]):
                     w.add_rows(inputs, share * self.samples, generator, share)
             w.blocks = {name: block / self.samples for name, block in w.blocks.items()}
             w.s = None if w.s is None else w.s.div_(self.samples)
@@ -302,12 +192,12 @@ class Statistics:
 
     def _groups(
         self, keep: int, inputs: Iterable[fx.Node], updates: Iterable[fx.Node] = ()
-    ) -> Iterator[tuple[float, dict[fx.Node, Tensor], dict[fx.Node, Tensor]]]:
-        """Remembered samples, and which share of them this is."""
+    ) -> Iterator[tuple[float, Span, dict[fx.Node, Tensor], dict[fx.Node, Tensor]]]:
+        """Remembered samples, and which share of them this is, of which batches."""
         sources, targets = list(dict.fromkeys(inputs)), list(dict.fromkeys(updates))
         total = sum(min(keep, c.size) for c in self.memory.inputs[sources[0]].chunks)
-        for ins, outs in self.memory.groups(keep, sources, targets):
-            yield len(ins[sources[0]]) / total, ins, outs
+        for span, ins, outs in self.memory.groups(keep, sources, targets):
+            yield len(ins[sources[0]]) / total, span, ins, outs
 
     def _same_input(self, w: WidthMoments) -> Consumer | None:
         """The weight that reads exactly what this width's producer reads: M of one width is S of the next."""
@@ -324,7 +214,7 @@ class Statistics:
             for link in w.links:
                 by_use.setdefault(link.reads, []).append(link)
             sources = [n for k in w.links for n in (k.writes.source, k.reads.source)]
-            for share, inputs, returned in self._groups(w.keep, sources, [p.node for p in by_use]):
+            for share, _, inputs, returned in self._groups(w.keep, sources, [p.node for p in by_use]):
                 for p, own in by_use.items():
                     c = self.consumers[p.weight]
                     h = c.taken(inputs[p.source])
@@ -341,15 +231,3 @@ class Statistics:
                 c = self.consumers[link.reads.weight]
                 fitted = c.apply(updates[c.weight], c.taken(seen.inputs[link.reads.source]))
                 w.add(link, seen.inputs[link.writes.source], fitted, scale=-1.0 / self.samples)
-
-
-def _spans(h: Hidden, structure: Structure) -> dict[str, tuple[int, int]]:
-    spans: dict[str, tuple[int, int]] = {}
-    at = 0
-    for p in h.writes:
-        if p.weight not in spans:
-            own = structure.parameters[p.weight]
-            size = math.prod(length(a) for d, a in enumerate(own) if d != p.out_dim) + (p.bias is not None)
-            spans[p.weight] = (at, at + size)
-            at += size
-    return spans

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import fxgrow
 from fxgrow._consumer import Consumer
-from fxgrow._statistics import WidthMoments
+from fxgrow._width_moments import WidthMoments
 from fxgrow.initialisers.registry import _TABLE
 
 #: those that leave the function as it is

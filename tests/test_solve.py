@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from fxgrow import _solve
 from fxgrow._errors import ProfileError
 from fxgrow._gram import gram
 from fxgrow._moments import Window, cross_moment
+from fxgrow._readout import RIDGE, Readout
 from fxgrow._solve import (
     Cholesky,
     Dual,
@@ -21,7 +23,6 @@ from fxgrow._solve import (
     bottleneck,
     decrease,
     factor,
-    refit,
     top_units,
 )
 
@@ -159,7 +160,7 @@ SCALE = 1e-4  # a gradient at the end of training
         lambda c, N, S, G: top_units([c * N], factor(S), None, 3).values / c,
         lambda c, N, S, G: top_units([c * N], factor(S, ridge=0.1), [factor(c * c * G, ridge=0.01)], 3).values,
         lambda c, N, S, G: top_units([c * N], factor(rows=S, ridge=0.1), None, 3).values / c,
-        lambda c, N, S, G: refit(S, c * N[:, 0].T, c * c * G, 0.1)[0] / c,
+        lambda c, N, S, G: fitted(S, c * N[:, 0].T, c * c * G)[0] / c,
         lambda c, N, S, G: best_update(c * c * S, c * c * N[:, 0].T, 0.1),
     ],
     ids=["tiny", "both-sided", "dual", "refit", "update"],
@@ -169,24 +170,44 @@ def test_scaling_the_loss_scales_the_results(values: Callable[..., Tensor]) -> N
     torch.testing.assert_close(values(SCALE, N, S, G), values(1.0, N, S, G), rtol=1e-9, atol=1e-12)
 
 
-def test_refit_without_output_whitening_is_ridge_least_squares() -> None:
+def fitted(M: Tensor, vz: Tensor, G: Tensor, old: int = 2, update: bool = True) -> tuple[Tensor, float]:
+    """W and its curvature, the first columns being those of existing weights."""
+    columns = torch.arange(len(M))
+    h, z = columns[:old], columns[old:]
+    use: Any = None
+    parts = M[h][:, h], M[h][:, z], M[z][:, z]
+    r = Readout("", None, use, torch.arange(len(vz)), h, {"w": z[:, None]}, *parts, G, vz, torch.zeros_like(vz))
+    weights, found = r.solve({"w": torch.arange(len(z))}, update)
+    assert torch.equal(found, columns if update else z)
+    return weights, r.predict({"w": torch.arange(len(z))}, update)[1]
+
+
+def ridges(M: Tensor, old: int = 2) -> Tensor:
+    d = M.diagonal()
+    return RIDGE * torch.cat([d[:old].mean().expand(old), d[old:].mean().expand(len(d) - old)])
+
+
+@pytest.mark.parametrize("update", [True, False])
+def test_refit_is_ridge_least_squares_behind_the_output_side(update: bool) -> None:
     z, V = randn(200, 6), randn(200, 3)
     M, vz = z.T @ z / 200, V.T @ z / 200
-    ridge = 0.05 * M.trace() / 6
-    W, _ = refit(M, vz, torch.eye(3, dtype=M.dtype) * 7, ridge=0.05, g_ridge=0.0)
-    gradient = W @ z.T @ z / 200 - V.T @ z / 200 + ridge * W  # of |V - W z|^2 / 2 + ridge |W|^2 / 2
+    eps = ridges(M)
+    flat, _ = fitted(M, vz, torch.eye(3, dtype=M.dtype) * 7, update=update)
+    own = slice(0 if update else 2, None)
+    flat = flat * 1.1
+    gradient = flat @ M[own, own] - vz[:, own] + flat * eps[own]  # of |V - W z|^2 / 2 + |W|^2 eps / 2
     assert gradient.abs().max() < 1e-12
     G = gram(V) / 200
     values, vectors = torch.linalg.eigh(G)
     half = vectors / (values / values.mean() + 0.1) @ vectors.T
-    torch.testing.assert_close(refit(M, vz, G, ridge=0.05)[0], half @ W)
-    assert refit(M, 0 * vz, 0 * G, ridge=0.05)[0].abs().max() == 0
+    torch.testing.assert_close(fitted(M, vz, G, update=update)[0], half @ flat)
+    assert fitted(M, 0 * vz, 0 * G)[0].abs().max() == 0
 
 
 def test_the_quadratic_model_is_the_sum_over_samples() -> None:
     z, V = randn(50, 6), randn(50, 3)
     G = V.T @ V / 50
-    W, q = refit(z.T @ z / 50, V.T @ z / 50, G, ridge=0.05)
+    W, q = fitted(z.T @ z / 50, V.T @ z / 50, G)
     d = z @ W.T
     assert q == pytest.approx(torch.einsum("no,op,np->", d, G, d).item() / 50)
     s = (V * d).sum().item() / 50

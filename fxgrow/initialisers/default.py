@@ -16,21 +16,24 @@ import torch
 
 from fxgrow._consumer import Consumer
 from fxgrow._solve import factor, top_units
-from fxgrow._statistics import WidthMoments
+from fxgrow._width_moments import WidthMoments
 from fxgrow.initialisers.registry import Proposal, initialiser, split_rows
 
 INPUT_RIDGE = 0.1
+#: with such a ridge S needs few rows: half as many as features lose no more than a few percent of the units' worth
+ROWS = 0.5
+#: and its best directions few iterations
+SWEEPS = 4
 OUTPUT_RIDGE = 1e-2
 
 
-@initialiser("newton", output_side=True, sketch=True, refit=True, share=0.25, curved=True)
-@initialiser("default", output_side=True, sketch=True, refit=True)
+@initialiser("newton", output_side=True, rows=ROWS, sketch=True, refit=True, share=0.25, curved=True)
+@initialiser("default", output_side=True, rows=ROWS, sketch=True, refit=True)
 def default(width: WidthMoments, consumers: Mapping[str, Consumer], k: int) -> Proposal:
     """Units for one width; outgoing weights are left to the refit."""
     names = list(width.blocks)
-    s = width.second_moment
-    outputs = [factor(consumers[n].curvature().to(s.dtype), ridge=OUTPUT_RIDGE) for n in names]
-    units = top_units([width.blocks[n] for n in names], factor(s, ridge=INPUT_RIDGE), outputs, k)
-    mean_square = (units.alpha * (s @ units.alpha)).sum(0) / width.readings
-    alpha = units.alpha / mean_square.clamp_min(torch.finfo(s.dtype).tiny).sqrt()
+    outputs = [factor(consumers[n].curvature().to(width.blocks[n].dtype), ridge=OUTPUT_RIDGE) for n in names]
+    units = top_units([width.blocks[n] for n in names], width.factor(INPUT_RIDGE), outputs, k, sweeps=SWEEPS)
+    mean_square = width.mean_squares(units.alpha)
+    alpha = units.alpha / mean_square.clamp_min(torch.finfo(mean_square.dtype).tiny).sqrt()
     return Proposal(split_rows(alpha, width), {}, units.values)

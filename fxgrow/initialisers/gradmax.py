@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 
 from fxgrow._consumer import Consumer
-from fxgrow._statistics import WidthMoments
+from fxgrow._width_moments import WidthMoments
 from fxgrow.initialisers.registry import Proposal, initialiser, split_rows
 
 #: singular values below this part of the largest are rounding

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fxgrow._consumer import Consumer
 from fxgrow._graph import lookup
-from fxgrow._statistics import WidthMoments
+from fxgrow._width_moments import WidthMoments
 from fxgrow.initialisers.registry import Proposal, initialiser, split_rows
 
 #: what is left of a random row's square is rounding below this

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from fxgrow._consumer import Consumer
-from fxgrow._statistics import WidthMoments
+from fxgrow._width_moments import WidthMoments
 from fxgrow.initialisers.registry import Proposal, initialiser
 
 

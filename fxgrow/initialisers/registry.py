@@ -16,7 +16,7 @@ from fxgrow._copies import Copies
 from fxgrow._data import Data, LossFn
 from fxgrow._errors import ProfileError
 from fxgrow._splits import Splits
-from fxgrow._statistics import WidthMoments
+from fxgrow._width_moments import WidthMoments
 from fxgrow._widths import Hidden
 from fxgrow.ops.registry import Structure
 
@@ -81,6 +81,7 @@ class Initialiser:
         project: subtract from E[b V^T] what the existing weights can express.
         moments: whether E[b V^T] and E[b b^T] are needed at all.
         output_side: whether E[V V^T] is needed.
+        rows: sampled rows of b per feature that E[b b^T] needs; the larger the ridge on it, the fewer.
         sketch: widths without a window between producer and consumer get units from the slope of silent ones.
         refit: fit outgoing weights and the update of existing ones on what the units really put out.
         symmetric: the line search scales incoming and outgoing weights alike (by the root of gamma).
@@ -97,6 +98,7 @@ class Initialiser:
     project: bool = True
     moments: bool = True
     output_side: bool = False
+    rows: float | None = None
     sketch: bool = False
     refit: bool = False
     symmetric: bool = False

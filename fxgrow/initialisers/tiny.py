@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 from fxgrow._consumer import Consumer
 from fxgrow._solve import factor, top_units
-from fxgrow._statistics import WidthMoments
+from fxgrow._width_moments import WidthMoments
 from fxgrow.initialisers.registry import Proposal, initialiser, split_rows
 
 

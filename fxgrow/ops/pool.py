@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fxgrow._axes import Dims, fixed
-from fxgrow.ops.registry import Context, op
+from fxgrow.ops.registry import Context, Rule, op
 
 RANKS = (1, 2, 3)
 #: by the number of dimensions that hold positions: the last ones
@@ -45,10 +45,16 @@ def _positions(ctx: Context, input: Dims, nd: int) -> Any:
     )
 
 
+#: the rules of pools, by their number of spatial dimensions
+POOLS: list[Rule] = []
+
+
 def _enter(nd: int) -> None:
     @op(*MODULES[nd], *FUNCTIONS[nd])
     def pool(ctx: Context, input: Dims, *args: Any, **kwargs: Any) -> Any:
         return _positions(ctx, input, nd)
+
+    POOLS.append(pool)
 
 
 for _nd in RANKS:

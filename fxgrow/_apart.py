@@ -1,0 +1,166 @@
+"""What new units put out, by themselves: from what their producers read, without the rest of the network.
+
+Between most producers and consumers every unit goes its own way: activations, pools, sums, norms per channel. There
+new units are run as a network of their own, as narrow as they are few. Norms of new channels are transparent in eval
+mode, so they are passed by. Whatever else lies between, the whole network is widened and run (`_candidates.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fxgrow._axes import Dims, Var, multiplicity, resolve
+from fxgrow._candidates import put_rows
+from fxgrow._consumer import Consumer
+from fxgrow._graph import lookup
+from fxgrow._layout import samples_second
+from fxgrow._rewrite import Values
+from fxgrow._widths import Hidden
+from fxgrow.initialisers.registry import Proposal
+from fxgrow.ops import norm, pointwise, pool, reduce, shape
+from fxgrow.ops.registry import Projection, Structure, find_rule
+
+#: each unit apart, wherever the samples stand
+_POINTWISE = (pointwise.elementwise, pointwise.unary, shape.identity, shape.clone)
+#: each channel of a map apart
+_OF_MAPS = (*pool.POOLS, pool.resize, reduce.reduce, shape.flatten)
+
+
+@dataclass(frozen=True)
+class Apart:
+    """The way of one width's new units, from what its producers read to what its consumers read.
+
+    Attributes:
+        hidden: the width.
+        nodes: on the way, in the order in which they run.
+        passed: norms that new channels pass as they are.
+    """
+
+    gm: fx.GraphModule
+    hidden: Hidden
+    nodes: tuple[fx.Node, ...]
+    passed: frozenset[fx.Node]
+
+    @property
+    def sources(self) -> list[fx.Node]:
+        """What the producers read."""
+        return list(dict.fromkeys(p.source for p in self.hidden.writes))
+
+    def entries(self, use: Projection) -> int:
+        """Entries of each atom in what `use` reads."""
+        return resolve(use.reads)[0].inner
+
+    @torch.no_grad()
+    def put_out(self, proposal: Proposal, inputs: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
+        """New channels at every source of a consumer, for the inputs of the producers. In eval mode."""
+        values = Values()
+        for p in self.hidden.writes:
+            put_rows(self.gm, p, "", proposal.alpha[p.weight], values)
+        entries = {name: next(iter(own.values())) for name, own in values.new.items()}
+        known: dict[fx.Node, Any] = {}
+        writes = {p.node: p.source for p in self.hidden.writes}
+
+        def value(n: fx.Node) -> Any:
+            name = str(n.target)
+            if n.op == "get_attr":
+                return entries[name].to(lookup(self.gm, name)) if name in entries else lookup(self.gm, name)
+            return known[n]
+
+        for node in self.nodes:
+            read = writes.get(node)
+            # a producer may read old units of its own width
+            own = value if read is None else lambda n, read=read: inputs[n] if n is read else value(n)
+            known[node] = self._run(node, own, entries)
+        return {p.source: known[p.source] for p in self.hidden.reads}
+
+    def _run(self, node: fx.Node, value: Any, entries: Mapping[str, Tensor]) -> Any:
+        if node in self.passed:
+            (before,) = node.all_input_nodes
+            return value(before) if len(before.users) == 1 else value(before).clone()
+        args, kwargs = fx.map_arg((node.args, node.kwargs), value)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        if node.op == "call_function":
+            return node.target(*args, **kwargs)  # type: ignore[operator]
+        module = self.gm.get_submodule(str(node.target))
+        own = {leaf: entries[name] for leaf in ("weight", "bias") if (name := f"{node.target}.{leaf}") in entries}
+        if not own:
+            return module(*args, **kwargs)
+        return functional_call(module, {leaf: t.to(getattr(module, leaf)) for leaf, t in own.items()}, args, kwargs)
+
+
+def apart(
+    gm: fx.GraphModule, structure: Structure, hiddens: Iterable[Hidden], consumers: Mapping[str, Consumer]
+) -> dict[str, Apart]:
+    """The widths of which new units can be run by themselves; with one that cannot go all that share a consumer."""
+    hiddens = list(hiddens)
+    second = samples_second(gm.graph)
+    found = {h.width.name: way for h in hiddens if (way := _way(gm, structure, h, consumers, second)) is not None}
+    readers = {h.width.name: {p.weight for p in h.reads} for h in hiddens}
+    while True:
+        lost = {w for name, own in readers.items() if name not in found for w in own}
+        gone = [name for name in found if readers[name] & lost]
+        if not gone:
+            return found
+        for name in gone:
+            del found[name]
+
+
+def _way(
+    gm: fx.GraphModule, structure: Structure, h: Hidden, consumers: Mapping[str, Consumer], second: set[fx.Node]
+) -> Apart | None:
+    if not h.reads or any(p.weight not in consumers or consumers[p.weight].uses[0].experts for p in h.reads):
+        return None
+    if any(len(resolve(p.reads)) != 1 or p.turned for p in h.reads):
+        return None
+    if not all(p.plain and p.groups == 1 and not p.turned and _own_weight(gm, p) for p in h.writes):
+        return None
+    writers = {p.node for p in h.writes}
+    maps = all(p.kernel for p in h.writes)
+    rules = (*_POINTWISE, *_OF_MAPS) if maps else _POINTWISE
+    nodes: set[fx.Node] = set()
+    passed: set[fx.Node] = set()
+    queue = [p.source for p in h.reads]
+    for node in queue:
+        if node in nodes:
+            continue
+        nodes.add(node)
+        if maps and node in second:
+            return None
+        if node in writers:
+            continue
+        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        rule = find_rule(node, module) if node.op.startswith("call_") else None
+        if rule is norm.channel_norm_module and isinstance(module, _BatchNorm):
+            if module.running_mean is None or module.weight is None:
+                return None
+            passed.add(node)
+        elif rule not in rules or (module is not None and any(True for _ in module.parameters())):
+            return None
+        for n in node.all_input_nodes:
+            if _carries(structure, n, h.var):
+                queue.append(n)
+            else:
+                return None
+    return Apart(gm, h, tuple(n for n in gm.graph.nodes if n in nodes), frozenset(passed))
+
+
+def _own_weight(gm: fx.GraphModule, p: Projection) -> bool:
+    """Whether the use reads a parameter as it is stored: no norm or cast computes it from others."""
+    if p.node.op == "call_module":
+        module = gm.get_submodule(str(p.node.target))
+        return p.weight == f"{p.node.target}.weight" and isinstance(getattr(module, "weight", None), nn.Parameter)
+    others = [n for n in p.node.all_input_nodes if n is not p.source]
+    return all(n.op == "get_attr" and str(n.target) in (p.weight, p.bias) for n in others)
+
+
+def _carries(structure: Structure, node: fx.Node, var: Var) -> bool:
+    dims = structure.outputs.get(node)
+    return isinstance(dims, Dims) and any(var in multiplicity(a) for a in dims)

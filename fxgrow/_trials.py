@@ -1,0 +1,231 @@
+"""New units tried by themselves: no pass over the widened network, and none at all where the first reading remembers.
+
+requires: the statistics of a first reading, and the ways of widths whose new units can be run apart (`_apart.py`).
+ensures:  the same readouts and evidence as `run_refit` gives from the widened network.
+
+New units put out z, from what their producers read. Nobody reads them yet, so V and h are what they were: what a
+refit needs beyond the first reading is E[V z^T], E[h z^T] and E[z z^T].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from fxgrow._apart import Apart
+from fxgrow._consumer import Consumer
+from fxgrow._data import Batch, Data, LossFn
+from fxgrow._evidence import Tests
+from fxgrow._gram import accumulating
+from fxgrow._graph import lookup
+from fxgrow._memory import Memory
+from fxgrow._pass import Seen, eval_mode, run_pass
+from fxgrow._readout import Readout
+from fxgrow._refit import Refit
+from fxgrow._statistics import Statistics
+from fxgrow.initialisers.registry import Proposal
+
+#: by node, a tensor of some samples
+Values = Mapping[fx.Node, Tensor]
+#: called with how many samples, what entered weights and what came back to their outputs
+Visit = Callable[[int, Values, Values], None]
+
+
+@dataclass
+class HeldBack:
+    """Held-back batches that the first reading has remembered: inputs, V, the sums of V h^T and of the losses."""
+
+    memory: Memory = field(default_factory=Memory)
+    vh: dict[str, Tensor] = field(default_factory=dict)
+    samples: int = 0
+    loss: float = 0.0
+
+    def add(
+        self,
+        seen: Seen,
+        sources: Iterable[fx.Node],
+        targets: Iterable[fx.Node],
+        updates: Values,
+        consumers: Mapping[str, Consumer],
+    ) -> None:
+        """One batch: remembers what sources put out and what came back to targets."""
+        self.samples += seen.size
+        self.loss += seen.loss * seen.size
+        for node in sources:
+            self.memory.add_input(node, seen.inputs[node], seen.size)
+        for node in targets:
+            self.memory.add_update(node, updates[node], seen.size)
+        for name, c in consumers.items():
+            self.vh[name] = c.added(self.vh.get(name), seen)
+
+
+@dataclass
+class Trials:
+    """New units of several widths, and what they are tried on.
+
+    Attributes:
+        ways: by width.
+        proposals: by width, as many rows as units are to be tried.
+        stats: of the first reading.
+        held: what it remembers of held-back batches.
+    """
+
+    ways: Mapping[str, Apart]
+    proposals: Mapping[str, Proposal]
+    atoms: Mapping[str, int]
+    stats: Statistics
+    held: HeldBack
+    data: Data
+    loss_fn: LossFn | None
+
+    def __post_init__(self) -> None:
+        #: by consumer, the width that it reads
+        self.reads: dict[str, str] = {}
+        for name, way in self.ways.items():
+            for p in way.hidden.reads:
+                self.reads[p.weight] = name
+        self.consumers = {name: self.stats.consumers[name] for name in self.reads}
+        self.sources = list(dict.fromkeys(n for way in self.ways.values() for n in way.sources))
+        self.targets = list(dict.fromkeys(p.node for c in self.consumers.values() for p in c.uses))
+        self.inputs = list(dict.fromkeys([*self.sources, *(p.source for c in self.consumers.values() for p in c.uses)]))
+
+    def run(self) -> Refit:
+        """Fits on the fitting batches, tests on the held-back ones."""
+        gm = next(iter(self.ways.values())).gm
+        out = Refit()
+        with eval_mode(gm):
+            sums = self._fitted(gm)
+            for name, c in self.consumers.items():
+                out.readouts[name] = self._readout(c, *sums[name])
+            out.rank(self.atoms)
+            self._test(gm, out)
+        return out
+
+    # -- fitting
+
+    def _fitted(self, gm: fx.GraphModule) -> dict[str, tuple[Tensor, Tensor]]:
+        """Per consumer E[V h^T] and E[V z^T]."""
+        vz: dict[str, Tensor] = {}
+
+        def visit(size: int, inputs: Values, updates: Values) -> None:
+            for width, way in self.ways.items():
+                z = way.put_out(self.proposals[width], inputs)
+                for name in (n for n, w in self.reads.items() if w == width):
+                    self._add_outer(vz, name, z, updates)
+
+        if self.held.samples:
+            memory = self.stats.memory
+            for _, inputs, updates in memory.groups(None, self.sources, self.targets):
+                visit(len(inputs[self.sources[0]]), inputs, updates)
+            samples, vh = self.stats.samples, {name: c.vh for name, c in self.consumers.items()}
+        else:
+            samples, _, vh = self._read(gm, self.data.fitting(), self.sources, visit)
+            vh = {name: t / samples for name, t in vh.items()}
+        return {name: (vh[name], vz[name] / samples) for name in self.consumers}
+
+    def _add_outer(self, total: dict[str, Tensor], name: str, z: Values, updates: Values) -> None:
+        c = self.consumers[name]
+        for p in c.uses:
+            outer = c.outer(c.asked(updates[p.node]), c.taken(z[p.source]))
+            total[name] = total[name].add_(outer) if name in total else outer
+
+    def _read(
+        self, gm: fx.GraphModule, batches: Iterator[Batch], sources: list[fx.Node], visit: Visit
+    ) -> tuple[int, float, dict[str, Tensor]]:
+        """A pass; returns samples, the sum of losses and the sums of V h^T."""
+        names = [n for c in self.consumers.values() for n in ([c.weight] if c.bias is None else [c.weight, c.bias])]
+        updates: dict[fx.Node, Tensor] = {}
+        read = HeldBack()
+
+        def done(batch: Batch, seen: Seen) -> None:
+            read.add(seen, (), (), {}, self.consumers)
+            visit(seen.size, seen.inputs, updates)
+            updates.clear()
+
+        run_pass(
+            gm,
+            batches,
+            self.loss_fn,
+            sources=sources,
+            targets=self.targets,
+            weights={n: lookup(gm, n) for n in dict.fromkeys(names)},
+            reader=lambda seen, node, v: updates.__setitem__(node, v),
+            done=done,
+        )
+        return read.samples, read.loss, read.vh
+
+    def _readout(self, c: Consumer, vh: Tensor, vz: Tensor) -> Readout:
+        if c.m is None:
+            raise RuntimeError("no rows were added")
+        width = self.reads[c.weight]
+        hz, zz = self._second_moments(c, self.ways[width], self.proposals[width])
+        biased, before, k = c.bias is not None, vh.shape[1] - (c.bias is not None), vz.shape[1]
+        fit = torch.cat([vh[:, :before], vz, vh[:, before:]], 1)
+        every = torch.arange(fit.shape[1], device=fit.device)
+        old = torch.cat([every[:before], every[before + k :]])
+        new = {width: every[before : before + k].view(self.atoms[width], -1)}
+        outputs = torch.arange(len(fit), device=fit.device)
+        held = torch.zeros_like(fit)
+        bias = c.bias if biased else None
+        return Readout(c.weight, bias, c.uses[0], outputs, old, new, c.m, hz, zz, c.curvature(), fit, held)
+
+    @torch.no_grad()
+    def _second_moments(self, c: Consumer, way: Apart, proposal: Proposal) -> tuple[Tensor, Tensor]:
+        """E[h z^T] and E[z z^T], from the rows that E[h h^T] is from."""
+        memory = self.stats.memory
+        total: list[Tensor] = []
+        for drawn in c.drawn:
+            (h,) = memory.read([drawn.use.source], drawn.span, drawn.keep)
+            sources = memory.read(way.sources, drawn.span, drawn.keep)
+            z = way.put_out(proposal, dict(zip(way.sources, sources, strict=True)))[drawn.use.source]
+            for part in drawn.parts:
+                right = accumulating(c.inputs(c.taken(z), part))
+                left = accumulating(c.inputs(c.taken(h), part))
+                moments = [left.mT @ right, right.mT @ right]
+                if c.bias is not None:
+                    moments[0] = torch.cat([moments[0], right.sum(0, keepdim=True)])
+                moments = [m.mul_(drawn.scale / self.stats.samples) for m in moments]
+                total = [a.add_(b) for a, b in zip(total, moments, strict=True)] if total else moments
+        return total[0], total[1]
+
+    # -- the held-back test
+
+    def _test(self, gm: fx.GraphModule, out: Refit) -> None:
+        channels = {name: {self.reads[name]: self._channels(c)} for name, c in self.consumers.items()}
+        tests = Tests(out, self.atoms, channels)
+        vz: dict[str, Tensor] = {}
+
+        def visit(size: int, inputs: Values, updates: Values) -> None:
+            uses = []
+            for width, way in self.ways.items():
+                z = way.put_out(self.proposals[width], inputs)
+                for name in (n for n, w in self.reads.items() if w == width):
+                    c = self.consumers[name]
+                    self._add_outer(vz, name, z, updates)
+                    for p in c.uses:
+                        both = torch.cat([c.taken(inputs[p.source]), c.taken(z[p.source])], c.dim)
+                        uses.append((name, c, both, c.asked(updates[p.node])))
+            tests.add(size, uses)
+
+        if self.held.samples:
+            held = self.held
+            out.samples, out.loss, vh = held.samples, held.loss, held.vh
+            for _, inputs, updates in held.memory.groups(None, self.inputs, self.targets):
+                visit(len(inputs[self.sources[0]]), inputs, updates)
+        else:
+            out.samples, out.loss, vh = self._read(gm, self.data.held_back(), self.inputs, visit)
+        for name, r in out.readouts.items():
+            new = r.new[self.reads[name]].flatten()
+            r.held[:, r.old] = vh[name] / max(1, out.samples)
+            r.held[:, new] = vz[name] / max(1, out.samples)
+        tests.finish()
+
+    def _channels(self, c: Consumer) -> Tensor:
+        """Where new channels are in `[h, z]` along the dimension that the weight sums over."""
+        width = self.reads[c.weight]
+        count = self.atoms[width] * self.ways[width].entries(c.uses[0])
+        before = (c.vh.shape[1] - (c.bias is not None)) // c.window.taps
+        return torch.arange(before, before + count)

@@ -1,0 +1,194 @@
+"""Second moments of one width: N = E[b V^T] for each weight that reads it, and S = E[b b^T]."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+from torch.nn import functional as F
+
+from fxgrow._axes import length
+from fxgrow._consumer import some_rows
+from fxgrow._gram import accumulating, add_gram, mirrored
+from fxgrow._links import Link, gradient_map, producer_map
+from fxgrow._moments import coverage, cross_moment, patch_rows
+from fxgrow._solve import Factor, factor
+from fxgrow._widths import Hidden
+from fxgrow.ops.registry import Structure
+
+
+@dataclass
+class WidthMoments:
+    """N = E[b V^T] per consumer `[P, taps, O]`, and S = E[b b^T] `[P, P]`, over the stacked producers."""
+
+    hidden: Hidden
+    links: list[Link]
+    #: rows of each producer's features in b
+    spans: dict[str, tuple[int, int]]
+    blocks: dict[str, Tensor] = field(default_factory=dict)
+    s: Tensor | None = None
+    rows: int = 0
+    #: samples behind S, and their positions that are read, counted once per window
+    samples: int = 0
+    reads: float = 0.0
+    #: samples of a batch that are remembered for this width
+    keep: int = 0
+    #: relative ridge that S needs
+    ridge: float = 0.0
+    #: rows to make S from; of fewer than there are features the rows are kept instead of S, as they count
+    wanted: int = 0
+    few: list[Tensor] = field(default_factory=list)
+
+    @property
+    def features(self) -> int:
+        return sum(stop - start for start, stop in self.spans.values())
+
+    @property
+    def readings(self) -> float:
+        """Positions of a sample that are read, counted once per window: S sums over them."""
+        return self.reads / max(1, self.samples)
+
+    @property
+    def second_moment(self) -> Tensor:
+        """S."""
+        return mirrored(self.upper)
+
+    @property
+    def upper(self) -> Tensor:
+        """S in its upper triangle, which is what a factor reads; the rest is unspecified."""
+        if self.s is None:
+            raise RuntimeError("no rows were added")
+        return self.s
+
+    def factor(self, ridge: float) -> Factor:
+        """Of S and a relative ridge."""
+        return factor(rows=torch.cat(self.few), ridge=ridge) if self.few else factor(self.upper, ridge=ridge)
+
+    def mean_squares(self, alpha: Tensor) -> Tensor:
+        """E[(alpha^T b)^2] over what is read, for every column of alpha."""
+        if self.few:
+            return (torch.cat(self.few) @ alpha).square().sum(0) / self.readings
+        return (alpha * (self.second_moment @ alpha)).sum(0) / self.readings
+
+    def add(self, link: Link, x: Tensor, v: Tensor, scale: float = 1.0) -> None:
+        """Adds scale * sum b V^T of one batch to the consumer's block."""
+        moment = cross_moment(
+            producer_map(x, link),
+            gradient_map(v, link),
+            link.producer,
+            link.consumer,
+            bias=link.writes.bias is not None,
+            pool=link.pool,
+        )
+        moment.mul_(scale)
+        block = self.blocks.get(link.reads.weight)
+        if block is None and len(moment) == self.features:
+            self.blocks[link.reads.weight] = moment
+            return
+        if block is None:
+            block = self.blocks[link.reads.weight] = moment.new_zeros(self.features, *moment.shape[1:])
+        start, stop = self.spans[link.writes.weight]
+        block[start:stop].add_(moment)
+
+    def reading(self) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
+        """The map that new units are read on: its shape, the pool before it, how often each position is read."""
+        first = self.links[0]
+        shape, pool = first.read_shape, first.pool
+        if any((k.pool, k.read_shape) != (pool, shape) for k in self.links):
+            # consumers that read different maps: count every written position once
+            shape = tuple(r * p for r, p in zip(shape, pool or (1,) * len(shape), strict=True))
+            return shape, (), torch.ones(shape)
+        if not shape:
+            return shape, pool, torch.ones(())
+        windows = {k.reads.weight: k.consumer for k in self.links}.values()
+        cover = torch.stack([coverage(shape, w).double() for w in windows]).mean(0)
+        return shape, pool, cover
+
+    def add_rows(
+        self,
+        inputs: Mapping[fx.Node, Tensor],
+        samples: float | None,
+        generator: torch.Generator | None = None,
+        share: float = 1.0,
+    ) -> None:
+        """Adds to S, from this share of its rows, as if there were `samples` samples (None: all, as they are)."""
+        limit = None if samples is None else math.ceil(share * self.wanted)
+        n = next(iter(inputs[k.writes.source] for k in self.links)).shape[0]
+        total = n * self.positions(inputs)
+        self.samples += n
+        for uses in self.rounds():
+            rows, weight, bias = self.stacked(uses, inputs, limit, generator)
+            self.reads += float(weight.mean()) * total
+            scale = 1.0 if samples is None else samples / n * total / len(rows)
+            least, most = (float(w) for w in weight.aminmax())
+            even = least == most
+            self.rows += len(rows)
+            if samples is not None and self.wanted < self.features:
+                rows = F.pad(rows, (0, 1), value=1.0) if bias else rows
+                self.few.append(rows * (weight * (scale * share / samples)).sqrt()[:, None].to(rows))
+                continue
+            self.s = add_gram(self.s, rows, None if even else weight, bias, scale * (least if even else 1.0))
+
+    def rounds(self) -> list[dict[str, Link]]:
+        """The i-th use of every producer, for each i: a module used twice writes twice, as two positions would."""
+        uses: dict[str, dict[fx.Node, Link]] = {name: {} for name in self.spans}
+        for link in self.links:
+            uses[link.writes.weight].setdefault(link.writes.node, link)
+        return [
+            {name: links[i] for name, links in ((n, list(u.values())) for n, u in uses.items()) if i < len(links)}
+            for i in range(max(len(u) for u in uses.values()))
+        ]
+
+    def positions(self, inputs: Mapping[fx.Node, Tensor]) -> int:
+        shape, _, _ = self.reading()
+        link = self.links[0]
+        return math.prod(shape) if shape else producer_map(inputs[link.writes.source], link).shape[1]
+
+    def stacked(
+        self,
+        uses: Mapping[str, Link],
+        inputs: Mapping[fx.Node, Tensor],
+        limit: int | None,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor, bool]:
+        """Rows b of all producers side by side, `[m, P]` (zero for one without a use), and how often each is read.
+
+        True: the last feature, which is 1, is left out.
+        """
+        shape, pool, cover = self.reading()
+        maps = {name: producer_map(inputs[k.writes.source], k) for name, k in uses.items()}
+        first = next(iter(maps.values()))
+        n, device, positions = first.shape[0], first.device, self.positions(inputs)
+        chosen = None if limit is None else some_rows(n * positions, limit, generator, device)
+        count = n * positions if chosen is None else len(chosen)
+        cover = cover.flatten().to(device)
+        if not shape:
+            weight = cover.expand(count)
+        else:
+            weight = cover.repeat(n) if chosen is None else cover[chosen % positions]
+        if len(self.spans) == 1:
+            ((name, k),) = uses.items()
+            return patch_rows(maps[name], k.producer, chosen, pool=pool), weight, k.writes.bias is not None
+        parts = []
+        for name, (start, stop) in self.spans.items():
+            if name in uses:
+                k = uses[name]
+                parts.append(patch_rows(maps[name], k.producer, chosen, bias=k.writes.bias is not None, pool=pool))
+            else:
+                parts.append(accumulating(first.new_zeros(count, stop - start)))
+        return torch.cat(parts, 1), weight, False
+
+
+def spans_of(h: Hidden, structure: Structure) -> dict[str, tuple[int, int]]:
+    spans: dict[str, tuple[int, int]] = {}
+    at = 0
+    for p in h.writes:
+        if p.weight not in spans:
+            own = structure.parameters[p.weight]
+            size = math.prod(length(a) for d, a in enumerate(own) if d != p.out_dim) + (p.bias is not None)
+            spans[p.weight] = (at, at + size)
+            at += size
+    return spans

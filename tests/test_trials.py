@@ -1,0 +1,99 @@
+"""New units tried by themselves give what the widened network gives, remembered or read again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fxgrow
+from fxgrow import _consumer, _measure, _statistics, _width_moments
+from models import GPT, MLP, DigitsResNet
+from tests.test_statistics import randomised
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def batches(*shape: int, classes: int = 5, count: int = 192, batch: int = 24) -> Batches:
+    x, y = torch.randn(count, *shape, dtype=torch.float64), torch.randint(classes, (count,))
+    return list(zip(x.split(batch), y.split(batch), strict=True))
+
+
+class Blocks(nn.Module):
+    """A stream that two layers write, pooled, an activation in place, and a layer that is used twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(2, 3, 3, padding=1, bias=False), nn.BatchNorm2d(3)
+        self.inner, self.back = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 3, 1)
+        self.pool, self.relu = nn.MaxPool2d(2), nn.ReLU(inplace=True)
+        self.twice, self.head = nn.Conv2d(3, 3, 3, padding=1), nn.Linear(27, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = self.norm(self.stem(x))
+        s = s + self.back(F.gelu(self.inner(self.relu(s))))
+        s = self.twice(torch.tanh(self.twice(s)))
+        return self.head(self.pool(s).flatten(1))
+
+
+def pooled() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3, stride=2), nn.Tanh(), nn.Conv2d(3, 4, (1, 3), bias=False), nn.BatchNorm2d(4), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(0.5), nn.Linear(4, 5),
+    )  # fmt: skip
+
+
+
+
+
+
+CASES = {
+    "mlp": (lambda: MLP([6, 4, 5, 5], nn.Tanh), lambda: batches(6), None),
+    "convolutions": (pooled, lambda: batches(2, 9, 9), None),
+    "stream": (Blocks, lambda: batches(2, 6, 6), None),
+    "resnet": (lambda: DigitsResNet(0.25, classes=5), lambda: batches(1, 8, 8), None),
+    "gpt": (
+        lambda: GPT(7, 4, depth=2, heads=2, width=0.125),
+        lambda: [(torch.randint(7, (24, 4)), torch.randint(7, (24, 4))) for _ in range(8)],
+        ["blocks.0.mlp.0", "blocks.1.mlp.0"],
+    ),
+}
+
+
+@pytest.mark.parametrize("again", [False, True], ids=["remembered", "read again"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_widened_network_says_the_same(case: str, again: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, data, names = CASES[case]
+    torch.manual_seed(0)
+    model, loader = randomised(make()), data()
+    options = {"widths": names, "units": 3, "progress": False}
+    for module in (_consumer, _statistics, _width_moments):  # every row, so that both draw the same
+        monkeypatch.setattr(module, "rows_for", lambda features: 10**6)
+    if again:
+        monkeypatch.setattr(_measure, "ROOM", 0)
+    found = fxgrow.profile(model, loader, **options)
+    assert found.found is None or case == "stream"
+    monkeypatch.setattr(_measure, "apart", lambda *_: {})
+    wide = fxgrow.profile(model, loader, **options)
+    assert wide.found is not None
+    assert found.samples == wide.samples and found.loss == pytest.approx(wide.loss, rel=1e-12)
+    for name in wide:
+        a, b = found[name], wide[name]
+        assert a.significant == b.significant
+        assert list(a.gains) == pytest.approx(list(b.gains), rel=1e-6, abs=1e-12)
+        assert found.refit.evidence[name].coherence == pytest.approx(wide.refit.evidence[name].coherence, rel=1e-6)
+    plans = [fxgrow.plan(p, neurons={n: 2 for n in wide}) for p in (found, wide)]
+    assert plans[0].scale == pytest.approx(plans[1].scale, rel=1e-6)
+    for mine, theirs in zip(*(fxgrow.apply(p.gm, plan).parameters() for p, plan in zip((found, wide), plans)), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
