@@ -22,6 +22,7 @@ from fxgrow._progress import progress as bar
 from fxgrow._sketch import sketch
 from fxgrow._solve import bottleneck
 from fxgrow._statistics import CACHE, ROOM, Statistics
+from fxgrow._sums import sum_blocks
 from fxgrow._trials import HeldBack
 from fxgrow._widths import Hidden
 from fxgrow.initialisers import Initialiser, Proposal
@@ -107,15 +108,19 @@ class Reader:
             out.ways, out.stats = apart(self.gm, self.structure, linked, stats.consumers), stats
             stats.remember(out.ways)
         out.loss = self.collect(stats, out.held)
-        out.samples = stats.samples
-        stats.finish(self.generator)
+        world = self.data.world
+        stats.finish(self.generator, world)
+        out.samples, (out.loss,) = int(stats.total), world.total(out.loss)
         updates, psi = project(stats)
         if method.project and method.moments:
             self._subtract(stats, updates)
+        sum_blocks(stats.widths.values(), world)
+        # what is drawn from here on is drawn alike
+        self.generator.set_state(world.first(self.generator.get_state))
         wanted = {h.width.name: additions[h.width.name] for h in hiddens}
-        for name, k in wanted.items():
+        out.proposals |= world.first(lambda: self._proposals(stats, wanted))
+        for name in wanted:
             found = stats.widths.get(name)
-            out.proposals[name] = Proposal() if found is None else method.propose(found, stats.consumers, k)
             out.positions[name] = 0 if found is None else found.rows
         if method.sketch:
             rest = [h for h in hiddens if h.width.name not in stats.widths]
@@ -128,6 +133,11 @@ class Reader:
             own = [psi[key] for key, c in stats.consumers.items() if c.weight in read]
             out.asked[h.width.name] = sum(p for p, _ in own), sum(v for _, v in own)
         out.updates |= updates
+
+    def _proposals(self, stats: Statistics, wanted: Mapping[str, int]) -> dict[str, Proposal]:
+        found = {name: stats.widths.get(name) for name in wanted}
+        propose = self.method.propose
+        return {n: Proposal() if w is None else propose(w, stats.consumers, wanted[n]) for n, w in found.items()}
 
     def collect(self, stats: Statistics, held: HeldBack | None = None) -> float:
         """The first pass; returns the sum of the fitting batches' losses. What there is room for goes to `held`."""
@@ -168,6 +178,12 @@ class Reader:
             reader=read,
             done=done,
         )
+        (single,) = self.data.world.total(self.data.batches == 1)
+        if single not in (0, self.data.world.size):
+            raise ProfileError(
+                f"{single:.0f} of {self.data.world.size} processes have a single batch: give each at least two, so "
+                "that one can be held back, or each one alone."
+            )
         return total
 
     def _subtract(self, stats: Statistics, updates: Mapping[str, Tensor]) -> None:

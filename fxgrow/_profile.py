@@ -32,7 +32,8 @@ from fxgrow._rewrite import require_free
 from fxgrow._steps import written_out
 from fxgrow._trials import Trials
 from fxgrow._widths import Hidden, hidden
-from fxgrow.initialisers import Proposal, find_initialiser
+from fxgrow._world import world_of
+from fxgrow.initialisers import Initialiser, Proposal, find_initialiser
 from fxgrow.initialisers.registry import Setting
 from fxgrow.ops.registry import Structure
 
@@ -55,6 +56,7 @@ def profile(
     units: int | Mapping[str, int] | None = None,
     progress: bool = True,
     seed: int = 0,
+    process_group: Any = None,
 ) -> Profile:
     """Measures the expressivity bottleneck of every free width and proposes units for it.
 
@@ -78,6 +80,9 @@ def profile(
         units: how many units to propose per width; None for a quarter of its size, at least 4.
         progress: show a progress bar (if tqdm is installed).
         seed: of the sampling.
+        process_group: of torch.distributed, such as `torch.distributed.group.WORLD`: every process calls with the same
+            model and its own part of the data, and gets the profile of all of it. `samples` and `memory_limit` are
+            then of all processes, and of each.
 
     Returns:
         A `Profile`.
@@ -86,6 +91,7 @@ def profile(
         ProfileError: no width is free, the loader is empty, a batch does not fit, a loss is not finite, a width needs
             more than `memory_limit`.
         PlanError: `widths` names one that does not exist or is pinned.
+        FxgrowError: processes have different models, or one of them has failed.
 
     Example:
         >>> import torch, fxgrow
@@ -99,7 +105,30 @@ def profile(
     initialiser = find_initialiser(method)
     if positions not in ("sampled", "all"):
         raise ProfileError(f"positions={positions!r}: choose 'sampled' or 'all'.")
-    data = Data(dataloader, samples)
+    world = world_of(process_group)
+    with world.session(), world.one_function(gm):
+        data = Data(dataloader, samples, world)
+        return _profiled(gm, data, loss_fn, initialiser, positions, memory_limit, widths, units, progress, seed)
+
+
+def _profiled(
+    gm: nn.Module,
+    data: Data,
+    loss_fn: LossFn | None,
+    initialiser: Initialiser,
+    positions: str,
+    memory_limit: int | None,
+    widths: Sequence[str] | None,
+    units: int | Mapping[str, int] | None,
+    progress: bool,
+    seed: int,
+) -> Profile:
+    world = data.world
+    if initialiser.find is not None and world.size > 1:
+        raise ProfileError(
+            f"method={initialiser.name!r} reads the data in a way of its own, on one process alone: choose another, or "
+            "grow on one process and send fxgrow.Plan.to_json() to the others."
+        )
     if not (isinstance(gm, fx.GraphModule) and "example_inputs" in gm.meta):
         first = data.first()
         check_device(first, gm)
@@ -117,7 +146,7 @@ def profile(
     exact = positions == "all"
     generator = torch.Generator().manual_seed(seed)
     additions = {h.width.name: _how_many(h.width, units) for h in chosen}
-    reader = Reader(gm, structure, initialiser, data, loss_fn, exact, generator, progress, memory_limit)
+    reader = Reader(gm, structure, initialiser, data, loss_fn, exact, generator, progress and world.rank == 0, memory_limit)
     measured = reader.measure(chosen, additions)
     proposals, samples, loss = measured.proposals, measured.samples, measured.loss
     if initialiser.find is not None:
@@ -198,7 +227,10 @@ def _how_many(width: Width, units: int | Mapping[str, int] | None) -> int:
 
 
 def _calibration(gm: fx.GraphModule, data: Data, hold: bool) -> list[Any]:
-    """Inputs of one large batch of fitting data (batches joined where they are plain tensors), if any norm needs it."""
+    """Inputs of one large batch of fitting data (batches joined where they are plain tensors), if any norm needs it.
+
+    Of all processes, or the first one's where they are no plain tensors.
+    """
     if not any(isinstance(m, _BatchNorm) for m in gm.modules()):
         return []
     taken: list[list[Any]] = []
@@ -206,14 +238,16 @@ def _calibration(gm: fx.GraphModule, data: Data, hold: bool) -> list[Any]:
     for batch in data.fitting(hold):
         taken.append(batch.arguments(gm))
         size += batch.size
-        if size >= CALIBRATION:
+        if size * data.world.size >= CALIBRATION:
             break
     same = all(
         isinstance(t, Tensor) and t.dim() > 0 and t.shape[1:] == f.shape[1:]
         for a in taken
         for t, f in zip(a, taken[0], strict=True)
     )
-    return [torch.cat(parts) for parts in zip(*taken, strict=True)] if same and len(taken) > 1 else taken[0]
+    if data.world.total(not same)[0]:
+        return data.world.first(lambda: taken[0])
+    return [data.world.joined(torch.cat(parts)) for parts in zip(*taken, strict=True)]
 
 
 def _bottleneck(

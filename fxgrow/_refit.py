@@ -20,6 +20,8 @@ from fxgrow._evidence import Evidence, Tests
 from fxgrow._graph import lookup
 from fxgrow._pass import Seen, run_pass
 from fxgrow._readout import Readout
+from fxgrow._sums import sum_consumers
+from fxgrow._world import ALONE, World
 
 #: second moments of inputs are estimated from about so many samples
 SAMPLES = 1024
@@ -52,8 +54,12 @@ class Refit:
         alone = decrease([r.predict({}, True) for r in self.of(width)]) / self.evidence[width].coherence
         return max(0.0, self.joint(width, k) - alone)
 
-    def rank(self, atoms: Mapping[str, int]) -> None:
+    def rank(self, atoms: Mapping[str, int], world: World = ALONE) -> None:
         """Orders the candidates of each width, so many each, by their part of the fitted slope."""
+        self.evidence |= world.first(lambda: self._ranked(atoms))
+
+    def _ranked(self, atoms: Mapping[str, int]) -> dict[str, Evidence]:
+        found = {}
         for width, k in atoms.items():
             share = torch.zeros(k)
             for r in self.of(width):
@@ -61,7 +67,16 @@ class Refit:
                 own = weights[:, len(r.old) :] * r.fit[:, columns[len(r.old) :]]
                 share += own.sum(0).view(k, -1).sum(1).float().cpu()
             order = share.argsort(descending=True)
-            self.evidence[width] = Evidence(order, torch.zeros(k), torch.zeros(k))
+            found[width] = Evidence(order, torch.zeros(k), torch.zeros(k))
+        return found
+
+    def share(self, world: World) -> None:
+        """Held-back samples, losses and sums of V [h, z]^T of all processes; the last become means."""
+        samples, self.loss = world.total(self.samples, self.loss)
+        self.samples = int(samples)
+        world.sum_([r.held for r in self.readouts.values()])
+        for r in self.readouts.values():
+            r.held = r.held / max(1, self.samples)
 
     def join(self, other: Refit) -> None:
         """Adds other widths; of samples that were read twice one count is kept."""
@@ -79,7 +94,7 @@ def decrease(terms: Sequence[tuple[float, float]]) -> float:
 
 def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: torch.Generator) -> Refit:
     """Two passes over the candidate graph: fitting batches, then held-back ones."""
-    graph = found.graph
+    graph, world = found.graph, data.world
     consumers = _consumers(found)
     if not consumers:
         return Refit()
@@ -94,7 +109,7 @@ def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: 
         keep = math.ceil(SAMPLES / batches)
         for c, p in reads[node]:
             h = c.taken(seen.inputs[p.source][:keep])
-            c.add_rows(h, c.asked(v[:keep]), seen.size, generator, 1 / batches)
+            c.add_rows(h, c.asked(v[:keep]), seen.size, generator, 1 / batches, world.size)
 
     def done(batch: Batch, seen: Seen) -> None:
         nonlocal count
@@ -114,11 +129,12 @@ def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: 
         done=done,
     )
     out = Refit()
+    total = sum_consumers(consumers, count, world)
     for name, c in consumers.items():
-        c.finish(count)
+        c.finish(total)
         out.readouts[name] = _readout(c, found)
         c.vh = torch.zeros(0)
-    out.rank(found.atoms)
+    out.rank(found.atoms, world)
     channels = {
         name: {w: places for (w, dim), places in found.places[c.weight].items() if dim == c.uses[0].in_dim}
         for name, c in consumers.items()
@@ -151,9 +167,10 @@ def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: 
         reader=lambda seen, node, v: held.__setitem__(node, v),
         done=done_held,
     )
-    for name, c in consumers.items():
-        out.readouts[name].held = c.vh[out.readouts[name].outputs] / max(1, count)
-    tests.finish()
+    for r, c in zip(out.readouts.values(), consumers.values(), strict=True):
+        r.held = c.vh[r.outputs] if len(c.vh) else torch.zeros_like(r.fit)
+    out.share(world)
+    tests.finish(world)
     return out
 
 
