@@ -59,6 +59,13 @@ class World:
         """What the first process makes; only that one calls `make`."""
         return make()
 
+    def agree(self, what: str) -> None:
+        """Raises an `FxgrowError` where processes are about to do different things."""
+
+    def mean(self, values: Sequence[float]) -> list[float]:
+        """Means over the processes, number by number."""
+        return [v / self.size for v in self.total(*values)]
+
     def check_equal(self, tensors: Mapping[str, Tensor], when: str) -> None:
         """Raises an `FxgrowError` where a tensor has different bits in different processes."""
 
@@ -222,7 +229,10 @@ class Processes(World):
         # between the processes of one run, as torch.distributed itself sends objects
         return torch.load(file, map_location=_here, weights_only=False)
 
-    # -- the model
+    # -- checks
+
+    def agree(self, what: str) -> None:
+        self._meet(what)
 
     def check_equal(self, tensors: Mapping[str, Tensor], when: str) -> None:
         own = torch.tensor([checksum(t) for t in tensors.values()], dtype=torch.long, device=self.device)
