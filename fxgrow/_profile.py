@@ -24,6 +24,7 @@ from fxgrow._compensate import silent
 from fxgrow._data import Data, LossFn, check_device, random_state_kept
 from fxgrow._errors import PlanError, ProfileError
 from fxgrow._fold import folded
+from fxgrow._kept import Moments, fingerprint
 from fxgrow._measure import Measured, Reader
 from fxgrow._mixtures import grows_by_copies
 from fxgrow._records import Width
@@ -57,6 +58,7 @@ def profile(
     progress: bool = True,
     seed: int = 0,
     process_group: Any = None,
+    keep_moments: bool = False,
 ) -> Profile:
     """Measures the expressivity bottleneck of every free width and proposes units for it.
 
@@ -83,6 +85,8 @@ def profile(
         process_group: of torch.distributed, such as `torch.distributed.group.WORLD`: every process calls with the same
             model and its own part of the data, and gets the profile of all of it. `samples` and `memory_limit` are
             then of all processes, and of each.
+        keep_moments: keep what was added up over the data as `.moments`, so that profiles of other parts of the data
+            can be merged with this one (`fxgrow.Profile.merge`); it takes one more matrix per width and consumer.
 
     Returns:
         A `Profile`.
@@ -108,10 +112,12 @@ def profile(
     world = world_of(process_group)
     with world.session(), world.one_function(gm):
         data = Data(dataloader, samples, world)
-        return _profiled(gm, data, loss_fn, initialiser, positions, memory_limit, widths, units, progress, seed)
+        return profiled(
+            gm, data, loss_fn, initialiser, positions, memory_limit, widths, units, progress, seed, keep_moments
+        )
 
 
-def _profiled(
+def profiled(
     gm: nn.Module,
     data: Data,
     loss_fn: LossFn | None,
@@ -122,8 +128,17 @@ def _profiled(
     units: int | Mapping[str, int] | None,
     progress: bool,
     seed: int,
+    keep_moments: bool = False,
+    parts: Sequence[Moments] = (),
 ) -> Profile:
+    """The stages of `profile`; moments of parts take the place of the first reading, and data may be None then."""
     world = data.world
+    if keep_moments and (initialiser.find is not None or world.size > 1):
+        raise ProfileError(
+            f"keep_moments=True: method={initialiser.name!r} has none."
+            if initialiser.find is not None
+            else "keep_moments=True keeps the moments of one process: leave out process_group= and merge them later."
+        )
     if initialiser.find is not None and world.size > 1:
         raise ProfileError(
             f"method={initialiser.name!r} reads the data in a way of its own, on one process alone: choose another, or "
@@ -146,8 +161,11 @@ def _profiled(
     exact = positions == "all"
     generator = torch.Generator().manual_seed(seed)
     additions = {h.width.name: _how_many(h.width, units) for h in chosen}
-    reader = Reader(gm, structure, initialiser, data, loss_fn, exact, generator, progress and world.rank == 0, memory_limit)
-    measured = reader.measure(chosen, additions)
+    show = progress and world.rank == 0
+    reader = Reader(
+        gm, structure, initialiser, data, loss_fn, exact, generator, show, memory_limit, keep_moments or bool(parts)
+    )
+    measured = reader.merge(parts, chosen, additions) if parts else reader.measure(chosen, additions)
     proposals, samples, loss = measured.proposals, measured.samples, measured.loss
     if initialiser.find is not None:
         wanted = [h for h in chosen if not isinstance(units, Mapping) or h.width.name in units]
@@ -193,7 +211,16 @@ def _profiled(
         seed=seed,
         found=found,
         refit=refit,
+        moments=_kept(asked, measured, initialiser, positions, chosen) if keep_moments else None,
     )
+
+
+def _kept(
+    gm: nn.Module, measured: Measured, method: Initialiser, positions: str, chosen: Sequence[Hidden]
+) -> Moments:
+    names = tuple(h.width.name for h in chosen)
+    # the first reading's: a refit adds the samples that it was tested on
+    return Moments(measured.samples, measured.loss, method.name, positions, names, fingerprint(gm), measured.kept)
 
 
 def _chosen(
