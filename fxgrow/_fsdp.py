@@ -22,6 +22,7 @@ from torch.optim import Optimizer
 from fxgrow._change import Change
 from fxgrow._errors import FxgrowError
 from fxgrow._hooks import called
+from fxgrow._mesh import reshard
 from fxgrow._surroundings import Surroundings
 
 #: what `fully_shard` leaves in a module's attributes
@@ -56,6 +57,7 @@ class Whole:
     @classmethod
     def of(cls, sharded: nn.Module) -> Whole:
         """Gathers; every process of the group must call it."""
+        reshard(sharded)
         plain = {id(p): _full_parameter(p) for p in sharded.parameters()}
         return cls(sharded, _plain_copy(sharded, plain), _shardings(sharded), plain)
 

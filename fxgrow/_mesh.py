@@ -15,12 +15,20 @@ def is_sharded(model: nn.Module) -> bool:
     return any(type(m).__name__.startswith("FSDP") and hasattr(m, "_get_fsdp_state") for m in model.modules())
 
 
+def reshard(model: nn.Module) -> None:
+    """Between a forward and a backward pass, or after one without the other, some parameters are whole: no longer."""
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            module.reshard()
+
+
 def group_of_mesh(model: nn.Module) -> Any:
     """The processes that hold a part of the model.
 
     Raises:
         FxgrowError: parameters are on several meshes, or split up in another way too (tensor parallel).
     """
+    reshard(model)
     meshes = []
     for name, p in model.named_parameters():
         mesh = getattr(p, "device_mesh", None)
