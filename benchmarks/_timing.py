@@ -1,4 +1,4 @@
-"""CPU time and peak memory of competing pieces of work."""
+"""CPU time, arithmetic and peak memory of competing pieces of work."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 #: CPU seconds above which one run of a cell has to do
 SLOW = 10.0
@@ -33,6 +39,27 @@ def cpu_times(cells: Mapping[str, Callable[[], object]], repetitions: int) -> di
         for name, work in quick.items():
             seconds[name].append(once(work))
     return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+@contextmanager
+def factors_counted() -> Iterator[list[float]]:
+    """Multiply-adds of the Cholesky factors made inside, which PyTorch's counter does not know: P^3 / 6 each."""
+    total = [0.0]
+    original = torch.linalg.cholesky_ex
+
+    def counted(matrix: Tensor, **options: object) -> object:
+        total[0] += len(matrix) ** 3 / 6
+        return original(matrix, **options)
+
+    with mock.patch.object(torch.linalg, "cholesky_ex", counted):
+        yield total
+
+
+def multiply_adds(work: Callable[[], object]) -> float:
+    """Of the matrix products, convolutions and Cholesky factors in it."""
+    with FlopCounterMode(display=False) as counter, factors_counted() as factors:
+        work()
+    return counter.get_total_flops() / 2 + factors[0]
 
 
 def peak_during(work: Callable[[], object]) -> float:

@@ -16,18 +16,15 @@ from __future__ import annotations
 import argparse
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import fxgrow
-from benchmarks._timing import cpu_times, peak_during, peak_of
+from benchmarks._timing import cpu_times, multiply_adds, peak_during, peak_of
 from models import MLP, ResNet
 from models.vgg import vgg11
 
@@ -88,29 +85,6 @@ def plain(net: nn.Module, data: Batches) -> None:
     for x, y in data:
         net.zero_grad()
         F.cross_entropy(net(x), y).backward()
-
-
-# -- arithmetic
-
-
-@contextmanager
-def factors_counted() -> Iterator[list[float]]:
-    """Multiply-adds of the Cholesky factors made inside, which PyTorch's counter does not know: P^3 / 6 each."""
-    total = [0.0]
-    original = torch.linalg.cholesky_ex
-
-    def counted(matrix: Tensor, **options: object) -> object:
-        total[0] += len(matrix) ** 3 / 6
-        return original(matrix, **options)
-
-    with mock.patch.object(torch.linalg, "cholesky_ex", counted):
-        yield total
-
-
-def multiply_adds(work: Callable[[], object]) -> float:
-    with FlopCounterMode(display=False) as counter, factors_counted() as factors:
-        work()
-    return counter.get_total_flops() / 2 + factors[0]
 
 
 def exponent(sizes: Sequence[float], values: Sequence[float]) -> float:

@@ -25,12 +25,12 @@ from fxgrow._rewrite import Values
 from fxgrow._widths import Hidden
 from fxgrow.initialisers.registry import Proposal
 from fxgrow.ops import norm, pointwise, pool, reduce, shape
-from fxgrow.ops.registry import Projection, Structure, find_rule
+from fxgrow.ops.registry import Projection, Rule, Structure, find_rule
 
 #: each unit apart, wherever the samples stand
-_POINTWISE = (pointwise.elementwise, pointwise.unary, shape.identity, shape.clone)
+_POINTWISE: tuple[Rule, ...] = (pointwise.elementwise, pointwise.unary, shape.identity, shape.clone)
 #: each channel of a map apart
-_OF_MAPS = (*pool.POOLS, pool.resize, reduce.reduce, shape.flatten)
+_OF_MAPS: tuple[Rule, ...] = (*pool.POOLS, pool.resize, reduce.reduce, shape.flatten)
 
 
 @dataclass(frozen=True)

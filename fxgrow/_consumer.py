@@ -16,7 +16,7 @@ from fxgrow._links import window
 from fxgrow._memory import Span
 from fxgrow._moments import patch_rows
 from fxgrow._pass import Seen
-from fxgrow._solve import best_update
+from fxgrow._solve import Factor, factor
 from fxgrow._window import Window
 from fxgrow.ops.registry import Projection
 
@@ -128,6 +128,9 @@ class Consumer:
         self.samples, self.given = 0, 0
         self.rows = 0
         self.drawn: list[Drawn] = []
+        #: of M with its ridge, and dW*, once `project` has found them
+        self.root: Factor | None = None
+        self.move: Tensor | None = None
 
     def add_gradient(self, seen: Seen) -> None:
         """The sum of V h^T over a batch is its weight gradient."""
@@ -259,7 +262,9 @@ class Consumer:
         """The best move of the weights dW* = E[V h^T] M^-1, `[O, H]`."""
         if self.m is None:
             raise RuntimeError("no rows were added")
-        return best_update(self.m, self.vh, ridge=0.0 if exact else PROJECTION_RIDGE)
+        self.root = factor(self.m, ridge=0.0 if exact else PROJECTION_RIDGE)
+        self.move = self.root.solve(self.vh.mT).mT
+        return self.move
 
     def curvature(self) -> Tensor:
         """G per position, `[O, O]`."""

@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from fxgrow._apart import Apart, apart
 from fxgrow._consumer import accumulator
-from fxgrow._data import Batch, Data, LossFn
+from fxgrow._data import HOLD, Batch, Data, LossFn
 from fxgrow._errors import ProfileError
 from fxgrow._graph import lookup
 from fxgrow._kept import Crossed, Moments, kept, merged, subtract
@@ -199,6 +199,7 @@ class Reader:
                 total += seen.loss * seen.size
                 stats.end_batch(seen)
             elif held is not None:
+                held.memory.expected = max(1, self.data.expected(seen.size) // HOLD)
                 held.add(seen, stats.held, stats.whole[1], returned, stats.consumers)
                 returned.clear()
 

@@ -65,7 +65,7 @@ def profile(
     Args:
         gm: a captured graph, or a model (captured on the first batch).
         dataloader: batches `(inputs, targets)`, where inputs may be a tuple or a dict, or dicts for models that return
-            an object with `.loss`. Read two to three times, the same batches in the same order.
+            an object with `.loss`. Read one to three times, the same batches in the same order.
         loss_fn: takes (output, targets), returns the mean over the batch or one value per sample. None: cross-entropy
             for integer targets, mean squared error for floating ones, the model's own `.loss` where it has one.
         samples: how many samples to use at most; None for 8192.
@@ -75,7 +75,8 @@ def profile(
             forward pass, for exact figures.
         memory_limit: bytes that moments and remembered activations may take at once, or None: widths that do not fit
             in together are measured in turns, with a reading of the data each. The fit of outgoing weights then keeps
-            one second moment per layer that reads a width, whatever the limit.
+            one second moment per layer that reads a width, whatever the limit. What new units are tried on is
+            remembered if it takes at most 256 MB, or an eighth of the limit; else the data are read again.
         widths: names of the widths to profile; None for all that are free, but for those whose new units send nothing
             on at first, so that the data say nothing of them (streams under a norm, queries and keys), unless `units`
             names them.
@@ -176,18 +177,17 @@ def profiled(
     calibration = _calibration(gm, data, initialiser.refit)
     found = refit = None
     if initialiser.refit:
-        by_itself = {name: k for name, k in additions.items() if name in measured.ways}
-        for h in chosen:
-            if (name := h.width.name) in by_itself:
+        refit, rest = Refit(), [name for name in additions if name not in measured.ways]
+        if measured.stats is not None and measured.ways:
+            own = [h for h in chosen if h.width.name in measured.ways]
+            atoms = {h.width.name: additions[h.width.name] // h.width.step for h in own}
+            for h in own:
+                name = h.width.name
                 proposals[name] = padded(gm, h, proposals[name], additions[name], generator)
-        refit = Refit()
-        if by_itself and measured.stats is not None:
-            atoms = {h.width.name: additions[h.width.name] // h.width.step for h in chosen if h.width.name in by_itself}
             refit = Trials(measured.ways, proposals, atoms, measured.stats, measured.held, data, loss_fn).run()
-        if rest := {name: k for name, k in additions.items() if name not in by_itself}:
-            found = candidates(gm, structure, proposals, rest, calibration, generator)
-            refit.join(run_refit(found, data, loss_fn, generator))
-            found = None if by_itself else found
+        if rest:
+            found = candidates(gm, structure, proposals, additions, calibration, generator)
+            refit.join(run_refit(found, data, loss_fn, generator, rest))
     if refit is not None and data.batches != 1:
         samples, loss = samples + refit.samples, loss + refit.loss
     bottlenecks = {

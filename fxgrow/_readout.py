@@ -57,7 +57,10 @@ class Readout:
     fit: Tensor
     held: Tensor
     _solved: dict[Any, tuple[Tensor, Tensor, float]] = field(default_factory=dict, repr=False)
-    _parts: tuple[Factor, Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
+    #: dW* with `RIDGE`, where it is known already, and the factor that it came from
+    move: Tensor | None = field(default=None, repr=False)
+    root: Factor | None = field(default=None, repr=False)
+    _parts: tuple[Tensor, Tensor, Tensor, Tensor] | None = field(default=None, repr=False)
 
     def solve(self, chosen: Mapping[str, Tensor], update_existing: bool) -> tuple[Tensor, Tensor]:
         """Weights `[O, columns]` for the chosen units of each width, and their columns (old ones first)."""
@@ -88,28 +91,31 @@ class Readout:
         if not mean > 0:  # no gradient reaches the consumer: there is nothing to fit
             return self.fit.new_zeros(len(self.fit), count), 0.0
         if self._parts is None:
-            output = factor(self.g / mean + OUTPUT_RIDGE * torch.eye(len(self.g)).to(self.g))
-            inputs = factor(self.hh, ridge=RIDGE)
-            solved = inputs.solve(torch.cat([self.fit[:, self.old].mT, self.hz], 1))
-            move, shadow = solved.split([len(self.fit), self.hz.shape[1]], 1)
-            self._parts = output, output.solve(move.mT), shadow, output.solve(self.fit)
-        _, move, shadow, damped = self._parts
+            # few and well conditioned: products with the inverse take half the time of solves
+            eye = torch.eye(len(self.g)).to(self.g)
+            output = factor(self.g / mean + OUTPUT_RIDGE * eye).solve(eye)
+            root = self.root or factor(self.hh, ridge=RIDGE)
+            move = root.solve(self.fit[:, self.old].mT).mT if self.move is None else self.move
+            move = output @ move
+            self._parts = move, self.g @ move, root.solve(self.hz), output @ self.fit
+            self.root = self.move = None
+        move, bent, shadow, damped = self._parts
         zi = self._positions()[columns]
         zz = self.zz[zi][:, zi]
         ridge = RIDGE * self.zz.diagonal().mean() * torch.eye(len(zi)).to(zz)
         asked = damped[:, columns]
-        if update_existing and len(zi):
-            shadow, hz = shadow[:, zi], self.hz[:, zi]
-            new = factor(zz + ridge - hz.mT @ shadow).solve((asked - move @ hz).mT).mT
-            weights = torch.cat([move - new @ shadow.mT, new], 1)
-        elif update_existing:
-            weights = move
-        else:
-            weights = factor(zz + ridge).solve(asked.mT).mT if len(zi) else asked
-        # W M without the product: W (M + eps) is what was solved for
-        eps = [RIDGE * self.hh.diagonal().mean().expand(len(self.old) * update_existing), ridge.diagonal()]
-        asked = damped[:, torch.cat([self.old, columns])] if update_existing else asked
-        return weights, ((self.g @ weights) * (asked - weights * torch.cat(eps))).sum().item()
+        # W M without the product: W (M + eps) is what was solved for; and G W without one of its size
+        eps = RIDGE * self.hh.diagonal().mean()
+        if not update_existing:
+            new = factor(zz + ridge).solve(asked.mT).mT if len(zi) else asked
+            return new, _inner(self.g @ new, asked - new @ ridge)
+        if not len(zi):
+            return move, _inner(bent, damped[:, self.old] - move * eps)
+        shadow, hz = shadow[:, zi], self.hz[:, zi]
+        new = factor(zz + ridge - hz.mT @ shadow).solve((asked - move @ hz).mT).mT
+        old, curved = move - new @ shadow.mT, self.g @ new
+        curvature = _inner(bent - curved @ shadow.mT, damped[:, self.old] - old * eps)
+        return torch.cat([old, new], 1), curvature + _inner(curved, asked - new @ ridge)
 
     def _positions(self) -> Tensor:
         """For each column where it stands in z."""
@@ -125,3 +131,7 @@ class Readout:
         move = self.fit.new_zeros(self.fit.shape)
         move[:, self.old] = factor(self.hh, ridge=EXPRESSIBLE_RIDGE).solve(self.fit[:, self.old].mT).mT
         return move
+
+
+def _inner(a: Tensor, b: Tensor) -> float:
+    return float((a * b).sum())

@@ -7,7 +7,7 @@ E[V [h, z]^T] is the weight gradient of the widened consumer, and once on the he
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -92,10 +92,17 @@ def decrease(terms: Sequence[tuple[float, float]]) -> float:
     return 0.5 * max(s, 0.0) ** 2 / q if q > 0 else 0.0
 
 
-def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: torch.Generator) -> Refit:
-    """Two passes over the candidate graph: fitting batches, then held-back ones."""
+def run_refit(
+    found: Candidates,
+    data: Data,
+    loss_fn: LossFn | None,
+    generator: torch.Generator,
+    widths: Collection[str] | None = None,
+) -> Refit:
+    """Two passes over the candidate graph for these of its widths (None: all): fitting batches, then held-back ones."""
     graph, world = found.graph, data.world
-    consumers = _consumers(found)
+    atoms = {w: k for w, k in found.atoms.items() if widths is None or w in widths}
+    consumers = _consumers(found, atoms)
     if not consumers:
         return Refit()
     reads = reads_of(consumers)
@@ -134,12 +141,12 @@ def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: 
         c.finish(total)
         out.readouts[name] = _readout(c, found)
         c.vh = torch.zeros(0)
-    out.rank(found.atoms, world)
+    out.rank(atoms, world)
     channels = {
         name: {w: places for (w, dim), places in found.places[c.weight].items() if dim == c.uses[0].in_dim}
         for name, c in consumers.items()
     }
-    tests = Tests(out, found.atoms, channels)
+    tests = Tests(out, atoms, channels)
     count = 0
     held: dict[fx.Node, Tensor] = {}
 
@@ -174,8 +181,7 @@ def run_refit(found: Candidates, data: Data, loss_fn: LossFn | None, generator: 
     return out
 
 
-def _consumers(found: Candidates) -> dict[str, Consumer]:
-    wanted = {w for w in found.atoms}
+def _consumers(found: Candidates, wanted: Collection[str]) -> dict[str, Consumer]:
     readers = {
         p.weight for p in found.projections if any((w, p.in_dim) in found.places.get(p.weight, {}) for w in wanted)
     }

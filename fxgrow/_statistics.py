@@ -137,8 +137,8 @@ class Statistics:
         if any(len(seen.inputs[n]) != seen.size for n in inputs | self.held):
             return math.inf
         size = {n: t.numel() / seen.size for n, t in seen.inputs.items()}
-        growth = {p.node: size[p.source] / p.source.meta["val"].numel() for own in self.reads.values() for _, p in own}
-        size |= {n: n.meta["val"].numel() * growth[n] for n in updates}
+        reads = {p.node: p.source for n in updates for _, p in self.reads[n]}
+        size |= {n: n.meta["val"].numel() * size[h] / h.meta["val"].numel() for n, h in reads.items()}
         # a quarter of the batches is held back
         every = sum(size[n] for n in (*inputs, *updates)) + sum(size[n] for n in self.held - inputs) / 4
         return every * next(iter(seen.inputs.values())).element_size()

@@ -170,7 +170,10 @@ class Trials:
         outputs = torch.arange(len(fit), device=fit.device)
         held = torch.zeros_like(fit)
         bias = c.bias if biased else None
-        return Readout(c.weight, bias, c.uses[0], outputs, old, new, c.m, hz, zz, c.curvature(), fit, held)
+        r = Readout(c.weight, bias, c.uses[0], outputs, old, new, c.m, hz, zz, c.curvature(), fit, held)
+        if self.held.samples:  # the same E[V h^T], so the same dW*
+            r.root, r.move = c.root, c.move
+        return r
 
     @torch.no_grad()
     def _second_moments(self, c: Consumer, way: Apart, proposal: Proposal) -> tuple[Tensor, Tensor]:

@@ -20,10 +20,10 @@ from fxgrow._width_moments import WidthMoments
 from fxgrow.initialisers.registry import Proposal, initialiser, split_rows
 
 INPUT_RIDGE = 0.1
-#: with such a ridge S needs few rows: half as many as features lose no more than a few percent of the units' worth
-ROWS = 0.5
-#: and its best directions few iterations
-SWEEPS = 4
+#: sampled rows of b per feature: with such a ridge more of them find no better units
+ROWS = 0.75
+#: applications of the operator: more of them find the same units, outgoing weights come from the refit
+SWEEPS = 3
 OUTPUT_RIDGE = 1e-2
 
 
