@@ -25,7 +25,9 @@ def build() -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.GELU(), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 10))
 
 
-def train(checkpoint: Path, epochs: int = 8, loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy) -> tuple[nn.Module, float]:
+def train(
+    checkpoint: Path, epochs: int = 8, loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
+) -> tuple[nn.Module, float]:
     """Trains from the checkpoint, if there is one; returns the model and its test loss."""
     torch.set_num_threads(1)
     torch.manual_seed(0)

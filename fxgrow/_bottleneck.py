@@ -17,9 +17,10 @@ from fxgrow._refit import Refit
 from fxgrow.initialisers import Initialiser, Proposal
 
 if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
     from fxgrow._data import LossFn
     from fxgrow._kept import Moments
-    from matplotlib.figure import Figure
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,11 @@ class Profile(Mapping[str, Bottleneck]):
             parts: profiles made with `keep_moments=True`, or their moments, all with the same model and settings.
             gm: the graph with the same weights; None for that of the first profile.
             dataloader: for the refit, and where new channels go through a BatchNorm, whose input is measured.
-            loss_fn: see `fxgrow.profile`, as are `samples`, `units`, `progress` and `seed`.
+            loss_fn: see `fxgrow.profile`.
+            samples: to read of `dataloader` at most.
+            units: see `fxgrow.profile`.
+            progress: see `fxgrow.profile`.
+            seed: see `fxgrow.profile`.
 
         Raises:
             ProfileError: the parts are of different models, weights or settings, or the method needs `dataloader`.

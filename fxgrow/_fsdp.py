@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -84,8 +84,8 @@ class Whole:
                 state = {sharded.get(id(p), p): _sharded_state(s, p, sharded) for p, s in full.state.items()}
                 mine.state.clear()
                 mine.state.update(state)
-            for held, other in zip(around.lists, lists, strict=True):
-                held[:] = [sharded.get(id(t), t) for t in other]
+            for held, whole_ones in zip(around.lists, lists, strict=True):
+                held[:] = [sharded.get(id(t), t) for t in whole_ones]
             return change.new
 
         return assign
@@ -133,7 +133,7 @@ class Whole:
             options = {**sharding.options, "shard_placement_fn": place}
             if left:
                 options["ignored_params"] = left
-            fully_shard(found if len(found) > 1 else found[0], **options)  # type: ignore[call-overload]
+            fully_shard(found if len(found) > 1 else found[0], **options)
 
 
 def _called_below(name: str, own: set[str], modules: Mapping[str, nn.Module]) -> Iterator[str]:
@@ -160,7 +160,8 @@ def _like(value: Tensor, p: nn.Parameter) -> Tensor:
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
+    like: Any = p
+    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
 
 
 def _sharded_state(entries: Mapping[str, Any], p: Tensor, sharded: Mapping[int, nn.Parameter]) -> dict[str, Any]:
@@ -184,7 +185,7 @@ def _shardings(model: nn.Module) -> list[Sharding]:
     for module in model.modules():
         if not hasattr(module, "_get_fsdp_state"):
             continue
-        state = module._get_fsdp_state()
+        state = cast(Any, module)._get_fsdp_state()
         if id(state) in found:
             continue
         try:

@@ -1,7 +1,7 @@
 """The sums that a profile is made from, kept so that those of other parts of the data can be added.
 
-Beside N = E[b V^T] they hold C = E[b h^T]. What the existing weights can express, dW*, is known only when all parts are;
-N less E[b (dW* h)^T] is then N - C dW*^T, without another look at the data.
+Beside N = E[b V^T] they hold C = E[b h^T]. What the existing weights can express, dW*, is known only when all parts
+are; N less E[b (dW* h)^T] is then N - C dW*^T, without another look at the data.
 """
 
 from __future__ import annotations

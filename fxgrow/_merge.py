@@ -35,7 +35,9 @@ def merge(
     check_parts(moments, graph)
     method = find_initialiser(moments[0].method)
     if dataloader is None and (method.refit or any(isinstance(m, _BatchNorm) for m in graph.modules())):
-        what = f"method={method.name!r} fits" if method.refit else "new channels go through a BatchNorm, which is set on"
+        what = (
+            f"method={method.name!r} fits" if method.refit else "new channels go through a BatchNorm, which is set on"
+        )
         raise ProfileError(f"{what} what new units put out, which no moment holds: give dataloader=.")
     data = Data(() if dataloader is None else dataloader, samples)
     first = moments[0]

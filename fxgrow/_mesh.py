@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from torch import nn
@@ -19,7 +19,7 @@ def reshard(model: nn.Module) -> None:
     """Between a forward and a backward pass, or after one without the other, some parameters are whole: no longer."""
     for module in model.modules():
         if hasattr(module, "_get_fsdp_state"):
-            module.reshard()
+            cast(Any, module).reshard()
 
 
 def group_of_mesh(model: nn.Module) -> Any:
@@ -29,7 +29,7 @@ def group_of_mesh(model: nn.Module) -> Any:
         FxgrowError: parameters are on several meshes, or split up in another way too (tensor parallel).
     """
     reshard(model)
-    meshes = []
+    meshes: list[Any] = []
     for name, p in model.named_parameters():
         mesh = getattr(p, "device_mesh", None)
         if mesh is not None and all(mesh != known for known in meshes):

@@ -215,9 +215,7 @@ def profiled(
     )
 
 
-def _kept(
-    gm: nn.Module, measured: Measured, method: Initialiser, positions: str, chosen: Sequence[Hidden]
-) -> Moments:
+def _kept(gm: nn.Module, measured: Measured, method: Initialiser, positions: str, chosen: Sequence[Hidden]) -> Moments:
     names = tuple(h.width.name for h in chosen)
     # the first reading's: a refit adds the samples that it was tested on
     return Moments(measured.samples, measured.loss, method.name, positions, names, fingerprint(gm), measured.kept)

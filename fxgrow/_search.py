@@ -97,9 +97,7 @@ class Line:
         return replace(self.plan, values=replace(values, new=new, delta=delta))
 
 
-def mean_loss(
-    graph: fx.GraphModule, batches: Sequence[Batch], loss_fn: LossFn | None, world: World = ALONE
-) -> float:
+def mean_loss(graph: fx.GraphModule, batches: Sequence[Batch], loss_fn: LossFn | None, world: World = ALONE) -> float:
     """Mean loss over the samples of all processes, in the graph's mode."""
     total = 0.0
     with torch.no_grad():

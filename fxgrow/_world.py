@@ -13,7 +13,7 @@ import io
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -99,7 +99,8 @@ def world_of(process_group: Any) -> World:
             "torch.distributed.init_process_group() first, under torchrun."
         )
     if process_group is dist.group.WORLD or isinstance(process_group, dist.ProcessGroup):
-        return Processes(process_group) if dist.get_world_size(process_group) > 1 else ALONE
+        group: Any = process_group
+        return Processes(group) if dist.get_world_size(group) > 1 else ALONE
     if process_group == dist.GroupMember.NON_GROUP_MEMBER:
         raise FxgrowError("This process is no member of process_group=: only members may call.")
     raise FxgrowError(
@@ -210,7 +211,7 @@ class Processes(World):
     def first(self, make: Callable[[], T]) -> T:
         made = make() if self.rank == 0 else None
         self._meet("what the first process made")
-        return self._broadcast(made)
+        return cast(T, self._broadcast(made))
 
     def _broadcast(self, value: Any) -> Any:
         """The first process's value, its tensors on this process's device, and on every process through one file."""

@@ -91,7 +91,7 @@ def test_both_processes_have_the_same_bits(name: str, results: list[dict[str, An
 @pytest.mark.parametrize(
     "name, first, second",
     [
-        ("a loss that is no number", "ProfileError: Process 1 of 2 failed: The loss of batch 2", "ProfileError: The loss"),
+        ("a loss that is no number", "ProfileError: Process 1 of 2 failed: The loss of", "ProfileError: The loss of"),
         ("other weights", "FxgrowError: Processes 0 and 1 have different values of '0.bias'", ""),
         ("other settings", "", ""),
         ("a shard of one batch", "ProfileError: 1 of 2 processes have a single batch", ""),
@@ -102,9 +102,7 @@ def test_both_processes_have_the_same_bits(name: str, results: list[dict[str, An
         ("skipped", "False True True", ""),
     ],
 )  # fmt: skip
-def test_an_error_of_one_is_raised_by_all(
-    name: str, first: str, second: str, results: list[dict[str, Any]]
-) -> None:
+def test_an_error_of_one_is_raised_by_all(name: str, first: str, second: str, results: list[dict[str, Any]]) -> None:
     found = [r["failing"][name] for r in results]
     assert found[0].startswith(first), found
     assert found[1].startswith(second or first), found
