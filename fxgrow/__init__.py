@@ -22,6 +22,7 @@ from fxgrow._grow import grow
 from fxgrow._grower import Grower
 from fxgrow._growth import Growth
 from fxgrow._history import Event, History
+from fxgrow._kept import Moments
 from fxgrow._limits import Either, Until
 from fxgrow._networkx import to_networkx
 from fxgrow._plan import Plan
@@ -53,6 +54,7 @@ __all__ = [
     "History",
     "LayerByLayer",
     "MissingExtraError",
+    "Moments",
     "OnBottleneck",
     "OnPlateau",
     "Plan",

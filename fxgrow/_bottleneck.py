@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,9 @@ from fxgrow.initialisers import Initialiser, Proposal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+    from fxgrow._data import LossFn
+    from fxgrow._kept import Moments
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class Profile(Mapping[str, Bottleneck]):
         method: the initialiser.
         loss: mean loss over the samples, before growth.
         samples: samples that were read.
+        moments: what was added up over the data, where `keep_moments=True` asked for it.
     """
 
     gm: fx.GraphModule | None
@@ -78,6 +82,7 @@ class Profile(Mapping[str, Bottleneck]):
     seed: int = field(repr=False)
     found: Candidates | None = field(repr=False)
     refit: Refit | None = field(repr=False)
+    moments: Moments | None = field(default=None, repr=False)
 
     def __getitem__(self, name: str) -> Bottleneck:
         return self.bottlenecks[name]
@@ -106,9 +111,61 @@ class Profile(Mapping[str, Bottleneck]):
         generator = torch.Generator().manual_seed(self.seed)
         return candidates(self.graph, analyse(self.graph), self.proposals, self.proposed, self.calibration, generator)
 
+    @classmethod
+    def merge(
+        cls,
+        parts: Sequence[Profile | Moments],
+        gm: fx.GraphModule | None = None,
+        dataloader: Iterable[Any] | None = None,
+        loss_fn: LossFn | None = None,
+        samples: int | None = None,
+        *,
+        units: int | Mapping[str, int] | None = None,
+        progress: bool = True,
+        seed: int = 0,
+    ) -> Profile:
+        """The profile of all data, from moments of parts of it that were read apart, on machines that never talk.
+
+        Moments are means over samples; their weighted mean is that over all of them, and bottlenecks and new units
+        follow from it as from one reading. A method without a refit (`tiny`, `gradmax`, `north`) needs nothing else.
+        The refit of the others fits and tests what the new units put out, which no moment of the old network holds: it
+        reads `dataloader`. Give it data of one part, batch by batch as that part had it, so that what was held back
+        there is held back here, or data that no part has seen.
+
+        Args:
+            parts: profiles made with `keep_moments=True`, or their moments, all with the same model and settings.
+            gm: the graph with the same weights; None for that of the first profile.
+            dataloader: for the refit, and where new channels go through a BatchNorm, whose input is measured.
+            loss_fn: see `fxgrow.profile`.
+            samples: to read of `dataloader` at most.
+            units: see `fxgrow.profile`.
+            progress: see `fxgrow.profile`.
+            seed: see `fxgrow.profile`.
+
+        Raises:
+            ProfileError: the parts are of different models, weights or settings, or the method needs `dataloader`.
+
+        Example:
+            >>> import torch, fxgrow
+            >>> _ = torch.manual_seed(0)
+            >>> net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Tanh(), torch.nn.Linear(3, 2))
+            >>> gm = fxgrow.capture(net, (torch.zeros(2, 4),))
+            >>> here, there = ([(torch.randn(32, 4), torch.randn(32, 2))] for _ in range(2))
+            >>> parts = [
+            ...     fxgrow.profile(gm, data, method="tiny", keep_moments=True, progress=False) for data in (here, there)
+            ... ]
+            >>> merged = fxgrow.Profile.merge(parts)
+            >>> whole = fxgrow.profile(gm, here + there, method="tiny", progress=False)
+            >>> abs(merged["0"].bottleneck - whole["0"].bottleneck) < 1e-4
+            True
+        """
+        from fxgrow._merge import merge
+
+        return merge(parts, gm, dataloader, loss_fn, samples, units, progress, seed)
+
     def record(self) -> Profile:
         """The figures alone, without the network and the candidates."""
-        return replace(self, gm=None, updates={}, proposals={}, calibration=(), found=None, refit=None)
+        return replace(self, gm=None, updates={}, proposals={}, calibration=(), found=None, refit=None, moments=None)
 
     def __str__(self) -> str:
         from fxgrow._report import profile_table

@@ -177,6 +177,7 @@ class Consumer:
         samples: float | None,
         generator: torch.Generator | None = None,
         share: float = 1.0,
+        processes: int = 1,
     ) -> tuple[list[Tensor | None], float]:
         """Adds to M and G, from this share of their rows, as if there were `samples` samples.
 
@@ -186,6 +187,7 @@ class Consumer:
             samples: None: all rows, as they are.
             generator: chooses the rows.
             share: of the rows that this weight needs.
+            processes: how many add as much.
 
         Returns:
             Which rows, in parts, and what each counts.
@@ -199,7 +201,7 @@ class Consumer:
         chosen = None
         if samples is not None:
             width = h.shape[self.dim] * self.window.taps
-            chosen = some_rows(count, math.ceil(share * rows_for(width)), generator, h.device)
+            chosen = some_rows(count, math.ceil(share * rows_for(width) / processes), generator, h.device)
         if given is not None:
             chosen = given if chosen is None else given[chosen]
         rows = count if chosen is None else len(chosen)
@@ -245,7 +247,7 @@ class Consumer:
             h = h.reshape(h.shape[0], -1, h.shape[-1])
         return patch_rows(h, self.window, chosen)
 
-    def finish(self, samples: int) -> None:
+    def finish(self, samples: float) -> None:
         """From sums to means over samples."""
         self.vh, self.vv = self.vh / samples, float(self.vv) / samples
         self.m = None if self.m is None else mirrored(self.m).div_(samples)

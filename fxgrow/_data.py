@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fxgrow._errors import ProfileError
+from fxgrow._world import ALONE, World
 
 LossFn = Callable[[Any, Any], Tensor]
 
@@ -108,18 +109,20 @@ class Data:
 
     Args:
         loader: any iterable of batches; an iterator is read once and kept.
-        samples: how many samples to use at most; None for `DEFAULT_SAMPLES`.
+        samples: how many samples to use at most, of all processes together; None for `DEFAULT_SAMPLES`.
+        world: the processes that read the rest of the data, each as many.
 
     Raises:
         ProfileError: `samples` is not positive.
     """
 
-    def __init__(self, loader: Iterable[Any], samples: int | None = None) -> None:
+    def __init__(self, loader: Iterable[Any], samples: int | None = None, world: World = ALONE) -> None:
         if samples is not None and samples < 1:
             raise ProfileError(f"samples={samples}: at least one sample is needed to profile.")
         if not hasattr(loader, "__iter__"):
             raise ProfileError(f"The dataloader is a {type(loader).__name__}, which cannot be iterated over.")
-        self.limit = samples or DEFAULT_SAMPLES
+        self.world = world
+        self.limit = -(-(samples or DEFAULT_SAMPLES) // world.size)
         self.loader: Iterable[Any] = loader
         self._state = _random_state(loader)
         if _once(loader):

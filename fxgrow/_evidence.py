@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fxgrow._consumer import Consumer
+from fxgrow._world import ALONE, World
 
 if TYPE_CHECKING:
     from fxgrow._refit import Refit
@@ -118,7 +119,10 @@ class Tests:
         t = t.flatten(1, -2).sum(1) if t.dim() > 2 else t
         return t.reshape(len(t), len(new), -1).sum(2)
 
-    def finish(self) -> None:
+    def finish(self, world: World = ALONE) -> None:
+        self.count = int(world.total(self.count)[0])
+        world.sum_([*self.sums.values(), *self.squares.values()])
+        self.whole = dict(zip(self.whole, world.total(*self.whole.values()), strict=True))
         n = max(2, self.count)
         for width, e in self.out.evidence.items():
             mean = self.sums[width] / n

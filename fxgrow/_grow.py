@@ -28,6 +28,7 @@ from fxgrow._profile import profile as make_profile
 from fxgrow._replay import record
 from fxgrow._rewrite import rewrite
 from fxgrow._search import Line, held_batches, mean_loss, search
+from fxgrow._world import ALONE, World, world_of
 from fxgrow.initialisers import find_initialiser
 
 M = TypeVar("M", bound=nn.Module)
@@ -55,6 +56,7 @@ def grow(
     progress: bool = ...,
     seed: int = ...,
     into: Literal["graph"] = ...,
+    process_group: Any = ...,
 ) -> fx.GraphModule: ...
 
 
@@ -77,6 +79,7 @@ def grow(
     progress: bool = ...,
     seed: int = ...,
     into: Literal["module"],
+    process_group: Any = ...,
 ) -> M: ...
 
 
@@ -98,6 +101,7 @@ def grow(
     progress: bool = True,
     seed: int = 0,
     into: Literal["graph", "module"] = "graph",
+    process_group: Any = None,
 ) -> nn.Module:
     """Makes a network wider where the loss asks for what its weights cannot express.
 
@@ -124,6 +128,9 @@ def grow(
         seed: of all random choices.
         into: `graph` for a GraphModule; `module` for a copy of the model itself, with its class, methods and
             attributes, where its code computes what the grown graph does.
+        process_group: of torch.distributed: every process calls with the same model and its own part of the data, and
+            gets the same grown model; see `fxgrow.profile`. A model in DistributedDataParallel or FSDP2 grows in a
+            `Grower`.
 
     Returns:
         A GraphModule with the model's parameter names, wider. `.meta["fxgrow"]` is its `Growth`: where nothing is worth
@@ -151,6 +158,7 @@ def grow(
             loss_fn, example_inputs, budget, neurons, method, cost, multiple, samples, memory_limit, update_existing,
             progress, seed, into,
         ),
+        world_of(process_group),
     )  # fmt: skip
     if optimizer is not None:
         repoint(optimizer, model, done.model, done.index)
@@ -160,12 +168,21 @@ def grow(
 
 
 @random_state_kept()
-def run(model: nn.Module, dataloader: Iterable[Any], settings: Settings) -> Grown:
-    """The stages of `grow`, on a copy: the model and whatever trains it are as before."""
-    s = settings
+def run(model: nn.Module, dataloader: Iterable[Any], settings: Settings, world: World = ALONE) -> Grown:
+    """The stages of `grow`, on a copy: the model and whatever trains it are as before.
+
+    Every process of the world makes the same model.
+    """
+    with world.session(), world.one_function(model):
+        grown = _run(model, Data(dataloader, settings.samples, world), settings)
+        world.check_equal({**dict(grown.model.named_parameters()), **dict(grown.model.named_buffers())}, "after growth")
+        return grown
+
+
+def _run(model: nn.Module, data: Data, s: Settings) -> Grown:
     check_into(s.into, model)
     clock = _Clock()
-    data = Data(dataloader, s.samples)
+    world = data.world
     first = data.first()
     check_device(first, model)
     inputs = first.inputs if s.example_inputs is None else s.example_inputs
@@ -188,14 +205,20 @@ def run(model: nn.Module, dataloader: Iterable[Any], settings: Settings) -> Grow
         units=asked,
         progress=s.progress,
         seed=s.seed,
+        process_group=world,
     )
     clock.lap("profile")
-    decided = make_plan(found, s.budget, s.neurons, cost=s.cost, multiple=s.multiple, update_existing=s.update_existing)
+    decided = world.first(
+        lambda: make_plan(
+            found, s.budget, s.neurons, cost=s.cost, multiple=s.multiple, update_existing=s.update_existing
+        )
+    )
     if found.method.curved and decided.units:
         decided = newton(gm, decided, data, s.loss_fn, found.method.share)
     clock.lap("plan")
     held = held_batches(data)
-    grown, growth = _apply_best(gm, decided, found.record(), held, s.loss_fn, s.neurons is not None, s.update_existing)
+    forced = s.neurons is not None
+    grown, growth = _apply_best(gm, decided, found.record(), held, s.loss_fn, forced, s.update_existing, world)
     clock.lap("search")
     grown, index = unfolded(grown, growth.index)
     out = into_module(model, inputs, captured, grown) if s.into == "module" else grown
@@ -217,20 +240,21 @@ def _apply_best(
     loss_fn: LossFn | None,
     forced: bool,
     update_existing: bool,
+    world: World,
 ) -> tuple[fx.GraphModule, _Outcome]:
     """Searches gamma and rewrites; a decline returns an unchanged copy."""
     pinned = {w.name: w.pinned for w in found.widths if w.pinned is not None}
-    before = _losses(gm, held, loss_fn)
+    before = _losses(gm, held, loss_fn, world)
     if not decided.units:
         same = {mode: (loss, loss) for mode, loss in before.items()}
         return copy_graph(gm), _Outcome(Growth(decided, found, None, same, pinned, {}, decided.reason), {})
     if not decided.moves:
         grown, index = rewrite(gm, decided.units, decided.at(decided.scale), torch.Generator().manual_seed(0))
         check_function(gm, grown, gm.meta["example_inputs"])
-        after = _losses(grown, held, loss_fn)
+        after = _losses(grown, held, loss_fn, world)
         losses = {mode: (before[mode], after[mode]) for mode in before}
         return grown, _Outcome(Growth(decided, found, None, losses, pinned, {}), index)
-    line = Line(gm, decided, held)
+    line = Line(gm, decided, held, world)
     check_function(gm, line.move(0.0), gm.meta["example_inputs"])
     result = search(line, loss_fn, found.method.share, follow=update_existing)
     gamma = result.applied
@@ -243,7 +267,7 @@ def _apply_best(
         return copy_graph(gm), _Outcome(Growth(plan, found, result, same, pinned, {}, declined), {})
     if gamma:
         decided = line.plan_here(gamma)
-    after = _losses(line.graph, held, loss_fn)
+    after = _losses(line.graph, held, loss_fn, world)
     losses = {mode: (before[mode], after[mode]) for mode in before}
     # what the profile says of the slope holds; of the curvature the line search has seen more
     curvature = decided.slope / result.best if result.best else decided.curvature
@@ -260,13 +284,13 @@ def _decreases(model: nn.Module, growth: Growth) -> tuple[tuple[float, float], .
     return (*earlier, (predicted, old - new)) if growth.plan.units and predicted else earlier
 
 
-def _losses(gm: fx.GraphModule, held: list[Batch], loss_fn: LossFn | None) -> dict[str, float]:
+def _losses(gm: fx.GraphModule, held: list[Batch], loss_fn: LossFn | None, world: World) -> dict[str, float]:
     """Held-back loss in eval and in train mode (on a copy: BatchNorm's statistics move)."""
     copy = copy_graph(gm)
-    out = {"eval": mean_loss(copy.eval(), held, loss_fn)}
+    out = {"eval": mean_loss(copy.eval(), held, loss_fn, world)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        out["train"] = mean_loss(copy.train(), held, loss_fn)
+        out["train"] = mean_loss(copy.train(), held, loss_fn, world)
     return out
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 import math
@@ -18,15 +19,18 @@ from torch.optim import Optimizer
 from fxgrow._change import Change
 from fxgrow._data import LossFn
 from fxgrow._errors import FxgrowError, PlanError, ScheduleError, SmallBudgetError
+from fxgrow._fsdp import Whole
 from fxgrow._grow import run
 from fxgrow._growth import Grown, Growth, Settings
 from fxgrow._history import History, event
 from fxgrow._into import check_into, keep_record
 from fxgrow._loader import Source, beside_training, check_source
+from fxgrow._mesh import is_sharded
 from fxgrow._outlook import Outlook, no_autocast
 from fxgrow._schedule import Memory, Schedule, Seen
 from fxgrow._surroundings import Surroundings, lists_of, optimizers_of
-from fxgrow._wrappers import check_compiled_in_place, unwrapped
+from fxgrow._world import ALONE, World, world_of
+from fxgrow._wrappers import check_compiled_in_place, group_of, unwrapped
 
 log = logging.getLogger("fxgrow")
 #: called after a growth with the model before, the model after, and the new positions of old entries
@@ -61,6 +65,9 @@ class Grower:
         parameters: lists of parameters that the loop holds (to clip gradients, say), changed in place.
             `grower.parameters()` reads the model's without.
         on_error: `raise`, or `skip` to log an error of fxgrow and train on.
+        process_group: the processes that train copies of the model, each with its own part of the data; None for those
+            of DistributedDataParallel or FSDP2 (`fully_shard`) where the model is in one. Every process makes the same
+            calls; growth is then of the data of all, and the same on all.
 
     Attributes:
         model: the model to train now, wrapped as the one that was given.
@@ -117,6 +124,7 @@ class Grower:
         ema: nn.Module | None = None,
         parameters: Sequence[list[Tensor]] | list[Tensor] = (),
         on_error: Literal["raise", "skip"] = "raise",
+        process_group: Any = None,
     ) -> None:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.steps = self.epochs = 0
@@ -128,7 +136,10 @@ class Grower:
         )  # fmt: skip
         inside, _ = unwrapped(model)
         self._around = Surroundings(optimizers_of(optimizer), ema, lists_of(parameters))
-        self._outlook = Outlook(inside, dataloader, settings)
+        self._world = world_of(group_of(model) if process_group is None else process_group)
+        self._outlook = Outlook(inside, dataloader, settings, world=self._world)
+        if ema is not None and is_sharded(inside):
+            raise FxgrowError("ema= of a sharded model (FSDP2) does not grow along: leave it out.")
         self._on_error = on_error
         self._callbacks: list[Callback] = []
         self._memory: Memory = {}
@@ -262,13 +273,16 @@ class Grower:
     # -- asking the schedule
 
     def _ask(self, epoch_end: bool) -> bool:
-        seen, before = self._seen(epoch_end), copy.deepcopy(self._memory)
-        self._readings, self._losses = [], deque(maxlen=REMEMBERED)
+        before = copy.deepcopy(self._memory)
         try:
-            request = self.schedule.ask(seen, self._memory)
+            with self._world.session(), self._whole():
+                seen = self._seen(epoch_end, self._world)
+                self._readings, self._losses = [], deque(maxlen=REMEMBERED)
+                request = self.schedule.ask(seen, self._memory)
+                self._world.agree(f"growth at step {self.steps}: {request}")
+                settings = None if request is None else self._outlook.wanted(request)
             if request is None:
                 return False
-            settings = self._outlook.wanted(request)
             if settings is None:
                 log.info("no growth at step %d (%s): beyond the schedule's total", self.steps, request.reason)
                 return False
@@ -282,17 +296,17 @@ class Grower:
             self._ask_at = self._next()
 
     def _next(self) -> float:
-        step = self.schedule.next_step(self._seen(epoch_end=False), self._memory)
+        step = self.schedule.next_step(self._seen(False, ALONE), self._memory)
         return math.inf if step is None else max(step, self.steps + 1)
 
-    def _seen(self, epoch_end: bool) -> Seen:
+    def _seen(self, epoch_end: bool, world: World) -> Seen:
         return Seen(
             steps=self.steps,
             epochs=self.epochs,
             epoch_end=epoch_end,
-            readings=self._readings,
             # the numbers are waited for only when the schedule is asked
-            losses=_numbers(self._losses),
+            readings=world.mean(self._readings),
+            losses=world.mean(_numbers(self._losses)),
             growths=self.history.growths,
             declines=self.history.declines,
             shares=self._outlook.shares,
@@ -306,9 +320,11 @@ class Grower:
         start = time.perf_counter()
         settings = replace(settings, seed=settings.seed + len(self.history))
         inside, wrap = unwrapped(self.model)
+        whole = Whole.of(inside) if is_sharded(inside) else None
+        old = inside if whole is None else whole.model
         try:
-            with no_autocast(inside):
-                grown = self._run(inside, settings)
+            with no_autocast(old):
+                grown = self._run(old, settings)
         except SmallBudgetError as error:
             log.info("no growth at step %d (%s): %s", self.steps, reason, error)
             return False
@@ -317,9 +333,14 @@ class Grower:
                 return self._skipped(error)
             raise
         if grown.record.plan.units:
-            follow = self._around.follow(Change(inside, grown.model, grown.index))
+            change = Change(old, grown.model, grown.index)
+            with self._world.session():
+                follow = self._around.follow(change) if whole is None else whole.follow(self._around, change)
+            if whole is not None:
+                follow()
             model = wrap(grown.model)
-            follow()
+            if whole is None:
+                follow()
             self.model, self._outlook.model = model, grown.model
             keep_record(grown.model, grown.record)
         self.growth = grown.record
@@ -329,12 +350,23 @@ class Grower:
         if not grown.record.plan.units:
             return False
         for callback in self._callbacks:
-            callback(inside, grown.model, grown.index)
+            callback(old, grown.model, grown.index)
         return True
 
     def _run(self, model: nn.Module, settings: Settings) -> Grown:
-        """The growth itself, on a copy: what a run over several processes does another way."""
-        return run(model, beside_training(self._outlook.source), settings)
+        """The growth itself, on a copy, with all processes that train the model."""
+        return run(model, beside_training(self._outlook.source), settings, self._world)
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """The schedule sees a sharded model as a whole."""
+        sharded = self._outlook.model
+        if is_sharded(sharded):
+            self._outlook.model = Whole.of(sharded).model
+        try:
+            yield
+        finally:
+            self._outlook.model = sharded
 
     def _skipped(self, error: FxgrowError) -> bool:
         log.warning("growth at step %d failed, training goes on: %s", self.steps, error)

@@ -27,14 +27,13 @@ _FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forw
 
 def module_hooks(change: Change) -> Assign:
     """The user's hooks, on the modules that have the old ones' places."""
-    called = _called(change.new)
-    before = _called(change.old)
+    after, before = called(change.new), called(change.old)
     own = {id(module) for module in change.old.modules()}
     found = [(name, old, change.new.get_submodule(name)) for name, old in _hooked(change.old)]
 
     def assign() -> None:
         for name, old, new in found:
-            if name in called:
+            if name in after:
                 _keep(old, new, own)
             else:
                 if name in before:
@@ -51,7 +50,7 @@ def _hooked(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _called(model: nn.Module) -> set[str]:
+def called(model: nn.Module) -> set[str]:
     """Names of the modules whose call runs their hooks: in a graph, those that stand for a node, and the graph."""
     if isinstance(model, fx.GraphModule) and "example_inputs" in model.meta:
         nodes = model.graph.find_nodes(op="call_module")

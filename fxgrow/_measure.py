@@ -17,11 +17,13 @@ from fxgrow._consumer import accumulator
 from fxgrow._data import HOLD, Batch, Data, LossFn
 from fxgrow._errors import ProfileError
 from fxgrow._graph import lookup
+from fxgrow._kept import Crossed, Moments, kept, merged, subtract
 from fxgrow._pass import Seen, run_pass
 from fxgrow._progress import progress as bar
 from fxgrow._sketch import sketch
 from fxgrow._solve import bottleneck
 from fxgrow._statistics import CACHE, ROOM, Statistics
+from fxgrow._sums import sum_blocks
 from fxgrow._trials import HeldBack
 from fxgrow._widths import Hidden
 from fxgrow.initialisers import Initialiser, Proposal
@@ -54,6 +56,8 @@ class Measured:
     ways: dict[str, Apart] = field(default_factory=dict)
     stats: Statistics | None = None
     held: HeldBack = field(default_factory=HeldBack)
+    #: means by name, where they are to be merged with others
+    kept: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,7 @@ class Reader:
         generator: of the sampling.
         show: a progress bar.
         limit: bytes that matrices and remembered activations may take, or None.
+        keep: means, so that those of other data can be added.
     """
 
     gm: fx.GraphModule
@@ -76,6 +81,7 @@ class Reader:
     generator: torch.Generator
     show: bool = False
     limit: int | None = None
+    keep: bool = False
 
     def measure(self, hiddens: Sequence[Hidden], additions: Mapping[str, int]) -> Measured:
         """Moments of these widths, and up to so many units for each.
@@ -89,33 +95,66 @@ class Reader:
             self._measure(own, additions, out, self.method.refit and not self.exact and len(found) == 1)
         return out
 
-    def _measure(self, hiddens: Sequence[Hidden], additions: Mapping[str, int], out: Measured, tried: bool) -> None:
+    def merge(self, parts: Sequence[Moments], hiddens: Sequence[Hidden], additions: Mapping[str, int]) -> Measured:
+        """The same from moments of several parts of the data."""
+        out = Measured(samples=sum(part.samples for part in parts), loss=sum(part.loss for part in parts))
+        stats = self._statistics(hiddens)
+        crosses = merged(parts, stats, next(self.gm.parameters()).device)
+        updates, psi = project(stats)
+        if self.method.project and self.method.moments:
+            subtract(stats, crosses, updates)
+        self._propose(stats, hiddens, additions, updates, psi, out)
+        return out
+
+    def _statistics(self, hiddens: Sequence[Hidden]) -> Statistics:
         method = self.method
-        stats = Statistics(
+        return Statistics(
             self.structure,
             hiddens,
             exact=self.exact,
             link=method.moments,
-            project=method.project,
+            # with C all of N is formed at once
+            project=method.project and not self.keep,
             output_side=method.output_side,
             cache=CACHE if self.limit is None else min(CACHE, self.limit // 8 // len(hiddens)),
             rows=method.rows,
             room=ROOM if self.limit is None else min(ROOM, self.limit // 8),
         )
+
+    def _measure(self, hiddens: Sequence[Hidden], additions: Mapping[str, int], out: Measured, tried: bool) -> None:
+        method, stats = self.method, self._statistics(hiddens)
         if tried:
             linked = [h for h in hiddens if h.width.name in stats.widths]
             out.ways, out.stats = apart(self.gm, self.structure, linked, stats.consumers), stats
             stats.remember(out.ways)
         out.loss = self.collect(stats, out.held)
-        out.samples = stats.samples
-        stats.finish(self.generator)
+        world = self.data.world
+        stats.finish(self.generator, world)
+        out.samples, (out.loss,) = int(stats.total), world.total(out.loss)
         updates, psi = project(stats)
+        if self.keep:
+            out.kept |= kept(stats)
         if method.project and method.moments:
-            self._subtract(stats, updates)
+            self._subtract(stats, updates, out)
+        sum_blocks(stats.widths.values(), world)
+        # what is drawn from here on is drawn alike
+        self.generator.set_state(world.first(self.generator.get_state))
+        self._propose(stats, hiddens, additions, updates, psi, out)
+
+    def _propose(
+        self,
+        stats: Statistics,
+        hiddens: Sequence[Hidden],
+        additions: Mapping[str, int],
+        updates: Mapping[str, Tensor],
+        psi: Mapping[str, tuple[float, float]],
+        out: Measured,
+    ) -> None:
+        method, world = self.method, self.data.world
         wanted = {h.width.name: additions[h.width.name] for h in hiddens}
-        for name, k in wanted.items():
+        out.proposals |= world.first(lambda: self._proposals(stats, wanted))
+        for name in wanted:
             found = stats.widths.get(name)
-            out.proposals[name] = Proposal() if found is None else method.propose(found, stats.consumers, k)
             out.positions[name] = 0 if found is None else found.rows
         if method.sketch:
             rest = [h for h in hiddens if h.width.name not in stats.widths]
@@ -128,6 +167,11 @@ class Reader:
             own = [psi[key] for key, c in stats.consumers.items() if c.weight in read]
             out.asked[h.width.name] = sum(p for p, _ in own), sum(v for _, v in own)
         out.updates |= updates
+
+    def _proposals(self, stats: Statistics, wanted: Mapping[str, int]) -> dict[str, Proposal]:
+        found = {name: stats.widths.get(name) for name in wanted}
+        propose = self.method.propose
+        return {n: Proposal() if w is None else propose(w, stats.consumers, wanted[n]) for n, w in found.items()}
 
     def collect(self, stats: Statistics, held: HeldBack | None = None) -> float:
         """The first pass; returns the sum of the fitting batches' losses. What there is room for goes to `held`."""
@@ -169,12 +213,33 @@ class Reader:
             reader=read,
             done=done,
         )
+        (single,) = self.data.world.total(self.data.batches == 1)
+        if single not in (0, self.data.world.size):
+            raise ProfileError(
+                f"{single:.0f} of {self.data.world.size} processes have a single batch: give each at least two, so "
+                "that one can be held back, or each one alone."
+            )
         return total
 
-    def _subtract(self, stats: Statistics, updates: Mapping[str, Tensor]) -> None:
-        if not stats.exact:
+    def _subtract(self, stats: Statistics, updates: Mapping[str, Tensor], out: Measured) -> None:
+        crossed = Crossed(stats) if self.keep else None
+        if stats.exact:
+            self._read_again(stats, updates, crossed)
+        elif crossed is None:
             stats.subtract_expressible(updates)
-            return
+        else:
+            crossed.from_memory()
+        if crossed is not None:
+            out.kept |= crossed.tensors()
+            subtract(stats, crossed.blocks(), updates)
+
+    def _read_again(self, stats: Statistics, updates: Mapping[str, Tensor], crossed: Crossed | None) -> None:
+        def done(batch: Batch, seen: Seen) -> None:
+            if crossed is None:
+                stats.subtract_expressible_of(seen, updates)
+            else:
+                crossed.add(seen.inputs)
+
         run_pass(
             self.gm,
             self.data.fitting(self.method.refit),
@@ -183,7 +248,7 @@ class Reader:
             targets=[],
             weights={n: lookup(self.gm, n) for n in stats.weights[:1]},
             reader=lambda seen, node, v: None,
-            done=lambda batch, seen: stats.subtract_expressible_of(seen, updates),
+            done=done,
         )
 
 

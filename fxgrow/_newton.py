@@ -107,7 +107,9 @@ class Quadratic:
             loss = loss_of(forward(self.graph, self.graph, batch), batch, self.loss_fn)
             self._pull(sums, [loss], [loss.new_full((), -float(batch.size))])
             count += batch.size
-        return [s / count for s in sums]
+        self.data.world.sum_(sums)
+        (total,) = self.data.world.total(count)
+        return [s / total for s in sums]
 
     def curvature(self, direction: Direction) -> Direction:
         """J^T (dL/df at f + eps J d, less that at f) / eps, which is J^T H J d."""
@@ -125,7 +127,9 @@ class Quadratic:
             here = _asked(output, batch, self.loss_fn)
             back = [(t - h) * (batch.size / eps) for t, h in zip(there, here, strict=True)]
             self._pull(sums, _outputs(output), back)
-        return [s / sum(b.size for b in self.few) for s in sums]
+        self.data.world.sum_(sums)
+        (total,) = self.data.world.total(sum(b.size for b in self.few))
+        return [s / total for s in sums]
 
     def _put(self, direction: Direction, eps: float) -> None:
         with torch.no_grad():

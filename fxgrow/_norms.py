@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxgrow._data import Batch
 from fxgrow._pass import eval_mode
+from fxgrow._world import ALONE, World
 
 #: mean and variance of what enters a norm, per channel, averaged over batches
 Moments = tuple[Tensor, Tensor]
@@ -40,10 +41,12 @@ def moments(x: Tensor) -> Moments:
     return rows.mean(1), rows.var(1)
 
 
-def average(pairs: Sequence[Moments]) -> Moments:
-    """The mean over batches."""
-    mean, var = (torch.stack(each).mean(0) for each in zip(*pairs, strict=True))
-    return mean, var
+def average(pairs: Sequence[Moments], world: World = ALONE) -> Moments:
+    """The mean over the batches of all processes."""
+    mean, var = (torch.stack(each).sum(0) for each in zip(*pairs, strict=True))
+    world.sum_([mean, var])
+    (count,) = world.total(len(pairs))
+    return mean / count, var / count
 
 
 class Norms:
@@ -54,10 +57,10 @@ class Norms:
             their running ones.
     """
 
-    def __init__(self, gm: fx.GraphModule, batches: Sequence[Batch]) -> None:
-        self.graph = gm
+    def __init__(self, gm: fx.GraphModule, batches: Sequence[Batch], world: World = ALONE) -> None:
+        self.graph, self.world = gm, world
         self.norms = norms_of(gm)
-        self.live = bool(self.norms) and all(b.size > 1 for b in batches)
+        self.live = bool(self.norms) and not world.total(any(b.size == 1 for b in batches))[0]
         self._running = {name: (_buffers(m)[0].clone(), _buffers(m)[1].clone()) for name, m in self.norms.items()}
 
     @contextlib.contextmanager
@@ -87,7 +90,7 @@ class Norms:
                 for hook in hooks:
                     hook.remove()
         for name, pairs in seen.items():
-            found[name] = average(pairs)
+            found[name] = average(pairs, self.world)
 
     def follow(self, start: Mapping[str, Moments], now: Mapping[str, Moments]) -> None:
         """Moves running statistics as batch statistics moved from `start` to `now`."""

@@ -23,6 +23,7 @@ from fxgrow._loader import Source, beside_training
 from fxgrow._profile import profile
 from fxgrow._schedule import Request
 from fxgrow._widths import widths
+from fxgrow._world import ALONE, World
 
 
 @dataclass
@@ -34,12 +35,14 @@ class Outlook:
         source: batches.
         settings: of growths.
         start: per cost, that of the network when it was first asked for.
+        world: the processes that train it. What is measured is measured by the first.
     """
 
     model: nn.Module
     source: Source
     settings: Settings
     start: dict[str, float] = field(default_factory=dict)
+    world: World = ALONE
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Per free width, its size and its step."""
@@ -47,7 +50,7 @@ class Outlook:
 
     def spent(self, kind: str) -> tuple[float, float]:
         """How much the network has grown by since it was first asked for, and how much it was."""
-        now = float(self._cost(kind).total({}))
+        now = self.world.first(lambda: float(self._cost(kind).total({})))
         start = self.start.setdefault(kind, now)
         return now - start, start
 
@@ -57,7 +60,7 @@ class Outlook:
         with no_autocast(self.model):
             found = profile(
                 self._graph(), beside_training(self.source), s.loss_fn, samples or s.samples, "tiny",
-                memory_limit=s.memory_limit, progress=s.progress, seed=s.seed,
+                memory_limit=s.memory_limit, progress=s.progress, seed=s.seed, process_group=self.world,
             )  # fmt: skip
         return {name: b.bottleneck / b.desired if b.desired > 0 else 0.0 for name, b in found.items()}
 
@@ -72,10 +75,10 @@ class Outlook:
             s = replace(s, neurons=request.neurons, budget=None)
         if request.limit is None:
             return s
-        cost = self._cost(request.cost)
-        now = cost.total({})
+        asked = {} if s.neurons is None else self._units(s.neurons)
+        now, then = self.world.first(lambda: self._now_and_then(request.cost, asked))
         if s.neurons is not None:
-            return s if cost.total(self._units(s.neurons)) - now <= request.limit else None
+            return s if then - now <= request.limit else None
         if s.cost != request.cost and isinstance(s.budget, (int, float)):
             raise ScheduleError(
                 f"budget={s.budget!r} is a number of {s.cost}, the schedule's total one of {request.cost}: give a "
@@ -84,6 +87,10 @@ class Outlook:
         own = s.budget if isinstance(s.budget, (int, float)) else _share(s.budget) * now
         most = min(own, request.limit)
         return replace(s, cost=request.cost, budget=most if request.cost == "latency" else max(1, math.floor(most)))
+
+    def _now_and_then(self, kind: str, units: Mapping[str, int]) -> tuple[float, float]:
+        cost = self._cost(kind)
+        return cost.total({}), cost.total(units)
 
     def _units(self, neurons: int | Mapping[str, int]) -> dict[str, int]:
         steps = {name: step for name, (_, step) in self.sizes().items()}

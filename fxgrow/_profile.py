@@ -24,6 +24,7 @@ from fxgrow._compensate import silent
 from fxgrow._data import Data, LossFn, check_device, random_state_kept
 from fxgrow._errors import PlanError, ProfileError
 from fxgrow._fold import folded
+from fxgrow._kept import Moments, fingerprint
 from fxgrow._measure import Measured, Reader
 from fxgrow._mixtures import grows_by_copies
 from fxgrow._records import Width
@@ -32,7 +33,8 @@ from fxgrow._rewrite import require_free
 from fxgrow._steps import written_out
 from fxgrow._trials import Trials
 from fxgrow._widths import Hidden, hidden
-from fxgrow.initialisers import Proposal, find_initialiser
+from fxgrow._world import world_of
+from fxgrow.initialisers import Initialiser, Proposal, find_initialiser
 from fxgrow.initialisers.registry import Setting
 from fxgrow.ops.registry import Structure
 
@@ -55,6 +57,8 @@ def profile(
     units: int | Mapping[str, int] | None = None,
     progress: bool = True,
     seed: int = 0,
+    process_group: Any = None,
+    keep_moments: bool = False,
 ) -> Profile:
     """Measures the expressivity bottleneck of every free width and proposes units for it.
 
@@ -79,6 +83,11 @@ def profile(
         units: how many units to propose per width; None for a quarter of its size, at least 4.
         progress: show a progress bar (if tqdm is installed).
         seed: of the sampling.
+        process_group: of torch.distributed, such as `torch.distributed.group.WORLD`: every process calls with the same
+            model and its own part of the data, and gets the profile of all of it. `samples` and `memory_limit` are
+            then of all processes, and of each.
+        keep_moments: keep what was added up over the data as `.moments`, so that profiles of other parts of the data
+            can be merged with this one (`fxgrow.Profile.merge`); it takes one more matrix per width and consumer.
 
     Returns:
         A `Profile`.
@@ -87,6 +96,7 @@ def profile(
         ProfileError: no width is free, the loader is empty, a batch does not fit, a loss is not finite, a width needs
             more than `memory_limit`.
         PlanError: `widths` names one that does not exist or is pinned.
+        FxgrowError: processes have different models, or one of them has failed.
 
     Example:
         >>> import torch, fxgrow
@@ -100,7 +110,41 @@ def profile(
     initialiser = find_initialiser(method)
     if positions not in ("sampled", "all"):
         raise ProfileError(f"positions={positions!r}: choose 'sampled' or 'all'.")
-    data = Data(dataloader, samples)
+    world = world_of(process_group)
+    with world.session(), world.one_function(gm):
+        data = Data(dataloader, samples, world)
+        return profiled(
+            gm, data, loss_fn, initialiser, positions, memory_limit, widths, units, progress, seed, keep_moments
+        )
+
+
+def profiled(
+    gm: nn.Module,
+    data: Data,
+    loss_fn: LossFn | None,
+    initialiser: Initialiser,
+    positions: str,
+    memory_limit: int | None,
+    widths: Sequence[str] | None,
+    units: int | Mapping[str, int] | None,
+    progress: bool,
+    seed: int,
+    keep_moments: bool = False,
+    parts: Sequence[Moments] = (),
+) -> Profile:
+    """The stages of `profile`; moments of parts take the place of the first reading, and data may be None then."""
+    world = data.world
+    if keep_moments and (initialiser.find is not None or world.size > 1):
+        raise ProfileError(
+            f"keep_moments=True: method={initialiser.name!r} has none."
+            if initialiser.find is not None
+            else "keep_moments=True keeps the moments of one process: leave out process_group= and merge them later."
+        )
+    if initialiser.find is not None and world.size > 1:
+        raise ProfileError(
+            f"method={initialiser.name!r} reads the data in a way of its own, on one process alone: choose another, or "
+            "grow on one process and send fxgrow.Plan.to_json() to the others."
+        )
     if not (isinstance(gm, fx.GraphModule) and "example_inputs" in gm.meta):
         first = data.first()
         check_device(first, gm)
@@ -118,8 +162,11 @@ def profile(
     exact = positions == "all"
     generator = torch.Generator().manual_seed(seed)
     additions = {h.width.name: _how_many(h.width, units) for h in chosen}
-    reader = Reader(gm, structure, initialiser, data, loss_fn, exact, generator, progress, memory_limit)
-    measured = reader.measure(chosen, additions)
+    show = progress and world.rank == 0
+    reader = Reader(
+        gm, structure, initialiser, data, loss_fn, exact, generator, show, memory_limit, keep_moments or bool(parts)
+    )
+    measured = reader.merge(parts, chosen, additions) if parts else reader.measure(chosen, additions)
     proposals, samples, loss = measured.proposals, measured.samples, measured.loss
     if initialiser.find is not None:
         wanted = [h for h in chosen if not isinstance(units, Mapping) or h.width.name in units]
@@ -164,7 +211,14 @@ def profile(
         seed=seed,
         found=found,
         refit=refit,
+        moments=_kept(asked, measured, initialiser, positions, chosen) if keep_moments else None,
     )
+
+
+def _kept(gm: nn.Module, measured: Measured, method: Initialiser, positions: str, chosen: Sequence[Hidden]) -> Moments:
+    names = tuple(h.width.name for h in chosen)
+    # the first reading's: a refit adds the samples that it was tested on
+    return Moments(measured.samples, measured.loss, method.name, positions, names, fingerprint(gm), measured.kept)
 
 
 def _chosen(
@@ -198,7 +252,10 @@ def _how_many(width: Width, units: int | Mapping[str, int] | None) -> int:
 
 
 def _calibration(gm: fx.GraphModule, data: Data, hold: bool) -> list[Any]:
-    """Inputs of one large batch of fitting data (batches joined where they are plain tensors), if any norm needs it."""
+    """Inputs of one large batch of fitting data (batches joined where they are plain tensors), if any norm needs it.
+
+    Of all processes, or the first one's where they are no plain tensors.
+    """
     if not any(isinstance(m, _BatchNorm) for m in gm.modules()):
         return []
     taken: list[list[Any]] = []
@@ -206,14 +263,16 @@ def _calibration(gm: fx.GraphModule, data: Data, hold: bool) -> list[Any]:
     for batch in data.fitting(hold):
         taken.append(batch.arguments(gm))
         size += batch.size
-        if size >= CALIBRATION:
+        if size * data.world.size >= CALIBRATION:
             break
     same = all(
         isinstance(t, Tensor) and t.dim() > 0 and t.shape[1:] == f.shape[1:]
         for a in taken
         for t, f in zip(a, taken[0], strict=True)
     )
-    return [torch.cat(parts) for parts in zip(*taken, strict=True)] if same and len(taken) > 1 else taken[0]
+    if data.world.total(not same)[0]:
+        return data.world.first(lambda: taken[0])
+    return [data.world.joined(torch.cat(parts)) for parts in zip(*taken, strict=True)]
 
 
 def _bottleneck(

@@ -20,6 +20,8 @@ from fxgrow._evidence import Evidence, Tests
 from fxgrow._graph import lookup
 from fxgrow._pass import Seen, run_pass
 from fxgrow._readout import Readout
+from fxgrow._sums import sum_consumers
+from fxgrow._world import ALONE, World
 
 #: second moments of inputs are estimated from about so many samples
 SAMPLES = 1024
@@ -52,8 +54,12 @@ class Refit:
         alone = decrease([r.predict({}, True) for r in self.of(width)]) / self.evidence[width].coherence
         return max(0.0, self.joint(width, k) - alone)
 
-    def rank(self, atoms: Mapping[str, int]) -> None:
+    def rank(self, atoms: Mapping[str, int], world: World = ALONE) -> None:
         """Orders the candidates of each width, so many each, by their part of the fitted slope."""
+        self.evidence |= world.first(lambda: self._ranked(atoms))
+
+    def _ranked(self, atoms: Mapping[str, int]) -> dict[str, Evidence]:
+        found = {}
         for width, k in atoms.items():
             share = torch.zeros(k)
             for r in self.of(width):
@@ -61,7 +67,16 @@ class Refit:
                 own = weights[:, len(r.old) :] * r.fit[:, columns[len(r.old) :]]
                 share += own.sum(0).view(k, -1).sum(1).float().cpu()
             order = share.argsort(descending=True)
-            self.evidence[width] = Evidence(order, torch.zeros(k), torch.zeros(k))
+            found[width] = Evidence(order, torch.zeros(k), torch.zeros(k))
+        return found
+
+    def share(self, world: World) -> None:
+        """Held-back samples, losses and sums of V [h, z]^T of all processes; the last become means."""
+        samples, self.loss = world.total(self.samples, self.loss)
+        self.samples = int(samples)
+        world.sum_([r.held for r in self.readouts.values()])
+        for r in self.readouts.values():
+            r.held = r.held / max(1, self.samples)
 
     def join(self, other: Refit) -> None:
         """Adds other widths; of samples that were read twice one count is kept."""
@@ -85,7 +100,7 @@ def run_refit(
     widths: Collection[str] | None = None,
 ) -> Refit:
     """Two passes over the candidate graph for these of its widths (None: all): fitting batches, then held-back ones."""
-    graph = found.graph
+    graph, world = found.graph, data.world
     atoms = {w: k for w, k in found.atoms.items() if widths is None or w in widths}
     consumers = _consumers(found, atoms)
     if not consumers:
@@ -101,7 +116,7 @@ def run_refit(
         keep = math.ceil(SAMPLES / batches)
         for c, p in reads[node]:
             h = c.taken(seen.inputs[p.source][:keep])
-            c.add_rows(h, c.asked(v[:keep]), seen.size, generator, 1 / batches)
+            c.add_rows(h, c.asked(v[:keep]), seen.size, generator, 1 / batches, world.size)
 
     def done(batch: Batch, seen: Seen) -> None:
         nonlocal count
@@ -121,11 +136,12 @@ def run_refit(
         done=done,
     )
     out = Refit()
+    total = sum_consumers(consumers, count, world)
     for name, c in consumers.items():
-        c.finish(count)
+        c.finish(total)
         out.readouts[name] = _readout(c, found)
         c.vh = torch.zeros(0)
-    out.rank(atoms)
+    out.rank(atoms, world)
     channels = {
         name: {w: places for (w, dim), places in found.places[c.weight].items() if dim == c.uses[0].in_dim}
         for name, c in consumers.items()
@@ -158,9 +174,10 @@ def run_refit(
         reader=lambda seen, node, v: held.__setitem__(node, v),
         done=done_held,
     )
-    for name, c in consumers.items():
-        out.readouts[name].held = c.vh[out.readouts[name].outputs] / max(1, count)
-    tests.finish()
+    for r, c in zip(out.readouts.values(), consumers.values(), strict=True):
+        r.held = c.vh[r.outputs] if len(c.vh) else torch.zeros_like(r.fit)
+    out.share(world)
+    tests.finish(world)
     return out
 
 

@@ -15,6 +15,7 @@ from fxgrow._norms import Moments, Norms
 from fxgrow._pass import eval_mode, forward
 from fxgrow._plan import Plan
 from fxgrow._rewrite import rewrite
+from fxgrow._world import ALONE, World
 
 #: gamma moves by this factor, at most so many times
 STRIDE, STRIDES = 4.0, 12
@@ -55,10 +56,10 @@ class Search:
 class Line:
     """A grown graph that moves along gamma, and the held-back batches it is measured on."""
 
-    def __init__(self, gm: fx.GraphModule, plan: Plan, batches: Sequence[Batch]) -> None:
-        self.original, self.plan, self.batches = gm, plan, batches
+    def __init__(self, gm: fx.GraphModule, plan: Plan, batches: Sequence[Batch], world: World = ALONE) -> None:
+        self.original, self.plan, self.batches, self.world = gm, plan, batches, world
         self.graph, self.index = self._rewritten(0.0)
-        self.norms = Norms(self.graph, batches)
+        self.norms = Norms(self.graph, batches, world)
         whole = dict(self._rewritten(1.0)[0].named_parameters())
         # new entries and updates of old ones move at one rate, unless incoming weights share gamma
         units = dict(self._rewritten(1.0, update=False)[0].named_parameters()) if plan.symmetric else whole
@@ -103,18 +104,19 @@ def held_batches(data: Data) -> list[Batch]:
     for batch in data.held_back():
         held.append(batch)
         size += batch.size
-        if size >= SEARCH_SAMPLES:
+        if size * data.world.size >= SEARCH_SAMPLES:
             break
     return held
 
 
-def mean_loss(graph: fx.GraphModule, batches: Sequence[Batch], loss_fn: LossFn | None) -> float:
-    """Mean loss over samples, in the graph's mode."""
+def mean_loss(graph: fx.GraphModule, batches: Sequence[Batch], loss_fn: LossFn | None, world: World = ALONE) -> float:
+    """Mean loss over the samples of all processes, in the graph's mode."""
     total = 0.0
     with torch.no_grad():
         for b in batches:
             total += float(loss_of(forward(graph, graph, b), b, loss_fn)) * b.size
-    return total / max(1, sum(b.size for b in batches))
+    total, size = world.total(total, sum(b.size for b in batches))
+    return total / max(1, size)
 
 
 def search(line: Line, loss_fn: LossFn | None, share: float = 1.0, follow: bool = True) -> Search:
@@ -132,21 +134,21 @@ def search(line: Line, loss_fn: LossFn | None, share: float = 1.0, follow: bool 
         share: the part of the best gamma to apply.
         follow: running statistics move as batch statistics do.
     """
-    norms, batches = line.norms, line.batches
+    norms, batches, world = line.norms, line.batches, line.world
     start: dict[str, Moments] = {}
     losses: dict[float, tuple[float, float]] = {}
 
     def see(gamma: float) -> None:
         graph = line.move(gamma)
         with norms.batch_statistics() as moments:
-            train = mean_loss(graph, batches, loss_fn)
+            train = mean_loss(graph, batches, loss_fn, world)
         if gamma == 0.0:
             start.update(moments)
         if follow:
             norms.follow(start, moments)
         if norms.live:
             with eval_mode(graph):
-                losses[gamma] = train, mean_loss(graph, batches, loss_fn)
+                losses[gamma] = train, mean_loss(graph, batches, loss_fn, world)
         else:
             losses[gamma] = train, train
 

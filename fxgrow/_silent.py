@@ -28,6 +28,7 @@ from fxgrow._pass import Seen, run_pass
 from fxgrow._rewrite import Values, widened
 from fxgrow._solve import factor
 from fxgrow._widths import Hidden
+from fxgrow._world import ALONE, World
 from fxgrow.ops.registry import Projection, Structure
 
 #: relative ridge on E[V V^T], as in `initialisers/default.py`
@@ -123,9 +124,10 @@ class SilentCopy:
         updates: Mapping[str, Tensor],
         sketches: Sequence[Sketch],
         generator: torch.Generator,
+        world: World = ALONE,
     ) -> None:
         self.sketches, self.consumers, self.updates = sketches, consumers, updates
-        self.generator = generator
+        self.generator, self.world = generator, world
         additions = {s.name: s.atoms * s.hidden.width.step for s in sketches}
         self.where = places(structure, additions)
         values = Values(corner=False)
@@ -197,6 +199,14 @@ class SilentCopy:
             done=done,
             corrections={node: partial(self._without_expressible, own) for node, own in readers.items()},
         )
+        world = self.world
+        world.sum_([t for _, p in producers for t in (p.slope, p.s) if t is not None])
+        for _, p in producers:
+            p.rows = int(world.total(p.rows)[0])
+        for s in self.sketches:
+            self.silent[s.name] = not world.total(not self.silent[s.name])[0]
+        # what is drawn from here on is drawn alike
+        self.generator.set_state(world.first(self.generator.get_state))
 
     def reads_slots(self, s: Sketch) -> bool:
         """Whether what a reader takes of a unit comes apart into its slots."""
@@ -225,9 +235,11 @@ class SilentCopy:
         few = list(itertools.islice(batches, PROBES))
         sources = {u.source for u in reads.values()}
         run_pass(self.graph, few, loss_fn, sources=sources, targets=[], weights={}, reader=lambda *_: None, done=done)
+        self.world.sum_([group.second for s in self.sketches for group in s.groups])
         for s in self.sketches:
+            (total,) = self.world.total(rows[s.name])
             for group in s.groups:
-                group.second = group.second / rows[s.name]
+                group.second = group.second / total
 
     def _without_expressible(self, own: Sequence[tuple[Sketch, Projection]], h: Tensor, g: Tensor) -> Tensor:
         """The gradient g at what consumers read, h, where new units see V - dW* h instead of V."""

@@ -10,6 +10,7 @@ like an old one until its values are found.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -59,10 +60,11 @@ def sketch(
     Returns:
         Per width whose units have a slope at zero: at most that many units, best first.
     """
+    world = data.world
     sketches = [start(h, structure) for h in hiddens if _possible(h, consumers)]
     if not sketches:
         return {}
-    copy = SilentCopy(gm, structure, consumers, updates, sketches, generator)
+    copy = SilentCopy(gm, structure, consumers, updates, sketches, generator, world)
     first = data.first()
     copy.run([first], loss_fn)
     sketches = [s for s in sketches if copy.silent[s.name] and _keep_steep(s) and copy.reads_slots(s)]
@@ -70,13 +72,13 @@ def sketch(
         return {}
     for s in sketches:
         _size(s, additions[s.name] // s.hidden.width.step, consumers, generator)
-    copy = SilentCopy(gm, structure, consumers, updates, sketches, generator)
+    copy = SilentCopy(gm, structure, consumers, updates, sketches, generator, world)
     copy.run(data.fitting(hold), loss_fn)
     for s in sketches:
-        s.groups = _groups(s)
-    copy = SilentCopy(gm, structure, consumers, updates, sketches, generator)
+        s.groups = world.first(partial(_groups, s))
+    copy = SilentCopy(gm, structure, consumers, updates, sketches, generator, world)
     copy.probe(data.fitting(hold), loss_fn)
-    return {s.name: _solve(gm, s, additions[s.name] // s.hidden.width.step) for s in sketches}
+    return world.first(lambda: {s.name: _solve(gm, s, additions[s.name] // s.hidden.width.step) for s in sketches})
 
 
 def _possible(h: Hidden, consumers: Mapping[str, Consumer]) -> bool:

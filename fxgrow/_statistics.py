@@ -19,8 +19,10 @@ from fxgrow._consumer import Consumer, Drawn, consumers_of, reads_of, rows_for
 from fxgrow._links import Link, links
 from fxgrow._memory import Memory, Span
 from fxgrow._pass import Seen
+from fxgrow._sums import sum_consumers, sum_inputs
 from fxgrow._width_moments import WidthMoments, spans_of
 from fxgrow._widths import Hidden
+from fxgrow._world import ALONE, World
 from fxgrow.ops.registry import Projection, Structure
 
 #: remembered activations of one width take at most so many bytes
@@ -65,7 +67,8 @@ class Statistics:
     ) -> None:
         self.cache, self.room = cache, room
         self.exact, self.project = exact, project and not exact
-        self.samples = 0
+        #: of this process, and of all once they are finished
+        self.samples, self.total = 0, 0.0
         self.consumers: dict[str, Consumer] = {}
         self.widths: dict[str, WidthMoments] = {}
         for h in hiddens:
@@ -167,27 +170,32 @@ class Statistics:
         for node in self.sources:
             self.memory.add_input(node, seen.inputs[node], self.keep[node])
 
-    def finish(self, generator: torch.Generator) -> None:
-        """Turns sums into means; sampled matrices come from what was remembered."""
+    def finish(self, generator: torch.Generator, world: World = ALONE) -> None:
+        """Turns sums into means over all processes, but for N; sampled matrices come from what was remembered."""
+        for c in self.consumers.values() if not self.exact else ():
+            for p in c.uses:
+                keep = min(self.keep[p.node], self.keep[p.source])
+                for share, span, inputs, updates in self._groups(keep, [p.source], [p.node]):
+                    h, v = c.taken(inputs[p.source]), c.asked(updates[p.node])
+                    drawn = c.add_rows(h, v, share * self.samples, generator, share, world.size)
+                    c.drawn.append(Drawn(p, span, keep, *drawn))
+        self.total = sum_consumers(self.consumers, self.samples, world)
         for c in self.consumers.values():
-            if not self.exact:
-                for p in c.uses:
-                    keep = min(self.keep[p.node], self.keep[p.source])
-                    for share, span, inputs, updates in self._groups(keep, [p.source], [p.node]):
-                        h, v = c.taken(inputs[p.source]), c.asked(updates[p.node])
-                        drawn = c.add_rows(h, v, share * self.samples, generator, share)
-                        c.drawn.append(Drawn(p, span, keep, *drawn))
-            c.finish(self.samples)
-        for w in self.widths.values():
-            same = None if self.exact else self._same_input(w)
+            c.finish(self.total)
+        alike = {name: None if self.exact else self._same_input(w) for name, w in self.widths.items()}
+        own = [w for name, w in self.widths.items() if alike[name] is None]
+        for w in own if not self.exact else ():
+            for share, _, inputs, _ in self._groups(w.keep, [k.writes.source for k in w.links]):
+                w.add_rows(inputs, share * self.samples, generator, share, world.size)
+        sum_inputs(own, self.samples, self.total, world)
+        for name, w in self.widths.items():
+            same = alike[name]
             if same is not None and same.m is not None:
-                w.s, w.rows = same.m * self.samples, same.rows
+                w.s, w.rows = same.m.clone(), same.rows
                 w.samples, w.reads = 1, same.positions
-            elif not self.exact:
-                for share, _, inputs, _ in self._groups(w.keep, [k.writes.source for k in w.links]):
-                    w.add_rows(inputs, share * self.samples, generator, share)
-            w.blocks = {name: block / self.samples for name, block in w.blocks.items()}
-            w.s = None if w.s is None else w.s.div_(self.samples)
+            elif w.s is not None:
+                w.s.div_(self.total)
+            w.blocks = {name: block / self.total for name, block in w.blocks.items()}
             w.ridge = 0.0 if self.exact else SAMPLED_RIDGE[w.rows < 10 * w.features]
 
     def _groups(
@@ -222,7 +230,7 @@ class Statistics:
                     rest = c.apply(updates[p.weight] * (-share * self.samples / len(h)), h)
                     rest += c.asked(returned[p.node])
                     for link in own:
-                        w.add(link, inputs[link.writes.source], rest, scale=1.0 / self.samples)
+                        w.add(link, inputs[link.writes.source], rest, scale=1.0 / self.total)
 
     def subtract_expressible_of(self, seen: Seen, updates: Mapping[str, Tensor]) -> None:
         """The same from all positions of one more batch."""
@@ -230,4 +238,4 @@ class Statistics:
             for link in w.links:
                 c = self.consumers[link.reads.weight]
                 fitted = c.apply(updates[c.weight], c.taken(seen.inputs[link.reads.source]))
-                w.add(link, seen.inputs[link.writes.source], fitted, scale=-1.0 / self.samples)
+                w.add(link, seen.inputs[link.writes.source], fitted, scale=-1.0 / self.total)

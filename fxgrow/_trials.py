@@ -100,7 +100,7 @@ class Trials:
             sums = self._fitted(gm)
             for name, c in self.consumers.items():
                 out.readouts[name] = self._readout(c, *sums[name])
-            out.rank(self.atoms)
+            out.rank(self.atoms, self.data.world)
             self._test(gm, out)
         return out
 
@@ -120,11 +120,11 @@ class Trials:
             memory = self.stats.memory
             for _, inputs, updates in memory.groups(None, self.sources, self.targets):
                 visit(len(inputs[self.sources[0]]), inputs, updates)
-            samples, vh = self.stats.samples, {name: c.vh for name, c in self.consumers.items()}
         else:
-            samples, _, vh = self._read(gm, self.data.fitting(), self.sources, visit)
-            vh = {name: t / samples for name, t in vh.items()}
-        return {name: (vh[name], vz[name] / samples) for name in self.consumers}
+            self._read(gm, self.data.fitting(), self.sources, visit)
+        # the first reading saw the same V and h
+        self.data.world.sum_([vz[name] for name in self.consumers])
+        return {name: (c.vh, vz[name] / self.stats.total) for name, c in self.consumers.items()}
 
     def _add_outer(self, total: dict[str, Tensor], name: str, z: Values, updates: Values) -> None:
         c = self.consumers[name]
@@ -190,8 +190,9 @@ class Trials:
                 moments = [left.mT @ right, right.mT @ right]
                 if c.bias is not None:
                     moments[0] = torch.cat([moments[0], right.sum(0, keepdim=True)])
-                moments = [m.mul_(drawn.scale / self.stats.samples) for m in moments]
+                moments = [m.mul_(drawn.scale / self.stats.total) for m in moments]
                 total = [a.add_(b) for a, b in zip(total, moments, strict=True)] if total else moments
+        self.data.world.sum_(total)
         return total[0], total[1]
 
     # -- the held-back test
@@ -221,10 +222,11 @@ class Trials:
         else:
             out.samples, out.loss, vh = self._read(gm, self.data.held_back(), self.inputs, visit)
         for name, r in out.readouts.items():
-            new = r.new[self.reads[name]].flatten()
-            r.held[:, r.old] = vh[name] / max(1, out.samples)
-            r.held[:, new] = vz[name] / max(1, out.samples)
-        tests.finish()
+            if name in vh:
+                r.held[:, r.old] = vh[name]
+                r.held[:, r.new[self.reads[name]].flatten()] = vz[name]
+        out.share(self.data.world)
+        tests.finish(self.data.world)
 
     def _channels(self, c: Consumer) -> Tensor:
         """Where new channels are in `[h, z]` along the dimension that the weight sums over."""

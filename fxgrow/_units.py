@@ -186,7 +186,8 @@ def _from_proposals(
     for name in touched:
         update = profile.updates[name]
         bias = uses[name].bias
-        if bias is not None and lookup(profile.graph, bias).requires_grad:
+        # that of a transposed convolution is added once, not for each tap: it is no feature
+        if bias is not None and not uses[name].turned and lookup(profile.graph, bias).requires_grad:
             values.delta[bias] = update[:, -1]
             update = update[:, :-1]
         values.delta[name] = like_weight(update, lookup(profile.graph, name), uses[name])

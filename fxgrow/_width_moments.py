@@ -113,9 +113,13 @@ class WidthMoments:
         samples: float | None,
         generator: torch.Generator | None = None,
         share: float = 1.0,
+        processes: int = 1,
     ) -> None:
-        """Adds to S, from this share of its rows, as if there were `samples` samples (None: all, as they are)."""
-        limit = None if samples is None else math.ceil(share * self.wanted)
+        """Adds to S, from this share of its rows, as if there were `samples` samples (None: all, as they are).
+
+        As many processes add as much.
+        """
+        limit = None if samples is None else math.ceil(share * self.wanted / processes)
         n = next(iter(inputs[k.writes.source] for k in self.links)).shape[0]
         total = n * self.positions(inputs)
         self.samples += n

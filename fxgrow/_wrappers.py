@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fxgrow._ddp import check_ddp, rewrapping
+from fxgrow._mesh import group_of_mesh, is_sharded
 
 log = logging.getLogger("fxgrow")
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
-    """The module inside, and what wraps another one alike.
+    """The module inside `torch.compile` and DistributedDataParallel, in any order, and what wraps another one alike.
 
     `torch.compile(model, ...)` keeps its options in the context that it calls its module in.
 
@@ -25,11 +29,33 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], nn.Mod
         >>> inner is net, type(wrap(torch.nn.Linear(2, 3))).__name__
         (True, 'OptimizedModule')
     """
-    inside: Any = getattr(model, "_orig_mod", None)
-    if inside is None:
-        return model, _plain
-    context: Any = model.dynamo_ctx
-    return inside, lambda new: _compiled(context, new, model.training)
+    own: Callable[[nn.Module], nn.Module]
+    if isinstance(model, DistributedDataParallel):
+        inside: Any = model.module
+        own = rewrapping(model)
+    else:
+        inside = getattr(model, "_orig_mod", None)
+        if inside is None:
+            return model, _plain
+        context: Any = model.dynamo_ctx
+        own = lambda new: _compiled(context, new, model.training)  # noqa: E731
+    inside, within = unwrapped(inside)
+    return inside, lambda new: own(within(new))
+
+
+def group_of(model: nn.Module) -> Any:
+    """The process group that a model is trained in, if it says so.
+
+    Raises:
+        FxgrowError: it is wrapped with options that cannot be carried over.
+    """
+    while not isinstance(model, DistributedDataParallel):
+        inside: Any = getattr(model, "_orig_mod", None)
+        if inside is None:
+            return group_of_mesh(model) if is_sharded(model) else None
+        model = inside
+    check_ddp(model)
+    return model.process_group
 
 
 def check_compiled_in_place(model: nn.Module) -> None:
