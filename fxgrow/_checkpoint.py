@@ -18,6 +18,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fxgrow._errors import FileError, FxgrowError
 from fxgrow._files import PREFIX, model_body, model_in, require_kind
@@ -159,6 +160,8 @@ class Checkpoint(Mapping[str, Any]):
             for name, thing in things.items():
                 done.append(name)
                 set_state_of(thing, self[name], name)
+                if isinstance(thing, Optimizer):
+                    _keep_dtypes(thing, self[name])
         except Exception as error:
             for name in reversed(done[:-1]):
                 set_state_of(things[name], before[name], name)
@@ -176,6 +179,18 @@ def _names(model: nn.Module) -> dict[int, str]:
 def _owned(optimizer: Any, names: Mapping[int, str]) -> list[list[Any]]:
     """Per group, name and shape of each parameter."""
     return [[[names.get(id(p)), list(p.shape)] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def _keep_dtypes(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """`load_state_dict` rounds all of a parameter's state to its dtype, numbers that are none of its entries too."""
+    old = [number for group in saved["param_groups"] for number in group["params"]]
+    owned = dict(zip(old, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
+    for number, entries in saved["state"].items():
+        state = optimizer.state[owned[number]] if number in owned else {}
+        for key, value in entries.items():
+            found = state.get(key)
+            if isinstance(value, Tensor) and isinstance(found, Tensor) and found.dtype != value.dtype:
+                state[key] = value.to(found.device)
 
 
 def _check_owned(name: str, saved: list[list[Any]], given: list[list[Any]]) -> None:

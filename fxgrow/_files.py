@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -119,8 +118,10 @@ def resize(
     """
     if isinstance(recipe, str) and recipe.lstrip().startswith("{"):
         recipe = Recipe.from_json(recipe)
+    elif isinstance(recipe, (str, os.PathLike)):
+        recipe, _ = model_in(*read(recipe))
     elif not isinstance(recipe, Recipe):
-        recipe, _ = model_in(*read(Path(recipe)))
+        raise FileError(f"A {type(recipe).__name__} is no recipe: pass a Recipe, its JSON text, or the path of a file.")
     return resized(model, recipe, None, example_inputs, into)
 
 

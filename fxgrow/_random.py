@@ -40,9 +40,12 @@ def set_random_state(state: dict[str, Any]) -> None:
     if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"])
     if "numpy" in state:
-        import numpy.random
-
-        numpy.random.set_state(state["numpy"])
+        try:
+            import numpy.random
+        except ImportError:
+            log.warning("the random state of NumPy is in the checkpoint, and NumPy is not here")
+        else:
+            numpy.random.set_state(state["numpy"])
 
 
 def state_of(thing: Any) -> Any:

@@ -208,23 +208,26 @@ def _check_kind(path: Path) -> None:
         if path.is_dir():
             raise FileError(f"{path} is a folder, not a file.")
         with path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(1)
     except FileNotFoundError as error:
         raise FileError(f"There is no file {path}.") from error
     except OSError as error:
         raise FileError(f"{path} could not be read: {error}.") from error
     if not start:
         raise FileError(f"{path} is empty.")
-    if start == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x04", b"\x80\x05"):
-        raise FileError(
-            f"{path} is a pickle, such as torch.save writes: not a file of fxgrow. Pickles can run code: it was not "
-            "opened. Load it with torch.load(..., weights_only=True) if you trust it."
-        )
 
 
 def _what_is_wrong(path: Path) -> str:
     """Which of truncated, damaged and foreign a file is that safetensors could not read."""
     data = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(4)
+    # only now: the length of a header can begin with the same bytes
+    if start == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        return (
+            "is a pickle, such as torch.save writes, and not a file of fxgrow. It was not opened, since pickles can "
+            "run code: load it with torch.load(..., weights_only=True) if you trust it"
+        )
     if data < 8:
         return f"is truncated or foreign: {data} bytes are no safetensors file"
     with path.open("rb") as file:

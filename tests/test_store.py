@@ -74,14 +74,22 @@ def test_strides_views_conjugates_and_shared_memory(tmp_path: Path) -> None:
     assert len({t.untyped_storage().data_ptr() for t in found.values()}) == len(tensors)
 
 
+def shard() -> torch.Tensor:
+    """Has what a tensor of torch.distributed is known by."""
+    t = torch.zeros(2)
+    t.placements = ()  # type: ignore[attr-defined]
+    return t
+
+
 @pytest.mark.parametrize(
     ("tensor", "why"),
     [
         (torch.eye(3).to_sparse(), "layout torch.sparse_coo"),
         (torch.zeros(2, device="meta"), "meta device"),
         (torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8), "quantized"),
+        (shard(), "part of a distributed tensor: gather it first"),
     ],
-    ids=["sparse", "meta", "quantized"],
+    ids=["sparse", "meta", "quantized", "distributed"],
 )
 def test_what_cannot_be_stored(tensor: torch.Tensor, why: str, tmp_path: Path) -> None:
     with pytest.raises(fxgrow.FileError, match=why):
@@ -98,6 +106,17 @@ def test_opens_with_safetensors_alone(file: Path) -> None:
     net.load_state_dict(safetensors.torch.load_file(file))
     x = torch.randn(5, 3)
     assert torch.equal(net(x), grown(x))
+
+
+@pytest.mark.parametrize("first", [b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"])
+def test_headers_that_begin_like_a_pickle(first: bytes, tmp_path: Path) -> None:
+    """A file begins with the length of its header, which may be any number."""
+    t = torch.ones(2)
+    write(tmp_path / "f", {"t": t}, {"padding": ""})
+    missing = int.from_bytes(first, "little") - int.from_bytes((tmp_path / "f").read_bytes()[:8], "little")
+    write(tmp_path / "f", {"t": t}, {"padding": "x" * missing})
+    assert (tmp_path / "f").read_bytes()[:2] == first
+    assert torch.equal(read(tmp_path / "f")[1]["t"], t)
 
 
 # -- damage
