@@ -169,15 +169,11 @@ def events(protocol: Protocol, start: float, net: nn.Module, example: Tensor) ->
         if w.pinned is None
     }
     sizes = {name: small[stage] for name, stage in stages.items()}
-    ratio = max(b / a for a, b in zip(small, large, strict=True))
-    rounds = math.ceil(math.log(ratio, protocol.factor) - 1e-9)
+    target = {name: large[stage] for name, stage in stages.items()}
     out = []
-    for r in range(1, rounds + 1):
-        for name, stage in stages.items():
-            wanted = round(small[stage] * (large[stage] / small[stage]) ** (r / rounds))
-            if wanted > sizes[name]:
-                out.append((name, wanted - sizes[name]))
-                sizes[name] = wanted
+    for name, wanted in fxgrow.LayerByLayer(target, steps=1, factor=protocol.factor).turns(sizes):
+        out.append((name, wanted - sizes[name]))
+        sizes[name] = wanted
     return out
 
 

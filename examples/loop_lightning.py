@@ -13,6 +13,10 @@ import logging
 import warnings
 from pathlib import Path
 
+# before Lightning, which imports torchvision: beside a CPU build of torch that needs a remedy
+from fxgrow.integrations.lightning import GrowthCallback
+
+# isort: split
 import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
@@ -22,7 +26,6 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 import fxgrow
 from examples.data import digits
 from examples.options import options
-from fxgrow.integrations.lightning import GrowthCallback
 
 EPOCHS, BATCH, RATE = 16, 64, 5e-3
 

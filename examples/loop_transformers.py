@@ -14,6 +14,10 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
+# before the models of transformers, which import torchvision: beside a CPU build of torch that needs a remedy
+from fxgrow.integrations.transformers import GrowthCallback, resized
+
+# isort: split
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -24,9 +28,8 @@ from transformers.utils import logging
 import fxgrow
 from examples.data import text
 from examples.options import options
-from fxgrow.integrations.transformers import GrowthCallback, resized
 
-STEPS, EVERY, BATCH, CONTEXT, RATE = 400, 100, 16, 32, 3e-3
+STEPS, EVERY, BATCH, CONTEXT, RATE = 480, 120, 16, 32, 3e-3
 
 
 class Lines(Dataset[dict[str, Tensor]]):
@@ -54,7 +57,9 @@ def run(checkpoint: Path | None = None, stop: int | None = None, resume: Path | 
     model = GPT2LMHeadModel(config)
     if last is not None:
         model = resized(model, last)
-    growth = GrowthCallback(fxgrow.Every(steps=EVERY).until(growths=3), budget="+10%", samples=512)
+    # the hidden layers of the perceptrons, eight units each, at every growth
+    wider = {f"transformer.h.{i}.mlp.c_fc": 8 for i in range(config.n_layer)}
+    growth = GrowthCallback(fxgrow.Every(steps=EVERY).until(growths=3), neurons=wider, samples=512)
     with tempfile.TemporaryDirectory() as nowhere:
         args = TrainingArguments(
             output_dir=str(checkpoint or nowhere),

@@ -88,8 +88,9 @@ def _report(name: str, module: nn.Module) -> None:
     for kind, what in _KINDS.items():
         for hook in getattr(module, kind).values():
             log.warning(
-                "The %s %s on %r is not carried over: the grown model is a graph, which does not call that module. "
-                'Register it on a layer inside, or take into="module".',
+                "The %s %s on %r is called no more: the grown model is a graph, in which that module is no node (an "
+                "output that the hook changed is changed there too). Register it on a layer inside, or take "
+                'into="module".',
                 what,
                 getattr(hook, "__qualname__", type(hook).__name__),
                 name,

@@ -46,6 +46,8 @@ _STATIC_FUNCTIONS = {
 def intercept(tracer: ValueTracer) -> Iterator[None]:
     """While open, torch calls with proxies, and calls that make tensors, become nodes of ``tracer``."""
     saved: list[tuple[Any, str, Any, bool]] = []
+    # torch remembers its tables of functions for good: ours must not be among them, and with them the model
+    is_tensor_method_or_property(torch.relu)
 
     def replace(owner: Any, name: str, new: Any) -> None:
         saved.append((owner, name, vars(owner).get(name), name in vars(owner)))

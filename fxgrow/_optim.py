@@ -77,9 +77,12 @@ def repointing(
     moves = _moves(optimizer, old, new, index)
     _check_once(optimizer, moves)
     state: dict[Tensor, Any] = {}
+    flat = isinstance(optimizer, LBFGS)
     for parameter, entries in optimizer.state.items():
         move = moves.get(id(parameter))
-        if move is None:
+        if flat:
+            state[_target(moves, parameter)] = _flat_state(optimizer, entries, moves)  # type: ignore[arg-type]
+        elif move is None:
             state[parameter] = entries
         elif (moved := _moved(optimizer, entries, move)) is not None:
             state[move.new] = moved
@@ -216,8 +219,7 @@ def _target(moves: Mapping[int, _Move], parameter: nn.Parameter) -> nn.Parameter
 
 def _moved(optimizer: Optimizer, entries: Mapping[str, Any], move: _Move) -> dict[str, Any] | None:
     """State of one parameter for its new shape; None where some of it cannot be matched."""
-    # LBFGS stores one flat history of all parameters under the first one, whatever became of that one.
-    if move.unchanged and not isinstance(optimizer, LBFGS):
+    if move.unchanged:
         return dict(entries)
     moved: dict[str, Any] = {}
     for key, value in entries.items():
@@ -234,6 +236,33 @@ def _moved(optimizer: Optimizer, entries: Mapping[str, Any], move: _Move) -> dic
             _warn(optimizer, key, f"a {type(value).__name__}", move)
             return None
     return moved
+
+
+def _flat_state(optimizer: Optimizer, entries: Mapping[str, Any], moves: Mapping[int, _Move]) -> dict[str, Any]:
+    """LBFGS keeps one history of all its parameters, end to end, under the first of them.
+
+    Zeros in the new places leave every product of its vectors as it was.
+    """
+    parameters = optimizer.param_groups[0]["params"]
+    # real numbers only: a complex entry is two
+    sizes = [p.numel() * (2 if p.is_complex() else 1) for p in parameters]
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, list):
+            return [moved(v) for v in value]
+        if not isinstance(value, Tensor) or value.shape != (sum(sizes),):
+            return value
+        parts = []
+        for parameter, part in zip(parameters, value.split(sizes), strict=True):
+            move = moves.get(id(parameter))
+            if move is not None and not move.unchanged:
+                real = torch.view_as_complex(part.view(-1, 2)) if parameter.is_complex() else part
+                wide = spread(real.view(parameter.shape), move.positions, torch.zeros_like(move.new)).reshape(-1)
+                part = torch.view_as_real(wide).reshape(-1) if parameter.is_complex() else wide
+            parts.append(part)
+        return torch.cat(parts)
+
+    return {key: moved(value) for key, value in entries.items()}
 
 
 def _warn(optimizer: Optimizer, key: str, what: str, move: _Move) -> None:

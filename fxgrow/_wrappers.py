@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import logging
+import types
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import fx, nn
 
 log = logging.getLogger("fxgrow")
 
@@ -45,6 +47,20 @@ def _plain(new: nn.Module) -> nn.Module:
 
 
 def _compiled(context: Any, new: nn.Module, training: bool) -> nn.Module:
+    _forget(new)
     module: nn.Module = context(new)
     module.training = training  # of the wrapper alone; its module has its own
     return module
+
+
+def _forget(new: nn.Module) -> None:
+    """Drops what was compiled of the classes of the model: they compiled the sizes before.
+
+    Dynamo counts what it has compiled of one piece of code and gives up at a limit, whatever model it was for. A graph
+    has code of its own.
+    """
+    if isinstance(new, fx.GraphModule):
+        return
+    for kind in {type(module) for module in new.modules()}:
+        if isinstance(code := getattr(kind.forward, "__code__", None), types.CodeType):
+            torch._dynamo.eval_frame.remove_from_cache(code)

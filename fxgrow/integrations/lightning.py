@@ -6,6 +6,7 @@ the recipe is replayed from the module's own `on_load_checkpoint`, which the cal
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -18,10 +19,13 @@ from fxgrow._in_place import GrowerInPlace, adopt, recipe_of
 from fxgrow._loader import Source
 from fxgrow._recipe import Recipe
 from fxgrow._schedule import Schedule
+from fxgrow._torchvision import import_torchvision
 from fxgrow._weights import bare, resized
 from fxgrow._wrappers import unwrapped
 from fxgrow.integrations._batches import check_one_process, on_device
 
+with contextlib.suppress(MissingExtraError):
+    import_torchvision()  # where it is installed Lightning imports it, and so must be able to
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:

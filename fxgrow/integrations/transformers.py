@@ -10,6 +10,7 @@ weights before any callback hears of it, so the model that it is given must have
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -24,8 +25,11 @@ from fxgrow._files import resize
 from fxgrow._in_place import GrowerInPlace, recipe_of
 from fxgrow._loader import Source
 from fxgrow._schedule import Schedule
+from fxgrow._torchvision import import_torchvision
 from fxgrow.integrations._batches import check_one_process, on_device
 
+with contextlib.suppress(MissingExtraError):
+    import_torchvision()  # where it is installed models of transformers import it, and so must be able to
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_callback import ExportableState
