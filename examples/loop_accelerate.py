@@ -24,7 +24,7 @@ from examples.options import options
 from fxgrow.integrations.accelerate import AcceleratedGrower
 from models import DigitsResNet
 
-EPOCHS, BATCH, RATE = 12, 64, 0.01
+EPOCHS, EVERY, BATCH, RATE = 12, 3, 64, 0.01
 
 
 def run(checkpoint: Path | None = None, stop: int | None = None, resume: Path | None = None) -> nn.Module:
@@ -37,7 +37,7 @@ def run(checkpoint: Path | None = None, stop: int | None = None, resume: Path | 
     adam = torch.optim.Adam(net.parameters(), RATE)
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(adam, EPOCHS * len(plain), eta_min=RATE / 20)
     model, optimizer, loader, rates = accelerator.prepare(net, adam, plain, cosine)
-    schedule = fxgrow.Every(epochs=3).until(growths=3)
+    schedule = fxgrow.Every(epochs=EVERY).until(growths=3)
     grower = AcceleratedGrower(accelerator, model, optimizer, schedule, dataloader=plain, budget="+30%")
     if resume is not None:
         accelerator.load_state(str(resume))

@@ -27,7 +27,7 @@ import fxgrow
 from examples.data import digits
 from examples.options import options
 
-EPOCHS, BATCH, RATE = 16, 64, 5e-3
+EPOCHS, EVERY, BATCH, RATE = 16, 4, 64, 5e-3
 
 
 class Digits(pl.LightningModule):
@@ -61,7 +61,7 @@ def run(checkpoint: Path | None = None, stop: int | None = None, resume: Path | 
     # Lightning saves no random states: this order follows from the epoch
     order = DistributedSampler(train, num_replicas=1, rank=0, shuffle=True, seed=0)
     pl.seed_everything(0, verbose=False)
-    growth = GrowthCallback(fxgrow.Every(epochs=4).until(growths=3), budget="+30%")
+    growth = GrowthCallback(fxgrow.Every(epochs=EVERY).until(growths=3), budget="+30%")
     trainer = pl.Trainer(
         max_epochs=stop or EPOCHS,
         accelerator="cpu",

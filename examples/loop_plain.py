@@ -20,7 +20,7 @@ from examples.data import digits
 from examples.options import options
 from models import DigitsResNet
 
-EPOCHS, BATCH, RATE = 12, 64, 0.01
+EPOCHS, EVERY, BATCH, RATE = 12, 3, 64, 0.01
 
 
 def run(checkpoint: Path | None = None, stop: int | None = None, resume: Path | None = None) -> nn.Module:
@@ -37,7 +37,7 @@ def run(checkpoint: Path | None = None, stop: int | None = None, resume: Path | 
         model = saved.model(model)
     optimizer = torch.optim.Adam(model.parameters(), RATE)
     rates = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, EPOCHS, eta_min=RATE / 20)
-    schedule = fxgrow.Every(epochs=3).until(growths=3)
+    schedule = fxgrow.Every(epochs=EVERY).until(growths=3)
     grower = fxgrow.Grower(model, optimizer, schedule, dataloader=loader, budget="+30%", lr_scheduler=rates)
     state = {"optimizer": optimizer, "rates": rates, "grower": grower, "order": order}
     if saved is not None:

@@ -120,6 +120,10 @@ class GrowthCallback(Callback):
         for name in ("on_save_checkpoint", "on_load_checkpoint"):
             vars(pl_module).pop(name, None)
 
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Also of a checkpoint that is written when training is over."""
+        self._note(pl_module, checkpoint)
+
     def _note(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = recipe_of(self._net(pl_module)).to_json()
 
