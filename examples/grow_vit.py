@@ -2,7 +2,23 @@
 
 FXGROW_DATA=... python -m examples.grow_vit     (CIFAR-10; without the variable scikit-learn's digits)
 
-@OUT@
+The half that grows, on a busy machine in wall time; the other half follows:
+
+  step  parameters  held-out  grew
+   250       8,026    1.8399
+   500      15,106    1.7681  patches +8, blocks.0.attention.qkv +24, blocks.0.fc1 +16, ...
+   750      15,106    1.6821
+ 1,000      24,234    1.6338  patches +8, blocks.0.attention.qkv +24, blocks.0.fc1 +16, ...
+ 1,250      24,234    1.6163
+ 1,500      35,410    1.5395  patches +8, blocks.0.attention.qkv +24, blocks.0.fc1 +16, ...
+ 1,750      35,410    1.5125
+ 2,000      35,410    1.4800
+ 2,250      35,410    1.4789
+ 2,500      35,410    1.4457
+ 2,750      35,410    1.4340
+ 3,000      35,410    1.4278
+
+growing took 43.1 s of 1228.9 s: 3.5%
 """
 
 from __future__ import annotations

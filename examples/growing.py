@@ -39,7 +39,7 @@ class Run:
 
     net: nn.Module = field(default_factory=nn.Identity)
     lines: list[tuple[int, int, float, str]] = field(default_factory=list)  # step, parameters, held-out loss, grew
-    seconds: float = 0.0  # training and growing, without the evaluations
+    seconds: float = 0.0  # of the CPU, training and growing, without the evaluations
     growing: float = 0.0
 
 
@@ -55,23 +55,26 @@ def train(task: Task, pace: Pace, grow: bool, seed: int = 0, show: bool = True) 
     grower = fxgrow.Grower(net, optimizer, schedule, dataloader=shown, loss_fn=task.loss, neurons=pace.units)
     run, grew = Run(), ""
     for step in range(1, pace.steps + 1):
-        start = time.perf_counter()
+        start = time.process_time()
         x, y = task.batch(order)
         optimizer.zero_grad()
         task.loss(grower.model(x), y).backward()
         nn.utils.clip_grad_norm_(grower.parameters(), 1.0)
         optimizer.step()
         rates.step()
+        before, grown = time.process_time(), len(grower.history)
         if grower.step():
             grew = ", ".join(f"{name} +{units}" for name, units in grower.history[-1].units.items())
-        run.seconds += time.perf_counter() - start
+        if len(grower.history) > grown:  # or declined
+            run.growing += time.process_time() - before
+        run.seconds += time.process_time() - start
         if step % max(1, pace.every // 2) == 0 or step == pace.steps:
             size = sum(p.numel() for p in grower.parameters())
             run.lines.append((step, size, held_out(grower.model, task), grew))
             grew = ""
             if show:
                 print("{:6,}  {:10,}  {:8.4f}  {}".format(*run.lines[-1]).rstrip(), flush=True)
-    run.net, run.growing = grower.model, sum(event.seconds for event in grower.history)
+    run.net = grower.model
     return run
 
 
@@ -89,13 +92,14 @@ def compare(task: Task, pace: Pace, show: bool = True) -> tuple[Run, Run]:
         print("  step  parameters  held-out  grew")
     grown = train(task, pace, grow=True, show=show)
     if show:
-        print(f"\ngrowing took {grown.growing:.1f} s of {grown.seconds:.1f} s: {grown.growing / grown.seconds:.1%}")
+        share = grown.growing / grown.seconds
+        print(f"\ngrowing took {grown.growing:.1f} of {grown.seconds:.1f} CPU seconds: {share:.1%}")
         print("\nthe same net, never grown")
     alone = train(task, pace, grow=False, show=show)
     if show:
         (_, after, loss, _), (_, before, other, _) = grown.lines[-1], alone.lines[-1]
         print(
-            f"\nheld-out loss {loss:.4f} with {after:,} parameters in {grown.seconds:.0f} s, "
-            f"{other:.4f} with {before:,} in {alone.seconds:.0f} s"
+            f"\nheld-out loss {loss:.4f} with {after:,} parameters in {grown.seconds:.0f} CPU seconds, "
+            f"{other:.4f} with {before:,} in {alone.seconds:.0f}"
         )
     return grown, alone

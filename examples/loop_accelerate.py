@@ -4,7 +4,28 @@ python -m examples.loop_accelerate
 python -m examples.loop_accelerate --checkpoint out/state --stop-after 5
 python -m examples.loop_accelerate --resume out/state
 
-@OUT@
+epoch  1: 10.7 % of the test digits
+epoch  2: 66.7 % of the test digits
+epoch  3: 64.2 % of the test digits
+epoch  4: 82.7 % of the test digits
+epoch  5: 90.4 % of the test digits
+epoch  6: 91.3 % of the test digits
+epoch  7: 93.1 % of the test digits
+epoch  8: 95.1 % of the test digits
+epoch  9: 94.0 % of the test digits
+epoch 10: 94.7 % of the test digits
+epoch 11: 96.0 % of the test digits
+epoch 12: 96.4 % of the test digits
+
+step  epoch     parameters       loss, eval      loss, train  predicted  gamma  seconds  added
+────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+  66      3  1,382 → 1,730  0.9683 → 0.8503  0.7795 → 0.7612     0.3264   1.27      9.5  conv1 +1, layer1.0.conv1 +1,
+                                                                                         layer2.0.conv2 +1
+ 132      6  1,730 → 2,208  0.3133 → 0.2478  0.3318 → 0.2832     0.1935   6.81      8.0  conv1 +1, layer1.0.conv1 +1,
+                                                                                         layer2.0.conv2 +2
+ 198      9  2,208 → 2,576  0.1550 → 0.0887  0.1334 → 0.0962     0.0677   37.8      9.1  layer2.0.conv2 +4
+
+3 growths, 0 declined, 26.6 s
 """
 
 from __future__ import annotations

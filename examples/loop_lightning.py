@@ -4,7 +4,30 @@ python -m examples.loop_lightning
 python -m examples.loop_lightning --checkpoint out/run.ckpt --stop-after 5
 python -m examples.loop_lightning --resume out/run.ckpt
 
-@OUT@
+epoch  1: 22.9 % of the test digits
+epoch  2: 26.0 % of the test digits
+epoch  3: 50.9 % of the test digits
+epoch  4: 68.7 % of the test digits
+epoch  5: 83.6 % of the test digits
+epoch  6: 86.2 % of the test digits
+epoch  7: 88.2 % of the test digits
+epoch  8: 89.6 % of the test digits
+epoch  9: 90.9 % of the test digits
+epoch 10: 91.3 % of the test digits
+epoch 11: 92.7 % of the test digits
+epoch 12: 93.3 % of the test digits
+epoch 13: 93.1 % of the test digits
+epoch 14: 93.1 % of the test digits
+epoch 15: 93.8 % of the test digits
+epoch 16: 94.0 % of the test digits
+
+step  epoch  parameters       loss, eval      loss, train  predicted  gamma  seconds  added
+──────────────────────────────────────────────────────────────────────────────────────────────────────────────
+  88      4   502 → 645  1.2103 → 0.8137  1.2103 → 0.8137     0.4185   9.06      2.4  hidden.1 +1, hidden.3 +4
+ 176      8   645 → 795  0.3148 → 0.2763  0.3148 → 0.2763     0.0464   20.2      1.9  hidden.1 +2
+ 264     12   795 → 870  0.1559 → 0.1407  0.1559 → 0.1407     0.0165     27      2.1  hidden.1 +1
+
+3 growths, 0 declined, 6.4 s
 """
 
 from __future__ import annotations

@@ -37,9 +37,9 @@ def adopt(model: nn.Module, grown: nn.Module) -> None:
             continue
         old._parameters.update(new._parameters)
         old._buffers.update(new._buffers)
-        if isinstance(new, nn.RNNBase):  # has its weights in a list too
-            old._flat_weights, old._flat_weight_refs = new._flat_weights, new._flat_weight_refs
         mine = vars(old)
+        if isinstance(new, nn.RNNBase):  # has its weights in a list too
+            mine.update({name: vars(new)[name] for name in ("_flat_weights", "_flat_weight_refs")})
         for name, value in vars(new).items():
             if name != "training" and name in mine and _is_plain(value) and mine[name] != value:
                 mine[name] = value

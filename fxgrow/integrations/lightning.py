@@ -207,12 +207,13 @@ class GrowthCallback(Callback):
 
     def _net(self, pl_module: LightningModule) -> nn.Module:
         try:
-            return pl_module.get_submodule(self._name)
+            net: nn.Module = pl_module.get_submodule(self._name)
         except AttributeError:
             parts = ", ".join(name for name, _ in pl_module.named_children())
             raise FxgrowError(
                 f"{type(pl_module).__name__} has no module named {self._name!r}; it has: {parts}."
             ) from None
+        return net
 
     def _put(self, pl_module: LightningModule, net: nn.Module) -> None:
         owner, _, name = self._name.rpartition(".")

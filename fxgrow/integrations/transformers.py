@@ -44,7 +44,7 @@ STATE = "trainer_state.json"
 M = TypeVar("M", bound=nn.Module)
 
 
-class GrowthCallback(TrainerCallback, ExportableState):  # type: ignore[misc]
+class GrowthCallback(TrainerCallback, ExportableState):
     """Grows a model while a `transformers.Trainer` trains it.
 
     The model stays the object and the class it is. The Trainer's checkpoints carry the recipe, the schedule's memory
