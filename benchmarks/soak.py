@@ -9,8 +9,8 @@ that after the first cycle. Linux alone: the memory is read from /proc.
 
 Four minutes on a machine that had other work:
 
-cycle    1    182 s   447.9 MB  1.000       0 graph modules       0 graphs       5 tensors       0 hooks  3,032 parameters
-cycle    2    247 s   449.8 MB  1.004       0 graph modules       0 graphs       5 tensors       0 hooks  3,032 parameters
+cycle    1    182 s   447.9 MB  1.000     0 graph modules     0 graphs     5 tensors     0 hooks  3,032 parameters
+cycle    2    247 s   449.8 MB  1.004     0 graph modules     0 graphs     5 tensors     0 hooks  3,032 parameters
 
 memory after 2 cycles over that after the first: 1.004, 1.05 allowed
 """
@@ -111,7 +111,7 @@ def soak(minutes: float, show: bool = True) -> tuple[list[float], list[dict[str,
             counts.append(alive())
             memory.append(resident())
             if show:
-                found = "  ".join(f"{k:6} {name}" for name, k in counts[-1].items())
+                found = "  ".join(f"{k:4} {name}" for name, k in counts[-1].items())
                 print(
                     f"cycle {len(memory):4}  {time.monotonic() - start:5.0f} s  {memory[-1]:6.1f} MB  "
                     f"{memory[-1] / memory[0]:.3f}  {found}  {size:,} parameters",

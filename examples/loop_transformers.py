@@ -4,8 +4,8 @@ python -m examples.loop_transformers
 python -m examples.loop_transformers --checkpoint out/hf --stop-after 150
 python -m examples.loop_transformers --resume out/hf
 
-Shakespeare where $FXGROW_DATA is set, else Python's manual. Prints the held-out loss every 120 steps and the history of the
-growths, three of 8 units in each perceptron.
+Shakespeare where $FXGROW_DATA is set, else Python's manual. Prints the held-out loss every 120 steps and the history of
+the growths, three of 8 units in each perceptron.
 """
 
 from __future__ import annotations
