@@ -20,7 +20,7 @@ from fxgrow.integrations.transformers import GrowthCallback, resized
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
+from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -28,7 +28,7 @@ import fxgrow
 from examples.data import text
 from examples.options import options
 
-STEPS, EVERY, BATCH, CONTEXT, RATE = 480, 120, 16, 32, 3e-3
+STEPS, EVERY, SAMPLES, BATCH, CONTEXT, RATE = 480, 120, 512, 16, 32, 3e-3
 
 
 class Lines(Dataset[dict[str, Tensor]]):
@@ -42,6 +42,16 @@ class Lines(Dataset[dict[str, Tensor]]):
 
     def __getitem__(self, at: int) -> dict[str, Tensor]:
         return {"input_ids": self.pieces[at], "labels": self.pieces[at]}
+
+
+class Stop(TrainerCallback):
+    """Saves after so many steps and stops, without the evaluation at `max_steps`, which draws random numbers."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args, state, control, **kwargs) -> None:
+        control.should_save = control.should_training_stop = state.global_step == self.step
 
 
 def run(checkpoint: Path | None = None, stop: int | None = None, resume: Path | None = None) -> nn.Module:
@@ -58,26 +68,26 @@ def run(checkpoint: Path | None = None, stop: int | None = None, resume: Path | 
         model = resized(model, last)
     # the hidden layers of the perceptrons, eight units each, at every growth
     wider = {f"transformer.h.{i}.mlp.c_fc": 8 for i in range(config.n_layer)}
-    growth = GrowthCallback(fxgrow.Every(steps=EVERY).until(growths=3), neurons=wider, samples=512)
+    growth = GrowthCallback(fxgrow.Every(steps=EVERY).until(growths=3), neurons=wider, samples=SAMPLES)
     with tempfile.TemporaryDirectory() as nowhere:
         args = TrainingArguments(
             output_dir=str(checkpoint or nowhere),
-            max_steps=stop or STEPS,
+            max_steps=STEPS,
             per_device_train_batch_size=BATCH,
             per_device_eval_batch_size=64,
             learning_rate=RATE,
             lr_scheduler_type="constant",
             eval_strategy="steps",
             eval_steps=EVERY,
-            save_strategy="no" if checkpoint is None else "steps",
-            save_steps=stop or STEPS,
+            save_strategy="no",
             logging_strategy="no",
             report_to="none",
             disable_tqdm=True,
             use_cpu=True,
             dataloader_pin_memory=False,
         )
-        trainer = Trainer(model, args, train_dataset=Lines(train), eval_dataset=Lines(held[:8192]), callbacks=[growth])
+        callbacks = [growth] if checkpoint is None else [growth, Stop(stop or STEPS)]
+        trainer = Trainer(model, args, train_dataset=Lines(train), eval_dataset=Lines(held[:8192]), callbacks=callbacks)
         trainer.train(resume_from_checkpoint=last)
     for entry in trainer.state.log_history:
         if "eval_loss" in entry:

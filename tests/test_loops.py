@@ -35,9 +35,9 @@ def test_a_resumed_run_ends_with_the_same_weights(kind, monkeypatch, tmp_path) -
     loop = importlib.import_module(f"examples.loop_{kind}")
     stop = 2
     if kind == "transformers":
-        monkeypatch.setattr(loop, "STEPS", 16)
-        monkeypatch.setattr(loop, "EVERY", 4)
-        stop = 10
+        for name, value in {"STEPS": 8, "EVERY": 2, "SAMPLES": 64}.items():
+            monkeypatch.setattr(loop, name, value)
+        stop = 5
     else:
         few = type(digits())(*(part[:320] for part in digits()))
         monkeypatch.setattr(loop, "digits", lambda: few)
