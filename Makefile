@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fxgrow needs Python 3.10 or newer: make PYTHON=python3.x")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) torch
-	$(PIP) -e '.[onnx,vision,report,files,tensorboard,dev]'
+	$(PIP) -e '.[onnx,vision,report,files,tensorboard,lightning,transformers,accelerate,dev]'
 	touch $@
 
 demo: $(STAMP) ## grow a small network on handwritten digits, under two minutes

@@ -59,12 +59,16 @@ def cifar10(train: int | None = None, test: int | None = None) -> Split:
 
 def shakespeare() -> tuple[Tensor, Tensor, str]:
     """Character numbers [n] int64 of the first 90 % and last 10 % of the text, and the alphabet."""
-    text = path("tinyshakespeare.txt").read_text(encoding="utf-8")
-    alphabet = "".join(sorted(set(text)))
-    number = {character: index for index, character in enumerate(alphabet)}
-    tokens = torch.tensor([number[character] for character in text])
-    cut = int(0.9 * len(tokens))
-    return tokens[:cut], tokens[cut:], alphabet
+    return _tokens(path("tinyshakespeare.txt").read_text(encoding="utf-8"))
+
+
+def text() -> tuple[Tensor, Tensor, str]:
+    """What `shakespeare` returns, of Python's own manual (its `help()` topics, plain letters) without $FXGROW_DATA."""
+    if os.environ.get(VARIABLE):
+        return shakespeare()
+    from pydoc_data.topics import topics
+
+    return _tokens("\n".join(topics[name] for name in sorted(topics)).encode("ascii", "ignore").decode())
 
 
 def resnet20_weights() -> dict[str, Tensor]:
@@ -90,6 +94,14 @@ def _images(name: str, train: int | None, test: int | None) -> Split:
         x_train, y_train = arrays["x_train"][:train], arrays["y_train"][:train]
         x_test, y_test = arrays["x_test"][:test], arrays["y_test"][:test]
     return Split(_scaled(x_train), _labels(y_train), _scaled(x_test), _labels(y_test))
+
+
+def _tokens(text: str) -> tuple[Tensor, Tensor, str]:
+    alphabet = "".join(sorted(set(text)))
+    number = {character: index for index, character in enumerate(alphabet)}
+    tokens = torch.tensor([number[character] for character in text])
+    cut = int(0.9 * len(tokens))
+    return tokens[:cut], tokens[cut:], alphabet
 
 
 def _scaled(images: np.ndarray) -> Tensor:

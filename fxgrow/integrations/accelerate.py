@@ -1,0 +1,134 @@
+"""Growth in a loop of Hugging Face Accelerate: prepared model and optimiser, `save_state` and `load_state`.
+
+Needs the package accelerate: `pip install fxgrow[accelerate]`. `load_state` calls its hooks before it loads weights, so
+the model gets the checkpoint's sizes there.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxgrow._errors import FileError, FxgrowError, MissingExtraError
+from fxgrow._in_place import GrowerInPlace, recipe_of
+from fxgrow._loader import Source
+from fxgrow._recipe import Recipe
+from fxgrow._schedule import Schedule
+from fxgrow._weights import bare
+from fxgrow.integrations._batches import check_one_process, on_device
+
+try:
+    from accelerate import Accelerator
+    from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+except ImportError as error:
+    raise MissingExtraError(
+        f"fxgrow.integrations.accelerate needs the package accelerate, which cannot be imported ({error}): "
+        "pip install 'fxgrow[accelerate]'."
+    ) from error
+
+#: in the folder that `save_state` writes
+FILE = "fxgrow.json"
+
+
+class AcceleratedGrower(GrowerInPlace):
+    """A Grower for what `accelerator.prepare` returned.
+
+    The model stays the same object, so the loop needs no `grower.model`. `step()` counts only where gradients were
+    synchronised, which is once for each accumulated gradient. `accelerator.save_state` writes the recipe and the
+    Grower's state beside the weights, and `load_state` takes them back, into a model as it was before it grew.
+
+    Args:
+        accelerator: the loop's own.
+        model: prepared, or not yet.
+        optimizer: likewise.
+        schedule: see `fxgrow.Grower`.
+        dataloader: batches for growth, not prepared: reading a prepared loader would move its samplers on. They are
+            moved to the accelerator's device.
+        options: what `fxgrow.Grower` takes besides; growth is `into="module"`.
+
+    Raises:
+        FxgrowError: the loader is a prepared one, there are several processes, or what `fxgrow.Grower` raises.
+
+    Example:
+        >>> import torch, fxgrow
+        >>> from accelerate import Accelerator
+        >>> from fxgrow.integrations.accelerate import AcceleratedGrower
+        >>> accelerator = Accelerator(cpu=True)
+        >>> net = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> batches = [(torch.randn(32, 6), torch.randn(32, 1)) for _ in range(4)]
+        >>> model, optimizer = accelerator.prepare(net, torch.optim.Adam(net.parameters()))
+        >>> schedule = fxgrow.Every(steps=4)
+        >>> grower = AcceleratedGrower(accelerator, model, optimizer, schedule, dataloader=batches, neurons=2)
+        >>> for inputs, targets in batches:
+        ...     accelerator.backward(torch.nn.functional.mse_loss(model(inputs), targets))
+        ...     optimizer.step()
+        ...     optimizer.zero_grad()
+        ...     _ = grower.step()
+        >>> model[0].out_features
+        5
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        schedule: Schedule,
+        *,
+        dataloader: Source,
+        **options: Any,
+    ) -> None:
+        check_one_process(accelerator.num_processes, "This Accelerator")
+        if isinstance(dataloader, (DataLoaderShard, DataLoaderDispatcher)):
+            raise FxgrowError(
+                "The dataloader has been prepared by Accelerate: reading it would move the training loop's samplers "
+                "on. Give the one that went into accelerator.prepare."
+            )
+        self._accelerator = accelerator
+        source = on_device(dataloader, accelerator.device)
+        super().__init__(model, optimizer, schedule, dataloader=source, **options)
+        accelerator.register_save_state_pre_hook(self._save)
+        accelerator.register_load_state_pre_hook(self._load)
+
+    def step(self, loss: Tensor | float | None = None) -> bool:
+        """Counts an optimiser step, and grows if it is time; nothing while gradients accumulate.
+
+        Args:
+            loss: of this step, for `OnPlateau`.
+
+        Returns:
+            Whether the model has grown.
+        """
+        return super().step(loss) if self._accelerator.sync_gradients else False
+
+    def _save(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
+        body = {
+            "fxgrow": 1,
+            "recipe": json.loads(recipe_of(self._kept).to_json()),
+            "grower": self.state_dict(),
+        }
+        path = Path(folder) / FILE
+        part = path.with_name(f".{FILE}.part")
+        part.write_text(json.dumps(body), encoding="utf-8")
+        os.replace(part, path)
+
+    def _load(self, models: list[nn.Module], folder: str) -> None:
+        if all(bare(model) is not bare(self._kept) for model in models):
+            return
+        path = Path(folder) / FILE
+        try:
+            body = json.loads(path.read_text(encoding="utf-8"))
+            recipe, state = Recipe.from_json(json.dumps(body["recipe"])), body["grower"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise FileError(
+                f"{path} cannot be read ({error!r}): the folder was not written by save_state with an "
+                "AcceleratedGrower, or it is damaged."
+            ) from error
+        self.resize(recipe)
+        self.load_state_dict(state)

@@ -1,0 +1,168 @@
+"""Growth in the Trainer of Hugging Face transformers: a callback, and a model of a checkpoint's sizes to resume with.
+
+Needs the packages transformers and accelerate: `pip install fxgrow[transformers]`. The Trainer loads a checkpoint's
+weights before any callback hears of it, so the model that it is given must have their sizes:
+
+    last = get_last_checkpoint(folder)
+    model = build() if last is None else resized(build(), last)
+    Trainer(model, ..., callbacks=[GrowthCallback(...)]).train(resume_from_checkpoint=last)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, IterableDataset
+
+from fxgrow._errors import FileError, FxgrowError, MissingExtraError
+from fxgrow._files import resize
+from fxgrow._in_place import GrowerInPlace, recipe_of
+from fxgrow._loader import Source
+from fxgrow._schedule import Schedule
+from fxgrow._torchvision import import_torchvision
+from fxgrow.integrations._batches import check_one_process, on_device
+
+with contextlib.suppress(MissingExtraError):
+    import_torchvision()  # where it is installed models of transformers import it, and so must be able to
+try:
+    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers.trainer_callback import ExportableState
+except ImportError as error:
+    raise MissingExtraError(
+        f"fxgrow.integrations.transformers needs the package transformers, which cannot be imported ({error}): "
+        "pip install 'fxgrow[transformers]'."
+    ) from error
+
+#: where the Trainer keeps the states of its callbacks
+STATE = "trainer_state.json"
+M = TypeVar("M", bound=nn.Module)
+
+
+class GrowthCallback(TrainerCallback, ExportableState):
+    """Grows a model while a `transformers.Trainer` trains it.
+
+    The model stays the object and the class it is. The Trainer's checkpoints carry the recipe, the schedule's memory
+    and the history, in `trainer_state.json`; `resized` reads them.
+
+    Args:
+        schedule: when to grow, see `fxgrow.Grower`; steps are those of the optimiser.
+        dataloader: batches for growth; None for the training set in batches of the Trainer's size, shuffled by `seed`.
+        monitor: a metric for `OnPlateau`, read after each evaluation, such as `eval_loss`.
+        options: what `fxgrow.Grower` takes besides: `budget`, `neurons`, `samples`, `seed`, ...
+
+    Attributes:
+        grower: the `fxgrow.Grower`, once training has begun.
+
+    Raises:
+        FxgrowError: when training begins, if there are several processes, or the arguments ask for the best model at
+            the end, which may have other sizes.
+
+    Example:
+        >>> import fxgrow
+        >>> from fxgrow.integrations.transformers import GrowthCallback
+        >>> growth = GrowthCallback(fxgrow.Every(steps=500).until(growths=3), budget="+20%")
+        >>> growth.grower is None
+        True
+    """
+
+    def __init__(
+        self, schedule: Schedule, *, dataloader: Source | None = None, monitor: str | None = None, **options: Any
+    ) -> None:
+        self.grower: GrowerInPlace | None = None
+        self._schedule, self._source, self._monitor, self._options = schedule, dataloader, monitor, options
+
+    def state(self) -> dict[str, Any]:
+        """What the Trainer writes of this callback in each checkpoint: numbers, strings, lists and dicts alone."""
+        if self.grower is None:
+            return {"args": {}, "attributes": {}}
+        recipe = json.loads(recipe_of(self.grower.model).to_json())
+        return {"args": {}, "attributes": {"recipe": recipe, "grower": self.grower.state_dict()}}
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Makes the Grower: optimiser and data are there now, and the state of a checkpoint."""
+        check_one_process(args.world_size, "This Trainer")
+        if args.load_best_model_at_end:
+            raise FxgrowError(
+                "load_best_model_at_end=True loads weights from before later growths, which have other sizes: leave it "
+                "out, and take the best checkpoint with fxgrow.integrations.transformers.resized."
+            )
+        source = self._source
+        if source is None:
+            source = _like(kwargs["train_dataloader"], args.train_batch_size, self._options.get("seed", 0))
+        self.grower = GrowerInPlace(
+            kwargs["model"], kwargs["optimizer"], self._schedule, dataloader=on_device(source, args.device),
+            lr_scheduler=None, **self._options,
+        )  # fmt: skip
+        saved = _saved(state.stateful_callbacks)
+        if "grower" in saved:
+            self.grower.load_state_dict(saved["grower"])
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """After an optimiser step, before the Trainer logs, evaluates and saves."""
+        assert self.grower is not None
+        self.grower.step()
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """After an epoch, before the Trainer evaluates and saves."""
+        assert self.grower is not None
+        self.grower.epoch_end()
+
+    def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Reads the metric."""
+        metrics = kwargs.get("metrics", {})
+        if self._monitor is None or self.grower is None:
+            return
+        if self._monitor not in metrics:
+            raise FxgrowError(f"monitor={self._monitor!r} is no metric of this evaluation: {', '.join(metrics)}.")
+        self.grower.observe(metrics[self._monitor])
+
+
+def resized(model: M, checkpoint: str | os.PathLike[str]) -> M:
+    """A fresh model with the sizes of a Trainer's checkpoint, for `Trainer.train(resume_from_checkpoint=...)`.
+
+    Args:
+        model: built as the saved one was before it grew; left as it is.
+        checkpoint: folder that a Trainer with a `GrowthCallback` wrote.
+
+    Returns:
+        A copy of the model's class; what changed its size is zero until the weights are loaded.
+
+    Raises:
+        FileError: the folder has no growth in it, or the model does not fit.
+    """
+    path = Path(checkpoint) / STATE
+    try:
+        saved = _saved(json.loads(path.read_text(encoding="utf-8"))["stateful_callbacks"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(f"{path} cannot be read ({error!r}): give the folder of a checkpoint of a Trainer.") from error
+    if "recipe" not in saved:
+        raise FileError(f"{path} holds no growth: the checkpoint was written without a GrowthCallback.")
+    found: M = resize(model, json.dumps(saved["recipe"]), into="module")
+    return found
+
+
+def _saved(states: Any) -> dict[str, Any]:
+    """The attributes of this callback among the states of all of a Trainer's."""
+    found = (states or {}).get(GrowthCallback.__name__, {})
+    if isinstance(found, list):  # several of a kind
+        found = found[0]
+    attributes: dict[str, Any] = found.get("attributes", {})
+    return attributes
+
+
+def _like(loader: Any, batch_size: int, seed: int) -> DataLoader[Any]:
+    """The Trainer's data in a loader of its own: reading the Trainer's would move its samplers on."""
+    dataset = loader.dataset
+    shuffle = not isinstance(dataset, IterableDataset)
+    order = torch.Generator().manual_seed(seed) if shuffle else None
+    return DataLoader(dataset, batch_size, shuffle=shuffle, generator=order, collate_fn=loader.collate_fn)
