@@ -156,10 +156,12 @@ def _way(
 
 
 def _own_weight(gm: fx.GraphModule, p: Projection) -> bool:
-    """Whether the use reads a parameter as it is stored: no norm or cast computes it from others."""
+    """Whether the use reads a parameter as it is stored, whatever its size: no norm or cast computes it from others."""
     if p.node.op == "call_module":
         module = gm.get_submodule(str(p.node.target))
-        return p.weight == f"{p.node.target}.weight" and isinstance(getattr(module, "weight", None), nn.Parameter)
+        # other people's layers may keep their size as a number, as Conv1D of transformers does
+        ours = type(module).__module__.startswith("torch.nn.modules.")
+        return ours and p.weight == f"{p.node.target}.weight" and isinstance(module.weight, nn.Parameter)
     others = [n for n in p.node.all_input_nodes if n is not p.source]
     return all(n.op == "get_attr" and str(n.target) in (p.weight, p.bias) for n in others)
 

@@ -176,3 +176,24 @@ def test_new_channels_are_those_of_the_widened_network(case: str) -> None:
         for p in way.hidden.reads:
             entries = found.places[p.weight][name, p.in_dim]
             torch.testing.assert_close(z[p.source], new[p.source.name].index_select(1, entries))
+
+
+class Sized(nn.Module):
+    """A linear layer that keeps its size as a number, as those of other libraries do."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+        self.weight, self.bias = nn.Parameter(torch.randn(inputs, outputs)), nn.Parameter(torch.zeros(outputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addmm(self.bias, x.view(-1, x.size(-1)), self.weight).view(*x.shape[:-1], self.outputs)
+
+
+def test_a_layer_that_keeps_its_size_grows_in_the_widened_network() -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(Sized(6, 4), nn.Tanh(), nn.Linear(4, 5)).double()
+    data = batches(6)
+    grown = fxgrow.grow(net, data, neurons={"0": 2}, progress=False)
+    assert grown.get_parameter("0.weight").shape == (6, 6)
+    assert grown(data[0][0]).isfinite().all()
