@@ -4,49 +4,51 @@ make demo        (or: python -m examples.demo [seed])
 
 Profile by default: loss 0.2366 over 1,347 samples, 4 free widths, 1 pinned
 
-width           size  step  producers → consumers                 Ψ  share            best gains      ok  add
-─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-conv1              4     1  conv1 +1 → layer1.0.conv1 +2       4.04  99.3%  0.0199 0.0041 0.0017  4 of 4    ·
-layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2    1.18  99.1%  0.0107 0.0057 0.0043  4 of 4   +1
-layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2  0.0975  96.1%       0.0150 0.0013 0  1 of 4   +1
-layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear       0.0915  95.0%  0.0185 0.0087 0.0078  1 of 4   +1
+width           size  step  producers → consumers                 Ψ  share            best gains  worth      ok  add
+────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+conv1              4     1  conv1 +1 → layer1.0.conv1 +2       4.04  99.3%  0.0203 0.0049 0.0025   0.13  4 of 4   +1
+layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2    1.18  99.1%  0.0224 0.0052 0.0032  0.064  4 of 4    ·
+layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2  0.0974  95.9%  0.0099 0.0025 0.0020  0.036  0 of 4    ·
+layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear       0.0915  95.0%  0.0274 0.0160 0.0121  0.041  3 of 4   +1
 
-add: with the default budget: 3 units, 1,382 → 1,665 parameters (+20.5%)
+add: with the default budget: 2 units, 1,382 → 1,638 parameters (+18.5%)
 
 Ψ: what the loss asks of the consumers and no change of their weights can express; share: of all it asks for.
 best gains: predicted decrease of the loss per unit; ok: units that a test on held-back batches accepts.
+worth: of a few more units, against other widths'; shares of a budget lean towards worth for the size.
 
 pinned width  at node  because
 ────────────────────────────────────────────────────────
 linear        output   a dimension of the model's output
 
-Growth by default: 5 units, 1,382 → 2,051 parameters (+48.4%)
-held-back loss: eval 0.2502 → 0.2214 (-11.5%), train 0.2655 → 0.2441 (-8.1%)
-gamma: 1.49 applied, 5.96 best on held-back batches
-loss along gamma: 0: 0.2655  1.05: 0.2497  2.11: 0.2369  4.21: 0.2202  5.96: 0.2136  8.42: 0.2157  11.9: 0.2404
-                  16.8: 0.3325
-seconds: 1.24 (capture 0.06, profile 0.82, plan 0.03, search 0.33)
+Growth by default: 5 units, 1,382 → 2,006 parameters (+45.2%)
+held-back loss: eval 0.2502 → 0.1809 (-27.7%), train 0.2655 → 0.2157 (-18.7%)
+decrease: 0.1854 predicted, 0.0693 realised
+gamma: 5.08 applied, 5.08 best on held-back batches
+loss along gamma: 0: 0.2655  1.8: 0.2370  3.59: 0.2211  5.08: 0.2157  7.18: 0.2179  10.2: 0.2395  14.4: 0.3105
+seconds: 1.40 (capture 0.02, profile 0.72, plan 0.09, search 0.57)
 
-width           size  step  producers → consumers                 Ψ  share            best gains      ok  added
-───────────────────────────────────────────────────────────────────────────────────────────────────────────────
-conv1              4     1  conv1 +1 → layer1.0.conv1 +2       4.04  99.3%  0.0199 0.0041 0.0017  4 of 4     +2
-layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2    1.18  99.1%  0.0107 0.0057 0.0043  4 of 4     +1
-layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2  0.0975  96.1%       0.0150 0.0013 0  1 of 4     +1
-layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear       0.0915  95.0%  0.0185 0.0087 0.0078  1 of 4     +1
+width           size  step  producers → consumers                 Ψ  share            best gains  worth      ok  added
+──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+conv1              4     1  conv1 +1 → layer1.0.conv1 +2       4.04  99.3%  0.0203 0.0049 0.0025   0.13  4 of 4     +2
+layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2    1.18  99.1%  0.0224 0.0052 0.0032  0.064  4 of 4     +1
+layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2  0.0974  95.9%  0.0099 0.0025 0.0020  0.036  0 of 4      ·
+layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear       0.0915  95.0%  0.0274 0.0160 0.0121  0.041  3 of 4     +2
 
 Ψ: what the loss asks of the consumers and no change of their weights can express; share: of all it asks for.
 best gains: predicted decrease of the loss per unit; ok: units that a test on held-back batches accepts.
+worth: of a few more units, against other widths'; shares of a budget lean towards worth for the size.
 
 pinned width  at node  because
 ────────────────────────────────────────────────────────
 linear        output   a dimension of the model's output
 
-the second growth: conv1 +1, layer1.0.conv1 +2, layer2.0.conv1 +2, layer2.0.conv2 +2;
-2,051 -> 3,032 parameters, gamma 1.72
+the second growth: layer2.0.conv1 +4;
+2,006 -> 2,590 parameters, gamma 41.4
 
 wrote out/growth.png and out/grown.onnx (the same outputs in onnxruntime)
 
-test accuracy 92.2 % before growth, 96.9 % after two growths, 95.8 % ungrown; 1,382 -> 3,032 parameters; 2.3 s growing
+test accuracy 92.2 % before growth, 98.4 % after two growths, 95.8 % ungrown; 1,382 -> 2,590 parameters; 2.9 s growing
 """
 
 from __future__ import annotations
