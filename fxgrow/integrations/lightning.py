@@ -202,7 +202,8 @@ class GrowthCallback(Callback):
 
     @property
     def _grower(self) -> Grower:
-        assert self.grower is not None
+        if self.grower is None:
+            raise FxgrowError("GrowthCallback has no Grower yet: the Trainer makes it when fit begins.")
         return self.grower
 
     def _net(self, pl_module: LightningModule) -> nn.Module:

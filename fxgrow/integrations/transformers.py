@@ -84,6 +84,12 @@ class GrowthCallback(TrainerCallback, ExportableState):
         recipe = json.loads(recipe_of(self.grower.model).to_json())
         return {"args": {}, "attributes": {"recipe": recipe, "grower": self.grower.state_dict()}}
 
+    @property
+    def _begun(self) -> GrowerInPlace:
+        if self.grower is None:
+            raise FxgrowError("GrowthCallback has no Grower yet: the Trainer makes it when training begins.")
+        return self.grower
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
@@ -107,15 +113,13 @@ class GrowthCallback(TrainerCallback, ExportableState):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """After an optimiser step, before the Trainer logs, evaluates and saves."""
-        assert self.grower is not None
-        self.grower.step()
+        self._begun.step()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """After an epoch, before the Trainer evaluates and saves."""
-        assert self.grower is not None
-        self.grower.epoch_end()
+        self._begun.epoch_end()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Reads the metric."""
