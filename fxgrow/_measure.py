@@ -115,7 +115,7 @@ class Reader:
             link=method.moments,
             # with C all of N is formed at once
             project=method.project and not self.keep,
-            output_side=method.output_side,
+            output_side=method.output_side or method.refit,
             cache=CACHE if self.limit is None else min(CACHE, self.limit // 8 // len(hiddens)),
             rows=method.rows,
             room=ROOM if self.limit is None else min(ROOM, self.limit // 8),

@@ -16,7 +16,9 @@ from fxgrow._apart import apart
 from fxgrow._candidates import candidates, padded
 from fxgrow._consumer import consumers_of
 from fxgrow._pass import eval_mode
+from fxgrow._width_moments import WidthMoments
 from fxgrow._widths import hidden
+from fxgrow.initialisers import registry
 from fxgrow.initialisers.registry import Proposal
 from models import GPT, MLP, DigitsResNet
 from tests.test_statistics import randomised
@@ -197,3 +199,20 @@ def test_a_layer_that_keeps_its_size_grows_in_the_widened_network() -> None:
     grown = fxgrow.grow(net, data, neurons={"0": 2}, progress=False)
     assert grown.get_parameter("0.weight").shape == (6, 6)
     assert grown(data[0][0]).isfinite().all()
+
+
+def test_a_method_with_a_refit_need_not_ask_for_the_output_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_TABLE", dict(registry._TABLE))
+    for name, side in (("asks", True), ("does not", False)):
+
+        @registry.initialiser(name, refit=True, output_side=side)
+        def principal(width: WidthMoments, consumers: object, k: int) -> Proposal:
+            values, vectors = torch.linalg.eigh(width.second_moment)
+            return Proposal(registry.split_rows(vectors.flip(1)[:, :k], width), {}, values.flip(0)[:k].sqrt())
+
+    torch.manual_seed(0)
+    net, data = MLP([6, 4, 5]).double(), batches(6)
+    first, second = (fxgrow.grow(net, data, method=m, neurons=2, progress=False) for m in ("asks", "does not"))
+    for a, b in zip(first.parameters(), second.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    assert first.meta["fxgrow"].plan.units == {"layers.0": 2}

@@ -80,7 +80,7 @@ class Initialiser:
         propose: proposes at most k units from a width's moments.
         project: subtract from E[b V^T] what the existing weights can express.
         moments: whether E[b V^T] and E[b b^T] are needed at all.
-        output_side: whether E[V V^T] is needed.
+        output_side: whether E[V V^T] is needed for the units (a refit has it anyway).
         rows: sampled rows of b per feature that E[b b^T] needs; the larger the ridge on it, the fewer.
         sketch: widths without a window between producer and consumer get units from the slope of silent ones.
         refit: fit outgoing weights and the update of existing ones on what the units really put out.
