@@ -6,6 +6,22 @@ python -m examples.loop_transformers --resume out/hf
 
 Shakespeare where $FXGROW_DATA is set, else Python's manual. Prints the held-out loss every 120 steps and the history of
 the growths, three of 8 units in each perceptron.
+
+step 120: 2.7843 nats per character on held-out text
+step 240: 2.4812 nats per character on held-out text
+step 360: 2.4105 nats per character on held-out text
+step 480: 2.3765 nats per character on held-out text
+
+step  epoch       parameters       loss, eval      loss, train  predicted  gamma  seconds  added
+────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+ 120      0  14,016 → 15,056  2.8987 → 2.8749  2.9204 → 2.9242     0.0216   99.9     24.4  transformer.h.0.mlp.c_fc +8,
+                                                                                           transformer.h.1.mlp.c_fc +8
+ 240      0  15,056 → 16,096  2.5961 → 2.5731  2.6379 → 2.6248     0.0267    191     21.4  transformer.h.0.mlp.c_fc +8,
+                                                                                           transformer.h.1.mlp.c_fc +8
+ 360      0  16,096 → 17,136  2.5144 → 2.4979  2.5682 → 2.5558     0.0176   98.8     22.4  transformer.h.0.mlp.c_fc +8,
+                                                                                           transformer.h.1.mlp.c_fc +8
+
+3 growths, 0 declined, 68.2 s
 """
 
 from __future__ import annotations
