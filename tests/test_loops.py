@@ -39,7 +39,7 @@ def test_a_resumed_run_ends_with_the_same_weights(kind, monkeypatch, tmp_path) -
             monkeypatch.setattr(loop, name, value)
         stop = 5
     else:
-        few = type(digits())(*(part[:320] for part in digits()))
+        few = type(digits())(*(part[:640] for part in digits()))
         monkeypatch.setattr(loop, "digits", lambda: few)
         monkeypatch.setattr(loop, "EPOCHS", 5)
         monkeypatch.setattr(loop, "EVERY", 1)
