@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import inspect
 import random
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -19,6 +18,7 @@ from torch.utils import _pytree as pytree
 from fxgrow._errors import CaptureError
 from fxgrow._example import KEYWORDS
 from fxgrow._follow import Follower
+from fxgrow._graph import lend_source, lint
 from fxgrow._modes import guard_modes, merge_modes
 from fxgrow._opaque import Obstacles
 from fxgrow._purity import is_pure
@@ -203,10 +203,8 @@ def _assemble(
         gm.register_buffer(name, tensor, persistent=False)
     tracer.graph._tracer_cls = None  # our tracer needs inputs; any tracer can read the graph again
     gm.graph = tracer.graph
-    with warnings.catch_warnings():
-        # lint would have `training` flags be tensors or modules.
-        warnings.filterwarnings("ignore", message=".*does not reference an nn.Module.*")
-        gm.graph.lint()
+    lint(gm)
+    lend_source(gm)
     # a slice of a data set would carry all of it into every copy and every saved file
     gm.meta["example_inputs"] = pytree.tree_map_only(torch.Tensor, _alone, values)
     gm.meta[KEYWORDS] = keywords

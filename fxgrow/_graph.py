@@ -1,8 +1,11 @@
-"""What every pass does with a graph: copy it, and look up its tensors."""
+"""What every pass does with a graph: copy it, compile it, and look up its tensors."""
 
 from __future__ import annotations
 
 import copy
+import linecache
+import warnings
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -54,4 +57,36 @@ def copy_graph(gm: fx.GraphModule, replaced: Mapping[int, Tensor] | None = None)
     out._non_persistent_buffers_set = set(gm._non_persistent_buffers_set)
     for p in out.parameters():
         p.grad = None
+    lend_source(out)
     return out
+
+
+def compile_graph(gm: fx.GraphModule) -> None:
+    """Checks an edited graph and makes it the code of its module."""
+    lint(gm)
+    gm.recompile()
+    lend_source(gm)
+
+
+def lint(gm: fx.GraphModule) -> None:
+    """`gm.graph.lint()`, which would have `training` flags be tensors or modules."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not reference an nn.Module.*")
+        gm.graph.lint()
+
+
+def lend_source(gm: fx.GraphModule) -> None:
+    """Lets the text of a graph's code go with the code.
+
+    torch.fx keeps the text of whatever it has ever compiled, for tracebacks: a run that grows without end would only
+    ever add to it.
+    """
+    code = type(gm).forward.__code__
+    weakref.finalize(code, _forget, code.co_filename).atexit = False
+
+
+def _forget(name: str) -> None:
+    linecache.cache.pop(name, None)
+    # private; where it is another one the text stays
+    loader = getattr(fx.graph_module, "_loader", None)
+    getattr(loader, "eval_cache", {}).pop(name, None)

@@ -8,7 +8,6 @@ ensures:  the replayed graph has the code, attributes and sizes of the grown one
 
 from __future__ import annotations
 
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -19,7 +18,7 @@ from torch import Tensor, fx, nn
 from fxgrow._check import check_shapes
 from fxgrow._errors import FileError, RewriteError
 from fxgrow._example import Example
-from fxgrow._graph import caller, copy_graph
+from fxgrow._graph import caller, compile_graph, copy_graph
 from fxgrow._recipe import Attribute, Number, Place, Recipe, Step, keep_recipe
 
 
@@ -93,11 +92,7 @@ def replayed(gm: fx.GraphModule, recipe: Recipe, given: Mapping[str, Tensor] | N
         _set_attributes(out, step)
         _set_numbers(out, step)
     if any(step.sizes for step in recipe.steps):
-        with warnings.catch_warnings():
-            # lint would have `training` flags be tensors or modules
-            warnings.filterwarnings("ignore", message=".*does not reference an nn.Module.*")
-            out.graph.lint()
-        out.recompile()
+        compile_graph(out)
         try:
             check_shapes(out, {})
         except RewriteError as error:

@@ -11,7 +11,6 @@ of a producer are random, new columns of a consumer are zero and followers are t
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -25,7 +24,7 @@ from fxgrow._check import check_shapes
 from fxgrow._copies import Copies, settle_copies
 from fxgrow._errors import PlanError
 from fxgrow._fold import folded, quiet_rows, unfolded
-from fxgrow._graph import copy_graph, lookup
+from fxgrow._graph import compile_graph, copy_graph, lookup
 from fxgrow._settle import settle_entries, settle_norms, settle_numbers, settle_products, shrunk
 from fxgrow._widths import Hidden, hidden
 from fxgrow.ops.registry import Projection, Structure
@@ -118,11 +117,7 @@ def widened(
     _write_constants(grown, structure, grow, twins)
     settle_norms(grown, structure, grow, twins)
     settle_numbers(structure, grow, twins)
-    with warnings.catch_warnings():
-        # lint would have `training` flags be tensors or modules
-        warnings.filterwarnings("ignore", message=".*does not reference an nn.Module.*")
-        grown.graph.lint()
-    grown.recompile()
+    compile_graph(grown)
     settle_products(grown, structure, grow, twins, gm.meta["example_inputs"], index)
     return Wide(grown, index, twins, _lengths(structure, grow, twins))
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fxgrow._fake import set_value
-from fxgrow._graph import OWNER, submodule
+from fxgrow._graph import OWNER, lend_source, submodule
 from fxgrow._opaque import KEY
 
 _FORWARDS = {kind.forward: kind for kind in (nn.LSTM, nn.GRU, nn.RNN)}
@@ -115,6 +115,7 @@ def written_out(gm: fx.GraphModule) -> fx.GraphModule:
         twins[node].replace_all_uses_with(result)
         graph.erase_node(twins[node])
     new.graph = graph
+    lend_source(new)
     return new
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import linecache
 import math
 
 import pytest
@@ -272,3 +274,16 @@ def test_checks_find_a_broken_graph() -> None:
     other.get_submodule("bn").weight = nn.Parameter(torch.ones(9).double())
     with pytest.raises(RewriteError, match="weight should contain 8 elements not 9"):
         check_shapes(other, {})
+
+
+def test_the_text_of_a_graph_goes_with_its_code() -> None:
+    """torch.fx keeps it for tracebacks; a run that grows without end would only ever add to it."""
+    gm = capture(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)), (torch.randn(2, 3),))
+    texts = len(linecache.cache)
+    grown, _ = rewrite(gm, {"0": 2})
+    name = type(grown).forward.__code__.co_filename
+    assert "def forward(self" in "".join(linecache.getlines(name))
+    del grown
+    gc.collect()
+    assert name not in linecache.cache
+    assert len(linecache.cache) <= texts

@@ -28,6 +28,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fxgrow._errors import ProfileError
+from fxgrow._graph import compile_graph
 from fxgrow._splits import SplitGraph, Splits, pack, unit_rows, unpack, writes_of
 from fxgrow.initialisers.copies import why_no_copies
 from fxgrow.initialisers.registry import Setting, finder
@@ -182,7 +183,7 @@ def smooth(gm: fx.GraphModule) -> None:
                 smoothed = gm.graph.call_function(_smoothed(f), args, kwargs)
             node.replace_all_uses_with(smoothed)
             gm.graph.erase_node(node)
-    gm.recompile()
+    compile_graph(gm)
 
 
 def _kinked(gm: fx.GraphModule, node: fx.Node) -> Callable[..., Tensor] | None:
