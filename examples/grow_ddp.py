@@ -1,6 +1,7 @@
 """Growth under torchrun: each process trains on its part of the data, all grow alike, and a run that dies goes on.
 
-torchrun --nproc-per-node 2 --max-restarts 1 -m examples.grow_ddp run.safetensors
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else a restart may meet the addresses of those that died: pytorch#135712
+torchrun --standalone --nproc-per-node 2 --max-restarts 1 -m examples.grow_ddp run.safetensors
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The example of growth under torchrun, of which one process is killed in the middle of the second growth, once.
 
-torchrun --nproc-per-node 2 --max-restarts 1 -m tests.killed <checkpoint> <result> <whether to kill>
+torchrun --standalone --nproc-per-node 2 --max-restarts 1 -m tests.killed <checkpoint> <result> <whether to kill>
 """
 
 from __future__ import annotations

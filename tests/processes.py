@@ -130,6 +130,11 @@ def fsdp(net: nn.Module) -> nn.Module:
     return fully_shard(net, mesh=mesh)
 
 
+def single(case: Callable[[Batches, Setting], Any]) -> Callable[[Batches, Setting], Any]:
+    """The case on data in float32."""
+    return lambda batches, setting: case([(x.float(), y.float()) for x, y in batches], setting)
+
+
 EQUAL: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "default": (grown(mlp, "default"), (6,)),
     "tiny": (grown(mlp, "tiny"), (6,)),
@@ -138,6 +143,8 @@ EQUAL: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "ddp": (trained(ddp), (6,)),
     "fsdp": (trained(fsdp), (6,)),
 }
+#: the same to rounding
+SINGLE = {m: single(grown(lambda: mlp().float(), m)) for m in ("default", "tiny")}
 #: norms in training see each process's own batch, as in DistributedDataParallel: one process reads them one by one
 ONE_BY_ONE = {
     "norms": (grown(convolutions, "default"), (2, 2, 2)),
@@ -193,6 +200,7 @@ def main(folder: Path) -> None:
     results: dict[str, Any] = {}
     for name, (case, shape) in (EQUAL | ONE_BY_ONE).items():
         results[name] = case(shard(rank, shape, SIZES.get(name, 16)), {"process_group": group})
+    results["float32"] = {method: case(shard(rank), {"process_group": group}) for method, case in SINGLE.items()}
     results["failing"] = failing(rank, group)
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
