@@ -42,6 +42,11 @@ class Link:
     #: spatial shape of the map the consumer reads; empty between linear layers
     read_shape: tuple[int, ...]
 
+    @property
+    def written(self) -> tuple[int, ...]:
+        """Spatial shape of the map the producer writes."""
+        return tuple(r * p for r, p in zip(self.read_shape, self.pool or (1,) * len(self.read_shape), strict=True))
+
 
 def window(p: Projection) -> Window:
     return Window(p.kernel, p.stride, p.dilation, p.padding)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +19,22 @@ from fxgrow._moments import coverage, cross_moment, patch_rows
 from fxgrow._solve import Factor, factor
 from fxgrow._widths import Hidden
 from fxgrow.ops.registry import Structure
+
+
+class Reading(NamedTuple):
+    """The map on which the features b of all producers stand side by side.
+
+    Attributes:
+        links: whose maps these are.
+        shape: of the map, empty between linear layers.
+        pooled: it is what a consumer reads, behind the pools, and not what the producers write.
+        cover: how often each position is read.
+    """
+
+    links: list[Link]
+    shape: tuple[int, ...]
+    pooled: bool
+    cover: Tensor
 
 
 @dataclass
@@ -93,19 +110,25 @@ class WidthMoments:
         start, stop = self.spans[link.writes.weight]
         block[start:stop].add_(moment)
 
-    def reading(self) -> tuple[tuple[int, ...], tuple[int, ...], Tensor]:
-        """The map that new units are read on: its shape, the pool before it, how often each position is read."""
-        first = self.links[0]
-        shape, pool = first.read_shape, first.pool
-        if any((k.pool, k.read_shape) != (pool, shape) for k in self.links):
+    def reading(self) -> Reading:
+        """The map that b is taken on."""
+        links = self.links
+        if len({k.read_shape for k in links}) > 1:
             # consumers that read different maps: count every written position once
-            shape = tuple(r * p for r, p in zip(shape, pool or (1,) * len(shape), strict=True))
-            return shape, (), torch.ones(shape)
+            written = {k.written for k in links}
+            if len(written) == 1:
+                (shape,) = written
+                return Reading(links, shape, False, torch.ones(shape))
+            # and producers that write different ones: they meet at the consumer that most of them reach
+            by_use: dict[fx.Node, list[Link]] = {}
+            for k in links:
+                by_use.setdefault(k.reads.node, []).append(k)
+            links = max(by_use.values(), key=len)
+        shape = links[0].read_shape
         if not shape:
-            return shape, pool, torch.ones(())
-        windows = {k.reads.weight: k.consumer for k in self.links}.values()
-        cover = torch.stack([coverage(shape, w).double() for w in windows]).mean(0)
-        return shape, pool, cover
+            return Reading(links, shape, True, torch.ones(()))
+        windows = {k.reads.weight: k.consumer for k in links}.values()
+        return Reading(links, shape, True, torch.stack([coverage(shape, w).double() for w in windows]).mean(0))
 
     def add_rows(
         self,
@@ -139,7 +162,7 @@ class WidthMoments:
     def rounds(self) -> list[dict[str, Link]]:
         """The i-th use of every producer, for each i: a module used twice writes twice, as two positions would."""
         uses: dict[str, dict[fx.Node, Link]] = {name: {} for name in self.spans}
-        for link in self.links:
+        for link in self.reading().links:
             uses[link.writes.weight].setdefault(link.writes.node, link)
         return [
             {name: links[i] for name, links in ((n, list(u.values())) for n, u in uses.items()) if i < len(links)}
@@ -147,8 +170,8 @@ class WidthMoments:
         ]
 
     def positions(self, inputs: Mapping[fx.Node, Tensor]) -> int:
-        shape, _, _ = self.reading()
-        link = self.links[0]
+        links, shape, _, _ = self.reading()
+        link = links[0]
         return math.prod(shape) if shape else producer_map(inputs[link.writes.source], link).shape[1]
 
     def stacked(
@@ -162,7 +185,7 @@ class WidthMoments:
 
         True: the last feature, which is 1, is left out.
         """
-        shape, pool, cover = self.reading()
+        _, shape, pooled, cover = self.reading()
         maps = {name: producer_map(inputs[k.writes.source], k) for name, k in uses.items()}
         first = next(iter(maps.values()))
         n, device, positions = first.shape[0], first.device, self.positions(inputs)
@@ -173,14 +196,18 @@ class WidthMoments:
             weight = cover.expand(count)
         else:
             weight = cover.repeat(n) if chosen is None else cover[chosen % positions]
+
+        def patches(name: str, bias: bool) -> Tensor:
+            k = uses[name]
+            return patch_rows(maps[name], k.producer, chosen, bias, k.pool if pooled else ())
+
         if len(self.spans) == 1:
             ((name, k),) = uses.items()
-            return patch_rows(maps[name], k.producer, chosen, pool=pool), weight, k.writes.bias is not None
+            return patches(name, False), weight, k.writes.bias is not None
         parts = []
         for name, (start, stop) in self.spans.items():
             if name in uses:
-                k = uses[name]
-                parts.append(patch_rows(maps[name], k.producer, chosen, bias=k.writes.bias is not None, pool=pool))
+                parts.append(patches(name, uses[name].writes.bias is not None))
             else:
                 parts.append(accumulating(first.new_zeros(count, stop - start)))
         return torch.cat(parts, 1), weight, False

@@ -1,4 +1,4 @@
-"""What holds for every test: few threads, a fixed seed, a torchvision that imports."""
+"""What holds for every test: one thread, a fixed seed, a torchvision that imports."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from fxgrow._torchvision import import_torchvision
 
 # Plots are written to files, never shown.
 os.environ.setdefault("MPLBACKEND", "Agg")
-# Under xdist each worker is a process; together they share the cores.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, torch.get_num_threads()))
+# Most tensors are so small that threads would only wait for each other.
+torch.set_num_threads(1)
 
 if importlib.util.find_spec("torchvision") is not None:
     import_torchvision()

@@ -135,11 +135,11 @@ def naive(case: Case) -> Expected:
                 block[at : at + b.shape[0]] = torch.einsum("ptl,ol->pto", b, v)
                 blocks[n] = blocks[n] + block / count
         for r in case.rounds or [dict.fromkeys(case.producers, 0)]:
-            for weight, way, n in _readings(case):
+            for weight, ways, n in _readings(case):
                 parts = []
                 for p in case.producers:
-                    some = maps[p, r.get(p, 0)]
-                    b = way(some) if p in r else way(some) * 0
+                    b = ways.get(p, same)(maps[p, r.get(p, 0)])
+                    b = b if p in r else b * 0
                     every = b.flatten(2)[0] if b.dim() == 4 else b[0].T
                     parts.append(every if n is None else _windows(modules[n], b).flatten(1))
                 stacked = torch.cat(parts)
@@ -158,9 +158,10 @@ def naive(case: Case) -> Expected:
     return Expected(psi, desired, lam[lam > 1e-6 * lam[0]], product, updates, slope)
 
 
-def _readings(case: Case) -> list[tuple[float, Callable[[Tensor], Tensor], str | None]]:
+def _readings(case: Case) -> list[tuple[float, dict[str, Callable[[Tensor], Tensor]], str | None]]:
     """How S counts: over the windows of each consumer, averaged over consumers; or every position once."""
     if case.count_once:
-        return [(1.0, same, None)]
-    one = {n: next(iter(s.values())) for (n, _), s in reversed(case.between.items())}
-    return [(1 / len(one), way, n) for n, way in one.items()]
+        return [(1.0, {}, None)]
+    one = {n: {p: way for (p, _), way in s.items()} for (n, _), s in reversed(case.between.items())}
+    first = {p: way for ways in one.values() for p, way in ways.items()}
+    return [(1 / len(one), first | ways, n) for n, ways in one.items()]

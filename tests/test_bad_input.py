@@ -19,14 +19,6 @@ import fxgrow
 from fxgrow.initialisers.registry import _TABLE
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Net(nn.Module):
     """Convolutions with a norm and dropout, and a head; three free widths."""
 

@@ -20,14 +20,6 @@ from models.gpt import GPT
 from models.unet import UNet
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Noisy(Dataset[Any]):
     """Augments with all three global generators."""
 

@@ -21,12 +21,9 @@ NEEDS = {
 
 @pytest.fixture(autouse=True)
 def _deterministic():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("kind", NEEDS)

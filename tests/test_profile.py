@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,14 +14,6 @@ from torch.nn import functional as F
 import fxgrow
 from models.mlp import MLP
 from models.resnet import DigitsResNet
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def data(*shape: int, classes: int = 5, count: int = 96, batch: int = 32) -> list[tuple[Tensor, Tensor]]:

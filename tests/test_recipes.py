@@ -11,7 +11,7 @@ import copy
 import functools
 import importlib
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import pytest
@@ -383,15 +383,6 @@ ROWS = [
         {"model.embed_tokens": 1, "model.layers.0.mlp.gate_proj": 1}, single=True),
 ]  # fmt: skip
 FREE, PINNED = [r for r in ROWS if r.free], [r for r in ROWS if r.pinned]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread() -> Iterator[None]:
-    """Layers of a few channels are slower on several threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def named(rows: list[Row]) -> Any:

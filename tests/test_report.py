@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,10 +26,8 @@ NAMES = st.text("abcdefgh.12", min_size=1, max_size=150)
 
 
 @pytest.fixture(scope="module")
-def grown() -> Iterator[tuple[Profile, Growth]]:
+def grown() -> tuple[Profile, Growth]:
     """A profile and a growth of one briefly trained network."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # the tensors are tiny
     torch.manual_seed(0)
     net = DigitsResNet(0.25)
     data = digits()
@@ -42,8 +39,7 @@ def grown() -> Iterator[tuple[Profile, Growth]]:
         optimizer.step()
     profile = fxgrow.profile(net, batches, progress=False)
     growth = fxgrow.grow(net, batches, neurons={"conv1": 1, "layer2.0.conv2": 3}, progress=False).meta["fxgrow"]
-    torch.set_num_threads(threads)
-    yield profile, growth
+    return profile, growth
 
 
 @given(NAMES, st.integers(3, 60))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,14 +15,6 @@ from models.gpt import GPT
 from tests.naive import Case, naive, same
 
 EXACT = 1e-8
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # matrices this small are slower on several
-    yield
-    torch.set_num_threads(threads)
 
 
 # -- the cases
@@ -100,6 +92,26 @@ def global_pool() -> Case:
     case.width, case.producers, case.consumers = "4", ["4"], ["8"]
     case.between = {("8", 0): {("4", 0): lambda b: b.mean((2, 3), keepdim=True)}}
     return case
+
+
+class Meeting(nn.Module):
+    """A map that is averaged and one that is strided meet; `twice`: their sum is averaged and read once more."""
+
+    def __init__(self, twice: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(2, 3, 3, stride=2, padding=1, bias=False)
+        self.c, self.d = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 1) if twice else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        s = F.avg_pool2d(self.a(x), 2) + self.b(x)
+        out = self.c(s).mean((2, 3))
+        return out if self.d is None else out + self.d(F.avg_pool2d(s, 2)).tanh().mean((2, 3))
+
+
+def meeting() -> Case:
+    x, y = torch.randn(33, 2, 8, 8, dtype=torch.float64), torch.randint(3, (33,))
+    between = {("c", 0): {("a", 0): lambda m: F.avg_pool2d(m, 2), ("b", 0): same}}
+    return Case(randomised(Meeting(False)), split(x, y, 20, 13), F.cross_entropy, "a", ["a", "b"], ["c"], between)
 
 
 class Residual(nn.Module):
@@ -237,6 +249,7 @@ CASES: dict[str, Callable[[], Case]] = {
     "flatten": conv_flatten,
     "average pool between": pooled_conv,
     "global pool": global_pool,
+    "maps of different sizes": meeting,
     "residual stream": residual,
     "residual stream, pooled head": lambda: residual(pooled=True),
     "tokens": lambda: tokens("fc1"),
@@ -272,6 +285,16 @@ def columns_of(case: Case, grown: nn.Module, name: str, k: int) -> Tensor:
     taps = taps if old.dim() == 2 else 1
     columns = weight[: old.shape[0], -k * taps :]
     return columns.reshape(len(old), k, -1).permute(1, 2, 0)
+
+
+@pytest.mark.parametrize("positions", ["all", "sampled"])
+def test_maps_of_different_sizes_that_are_read_at_different_sizes(positions: str) -> None:
+    case = meeting()
+    settings = {"widths": ["a"], "units": 2, "positions": positions, "progress": False}
+    profile = fxgrow.profile(Meeting(True).double(), case.batches, method="tiny", **settings)
+    grown = fxgrow.apply(profile.gm, fxgrow.plan(profile, neurons={"a": 2}, update_existing=False))
+    assert (grown.a.out_channels, grown.b.out_channels, grown.d.in_channels) == (5, 5, 5)
+    assert profile["a"].singular_values[0] > 0
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -24,14 +22,6 @@ from models import GPT, MLP, DigitsResNet
 from tests.test_statistics import randomised
 
 Batches = list[tuple[Tensor, Tensor]]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def batches(*shape: int, classes: int = 5, count: int = 192, batch: int = 24) -> Batches:

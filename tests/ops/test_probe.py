@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -190,12 +190,8 @@ REFUSED: dict[str, tuple[Use, str]] = {
 
 
 @pytest.fixture(autouse=True)
-def _fresh() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
+def _fresh() -> None:
     probe._verdicts.clear()
-    yield
-    torch.set_num_threads(before)
 
 
 def network(use: Use, channels: int = 8) -> nn.Module:
