@@ -145,7 +145,8 @@ class Trial:
         record = self.net.meta["fxgrow"]
         held = max(1, len(data) // 4)
         passes = 2 if record.profile.refit is not None else 1
-        looks = 4 + 2 * (1 + len(record.search.gammas))
+        # where nothing moves with gamma it is not searched
+        looks = 4 if record.search is None else 4 + 2 * (1 + len(record.search.gammas))
         self.per_step = self.count()
         # a forward pass is a third of a step
         self.multiply_adds += self.per_step * (passes * (len(data) - held) + looks * held / 3)
