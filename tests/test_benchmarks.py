@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 import fxgrow
-from benchmarks._paper_run import Protocol, build, events, shifted
+from benchmarks._paper_run import Protocol, Trial, build, events, shifted
 from benchmarks.equal_cost import fresh, over_time
 from benchmarks.paper import CONFIGS, protocol_of
+from examples.data import Split
 from models import MLP
 
 CPU = torch.device("cpu")
@@ -29,6 +30,17 @@ def test_growths_end_at_the_target(start: float) -> None:
     grown = fxgrow.widen(net, (x,), added)
     target = build(protocol, 1.0, 0, CPU)
     assert {n: p.shape for n, p in grown.named_parameters()} == {n: p.shape for n, p in target.named_parameters()}
+
+
+@pytest.mark.parametrize("method", Protocol().methods)
+def test_a_growth_by_any_method_is_counted(method: str) -> None:
+    protocol = Protocol(batch=16, samples=32)
+    x, y = torch.randn(64, 3, 8, 8), torch.randint(10, (64,))
+    trial = Trial(protocol, Split(x, y, x, y), build(protocol, 1 / 4, 0, CPU), 0)
+    trial.net = fxgrow.capture(trial.net, (x[:2],))
+    trial.grow("layer4.1.conv1", 3, method)
+    assert trial.growths == 1 and trial.growing == trial.seconds > 0
+    assert trial.multiply_adds > 2 * trial.per_step / 3
 
 
 def test_the_full_config_is_the_whole_network() -> None:
