@@ -40,7 +40,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import fxgrow
-from examples.data import digits
+from examples.data import accuracy, digits
 from examples.options import options
 from fxgrow.integrations.accelerate import AcceleratedGrower
 from models import DigitsResNet
@@ -77,14 +77,6 @@ def run(checkpoint: Path | None = None, stop: int | None = None, resume: Path | 
         accelerator.save_state(str(checkpoint))
     print(f"\n{grower.history}")
     return model
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data) -> float:
-    model.eval()
-    hits = (model(data.x_test).argmax(1) == data.y_test).float().mean()
-    model.train()
-    return 100 * float(hits)
 
 
 if __name__ == "__main__":

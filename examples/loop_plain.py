@@ -40,7 +40,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxgrow
-from examples.data import digits
+from examples.data import accuracy, digits
 from examples.options import options
 from models import DigitsResNet
 
@@ -81,14 +81,6 @@ def run(checkpoint: Path | None = None, stop: int | None = None, resume: Path | 
         fxgrow.save_checkpoint(checkpoint, grower.model, **state)
     print(f"\n{grower.history}")
     return grower.model
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, data) -> float:
-    model.eval()
-    hits = (model(data.x_test).argmax(1) == data.y_test).float().mean()
-    model.train()
-    return 100 * float(hits)
 
 
 if __name__ == "__main__":

@@ -128,7 +128,8 @@ class History(Sequence[Event]):
         if not self._events:
             return "no growth yet"
         rows = [_row(e) for e in self]
-        total = f"{self.growths} growths, {len(self) - self.growths} declined, {self.seconds:.1f} s"
+        grown = f"{self.growths} growth{'s'[self.growths == 1 :]}"
+        total = f"{grown}, {len(self) - self.growths} declined, {self.seconds:.1f} s"
         return f"{table(COLUMNS, rows)}\n\n{total}"
 
     def to_list(self) -> list[dict[str, Any]]:
