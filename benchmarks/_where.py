@@ -18,6 +18,7 @@ from fxgrow._data import Data
 from fxgrow._grow import _apply_best
 from fxgrow._optim import repoint
 from fxgrow._search import held_batches
+from fxgrow._world import ALONE
 from models import GPT, MLP
 
 #: batches that a profile reads
@@ -124,7 +125,7 @@ class Trained:
         optimizer.param_groups[0]["lr"] = FURTHER
         if plan is None:
             return old, optimizer, None
-        graph, outcome = _apply_best(self.gm, plan, self.profile.record(), self.held, loss_of, True, True)
+        graph, outcome = _apply_best(self.gm, plan, self.profile.record(), self.held, loss_of, True, True, ALONE)
         repoint(optimizer, old, graph, outcome.index)
         return graph, optimizer, outcome.record
 

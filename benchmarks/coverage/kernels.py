@@ -6,6 +6,7 @@ Detectors end in non-maximum suppression and read maps by `roi_align`; without t
 from __future__ import annotations
 
 import sys
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ def provide_kernels() -> None:
     _LIBRARIES.append(library)
     boxes._assert_has_ops = lambda: None
     # torchvision compiles its Python version on first use, which takes longer than to run it
-    module = sys.modules["torchvision.ops.roi_align"]
+    module: Any = sys.modules["torchvision.ops.roi_align"]
     module._roi_align = module._roi_align.__wrapped__
 
 

@@ -28,7 +28,7 @@ class LeNet(nn.Module):
 class Tagger(nn.Module):
     """An embedding, a recurrent layer both ways and a linear one."""
 
-    def __init__(self, cell: type[nn.RNNBase]) -> None:
+    def __init__(self, cell: Callable[..., nn.RNNBase]) -> None:
         super().__init__()
         self.embed = nn.Embedding(96, 24)
         self.cell = cell(24, 16, num_layers=2, batch_first=True, bidirectional=True)
