@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from fxgrow._gram import accumulating, add_gram, mirrored
+from fxgrow._gram import accumulating, add_gram, matmul, mirrored
 from fxgrow._graph import lookup
 from fxgrow._links import window
 from fxgrow._memory import Span
@@ -228,7 +228,7 @@ class Consumer:
         v, z = accumulating(v), accumulating(z)
         w = self.window
         if not w.kernel:
-            return v.flatten(0, -2).mT @ z.flatten(0, -2)
+            return matmul(v.flatten(0, -2).mT, z.flatten(0, -2))
         like = v.new_empty(1).expand(v.shape[1], z.shape[1], *w.kernel)
         gradient: Tensor = torch.ops.aten.convolution_backward(
             v, z, like, None, w.stride, w.padding, w.dilation, False, [0] * len(w.kernel), 1, (False, True, False)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fxgrow._borders import strips
 from fxgrow._errors import ProfileError
-from fxgrow._gram import accumulating
+from fxgrow._gram import accumulating, matmul
 from fxgrow._window import Axis, Strip, Window, axes
 
 __all__ = ["Window", "coverage", "cross_moment", "patch_rows", "patches"]
@@ -120,7 +120,7 @@ def cross_moment(
     if not producer.kernel:
         x, v = x.flatten(0, -2), v.flatten(0, -2)
         moment = x.new_empty(x.shape[1] + bias, v.shape[1])
-        torch.mm(x.mT, v, out=moment[: x.shape[1]])
+        matmul(x.mT, v, out=moment[: x.shape[1]])
         if bias:
             torch.sum(v, 0, out=moment[-1])
         return moment.unsqueeze(1)

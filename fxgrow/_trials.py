@@ -19,7 +19,7 @@ from fxgrow._apart import Apart
 from fxgrow._consumer import Consumer
 from fxgrow._data import Batch, Data, LossFn
 from fxgrow._evidence import Tests
-from fxgrow._gram import accumulating
+from fxgrow._gram import accumulating, matmul
 from fxgrow._graph import lookup
 from fxgrow._memory import Memory
 from fxgrow._pass import Seen, eval_mode, run_pass
@@ -187,7 +187,7 @@ class Trials:
             for part in drawn.parts:
                 right = accumulating(c.inputs(c.taken(z), part))
                 left = accumulating(c.inputs(c.taken(h), part))
-                moments = [left.mT @ right, right.mT @ right]
+                moments = [matmul(left.mT, right), matmul(right.mT, right)]
                 if c.bias is not None:
                     moments[0] = torch.cat([moments[0], right.sum(0, keepdim=True)])
                 moments = [m.mul_(drawn.scale / self.stats.total) for m in moments]
