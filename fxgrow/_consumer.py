@@ -211,7 +211,7 @@ class Consumer:
             self.m = add_gram(self.m, self.inputs(h, part), bias=self.bias is not None, scale=scale)
         if self.output_side:
             updates = updates.flatten(0, 1)
-            self.g = add_gram(self.g, updates if chosen is None else updates[chosen], scale=scale)
+            self.g = add_gram(self.g, updates if chosen is None else updates.index_select(0, chosen), scale=scale)
         self.rows += rows
         return parts, scale
 

@@ -66,7 +66,7 @@ def patch_rows(
         ``[m, C * prod(kernel) (+ 1)]``.
     """
     if not window.kernel:
-        rows = accumulating(x.flatten(0, 1) if chosen is None else x.flatten(0, 1)[chosen])
+        rows = accumulating(x.flatten(0, 1) if chosen is None else x.flatten(0, 1).index_select(0, chosen))
         return F.pad(rows, (0, 1), value=1.0) if bias else rows
     nd = len(window.kernel)
     read = axes(tuple(x.shape[2:]), window, Window((1,) * nd), pool)
