@@ -285,6 +285,17 @@ class Consumer:
         kernel = weight.reshape(weight.shape[0], weight.shape[1] // w.taps, *w.kernel)
         return _CONV[len(w.kernel)](h, kernel, bias, w.stride, w.padding, w.dilation)
 
+    def back(self, weight: Tensor, v: Tensor, z: Tensor) -> Tensor:
+        """What comes back to other channels z when v comes back to `outgoing`, its transpose on v as `asked`."""
+        w = self.window
+        if not w.kernel:
+            return v @ weight
+        kernel = weight.reshape(weight.shape[0], weight.shape[1] // w.taps, *w.kernel)
+        gradient: Tensor = torch.ops.aten.convolution_backward(
+            v, z, kernel, None, w.stride, w.padding, w.dilation, False, [0] * len(w.kernel), 1, (True, False, False)
+        )[0]
+        return gradient
+
 
 def reads_of(consumers: Mapping[str, Consumer]) -> dict[fx.Node, list[tuple[Consumer, Projection]]]:
     """By node: who asks for what there."""

@@ -162,15 +162,10 @@ class Trials:
             raise RuntimeError("no rows were added")
         width = self.reads[c.weight]
         hz, zz = self._second_moments(c, self.ways[width], self.proposals[width])
-        biased, before, k = c.bias is not None, vh.shape[1] - (c.bias is not None), vz.shape[1]
-        fit = torch.cat([vh[:, :before], vz, vh[:, before:]], 1)
-        every = torch.arange(fit.shape[1], device=fit.device)
-        old = torch.cat([every[:before], every[before + k :]])
-        new = {width: every[before : before + k].view(self.atoms[width], -1)}
-        outputs = torch.arange(len(fit), device=fit.device)
-        held = torch.zeros_like(fit)
-        bias = c.bias if biased else None
-        r = Readout(c.weight, bias, c.uses[0], outputs, old, new, c.m, hz, zz, c.curvature(), fit, held)
+        new = {width: torch.arange(vz.shape[1], device=vz.device).view(self.atoms[width], -1)}
+        outputs = torch.arange(len(vh), device=vh.device)
+        held = torch.zeros_like(vh), torch.zeros_like(vz)
+        r = Readout(c.weight, c.bias, c.uses[0], outputs, new, c.m, hz, zz, c.curvature(), (vh, vz), held)
         if self.held.samples:  # the same E[V h^T], so the same dW*
             r.root, r.move = c.root, c.move
         return r
@@ -198,8 +193,7 @@ class Trials:
     # -- the held-back test
 
     def _test(self, gm: fx.GraphModule, out: Refit) -> None:
-        channels = {name: {self.reads[name]: self._channels(c)} for name, c in self.consumers.items()}
-        tests = Tests(out, self.atoms, channels)
+        tests = Tests(out, self.atoms)
         vz: dict[str, Tensor] = {}
 
         def visit(size: int, inputs: Values, updates: Values) -> None:
@@ -210,8 +204,8 @@ class Trials:
                     c = self.consumers[name]
                     self._add_outer(vz, name, z, updates)
                     for p in c.uses:
-                        both = torch.cat([c.taken(inputs[p.source]), c.taken(z[p.source])], c.dim)
-                        uses.append((name, c, both, c.asked(updates[p.node])))
+                        h, own, v = c.taken(inputs[p.source]), c.taken(z[p.source]), c.asked(updates[p.node])
+                        uses.append((name, c, h, own, v))
             tests.add(size, uses)
 
         if self.held.samples:
@@ -223,14 +217,6 @@ class Trials:
             out.samples, out.loss, vh = self._read(gm, self.data.held_back(), self.inputs, visit)
         for name, r in out.readouts.items():
             if name in vh:
-                r.held[:, r.old] = vh[name]
-                r.held[:, r.new[self.reads[name]].flatten()] = vz[name]
+                r.held = vh[name], vz[name]
         out.share(self.data.world)
         tests.finish(self.data.world)
-
-    def _channels(self, c: Consumer) -> Tensor:
-        """Where new channels are in `[h, z]` along the dimension that the weight sums over."""
-        width = self.reads[c.weight]
-        count = self.atoms[width] * self.ways[width].entries(c.uses[0])
-        before = (c.vh.shape[1] - (c.bias is not None)) // c.window.taps
-        return torch.arange(before, before + count)
