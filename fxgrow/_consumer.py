@@ -134,17 +134,25 @@ class Consumer:
 
     def add_gradient(self, seen: Seen) -> None:
         """The sum of V h^T over a batch is its weight gradient."""
-        self.vh = self.added(self.vh if self.vh.numel() else None, seen)
-
-    def added(self, total: Tensor | None, seen: Seen) -> Tensor:
-        """A sum of V h^T, and of V where there is a bias, with one more batch."""
         g = self.matrix(seen.gradients[self.weight])
-        if total is None:
-            total = g.new_zeros(g.shape[0], g.shape[1] + (self.bias is not None), dtype=accumulator(g))
-        total[:, : g.shape[1]].add_(g)
+        if not self.vh.numel():
+            self.vh = g.new_zeros(g.shape[0], g.shape[1] + (self.bias is not None), dtype=accumulator(g))
+        self.vh[:, : g.shape[1]].add_(g)
         if self.bias is not None:
-            total[:, -1].add_(self._own(seen.gradients[self.bias], 0))
-        return total
+            self.vh[:, -1].add_(self._own(seen.gradients[self.bias], 0))
+
+    def add_products(self, h: Tensor, v: Tensor) -> None:
+        """The same, and |V|^2, of remembered samples: h as `taken`, V as `asked`."""
+        own = self.products(h, v)
+        self.vh = self.vh.add_(own) if self.vh.numel() else own
+        self.add_norm(v)
+
+    def products(self, h: Tensor, v: Tensor) -> Tensor:
+        """The sum of V h^T, and of V where there is a bias."""
+        found = self.outer(v, h)
+        if self.bias is None:
+            return found
+        return torch.cat([found, self.updates(accumulating(v)).sum((0, 1))[:, None]], 1)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """A tensor like the weight as `[O, H]`; `like_weight` is the reverse."""

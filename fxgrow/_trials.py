@@ -20,7 +20,6 @@ from fxgrow._consumer import Consumer
 from fxgrow._data import Batch, Data, LossFn
 from fxgrow._evidence import Tests
 from fxgrow._gram import accumulating, matmul
-from fxgrow._graph import lookup
 from fxgrow._memory import Memory
 from fxgrow._pass import Seen, eval_mode, run_pass
 from fxgrow._readout import Readout
@@ -36,21 +35,13 @@ Visit = Callable[[int, Values, Values], None]
 
 @dataclass
 class HeldBack:
-    """Held-back batches that the first reading has remembered: inputs, V, the sums of V h^T and of the losses."""
+    """Held-back batches that the first reading has remembered: inputs, V and the sum of the losses."""
 
     memory: Memory = field(default_factory=Memory)
-    vh: dict[str, Tensor] = field(default_factory=dict)
     samples: int = 0
     loss: float = 0.0
 
-    def add(
-        self,
-        seen: Seen,
-        sources: Iterable[fx.Node],
-        targets: Iterable[fx.Node],
-        updates: Values,
-        consumers: Mapping[str, Consumer],
-    ) -> None:
+    def add(self, seen: Seen, sources: Iterable[fx.Node], targets: Iterable[fx.Node], updates: Values) -> None:
         """One batch: remembers what sources put out and what came back to targets."""
         self.samples += seen.size
         self.loss += seen.loss * seen.size
@@ -58,8 +49,6 @@ class HeldBack:
             self.memory.add_input(node, seen.inputs[node], seen.size)
         for node in targets:
             self.memory.add_update(node, updates[node], seen.size)
-        for name, c in consumers.items():
-            self.vh[name] = c.added(self.vh.get(name), seen)
 
 
 @dataclass
@@ -114,7 +103,9 @@ class Trials:
             for width, way in self.ways.items():
                 z = way.put_out(self.proposals[width], inputs)
                 for name in (n for n, w in self.reads.items() if w == width):
-                    self._add_outer(vz, name, z, updates)
+                    c = self.consumers[name]
+                    for p in c.uses:
+                        _add(vz, name, c.outer(c.asked(updates[p.node]), c.taken(z[p.source])))
 
         if self.held.samples:
             memory = self.stats.memory
@@ -126,22 +117,13 @@ class Trials:
         self.data.world.sum_([vz[name] for name in self.consumers])
         return {name: (c.vh, vz[name] / self.stats.total) for name, c in self.consumers.items()}
 
-    def _add_outer(self, total: dict[str, Tensor], name: str, z: Values, updates: Values) -> None:
-        c = self.consumers[name]
-        for p in c.uses:
-            outer = c.outer(c.asked(updates[p.node]), c.taken(z[p.source]))
-            total[name] = total[name].add_(outer) if name in total else outer
-
-    def _read(
-        self, gm: fx.GraphModule, batches: Iterator[Batch], sources: list[fx.Node], visit: Visit
-    ) -> tuple[int, float, dict[str, Tensor]]:
-        """A pass; returns samples, the sum of losses and the sums of V h^T."""
-        names = [n for c in self.consumers.values() for n in ([c.weight] if c.bias is None else [c.weight, c.bias])]
+    def _read(self, gm: fx.GraphModule, batches: Iterator[Batch], sources: list[fx.Node], visit: Visit) -> HeldBack:
+        """A pass; returns samples and the sum of losses."""
         updates: dict[fx.Node, Tensor] = {}
         read = HeldBack()
 
         def done(batch: Batch, seen: Seen) -> None:
-            read.add(seen, (), (), {}, self.consumers)
+            read.add(seen, (), (), {})
             visit(seen.size, seen.inputs, updates)
             updates.clear()
 
@@ -151,11 +133,11 @@ class Trials:
             self.loss_fn,
             sources=sources,
             targets=self.targets,
-            weights={n: lookup(gm, n) for n in dict.fromkeys(names)},
+            weights={},
             reader=lambda seen, node, v: updates.__setitem__(node, v),
             done=done,
         )
-        return read.samples, read.loss, read.vh
+        return read
 
     def _readout(self, c: Consumer, vh: Tensor, vz: Tensor) -> Readout:
         if c.m is None:
@@ -194,6 +176,7 @@ class Trials:
 
     def _test(self, gm: fx.GraphModule, out: Refit) -> None:
         tests = Tests(out, self.atoms)
+        vh: dict[str, Tensor] = {}
         vz: dict[str, Tensor] = {}
 
         def visit(size: int, inputs: Values, updates: Values) -> None:
@@ -202,21 +185,26 @@ class Trials:
                 z = way.put_out(self.proposals[width], inputs)
                 for name in (n for n, w in self.reads.items() if w == width):
                     c = self.consumers[name]
-                    self._add_outer(vz, name, z, updates)
                     for p in c.uses:
                         h, own, v = c.taken(inputs[p.source]), c.taken(z[p.source]), c.asked(updates[p.node])
+                        _add(vh, name, c.products(h, v))
+                        _add(vz, name, c.outer(v, own))
                         uses.append((name, c, h, own, v))
             tests.add(size, uses)
 
-        if self.held.samples:
-            held = self.held
-            out.samples, out.loss, vh = held.samples, held.loss, held.vh
+        held = self.held
+        if held.samples:
             for _, inputs, updates in held.memory.groups(None, self.inputs, self.targets):
                 visit(len(inputs[self.sources[0]]), inputs, updates)
         else:
-            out.samples, out.loss, vh = self._read(gm, self.data.held_back(), self.inputs, visit)
+            held = self._read(gm, self.data.held_back(), self.inputs, visit)
+        out.samples, out.loss = held.samples, held.loss
         for name, r in out.readouts.items():
             if name in vh:
                 r.held = vh[name], vz[name]
         out.share(self.data.world)
         tests.finish(self.data.world)
+
+
+def _add(total: dict[str, Tensor], name: str, own: Tensor) -> None:
+    total[name] = total[name].add_(own) if name in total else own
