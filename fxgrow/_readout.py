@@ -79,67 +79,64 @@ class Readout:
     #: dW* with `RIDGE`, where it is known already, and the factor that it came from
     move: Tensor | None = field(default=None, repr=False)
     root: Factor | None = field(default=None, repr=False)
-    _solved: dict[Any, Tensor] = field(default_factory=dict, repr=False)
+    _solved: dict[Any, tuple[Tensor, Tensor, float]] = field(default_factory=dict, repr=False)
     _parts: _Eliminated | None = field(default=None, repr=False)
     _slopes: tuple[float, Tensor] | None = field(default=None, repr=False)
 
     def solve(self, chosen: Mapping[str, Tensor], update_existing: bool) -> tuple[Tensor, Tensor]:
         """The move of the existing weights `[O, H]`, and the weights `[O, columns]` of each width's chosen units."""
-        new = self.weights(chosen, update_existing)
+        new, z, _ = self.solution(chosen, update_existing)
         if not update_existing:
             return torch.zeros_like(self.fit[0]), new
         parts = self._eliminated()
-        return parts.move - new @ parts.shadow[:, self._columns(chosen)].mT, new
-
-    def weights(self, chosen: Mapping[str, Tensor], update_existing: bool) -> Tensor:
-        """Of the chosen units only."""
-        key = (update_existing, *((w, tuple(u.tolist())) for w, u in chosen.items() if w in self.new))
-        if key not in self._solved:
-            parts, z = self._eliminated(), self._columns(chosen)
-            asked, inner = (parts.rest if update_existing else parts.alone)[:, z], self.zz[z][:, z]
-            if update_existing:
-                inner = inner - self.hz[:, z].mT @ parts.shadow[:, z]
-            inner.diagonal().add_(self._ridge)
-            self._solved[key] = factor(inner).solve(asked.mT).mT if len(z) else asked
-        return self._solved[key]
-
-    def curvature(self, chosen: Mapping[str, Tensor], update_existing: bool) -> float:
-        """The second order of the loss along d = W [h, z] for what is solved for these units, q = E[d^T G d].
-
-        Moving by gamma d lowers the loss by about gamma s - gamma^2 q / 2 with s = E[V . d].
-        """
-        parts, z, new = self._eliminated(), self._columns(chosen), self.weights(chosen, update_existing)
-        # W M without the product: W (M + eps) is what was solved for
-        if not update_existing:
-            return _inner(self.g @ new, parts.alone[:, z] - new * self._ridge)
-        shadow = parts.shadow[:, z]
-        along = parts.rest[:, z] - new * self._ridge + (2 * parts.moved[:, z] - new @ (shadow.mT @ shadow)) * parts.eps
-        return parts.curvature + _inner(self.g @ new, along)
+        return parts.move - new @ parts.shadow[:, z].mT, new
 
     def predict(self, chosen: Mapping[str, Tensor], update_existing: bool) -> tuple[float, float]:
         """Held-back slope s and curvature q along what is solved for the same units."""
+        new, z, curvature = self.solution(chosen, update_existing)
         vh, vz = self.held
-        new, z, alone = self.weights(chosen, update_existing), self._columns(chosen), 0.0
+        if not update_existing:
+            return _inner(new, vz[:, z]), curvature
+        if self._slopes is None:
+            parts = self._eliminated()
+            self._slopes = _inner(parts.move, vh), vz - vh @ parts.shadow
+        alone, rest = self._slopes
+        return alone + _inner(new, rest[:, z]), curvature
+
+    def solution(self, chosen: Mapping[str, Tensor], update_existing: bool) -> tuple[Tensor, Tensor, float]:
+        """Weights of the chosen units, their columns of z, and the curvature along W with the existing weights' part.
+
+        The second order of the loss along d = W [h, z] is q = E[d^T G d]: moving by gamma d lowers the loss by about
+        gamma s - gamma^2 q / 2 with s = E[V . d].
+        """
+        key = (update_existing, *((w, tuple(u.tolist())) for w, u in chosen.items() if w in self.new))
+        if key not in self._solved:
+            own = [self.new[w][units].flatten() for w, units in chosen.items() if w in self.new]
+            z = torch.cat(own) if own else torch.arange(0, device=self.zz.device)
+            self._solved[key] = self._fitted(z, update_existing)
+        return self._solved[key]
+
+    def _fitted(self, z: Tensor, update_existing: bool) -> tuple[Tensor, Tensor, float]:
+        parts = self._eliminated()
+        if not len(z):
+            return self.fit[1][:, :0], z, parts.curvature * update_existing
+        asked, inner = (parts.rest if update_existing else parts.alone)[:, z], self.zz[z][:, z]
+        ridge, shadow = RIDGE * self.zz.diagonal().mean(), parts.shadow[:, z]
         if update_existing:
-            if self._slopes is None:
-                parts = self._eliminated()
-                self._slopes = _inner(parts.move, vh), vz - vh @ parts.shadow
-            alone, vz = self._slopes
-        return alone + _inner(new, vz[:, z]), self.curvature(chosen, update_existing)
+            inner = inner - self.hz[:, z].mT @ shadow
+        inner.diagonal().add_(ridge)
+        new = factor(inner).solve(asked.mT).mT
+        # W M without the product: W (M + eps) is what was solved for
+        along = asked - new * ridge
+        if not update_existing:
+            return new, z, _inner(self.g @ new, along)
+        along += (2 * parts.moved[:, z] - new @ (shadow.mT @ shadow)) * parts.eps
+        return new, z, parts.curvature + _inner(self.g @ new, along)
 
     def expressible(self, along: Tensor | None = None) -> Tensor:
         """The best move of the existing weights by themselves, `[O, H]`, or of combinations `[O, c]` of its rows."""
         vh = self.fit[0] if along is None else along.mT @ self.fit[0]
         return factor(self.hh, ridge=EXPRESSIBLE_RIDGE).solve(vh.mT).mT
-
-    @property
-    def _ridge(self) -> Tensor:
-        return RIDGE * self.zz.diagonal().mean()
-
-    def _columns(self, chosen: Mapping[str, Tensor]) -> Tensor:
-        """Of z."""
-        parts = [self.new[w][units].flatten() for w, units in chosen.items() if w in self.new]
-        return torch.cat(parts) if parts else torch.arange(0, device=self.zz.device)
 
     def _eliminated(self) -> _Eliminated:
         if self._parts is None:

@@ -63,8 +63,8 @@ class Refit:
         for width, k in atoms.items():
             share = torch.zeros(k)
             for r in self.of(width):
-                own = r.weights({width: torch.arange(k)}, True) * r.fit[1][:, r.new[width].flatten()]
-                share += own.sum(0).view(k, -1).sum(1).float().cpu()
+                weights, z, _ = r.solution({width: torch.arange(k)}, True)
+                share += (weights * r.fit[1][:, z]).sum(0).view(k, -1).sum(1).float().cpu()
             order = share.argsort(descending=True)
             found[width] = Evidence(order, torch.zeros(k), torch.zeros(k))
         return found
