@@ -20,7 +20,7 @@ from fxgrow._consumer import Consumer
 from fxgrow._data import Batch, Data, LossFn
 from fxgrow._evidence import Tests
 from fxgrow._gram import accumulating, matmul
-from fxgrow._memory import Memory
+from fxgrow._memory import Memory, Span
 from fxgrow._pass import Seen, eval_mode, run_pass
 from fxgrow._readout import Readout
 from fxgrow._refit import Refit
@@ -76,6 +76,8 @@ class Trials:
         for name, way in self.ways.items():
             for p in way.hidden.reads:
                 self.reads[p.weight] = name
+        #: what new units put out for batches that are remembered whole
+        self.known: dict[tuple[str, Span], Values] = {}
         self.consumers = {name: self.stats.consumers[name] for name in self.reads}
         self.sources = list(dict.fromkeys(n for way in self.ways.values() for n in way.sources))
         self.targets = list(dict.fromkeys(p.node for c in self.consumers.values() for p in c.uses))
@@ -89,6 +91,7 @@ class Trials:
             sums = self._fitted(gm)
             for name, c in self.consumers.items():
                 out.readouts[name] = self._readout(c, *sums[name])
+            self.known.clear()
             out.rank(self.atoms, self.data.world)
             self._test(gm, out)
         return out
@@ -99,9 +102,11 @@ class Trials:
         """Per consumer E[V h^T] and E[V z^T]."""
         vz: dict[str, Tensor] = {}
 
-        def visit(size: int, inputs: Values, updates: Values) -> None:
+        def visit(size: int, inputs: Values, updates: Values, span: Span | None = None) -> None:
             for width, way in self.ways.items():
                 z = way.put_out(self.proposals[width], inputs)
+                if span is not None and self.stats.complete:
+                    self.known[width, span] = z
                 for name in (n for n, w in self.reads.items() if w == width):
                     c = self.consumers[name]
                     for p in c.uses:
@@ -109,8 +114,8 @@ class Trials:
 
         if self.held.samples:
             memory = self.stats.memory
-            for _, inputs, updates in memory.groups(None, self.sources, self.targets):
-                visit(len(inputs[self.sources[0]]), inputs, updates)
+            for span, inputs, updates in memory.groups(None, self.sources, self.targets):
+                visit(len(inputs[self.sources[0]]), inputs, updates, span)
         else:
             self._read(gm, self.data.fitting(), self.sources, visit)
         # the first reading saw the same V and h
@@ -143,7 +148,7 @@ class Trials:
         if c.m is None:
             raise RuntimeError("no rows were added")
         width = self.reads[c.weight]
-        hz, zz = self._second_moments(c, self.ways[width], self.proposals[width])
+        hz, zz = self._second_moments(c, width)
         new = {width: torch.arange(vz.shape[1], device=vz.device).view(self.atoms[width], -1)}
         outputs = torch.arange(len(vh), device=vh.device)
         held = torch.zeros_like(vh), torch.zeros_like(vz)
@@ -153,14 +158,18 @@ class Trials:
         return r
 
     @torch.no_grad()
-    def _second_moments(self, c: Consumer, way: Apart, proposal: Proposal) -> tuple[Tensor, Tensor]:
+    def _second_moments(self, c: Consumer, width: str) -> tuple[Tensor, Tensor]:
         """E[h z^T] and E[z z^T], from the rows that E[h h^T] is from."""
         memory = self.stats.memory
         total: list[Tensor] = []
         for drawn in c.drawn:
             (h,) = memory.read([drawn.use.source], drawn.span, drawn.keep)
-            sources = memory.read(way.sources, drawn.span, drawn.keep)
-            z = way.put_out(proposal, dict(zip(way.sources, sources, strict=True)))[drawn.use.source]
+            known = self.known.get((width, drawn.span))
+            if known is None:
+                way = self.ways[width]
+                sources = memory.read(way.sources, drawn.span, drawn.keep)
+                known = way.put_out(self.proposals[width], dict(zip(way.sources, sources, strict=True)))
+            z = known[drawn.use.source]
             for part in drawn.parts:
                 right = accumulating(c.inputs(c.taken(z), part))
                 left = accumulating(c.inputs(c.taken(h), part))
