@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from fxgrow._gram import accumulating, add_gram, mirrored
+from fxgrow._gram import accumulating, add_gram, matmul, mirrored
 from fxgrow._graph import lookup
 from fxgrow._links import window
 from fxgrow._memory import Span
@@ -134,17 +134,25 @@ class Consumer:
 
     def add_gradient(self, seen: Seen) -> None:
         """The sum of V h^T over a batch is its weight gradient."""
-        self.vh = self.added(self.vh if self.vh.numel() else None, seen)
-
-    def added(self, total: Tensor | None, seen: Seen) -> Tensor:
-        """A sum of V h^T, and of V where there is a bias, with one more batch."""
         g = self.matrix(seen.gradients[self.weight])
-        if total is None:
-            total = g.new_zeros(g.shape[0], g.shape[1] + (self.bias is not None), dtype=accumulator(g))
-        total[:, : g.shape[1]].add_(g)
+        if not self.vh.numel():
+            self.vh = g.new_zeros(g.shape[0], g.shape[1] + (self.bias is not None), dtype=accumulator(g))
+        self.vh[:, : g.shape[1]].add_(g)
         if self.bias is not None:
-            total[:, -1].add_(self._own(seen.gradients[self.bias], 0))
-        return total
+            self.vh[:, -1].add_(self._own(seen.gradients[self.bias], 0))
+
+    def add_products(self, h: Tensor, v: Tensor) -> None:
+        """The same, and |V|^2, of remembered samples: h as `taken`, V as `asked`."""
+        own = self.products(h, v)
+        self.vh = self.vh.add_(own) if self.vh.numel() else own
+        self.add_norm(v)
+
+    def products(self, h: Tensor, v: Tensor) -> Tensor:
+        """The sum of V h^T, and of V where there is a bias."""
+        found = self.outer(v, h)
+        if self.bias is None:
+            return found
+        return torch.cat([found, self.updates(accumulating(v)).sum((0, 1))[:, None]], 1)
 
     def matrix(self, weight: Tensor) -> Tensor:
         """A tensor like the weight as `[O, H]`; `like_weight` is the reverse."""
@@ -211,7 +219,7 @@ class Consumer:
             self.m = add_gram(self.m, self.inputs(h, part), bias=self.bias is not None, scale=scale)
         if self.output_side:
             updates = updates.flatten(0, 1)
-            self.g = add_gram(self.g, updates if chosen is None else updates[chosen], scale=scale)
+            self.g = add_gram(self.g, updates if chosen is None else updates.index_select(0, chosen), scale=scale)
         self.rows += rows
         return parts, scale
 
@@ -228,7 +236,7 @@ class Consumer:
         v, z = accumulating(v), accumulating(z)
         w = self.window
         if not w.kernel:
-            return v.flatten(0, -2).mT @ z.flatten(0, -2)
+            return matmul(v.flatten(0, -2).mT, z.flatten(0, -2))
         like = v.new_empty(1).expand(v.shape[1], z.shape[1], *w.kernel)
         gradient: Tensor = torch.ops.aten.convolution_backward(
             v, z, like, None, w.stride, w.padding, w.dilation, False, [0] * len(w.kernel), 1, (False, True, False)
@@ -284,6 +292,17 @@ class Consumer:
             return F.linear(h, weight, bias)
         kernel = weight.reshape(weight.shape[0], weight.shape[1] // w.taps, *w.kernel)
         return _CONV[len(w.kernel)](h, kernel, bias, w.stride, w.padding, w.dilation)
+
+    def back(self, weight: Tensor, v: Tensor, z: Tensor) -> Tensor:
+        """What comes back to other channels z when v comes back to `outgoing`, its transpose on v as `asked`."""
+        w = self.window
+        if not w.kernel:
+            return v @ weight
+        kernel = weight.reshape(weight.shape[0], weight.shape[1] // w.taps, *w.kernel)
+        gradient: Tensor = torch.ops.aten.convolution_backward(
+            v, z, kernel, None, w.stride, w.padding, w.dilation, False, [0] * len(w.kernel), 1, (True, False, False)
+        )[0]
+        return gradient
 
 
 def reads_of(consumers: Mapping[str, Consumer]) -> dict[fx.Node, list[tuple[Consumer, Projection]]]:

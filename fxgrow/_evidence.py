@@ -64,42 +64,44 @@ class Tests:
     Args:
         out: readouts, fitted, and an order of the candidates of every width.
         atoms: how many those are.
-        channels: per readout, where in what its weight reads the new channels of each width are.
     """
 
-    def __init__(self, out: Refit, atoms: Mapping[str, int], channels: Mapping[str, Mapping[str, Tensor]]) -> None:
-        self.out, self.channels = out, channels
+    def __init__(self, out: Refit, atoms: Mapping[str, int]) -> None:
+        self.out = out
         self.sums = {w: torch.zeros(k, dtype=torch.float64) for w, k in atoms.items()}
         self.squares = {w: torch.zeros(k, dtype=torch.float64) for w, k in atoms.items()}
         self.whole = dict.fromkeys(atoms, 0.0)
         self.count = 0
-        self.steps: dict[tuple[str, str], Tensor] = {}
-        self.expressible = {name: r.expressible() for name, r in out.readouts.items()}
+        #: per width and readout, the move of existing weights and the weights of new ones
+        self.steps: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
+        self.expressible: dict[tuple[str, str], Tensor] = {}
         self.curvature = dict.fromkeys(atoms, 0.0)
         for width, k in atoms.items():
             for name, r in out.readouts.items():
                 if width not in r.new:
                     continue
                 every = {width: torch.arange(k)}
-                weights, columns = r.solve(every, True)
-                self.curvature[width] += r.predict(every, True)[1]
-                step = weights.new_zeros(r.fit.shape)
-                step[:, columns] = weights
-                self.steps[width, name] = step
+                self.curvature[width] += r.solution(every, True)[2]
+                self.steps[width, name] = r.solve(every, True)
 
-    def add(self, size: int, uses: Iterable[tuple[str, Consumer, Tensor, Tensor]]) -> None:
+    def add(self, size: int, uses: Iterable[tuple[str, Consumer, Tensor, Tensor, Tensor]]) -> None:
+        """One batch: by readout, h and z as `taken`, the latter width by width, and V as `asked`."""
         units: dict[str, Tensor] = {}
         whole: dict[str, Tensor] = {}
-        for name, c, h, v in uses:
+        for name, c, h, z, v in uses:
             r = self.out.readouts[name]
             v = v if len(r.outputs) == v.shape[c.dim] else v.index_select(c.dim, r.outputs.to(v.device))
-            v = v.to(r.fit.dtype)
-            rest = v - c.apply(self.expressible[name], h)
-            for width, positions in self.channels[name].items():
-                step = self.steps[width, name]
-                slope = _per_sample((c.apply(step, h) * v).flatten(1).sum(1), size)
-                own = self._slopes(c, step[:, r.new[width].flatten()], positions, h.to(v.dtype), rest, r.new[width])
-                own = _per_sample(own, size)
+            v = v.to(r.hh.dtype)
+            parts = z.to(v.dtype).split([n.numel() // c.window.taps for n in r.new.values()], c.dim)
+            for (width, new), part in zip(r.new.items(), parts, strict=True):
+                if (width, name) not in self.steps:
+                    continue
+                move, weights = self.steps[width, name]
+                step = c.apply(move, h).add_(c.outgoing(weights, part))
+                slope = _per_sample(step.mul_(v).flatten(1).sum(1), size)
+                own = part * self._asked(name, width, c, weights, h, part, v)
+                own = own.movedim(c.dim, -1).flatten(1, -2).sum(1) if own.dim() > 2 else own
+                own = _per_sample(own.reshape(len(own), len(new), -1).sum(2), size)
                 units[width] = units[width] + own if width in units else own
                 whole[width] = whole[width] + slope if width in whole else slope
         for width, t in units.items():
@@ -109,15 +111,15 @@ class Tests:
             self.whole[width] += float(whole[width].double().square().sum())
         self.count += next((len(t) for t in units.values()), 0)
 
-    def _slopes(self, c: Consumer, weights: Tensor, positions: Tensor, h: Tensor, v: Tensor, new: Tensor) -> Tensor:
-        """`[n, K]`: sum over positions of V . omega_k z_k, as z_k times the gradient of (omega z) . V."""
-        dim = c.dim
-        z = h.index_select(dim, positions.to(h.device)).requires_grad_()
-        with torch.enable_grad():
-            (pulled,) = torch.autograd.grad((c.outgoing(weights, z) * v).sum(), z)
-        t = (z.detach() * pulled).movedim(dim, -1)
-        t = t.flatten(1, -2).sum(1) if t.dim() > 2 else t
-        return t.reshape(len(t), len(new), -1).sum(2)
+    def _asked(self, name: str, width: str, c: Consumer, weights: Tensor, h: Tensor, z: Tensor, v: Tensor) -> Tensor:
+        """What comes back to z of V less what the existing weights can express of it."""
+        r, key = self.out.readouts[name], (width, name)
+        if key not in self.expressible:
+            # of a dense layer no more than these weights send back
+            self.expressible[key] = r.expressible(None if c.window.kernel else weights)
+        if c.window.kernel:
+            return c.back(weights, v - c.apply(self.expressible[key], h), z)
+        return c.back(weights, v, z).sub_(c.apply(self.expressible[key], h))
 
     def finish(self, world: World = ALONE) -> None:
         self.count = int(world.total(self.count)[0])

@@ -1,4 +1,4 @@
-"""Second moments of rows: symmetric, formed block by block, in float32 or better."""
+"""Second moments of rows: symmetric, formed block by block, in float32 or better; products with few columns."""
 
 from __future__ import annotations
 
@@ -7,11 +7,21 @@ from torch import Tensor
 
 #: side of the blocks: a multiple of what matrix products are tiled by
 BLOCK = 128
+#: products with fewer columns are formed as their transpose: BLAS takes up to ten times as long the other way round
+NARROW = 16
 
 
 def accumulating(x: Tensor) -> Tensor:
     """Half precision becomes float32, in which sums are formed; float32 and float64 stay."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """The product of two matrices."""
+    if b.shape[1] >= NARROW:
+        return torch.mm(a, b, out=out)
+    found = (b.mT @ a.mT).mT
+    return found if out is None else out.copy_(found)
 
 
 def gram(rows: Tensor, weight: Tensor | None = None, bias: bool = False) -> Tensor:

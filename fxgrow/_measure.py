@@ -200,7 +200,7 @@ class Reader:
                 stats.end_batch(seen)
             elif held is not None:
                 held.memory.expected = max(1, self.data.expected(seen.size) // HOLD)
-                held.add(seen, stats.held, stats.whole[1], returned, stats.consumers)
+                held.add(seen, stats.held, stats.whole[1], returned)
                 returned.clear()
 
         run_pass(
@@ -210,6 +210,7 @@ class Reader:
             sources=stats.sources,
             targets=stats.reads,
             weights={n: lookup(self.gm, n) for n in stats.weights},
+            wanted=lambda: not (apart or stats.complete),
             reader=read,
             done=done,
         )
@@ -246,7 +247,7 @@ class Reader:
             self.loss_fn,
             sources=stats.sources,
             targets=[],
-            weights={n: lookup(self.gm, n) for n in stats.weights[:1]},
+            weights={},
             reader=lambda seen, node, v: None,
             done=done,
         )

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fxgrow._borders import strips
 from fxgrow._errors import ProfileError
-from fxgrow._gram import accumulating
+from fxgrow._gram import accumulating, matmul
 from fxgrow._window import Axis, Strip, Window, axes
 
 __all__ = ["Window", "coverage", "cross_moment", "patch_rows", "patches"]
@@ -66,7 +66,7 @@ def patch_rows(
         ``[m, C * prod(kernel) (+ 1)]``.
     """
     if not window.kernel:
-        rows = accumulating(x.flatten(0, 1) if chosen is None else x.flatten(0, 1)[chosen])
+        rows = accumulating(x.flatten(0, 1) if chosen is None else x.flatten(0, 1).index_select(0, chosen))
         return F.pad(rows, (0, 1), value=1.0) if bias else rows
     nd = len(window.kernel)
     read = axes(tuple(x.shape[2:]), window, Window((1,) * nd), pool)
@@ -120,7 +120,7 @@ def cross_moment(
     if not producer.kernel:
         x, v = x.flatten(0, -2), v.flatten(0, -2)
         moment = x.new_empty(x.shape[1] + bias, v.shape[1])
-        torch.mm(x.mT, v, out=moment[: x.shape[1]])
+        matmul(x.mT, v, out=moment[: x.shape[1]])
         if bias:
             torch.sum(v, 0, out=moment[-1])
         return moment.unsqueeze(1)

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fxgrow._data import Batch, LossFn, check_device, loss_of
 from fxgrow._errors import FxgrowError, ProfileError
@@ -72,8 +73,10 @@ class _Recorder:
         self.hooks: list[Any] = []
         self.seen = Seen()
         self.known: dict[fx.Node, Tensor] = {}
-        #: targets that no weight stands before: backward must be asked to reach them
-        self.leaves: list[Tensor] = []
+        #: whether gradients of weights are asked for
+        self.weighted = True
+        #: targets that backward must be asked to reach: those that no weight stands before that is asked for
+        self.ends: list[Tensor | GradientEdge] = []
         #: targets that nothing has come back to yet, with the shape, dtype and device of what they put out
         self.waiting: dict[fx.Node, tuple[torch.Size, torch.dtype, torch.device]] = {}
         code = self._tapped().python_code("self")
@@ -110,7 +113,9 @@ class _Recorder:
         if node in self.targets:
             if not value.requires_grad:
                 value = value.detach().requires_grad_()
-                self.leaves.append(value)
+                self.ends.append(value)
+            elif not self.weighted:
+                self.ends.append(get_gradient_edge(value))
             self.waiting[node] = value.shape, value.dtype, value.device
             self.hooks.append(value.register_hook(lambda g: self.returned(node, g.detach())))
         correct = self.corrections.get(node)
@@ -153,7 +158,7 @@ class _Recorder:
         for hook in self.hooks:
             hook.remove()
         self.hooks.clear()
-        self.leaves.clear()
+        self.ends.clear()
         self.waiting.clear()
         self.known.clear()
         self.seen = Seen()
@@ -191,6 +196,7 @@ def run_pass(
     sources: Iterable[fx.Node],
     targets: Iterable[fx.Node],
     weights: Mapping[str, Tensor],
+    wanted: Callable[[], bool] = lambda: True,
     reader: Callable[[Seen, fx.Node, Tensor], None],
     done: Callable[[Batch, Seen], None],
     corrections: Mapping[fx.Node, Correction] | None = None,
@@ -204,6 +210,7 @@ def run_pass(
         sources: nodes whose output is kept for the batch.
         targets: nodes at whose output V = -dl/da is read.
         weights: parameters whose gradients are wanted, by name.
+        wanted: asked before each batch whether they are.
         reader: called during backward with what was kept, the node and V.
         done: called after each batch.
         corrections: by source, what becomes of the gradient there.
@@ -211,13 +218,13 @@ def run_pass(
     Raises:
         ProfileError: a batch does not fit, the forward pass fails, or the loss is not finite.
     """
-    sources, targets, names = list(sources), list(targets), list(weights)
-    parameters = [weights[n] for n in names]
     recorder = _Recorder(gm, sources, targets, lambda node, v: reader(recorder.seen, node, v), corrections or {})
     with eval_mode(gm), torch.enable_grad():
         for batch in batches:
             seen = recorder.seen
             seen.size = batch.size
+            asked = weights if wanted() else {}
+            recorder.weighted = bool(asked)
             try:
                 loss = loss_of(forward(recorder, gm, batch), batch, loss_fn)
                 recorder.lay_out()
@@ -229,10 +236,9 @@ def run_pass(
                     )
                 # starting from -n instead of 1 gives V itself everywhere, without a copy at each reader
                 start = torch.full_like(loss, -float(batch.size))
-                # no weight is asked for where every consumer is of a kind that has no statistics
-                wanted = [*parameters, *recorder.leaves]
-                gradients = torch.autograd.grad(loss, wanted, start, allow_unused=True) if wanted else ()
-                for name, p, g in zip(names, parameters, gradients, strict=False):
+                reached: list[Any] = [*asked.values(), *recorder.ends]
+                gradients = torch.autograd.grad(loss, reached, start, allow_unused=True) if reached else ()
+                for (name, p), g in zip(asked.items(), gradients, strict=False):
                     g = torch.zeros_like(p) if g is None else g
                     seen.gradients[name] = g.detach()
                 recorder.finish()

@@ -63,9 +63,8 @@ class Refit:
         for width, k in atoms.items():
             share = torch.zeros(k)
             for r in self.of(width):
-                weights, columns = r.solve({width: torch.arange(k)}, True)
-                own = weights[:, len(r.old) :] * r.fit[:, columns[len(r.old) :]]
-                share += own.sum(0).view(k, -1).sum(1).float().cpu()
+                weights, z, _ = r.solution({width: torch.arange(k)}, True)
+                share += (weights * r.fit[1][:, z]).sum(0).view(k, -1).sum(1).float().cpu()
             order = share.argsort(descending=True)
             found[width] = Evidence(order, torch.zeros(k), torch.zeros(k))
         return found
@@ -74,9 +73,9 @@ class Refit:
         """Held-back samples, losses and sums of V [h, z]^T of all processes; the last become means."""
         samples, self.loss = world.total(self.samples, self.loss)
         self.samples = int(samples)
-        world.sum_([r.held for r in self.readouts.values()])
+        world.sum_([t for r in self.readouts.values() for t in r.held])
         for r in self.readouts.values():
-            r.held = r.held / max(1, self.samples)
+            r.held = r.held[0] / max(1, self.samples), r.held[1] / max(1, self.samples)
 
     def join(self, other: Refit) -> None:
         """Adds other widths; of samples that were read twice one count is kept."""
@@ -137,16 +136,13 @@ def run_refit(
     )
     out = Refit()
     total = sum_consumers(consumers, count, world)
+    sides = {name: _sides(c, found) for name, c in consumers.items()}
     for name, c in consumers.items():
         c.finish(total)
-        out.readouts[name] = _readout(c, found)
+        out.readouts[name] = _readout(c, found, *_columns(c, *sides[name]))
         c.vh = torch.zeros(0)
     out.rank(atoms, world)
-    channels = {
-        name: {w: places for (w, dim), places in found.places[c.weight].items() if dim == c.uses[0].in_dim}
-        for name, c in consumers.items()
-    }
-    tests = Tests(out, atoms, channels)
+    tests = Tests(out, atoms)
     count = 0
     held: dict[fx.Node, Tensor] = {}
 
@@ -154,14 +150,12 @@ def run_refit(
         done(batch, seen)
         out.samples += seen.size
         out.loss += seen.loss * seen.size
-        tests.add(
-            seen.size,
-            [
-                (name, c, c.taken(seen.inputs[p.source]), c.asked(held[p.node]))
-                for name, c in consumers.items()
-                for p in c.uses
-            ],
-        )
+        uses = []
+        for name, c in consumers.items():
+            for p in c.uses:
+                h, z = (c.taken(seen.inputs[p.source]).index_select(c.dim, side) for side in sides[name])
+                uses.append((name, c, h, z, c.asked(held[p.node])))
+        tests.add(seen.size, uses)
         held.clear()
 
     run_pass(
@@ -174,8 +168,10 @@ def run_refit(
         reader=lambda seen, node, v: held.__setitem__(node, v),
         done=done_held,
     )
-    for r, c in zip(out.readouts.values(), consumers.values(), strict=True):
-        r.held = c.vh[r.outputs] if len(c.vh) else torch.zeros_like(r.fit)
+    for name, c in consumers.items():
+        if len(c.vh):
+            r, (old, z) = out.readouts[name], _columns(c, *sides[name])
+            r.held = c.vh[r.outputs][:, old], c.vh[r.outputs][:, z]
     out.share(world)
     tests.finish(world)
     return out
@@ -189,29 +185,41 @@ def _consumers(found: Candidates, wanted: Collection[str]) -> dict[str, Consumer
     return {name: c for weight in order for name, c in consumers_of(weight, found.projections).items()}
 
 
-def _readout(c: Consumer, found: Candidates) -> Readout:
+def _places(c: Consumer, found: Candidates) -> dict[str, Tensor]:
+    """Of each width's new channels in what a weight reads."""
+    return {w: at for (w, dim), at in found.places[c.weight].items() if dim == c.uses[0].in_dim}
+
+
+def _sides(c: Consumer, found: Candidates) -> tuple[Tensor, Tensor]:
+    """Old and new channels in what a weight reads, the latter width by width."""
+    new = torch.cat(list(_places(c, found).values()))
+    old = torch.ones((c.vh.shape[1] - (c.bias is not None)) // c.window.taps, dtype=torch.bool)
+    old[new] = False
+    return old.nonzero().flatten().to(c.vh.device), new.to(c.vh.device)
+
+
+def _columns(c: Consumer, *sides: Tensor) -> tuple[Tensor, Tensor]:
+    """The same in the columns of the weight, and the bias with the old ones."""
+    taps = torch.arange(c.window.taps, device=c.vh.device)
+    old, new = ((side[:, None] * len(taps) + taps).flatten() for side in sides)
+    return (old if c.bias is None else torch.cat([old, old.new_tensor([c.vh.shape[1] - 1])])), new
+
+
+def _readout(c: Consumer, found: Candidates, old: Tensor, z: Tensor) -> Readout:
     if c.m is None:
         raise RuntimeError("no rows were added")
-    taps = c.window.taps
-    new: dict[str, Tensor] = {}
-    channels = torch.ones((c.vh.shape[1] - (c.bias is not None)) // taps, dtype=torch.bool)
-    for (width, dim), positions in found.places[c.weight].items():
-        if dim == c.uses[0].in_dim:
-            channels[positions] = False
-            columns = positions[:, None] * taps + torch.arange(taps)
-            new[width] = columns.reshape(found.atoms[width], -1).to(c.vh.device)
-    old = (channels.nonzero() * taps + torch.arange(taps)).flatten()
-    if c.bias is not None:
-        old = torch.cat([old, torch.tensor([c.vh.shape[1] - 1])])
-    old = old.to(c.vh.device)
+    own = _places(c, found)
+    parts = torch.arange(len(z), device=z.device).split([len(at) * c.window.taps for at in own.values()])
+    new = {w: part.view(found.atoms[w], -1) for w, part in zip(own, parts, strict=True)}
     groups = 1 if c.uses[0].experts else c.groups
     rows = torch.ones(len(c.vh) * groups, dtype=torch.bool)
     for (_, dim), positions in found.places[c.weight].items():
         if dim == c.uses[0].out_dim:
             rows[(positions[:, None] * c.fan + torch.arange(c.fan)).flatten()] = False
     rows = rows if groups == 1 else rows.unflatten(0, (groups, -1))[c.group]
-    outputs, fit = rows.nonzero().flatten().to(c.vh.device), c.vh[rows.to(c.vh.device)]
+    outputs = rows.nonzero().flatten().to(c.vh.device)
     g = c.curvature()[outputs][:, outputs]
-    z = torch.cat([n.flatten() for n in new.values()]) if new else old[:0]
+    fit = c.vh[outputs][:, old], c.vh[outputs][:, z]
+    held = torch.zeros_like(fit[0]), torch.zeros_like(fit[1])
     hh, hz, zz = c.m[old][:, old], c.m[old][:, z], c.m[z][:, z]
-    return Readout(c.weight, c.bias, c.uses[0], outputs, old, new, hh, hz, zz, g, fit, torch.zeros_like(fit))
+    return Readout(c.weight, c.bias, c.uses[0], outputs, new, hh, hz, zz, g, fit, held)

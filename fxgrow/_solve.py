@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fxgrow._errors import ProfileError
-from fxgrow._gram import accumulating, gram
+from fxgrow._gram import accumulating, add_gram, gram, matmul
 
 EXACT = {torch.float64: 320, torch.float32: 128}  # up to so many rows or columns, all singular values are computed
 SWEEPS = {torch.float64: 12, torch.float32: 8}  # applications of the operator above that: to working precision
@@ -45,6 +45,8 @@ class Cholesky:
 
     def solve(self, right: Tensor) -> Tensor:
         """See `Factor.solve`."""
+        if right.shape[1] > 0.75 * len(self.lower):  # two triangular solves take up to twice as long
+            return torch.cholesky_inverse(self.lower) @ right
         solution: Tensor = torch.cholesky_solve(right, self.lower)
         return solution
 
@@ -92,7 +94,7 @@ class Dual:
 
     def solve(self, right: Tensor) -> Tensor:
         """See `Factor.solve`."""
-        return (right - self.rows.mT @ self.inner.solve(self.rows @ right)) / self.eps
+        return (right - matmul(self.rows.mT, self.inner.solve(matmul(self.rows, right)))) / self.eps
 
     def whiten(self, right: Tensor) -> Tensor:
         """Not available.
@@ -123,9 +125,9 @@ def factor(A: Tensor | None = None, rows: Tensor | None = None, scale: float = 1
     """
     rows = None if rows is None else accumulating(rows)
     if rows is not None and ridge > 0 and rows.shape[0] < rows.shape[1]:
-        eps = ridge * scale * rows.square().sum().item() / rows.shape[1]
+        eps = ridge * scale * torch.linalg.vector_norm(rows).item() ** 2 / rows.shape[1]
         if eps > 0:
-            return Dual(rows, _factored(gram(rows.mT), eps / scale), eps)
+            return Dual(rows, _factored(add_gram(None, rows.mT), eps / scale), eps)
     if rows is not None:
         A = gram(rows) * scale
     if A is None:
@@ -193,7 +195,7 @@ def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int, s
     """
     if not all(math.isfinite(block.sum()) for block in blocks):
         raise ProfileError("the moment of inputs and gradients holds NaN or infinity: look for a non-finite loss")
-    matrix = _Columns(blocks, s, g)
+    matrix = _Columns(blocks, g)
     if not isinstance(s, Dual) and min(matrix.shape) <= EXACT[matrix.dtype]:
         u, values, wt = torch.linalg.svd(s.whiten(matrix.whole()), full_matrices=False)
         values = values[values > DROP * values[:1]]
@@ -210,8 +212,8 @@ def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int, s
 class _Columns:
     """N G^(-1/2) over all blocks, `[P, c]`, by its products: to form it costs more than a few of them."""
 
-    def __init__(self, blocks: list[Tensor], s: Factor, g: list[Factor] | None) -> None:
-        self.blocks, self.s, self.g = blocks, s, g
+    def __init__(self, blocks: list[Tensor], g: list[Factor] | None) -> None:
+        self.blocks, self.g = blocks, g
         #: entries of each tap once G has whitened them
         self.ranks = [len(g[i].whiten(b[0].mT[:, :0])) if g else b.shape[2] for i, b in enumerate(blocks)]
         self.sizes = [b.shape[1] * r for b, r in zip(blocks, self.ranks, strict=True)]
@@ -250,10 +252,6 @@ class _Columns:
             columns.append(own)
         return torch.cat(columns)
 
-    def operate(self, x: Tensor) -> Tensor:
-        """G^(-1/2) N^T S^-1 N G^(-T/2) x."""
-        return self.transposed_times(self.s.solve(self.times(x)))
-
 
 def _on_columns(block: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
     flat = block.flatten(0, 1).mT
@@ -271,13 +269,25 @@ def _by_columns(columns: _Columns, s: Factor, k: int, sweeps: int) -> tuple[Tens
     width = min(k + OVERSAMPLING, count)
     whole = count <= EXACT[dtype] or width * sweeps >= count
     white = product = None
+    #: S^-1 N G^(-T/2) of the basis that eigenvectors are found in
+    solved: list[Tensor] = []
     if whole or (sweeps >= SWEEPS[dtype] and count <= SMALL and not isinstance(s, Dual)):
         matrix = columns.whole()
         white = None if isinstance(s, Dual) or count > SMALL else s.whiten(matrix)
-        product = matrix.mT @ s.solve(matrix) if white is None else gram(white)
-    operate = columns.operate if product is None else product.__matmul__
+        if white is None:
+            solved.append(s.solve(matrix))
+        product = matrix.mT @ solved[0] if white is None else gram(white)
+
+    def operate(x: Tensor) -> Tensor:
+        """G^(-1/2) N^T S^-1 N G^(-T/2) x."""
+        if product is not None:
+            return product @ x
+        solved.append(s.solve(columns.times(x)))
+        return columns.transposed_times(solved[-1])
+
     if whole and product is not None:
-        squares, vectors = torch.linalg.eigh((product + product.mT) / 2)
+        squares, inside = torch.linalg.eigh((product + product.mT) / 2)
+        basis = None
     else:
         generator = torch.Generator().manual_seed(0)
         x = torch.randn(count, width, generator=generator, dtype=torch.float64).to(columns.device, dtype)
@@ -289,15 +299,16 @@ def _by_columns(columns: _Columns, s: Factor, k: int, sweeps: int) -> tuple[Tens
                 x = torch.linalg.qr(x - basis @ (basis.mT @ x)).Q
             basis, images = torch.cat([basis, x], 1), torch.cat([images, operate(x)], 1)
         small = basis.mT @ images
-        squares, vectors = torch.linalg.eigh((small + small.mT) / 2)
-        squares, vectors = squares[-k:], basis @ vectors[:, -k:]
-    squares, vectors = squares.flip(0), vectors.flip(1)
+        squares, inside = torch.linalg.eigh((small + small.mT) / 2)
+        squares, inside = squares[-k:], inside[:, -k:]
+    squares, inside = squares.flip(0), inside.flip(1)
     # Squared, rounding hides more of the tail than DROP does.
     noise = max(DROP**2, count * torch.finfo(dtype).eps)
     values = squares[squares > noise * squares[:1].clamp_min(0)].sqrt()
     found = min(k, len(values))
-    right = vectors[:, :found]
-    alpha = s.solve(columns.times(right)) if white is None else s.unwhiten(white @ right)
+    inside = inside[:, :found]
+    right = inside if basis is None else basis @ inside
+    alpha = torch.cat(solved, 1) @ inside if white is None else s.unwhiten(white @ right)
     return alpha / values[:found].sqrt(), right, values
 
 

@@ -92,6 +92,8 @@ class Statistics:
         self.whole: tuple[set[fx.Node], set[fx.Node]] = set(), set()
         self.held: set[fx.Node] = set()
         self.remembers = False
+        #: all that consumers read and are asked for is remembered: no gradient of a weight is needed
+        self.complete = False
 
     @property
     def sources(self) -> set[fx.Node]:
@@ -130,6 +132,10 @@ class Statistics:
         if self.whole[0] and self._bytes(seen) * seen.size * per_batch <= self.room:
             self.remembers = True
             self.keep |= dict.fromkeys((*self.whole[0], *self.whole[1]), sys.maxsize)
+            read = {p.source for own in self.reads.values() for _, p in own}
+            if self.whole[1] == self.reads.keys() and all(self.keep[n] >= seen.size for n in read):
+                self.complete = True
+                self.keep |= dict.fromkeys(read, sys.maxsize)
 
     def _bytes(self, seen: Seen) -> float:
         """What a sample takes in all that is to be remembered; infinity where rows are not those of samples."""
@@ -145,15 +151,15 @@ class Statistics:
 
     def read(self, seen: Seen, node: fx.Node, v: Tensor, batches: int | None) -> None:
         """V came back to a consumer's output."""
-        for c, p in self.reads[node]:
-            asked = c.asked(v)
-            c.add_norm(asked)
-            if self.exact:
-                c.add_rows(c.taken(seen.inputs[p.source]), asked, None)
         if not self.exact:
             if not self.keep:
                 self._plan(seen, batches)
             self.memory.add_update(node, v, self.keep[node])
+        for c, p in self.reads[node] if not self.complete else ():
+            asked = c.asked(v)
+            c.add_norm(asked)
+            if self.exact:
+                c.add_rows(c.taken(seen.inputs[p.source]), asked, None)
         for w, link in self.by_node.get(node, []):
             later = w.keep if self.project else 0
             if later < len(v):
@@ -161,7 +167,7 @@ class Statistics:
 
     def end_batch(self, seen: Seen) -> None:
         self.samples += seen.size
-        for c in self.consumers.values():
+        for c in self.consumers.values() if not self.complete else ():
             c.add_gradient(seen)
         if self.exact:
             for w in self.widths.values():
@@ -177,6 +183,8 @@ class Statistics:
                 keep = min(self.keep[p.node], self.keep[p.source])
                 for share, span, inputs, updates in self._groups(keep, [p.source], [p.node]):
                     h, v = c.taken(inputs[p.source]), c.asked(updates[p.node])
+                    if self.complete:
+                        c.add_products(h, v)
                     drawn = c.add_rows(h, v, share * self.samples, generator, share, world.size)
                     c.drawn.append(Drawn(p, span, keep, *drawn))
         self.total = sum_consumers(self.consumers, self.samples, world)

@@ -19,9 +19,8 @@ from fxgrow._apart import Apart
 from fxgrow._consumer import Consumer
 from fxgrow._data import Batch, Data, LossFn
 from fxgrow._evidence import Tests
-from fxgrow._gram import accumulating
-from fxgrow._graph import lookup
-from fxgrow._memory import Memory
+from fxgrow._gram import accumulating, matmul
+from fxgrow._memory import Memory, Span
 from fxgrow._pass import Seen, eval_mode, run_pass
 from fxgrow._readout import Readout
 from fxgrow._refit import Refit
@@ -36,21 +35,13 @@ Visit = Callable[[int, Values, Values], None]
 
 @dataclass
 class HeldBack:
-    """Held-back batches that the first reading has remembered: inputs, V, the sums of V h^T and of the losses."""
+    """Held-back batches that the first reading has remembered: inputs, V and the sum of the losses."""
 
     memory: Memory = field(default_factory=Memory)
-    vh: dict[str, Tensor] = field(default_factory=dict)
     samples: int = 0
     loss: float = 0.0
 
-    def add(
-        self,
-        seen: Seen,
-        sources: Iterable[fx.Node],
-        targets: Iterable[fx.Node],
-        updates: Values,
-        consumers: Mapping[str, Consumer],
-    ) -> None:
+    def add(self, seen: Seen, sources: Iterable[fx.Node], targets: Iterable[fx.Node], updates: Values) -> None:
         """One batch: remembers what sources put out and what came back to targets."""
         self.samples += seen.size
         self.loss += seen.loss * seen.size
@@ -58,8 +49,6 @@ class HeldBack:
             self.memory.add_input(node, seen.inputs[node], seen.size)
         for node in targets:
             self.memory.add_update(node, updates[node], seen.size)
-        for name, c in consumers.items():
-            self.vh[name] = c.added(self.vh.get(name), seen)
 
 
 @dataclass
@@ -87,6 +76,8 @@ class Trials:
         for name, way in self.ways.items():
             for p in way.hidden.reads:
                 self.reads[p.weight] = name
+        #: what new units put out for batches that are remembered whole
+        self.known: dict[tuple[str, Span], Values] = {}
         self.consumers = {name: self.stats.consumers[name] for name in self.reads}
         self.sources = list(dict.fromkeys(n for way in self.ways.values() for n in way.sources))
         self.targets = list(dict.fromkeys(p.node for c in self.consumers.values() for p in c.uses))
@@ -100,6 +91,7 @@ class Trials:
             sums = self._fitted(gm)
             for name, c in self.consumers.items():
                 out.readouts[name] = self._readout(c, *sums[name])
+            self.known.clear()
             out.rank(self.atoms, self.data.world)
             self._test(gm, out)
         return out
@@ -110,38 +102,33 @@ class Trials:
         """Per consumer E[V h^T] and E[V z^T]."""
         vz: dict[str, Tensor] = {}
 
-        def visit(size: int, inputs: Values, updates: Values) -> None:
+        def visit(size: int, inputs: Values, updates: Values, span: Span | None = None) -> None:
             for width, way in self.ways.items():
                 z = way.put_out(self.proposals[width], inputs)
+                if span is not None and self.stats.complete:
+                    self.known[width, span] = z
                 for name in (n for n, w in self.reads.items() if w == width):
-                    self._add_outer(vz, name, z, updates)
+                    c = self.consumers[name]
+                    for p in c.uses:
+                        _add(vz, name, c.outer(c.asked(updates[p.node]), c.taken(z[p.source])))
 
         if self.held.samples:
             memory = self.stats.memory
-            for _, inputs, updates in memory.groups(None, self.sources, self.targets):
-                visit(len(inputs[self.sources[0]]), inputs, updates)
+            for span, inputs, updates in memory.groups(None, self.sources, self.targets):
+                visit(len(inputs[self.sources[0]]), inputs, updates, span)
         else:
             self._read(gm, self.data.fitting(), self.sources, visit)
         # the first reading saw the same V and h
         self.data.world.sum_([vz[name] for name in self.consumers])
         return {name: (c.vh, vz[name] / self.stats.total) for name, c in self.consumers.items()}
 
-    def _add_outer(self, total: dict[str, Tensor], name: str, z: Values, updates: Values) -> None:
-        c = self.consumers[name]
-        for p in c.uses:
-            outer = c.outer(c.asked(updates[p.node]), c.taken(z[p.source]))
-            total[name] = total[name].add_(outer) if name in total else outer
-
-    def _read(
-        self, gm: fx.GraphModule, batches: Iterator[Batch], sources: list[fx.Node], visit: Visit
-    ) -> tuple[int, float, dict[str, Tensor]]:
-        """A pass; returns samples, the sum of losses and the sums of V h^T."""
-        names = [n for c in self.consumers.values() for n in ([c.weight] if c.bias is None else [c.weight, c.bias])]
+    def _read(self, gm: fx.GraphModule, batches: Iterator[Batch], sources: list[fx.Node], visit: Visit) -> HeldBack:
+        """A pass; returns samples and the sum of losses."""
         updates: dict[fx.Node, Tensor] = {}
         read = HeldBack()
 
         def done(batch: Batch, seen: Seen) -> None:
-            read.add(seen, (), (), {}, self.consumers)
+            read.add(seen, (), (), {})
             visit(seen.size, seen.inputs, updates)
             updates.clear()
 
@@ -151,43 +138,42 @@ class Trials:
             self.loss_fn,
             sources=sources,
             targets=self.targets,
-            weights={n: lookup(gm, n) for n in dict.fromkeys(names)},
+            weights={},
             reader=lambda seen, node, v: updates.__setitem__(node, v),
             done=done,
         )
-        return read.samples, read.loss, read.vh
+        return read
 
     def _readout(self, c: Consumer, vh: Tensor, vz: Tensor) -> Readout:
         if c.m is None:
             raise RuntimeError("no rows were added")
         width = self.reads[c.weight]
-        hz, zz = self._second_moments(c, self.ways[width], self.proposals[width])
-        biased, before, k = c.bias is not None, vh.shape[1] - (c.bias is not None), vz.shape[1]
-        fit = torch.cat([vh[:, :before], vz, vh[:, before:]], 1)
-        every = torch.arange(fit.shape[1], device=fit.device)
-        old = torch.cat([every[:before], every[before + k :]])
-        new = {width: every[before : before + k].view(self.atoms[width], -1)}
-        outputs = torch.arange(len(fit), device=fit.device)
-        held = torch.zeros_like(fit)
-        bias = c.bias if biased else None
-        r = Readout(c.weight, bias, c.uses[0], outputs, old, new, c.m, hz, zz, c.curvature(), fit, held)
+        hz, zz = self._second_moments(c, width)
+        new = {width: torch.arange(vz.shape[1], device=vz.device).view(self.atoms[width], -1)}
+        outputs = torch.arange(len(vh), device=vh.device)
+        held = torch.zeros_like(vh), torch.zeros_like(vz)
+        r = Readout(c.weight, c.bias, c.uses[0], outputs, new, c.m, hz, zz, c.curvature(), (vh, vz), held)
         if self.held.samples:  # the same E[V h^T], so the same dW*
             r.root, r.move = c.root, c.move
         return r
 
     @torch.no_grad()
-    def _second_moments(self, c: Consumer, way: Apart, proposal: Proposal) -> tuple[Tensor, Tensor]:
+    def _second_moments(self, c: Consumer, width: str) -> tuple[Tensor, Tensor]:
         """E[h z^T] and E[z z^T], from the rows that E[h h^T] is from."""
         memory = self.stats.memory
         total: list[Tensor] = []
         for drawn in c.drawn:
             (h,) = memory.read([drawn.use.source], drawn.span, drawn.keep)
-            sources = memory.read(way.sources, drawn.span, drawn.keep)
-            z = way.put_out(proposal, dict(zip(way.sources, sources, strict=True)))[drawn.use.source]
+            known = self.known.get((width, drawn.span))
+            if known is None:
+                way = self.ways[width]
+                sources = memory.read(way.sources, drawn.span, drawn.keep)
+                known = way.put_out(self.proposals[width], dict(zip(way.sources, sources, strict=True)))
+            z = known[drawn.use.source]
             for part in drawn.parts:
                 right = accumulating(c.inputs(c.taken(z), part))
                 left = accumulating(c.inputs(c.taken(h), part))
-                moments = [left.mT @ right, right.mT @ right]
+                moments = [matmul(left.mT, right), matmul(right.mT, right)]
                 if c.bias is not None:
                     moments[0] = torch.cat([moments[0], right.sum(0, keepdim=True)])
                 moments = [m.mul_(drawn.scale / self.stats.total) for m in moments]
@@ -198,8 +184,8 @@ class Trials:
     # -- the held-back test
 
     def _test(self, gm: fx.GraphModule, out: Refit) -> None:
-        channels = {name: {self.reads[name]: self._channels(c)} for name, c in self.consumers.items()}
-        tests = Tests(out, self.atoms, channels)
+        tests = Tests(out, self.atoms)
+        vh: dict[str, Tensor] = {}
         vz: dict[str, Tensor] = {}
 
         def visit(size: int, inputs: Values, updates: Values) -> None:
@@ -208,29 +194,26 @@ class Trials:
                 z = way.put_out(self.proposals[width], inputs)
                 for name in (n for n, w in self.reads.items() if w == width):
                     c = self.consumers[name]
-                    self._add_outer(vz, name, z, updates)
                     for p in c.uses:
-                        both = torch.cat([c.taken(inputs[p.source]), c.taken(z[p.source])], c.dim)
-                        uses.append((name, c, both, c.asked(updates[p.node])))
+                        h, own, v = c.taken(inputs[p.source]), c.taken(z[p.source]), c.asked(updates[p.node])
+                        _add(vh, name, c.products(h, v))
+                        _add(vz, name, c.outer(v, own))
+                        uses.append((name, c, h, own, v))
             tests.add(size, uses)
 
-        if self.held.samples:
-            held = self.held
-            out.samples, out.loss, vh = held.samples, held.loss, held.vh
+        held = self.held
+        if held.samples:
             for _, inputs, updates in held.memory.groups(None, self.inputs, self.targets):
                 visit(len(inputs[self.sources[0]]), inputs, updates)
         else:
-            out.samples, out.loss, vh = self._read(gm, self.data.held_back(), self.inputs, visit)
+            held = self._read(gm, self.data.held_back(), self.inputs, visit)
+        out.samples, out.loss = held.samples, held.loss
         for name, r in out.readouts.items():
             if name in vh:
-                r.held[:, r.old] = vh[name]
-                r.held[:, r.new[self.reads[name]].flatten()] = vz[name]
+                r.held = vh[name], vz[name]
         out.share(self.data.world)
         tests.finish(self.data.world)
 
-    def _channels(self, c: Consumer) -> Tensor:
-        """Where new channels are in `[h, z]` along the dimension that the weight sums over."""
-        width = self.reads[c.weight]
-        count = self.atoms[width] * self.ways[width].entries(c.uses[0])
-        before = (c.vh.shape[1] - (c.bias is not None)) // c.window.taps
-        return torch.arange(before, before + count)
+
+def _add(total: dict[str, Tensor], name: str, own: Tensor) -> None:
+    total[name] = total[name].add_(own) if name in total else own

@@ -129,11 +129,11 @@ def _from_refit(
         chosen = {w: u for w, u in order.items() if w in r.new}
         if not chosen:
             continue
-        weights, _ = r.solve(chosen, update_existing)
+        moved, weights = r.solve(chosen, update_existing)
         slope, curvature = r.predict(chosen, update_existing)
         terms.append((slope, curvature * max(refit.evidence[w].coherence for w in chosen)))
         weight = lookup(profile.graph, name)
-        at = len(r.old) if update_existing else 0
+        at = 0
         for width, picked in chosen.items():
             n = r.new[width][picked].numel()
             if width in mute:
@@ -147,7 +147,6 @@ def _from_refit(
                 outgoing.append((name, width, into))
             at += n
         if update_existing:
-            moved = weights[:, : len(r.old)]
             if r.bias is not None:
                 values.delta[r.bias] = _below(values.delta.get(r.bias), moved[:, -1])
                 moved = moved[:, :-1]

@@ -9,11 +9,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
-from torch.nn import functional as F
 
 from fxgrow._axes import length
 from fxgrow._consumer import some_rows
-from fxgrow._gram import accumulating, add_gram, mirrored
+from fxgrow._gram import accumulating, add_gram, matmul, mirrored
 from fxgrow._links import Link, gradient_map, producer_map
 from fxgrow._moments import coverage, cross_moment, patch_rows
 from fxgrow._solve import Factor, factor
@@ -82,13 +81,16 @@ class WidthMoments:
 
     def factor(self, ridge: float) -> Factor:
         """Of S and a relative ridge."""
-        return factor(rows=torch.cat(self.few), ridge=ridge) if self.few else factor(self.upper, ridge=ridge)
+        return factor(rows=self._sampled(), ridge=ridge) if self.few else factor(self.upper, ridge=ridge)
 
     def mean_squares(self, alpha: Tensor) -> Tensor:
         """E[(alpha^T b)^2] over what is read, for every column of alpha."""
         if self.few:
-            return (torch.cat(self.few) @ alpha).square().sum(0) / self.readings
+            return matmul(self._sampled(), alpha).square().sum(0) / self.readings
         return (alpha * (self.second_moment @ alpha)).sum(0) / self.readings
+
+    def _sampled(self) -> Tensor:
+        return self.few[0] if len(self.few) == 1 else torch.cat(self.few)
 
     def add(self, link: Link, x: Tensor, v: Tensor, scale: float = 1.0) -> None:
         """Adds scale * sum b V^T of one batch to the consumer's block."""
@@ -154,8 +156,12 @@ class WidthMoments:
             even = least == most
             self.rows += len(rows)
             if samples is not None and self.wanted < self.features:
-                rows = F.pad(rows, (0, 1), value=1.0) if bias else rows
-                self.few.append(rows * (weight * (scale * share / samples)).sqrt()[:, None].to(rows))
+                ones = (weight * (scale * share / samples)).sqrt()[:, None].to(rows)
+                few = rows.new_empty(len(rows), self.features)
+                torch.mul(rows, ones, out=few[:, : rows.shape[1]])
+                if bias:
+                    few[:, -1:] = ones
+                self.few.append(few)
                 continue
             self.s = add_gram(self.s, rows, None if even else weight, bias, scale * (least if even else 1.0))
 

@@ -207,9 +207,8 @@ def test_worth_is_the_decrease_of_the_fitted_step_times_the_root_of_what_weights
     for name, b in profile.items():
         evidence, (readout,) = profile.refit.evidence[name], profile.refit.of(name)
         units = evidence.order[: -(-b.width.size // 8)].sort().values
-        step, columns = readout.solve({name: units}, True)
-        slope = float((step * readout.held[:, columns]).sum())
-        z = [readout.new[name].flatten().tolist().index(c) for c in columns[len(readout.old) :].tolist()]
+        step, z = torch.cat(readout.solve({name: units}, True), 1), readout.new[name][units].flatten()
+        slope = float((step * torch.cat([readout.held[0], readout.held[1][:, z]], 1)).sum())
         hz = readout.hz[:, z]
         m = torch.cat([torch.cat([readout.hh, hz], 1), torch.cat([hz.mT, readout.zz[z][:, z]], 1)])
         curvature = float((readout.g @ step @ m * step).sum())

@@ -176,10 +176,15 @@ def fitted(M: Tensor, vz: Tensor, G: Tensor, old: int = 2, update: bool = True) 
     h, z = columns[:old], columns[old:]
     use: Any = None
     parts = M[h][:, h], M[h][:, z], M[z][:, z]
-    r = Readout("", None, use, torch.arange(len(vz)), h, {"w": z[:, None]}, *parts, G, vz, torch.zeros_like(vz))
-    weights, found = r.solve({"w": torch.arange(len(z))}, update)
-    assert torch.equal(found, columns if update else z)
-    return weights, r.predict({"w": torch.arange(len(z))}, update)[1]
+    new = {"w": torch.arange(len(z))[:, None]}
+    fit = vz[:, h], vz[:, z]
+    r = Readout("", None, use, torch.arange(len(vz)), new, *parts, G, fit, fit)
+    every = {"w": torch.arange(len(z))}
+    moved, weights = r.solve(every, update)
+    found = torch.cat([moved, weights], 1) if update else weights
+    slope, curvature = r.predict(every, update)
+    assert slope == pytest.approx((found * (vz if update else fit[1])).sum().item())
+    return found, curvature
 
 
 def ridges(M: Tensor, old: int = 2) -> Tensor:
