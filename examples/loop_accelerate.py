@@ -7,25 +7,25 @@ python -m examples.loop_accelerate --resume out/state
 epoch  1: 10.7 % of the test digits
 epoch  2: 66.7 % of the test digits
 epoch  3: 64.2 % of the test digits
-epoch  4: 82.7 % of the test digits
-epoch  5: 90.4 % of the test digits
-epoch  6: 91.3 % of the test digits
-epoch  7: 93.1 % of the test digits
-epoch  8: 95.1 % of the test digits
-epoch  9: 94.0 % of the test digits
-epoch 10: 94.7 % of the test digits
-epoch 11: 96.0 % of the test digits
-epoch 12: 96.4 % of the test digits
+epoch  4: 86.0 % of the test digits
+epoch  5: 88.0 % of the test digits
+epoch  6: 90.2 % of the test digits
+epoch  7: 87.3 % of the test digits
+epoch  8: 92.7 % of the test digits
+epoch  9: 95.1 % of the test digits
+epoch 10: 95.1 % of the test digits
+epoch 11: 95.1 % of the test digits
+epoch 12: 95.8 % of the test digits
 
 step  epoch     parameters       loss, eval      loss, train  predicted  gamma  seconds  added
 ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-  66      3  1,382 → 1,730  0.9683 → 0.8503  0.7795 → 0.7612     0.3264   1.27      9.5  conv1 +1, layer1.0.conv1 +1,
+  66      3  1,382 → 1,730  0.9583 → 0.7151  0.7474 → 0.6989     0.6711   2.64      0.8  conv1 +1, layer1.0.conv1 +1,
                                                                                          layer2.0.conv2 +1
- 132      6  1,730 → 2,208  0.3133 → 0.2478  0.3318 → 0.2832     0.1935   6.81      8.0  conv1 +1, layer1.0.conv1 +1,
-                                                                                         layer2.0.conv2 +2
- 198      9  2,208 → 2,576  0.1550 → 0.0887  0.1334 → 0.0962     0.0677   37.8      9.1  layer2.0.conv2 +4
+ 132      6  1,730 → 2,226  0.3551 → 0.2779  0.2745 → 0.2480     0.1732   2.34      1.0  conv1 +1, layer1.0.conv1 +2,
+                                                                                         layer2.0.conv2 +1
+ 198      9  2,226 → 2,810  0.1660 → 0.1422  0.1666 → 0.1571     0.0349   51.1      1.0  layer2.0.conv1 +4
 
-3 growths, 0 declined, 26.6 s
+3 growths, 0 declined, 2.9 s
 """
 
 from __future__ import annotations

@@ -5,30 +5,29 @@ python -m examples.loop_plain --checkpoint out/run.safetensors --stop-after 2
 python -m examples.loop_plain --resume out/run.safetensors
 
 epoch  1: 10.2 % of the test digits
-epoch  2: 59.8 % of the test digits
-epoch  3: 81.8 % of the test digits
-epoch  4: 94.2 % of the test digits
-epoch  5: 91.8 % of the test digits
-epoch  6: 95.3 % of the test digits
-epoch  7: 96.7 % of the test digits
-epoch  8: 96.2 % of the test digits
-epoch  9: 97.3 % of the test digits
-epoch 10: 96.4 % of the test digits
-epoch 11: 97.3 % of the test digits
-epoch 12: 97.8 % of the test digits
+epoch  2: 59.6 % of the test digits
+epoch  3: 73.3 % of the test digits
+epoch  4: 91.6 % of the test digits
+epoch  5: 93.3 % of the test digits
+epoch  6: 92.2 % of the test digits
+epoch  7: 95.8 % of the test digits
+epoch  8: 95.6 % of the test digits
+epoch  9: 97.1 % of the test digits
+epoch 10: 96.2 % of the test digits
+epoch 11: 96.2 % of the test digits
+epoch 12: 96.7 % of the test digits
 
 step  epoch     parameters       loss, eval      loss, train  predicted  gamma  seconds  added
 ────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-  22      1  1,382 → 1,766  2.3648 → 2.2225  1.6241 → 1.5660     0.1319   1.27      0.9  conv1 +1, layer2.0.conv1 +1,
+  22      1  1,382 → 1,766  2.3648 → 2.2225  1.6241 → 1.5660     0.1319   1.27      1.3  conv1 +1, layer2.0.conv1 +1,
                                                                                          layer2.0.conv2 +1
-  44      2  1,766 → 2,204  1.1956 → 0.8235  1.0018 → 0.8846     0.5752   5.69      0.9  layer1.0.conv1 +1,
-                                                                                         layer2.0.conv1 +1,
-                                                                                         layer2.0.conv2 +2
-  66      3  2,204 → 2,862  0.5901 → 0.4154  0.4060 → 0.3734     0.2647   4.34      1.0  layer1.0.conv1 +3,
+  44      2  1,766 → 2,188  1.2048 → 0.8704  1.0014 → 0.8836     0.4561   4.92      1.2  conv1 +1, layer2.0.conv1 +1,
+                                                                                         layer2.0.conv2 +1
+  66      3  2,188 → 2,792  0.7698 → 0.5503  0.4633 → 0.4255     0.3941   4.11      1.2  layer1.0.conv1 +2,
                                                                                          layer2.0.conv1 +1,
                                                                                          layer2.0.conv2 +2
 
-3 growths, 0 declined, 2.7 s
+3 growths, 0 declined, 3.7 s
 """
 
 from __future__ import annotations
