@@ -7,16 +7,16 @@ FXGROW_DATA=... python -m examples.grow_gpt     (tiny Shakespeare; without the v
    400      18,384    2.3570  tokens +8, blocks.0.attention.qkv +24, blocks.0.mlp.0 +32, ...
    600      18,384    2.2301
    800      30,656    2.1179  tokens +8, blocks.0.attention.qkv +24, blocks.0.mlp.0 +32, ...
- 1,000      30,656    2.0561
- 1,200      46,000    2.0017  tokens +8, blocks.0.attention.qkv +24, blocks.0.mlp.0 +32, ...
- 1,400      46,000    1.9797
- 1,600      46,000    1.9494
- 1,800      46,000    1.9196
- 2,000      46,000    1.9039
- 2,200      46,000    1.8903
- 2,400      46,000    1.8854
+ 1,000      30,656    2.0550
+ 1,200      46,000    1.9985  tokens +8, blocks.0.attention.qkv +24, blocks.0.mlp.0 +32, ...
+ 1,400      46,000    1.9707
+ 1,600      46,000    1.9430
+ 1,800      46,000    1.9189
+ 2,000      46,000    1.8958
+ 2,200      46,000    1.8826
+ 2,400      46,000    1.8796
 
-growing took 3.5 of 48.4 CPU seconds: 7.3%
+growing took 3.2 of 41.2 CPU seconds: 7.8%
 
 the same net, never grown
    200       9,184    2.5083
@@ -32,7 +32,7 @@ the same net, never grown
  2,200       9,184    2.0885
  2,400       9,184    2.0848
 
-held-out loss 1.8854 with 46,000 parameters in 48 CPU seconds, 2.0848 with 9,184 in 32
+held-out loss 1.8796 with 46,000 parameters in 41 CPU seconds, 2.0848 with 9,184 in 34
 """
 
 from __future__ import annotations
