@@ -54,10 +54,6 @@ class Apart:
         """What the producers read."""
         return list(dict.fromkeys(p.source for p in self.hidden.writes))
 
-    def entries(self, use: Projection) -> int:
-        """Entries of each atom in what `use` reads."""
-        return resolve(use.reads)[0].inner
-
     @torch.no_grad()
     def put_out(self, proposal: Proposal, inputs: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
         """New channels at every source of a consumer, for the inputs of the producers. In eval mode."""
