@@ -17,19 +17,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fxgrow
 from benchmarks.widths import Batches, evaluate, loss_of
-from fxgrow._analyse import analyse
-from fxgrow._candidates import candidates, places
-from fxgrow._data import Data
-from fxgrow._graph import lookup
-from fxgrow._newton import conjugate_gradients
-from fxgrow._norms import Norms
-from fxgrow._plan import Plan
-from fxgrow._refit import run_refit
-from fxgrow._rewrite import rewrite
-from fxgrow._search import Line, held_batches, search
-from fxgrow._units import fill_plan
-from fxgrow._widths import hidden
+from fxgrow.analysis.analyse import analyse
+from fxgrow.analysis.widths import hidden
+from fxgrow.candidates.refit import run_refit
+from fxgrow.candidates.widened import candidates
+from fxgrow.data.batches import Data
+from fxgrow.graph.graph import lookup
 from fxgrow.initialisers import Proposal
+from fxgrow.pipeline.fill_plan import fill_plan
+from fxgrow.pipeline.gauss_newton import conjugate_gradients
+from fxgrow.pipeline.line_search import GammaLine, held_batches, search
+from fxgrow.rewriting.axis_growth import places
+from fxgrow.rewriting.batch_norm import RunningStatistics
+from fxgrow.rewriting.plan import Plan
+from fxgrow.rewriting.rewrite import rewrite
 from models import Decoder
 from models.decoder import _rotated
 
@@ -39,7 +40,7 @@ INPUT_RIDGE, OUTPUT_RIDGE = 0.1, 0.1
 DEFLATION_RIDGE = 0.1
 #: rows per batch that second moments are made from
 ROWS = 256
-#: batches that the curvature is taken from, as in `fxgrow._newton`
+#: batches that the curvature is taken from, as in `fxgrow.pipeline.gauss_newton`
 CURVATURE_BATCHES = 6
 
 #: new entries of a parameter: its name, the width and the dimension
@@ -69,7 +70,7 @@ class Trial:
         keys = [(p.weight, name, p.in_dim) for name, h in self.widths.items() for p in h.reads]
         return list(dict.fromkeys(keys))
 
-    def refitted(self, alpha: dict[str, dict[str, Tensor]], share: float = 0.25) -> tuple[Line, float]:
+    def refitted(self, alpha: dict[str, dict[str, Tensor]], share: float = 0.25) -> tuple[GammaLine, float]:
         """Units with these incoming weights, per width and producer, and the library's refit and line search."""
         proposals = {name: Proposal({w: rows.float() for w, rows in alpha[name].items()}) for name in self.units}
         options = {"units": self.units, "widths": list(self.units), "progress": False}
@@ -78,11 +79,11 @@ class Trial:
         refit = run_refit(found, self.data, loss_of, self.generator)
         profile = replace(base, proposals=proposals, found=found, refit=refit)
         plan = fill_plan(profile, self.structure, dict(self.units), False, (0, 0))
-        line = Line(self.gm, plan, self.held)
+        line = GammaLine(self.gm, plan, self.held)
         return line, search(line, loss_of, share, follow=False).applied
 
 
-class Ray(Line):
+class Ray(GammaLine):
     """A widened graph that moves along new entries; at gamma = 0 it computes what it did before.
 
     A plan cannot say everything that is tried here: a compensated width's writers stay zero in it.
@@ -93,7 +94,7 @@ class Ray(Line):
         self.graph, self.index = rewrite(trial.gm, trial.units, generator=generator)
         self.where = places(trial.structure, trial.units)
         self.batches, self.plan, self.steps = trial.held, Plan({}), []
-        self.norms = Norms(self.graph, self.batches)
+        self.norms = RunningStatistics(self.graph, self.batches)
 
     def at(self, key: Key) -> tuple[nn.Parameter, Tensor]:
         """The parameter and the positions of a key's entries."""
@@ -139,7 +140,7 @@ def along(ray: Ray, trial: Trial, test: Batches, share: float) -> Outcome:
 
 
 def newton(ray: Ray, keys: Sequence[Key], batches: Batches) -> dict[Key, Tensor]:
-    """`fxgrow._newton` for a graph that no plan describes, with exact products of the curvature."""
+    """`fxgrow.pipeline.gauss_newton` for a graph that no plan describes, with exact products of the curvature."""
     base = {n: p.detach() for n, p in ray.graph.named_parameters()}
     zero = tuple(torch.zeros_like(ray.get(key)) for key in keys)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks._ideas import OUTPUT_RIDGE, Key, Outcome, Ray, Trial, Watch, _root, along
 from benchmarks.widths import Batches, evaluate
-from fxgrow._graph import lookup
+from fxgrow.graph.graph import lookup
 
 #: root mean square of what new units carry, relative to the stream's
 SIZE = 0.1

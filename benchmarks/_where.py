@@ -14,11 +14,11 @@ from torch import nn
 import fxgrow
 from benchmarks.one_step import CONTEXT, Batches, characters, draw, evaluate, loss_of, text, train
 from examples.data import VARIABLE, Split, cifar10, digits, fashion_mnist
-from fxgrow._data import Data
-from fxgrow._grow import _apply_best
-from fxgrow._optim import repoint
-from fxgrow._search import held_batches
-from fxgrow._world import ALONE
+from fxgrow.data.batches import Data
+from fxgrow.distributed import SINGLE_PROCESS
+from fxgrow.pipeline.grow import _apply_best
+from fxgrow.pipeline.line_search import held_batches
+from fxgrow.transfer.optimizer_state import repoint
 from models import GPT, MLP
 
 #: batches that a profile reads
@@ -125,7 +125,9 @@ class Trained:
         optimizer.param_groups[0]["lr"] = FURTHER
         if plan is None:
             return old, optimizer, None
-        graph, outcome = _apply_best(self.gm, plan, self.profile.record(), self.held, loss_of, True, True, ALONE)
+        graph, outcome = _apply_best(
+            self.gm, plan, self.profile.record(), self.held, loss_of, True, True, SINGLE_PROCESS
+        )
         repoint(optimizer, old, graph, outcome.index)
         return graph, optimizer, outcome.record
 

@@ -26,8 +26,8 @@ from benchmarks._ideas import Outcome, Ray, Trial, along, gate_features, per_blo
 from benchmarks._ideas_stream import exact_svd, isometric, stream_svd
 from benchmarks.widths import CONTEXT, KINDS, RATE, SHARE, Batches, draw, evaluate, loss_of, train
 from examples.data import shakespeare
-from fxgrow._optim import repoint
-from fxgrow._rewrite import rewrite
+from fxgrow.rewriting.rewrite import rewrite
+from fxgrow.transfer.optimizer_state import repoint
 from models import Decoder
 
 Idea = Callable[[Trial, Batches], Outcome]

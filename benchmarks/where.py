@@ -37,8 +37,8 @@ import fxgrow
 from benchmarks._where import MARKS, SUBJECTS, Subject, Trained
 from benchmarks.one_step import loss_of
 from examples.data import VARIABLE, Split
-from fxgrow._analyse import analyse
-from fxgrow._cost import Parameters
+from fxgrow.analysis.analyse import analyse
+from fxgrow.pipeline.cost import Parameters
 
 #: units by which each width grows alone
 UNITS = 4

@@ -45,7 +45,7 @@ TOKENS = 11
 HEAD = """# Optimisers under growth
 
 Every optimiser of `torch.optim`, four steps before a growth of two widths and twenty after it. This table is written by
-`python -m docs.optimizers`; `tests/test_follow_optimizers.py` fails where it does not hold.
+`python -m docs.optimizers`; `tests/transfer/test_optimizers.py` fails where it does not hold.
 
 *State*: what the optimiser keeps of each entry of a parameter; in brackets, what it keeps once per parameter.
 *Old entries*: state of weights that were there before is the same, bit for bit. *New entries*: what state of new

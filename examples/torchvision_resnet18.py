@@ -77,7 +77,7 @@ from torch.nn import functional as F
 
 import fxgrow
 from examples.data import digits
-from fxgrow._torchvision import import_torchvision
+from fxgrow.integrations._torchvision import import_torchvision
 
 IMAGES, BATCH, EPOCHS = 1024, 64, 2
 

@@ -1,10 +1,10 @@
 """fxgrow: makes any PyTorch network wider where it needs it, while it learns."""
 
-from fxgrow._bottleneck import Bottleneck, Profile
-from fxgrow._capture import capture
-from fxgrow._checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from fxgrow._decide import plan
-from fxgrow._errors import (
+from fxgrow.analysis.widths import widths
+from fxgrow.axes.records import Reason, Width
+from fxgrow.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from fxgrow.checkpoints.model_file import load, resize, save
+from fxgrow.errors import (
     CaptureError,
     ExportError,
     FileError,
@@ -15,27 +15,26 @@ from fxgrow._errors import (
     RewriteError,
     ScheduleError,
 )
-from fxgrow._explain import Explanation, explain
-from fxgrow._export import export_onnx
-from fxgrow._files import load, resize, save
-from fxgrow._grow import grow
-from fxgrow._grower import Grower
-from fxgrow._growth import Growth
-from fxgrow._history import Event, History
-from fxgrow._kept import Moments
-from fxgrow._limits import Either, Until
-from fxgrow._networkx import to_networkx
-from fxgrow._plan import Plan
-from fxgrow._profile import profile
-from fxgrow._recipe import Recipe
-from fxgrow._records import Reason, Width
-from fxgrow._schedule import Schedule
-from fxgrow._schedules import Every, LayerByLayer, OnBottleneck, OnPlateau
-from fxgrow._try import Tried, try_widths
-from fxgrow._widen import apply, widen
-from fxgrow._widths import widths
 from fxgrow.initialisers import Proposal, initialiser
+from fxgrow.onnx_export import export_onnx
 from fxgrow.ops import op
+from fxgrow.pipeline.explain import Explanation, explain
+from fxgrow.pipeline.grow import grow
+from fxgrow.pipeline.growth_record import Growth
+from fxgrow.pipeline.plan import plan
+from fxgrow.pipeline.profile import profile
+from fxgrow.pipeline.profile_record import Bottleneck, Profile
+from fxgrow.pipeline.try_widths import Tried, try_widths
+from fxgrow.pipeline.widen import apply, widen
+from fxgrow.report.networkx import to_networkx
+from fxgrow.rewriting.plan import Plan
+from fxgrow.statistics.mergeable import Moments
+from fxgrow.storage.recipe import Recipe
+from fxgrow.tracing.capture import capture
+from fxgrow.training.grower import Grower
+from fxgrow.training.history import Event, History
+from fxgrow.training.schedule import Either, Schedule, Until
+from fxgrow.training.schedules import Every, LayerByLayer, OnBottleneck, OnPlateau
 
 __version__ = "0.1.0"
 __all__ = [

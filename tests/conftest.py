@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from fxgrow._torchvision import import_torchvision
+from fxgrow.integrations._torchvision import import_torchvision
 
 # Plots are written to files, never shown.
 os.environ.setdefault("MPLBACKEND", "Agg")

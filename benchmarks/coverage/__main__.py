@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.coverage.subjects import FAMILIES, build, names
 from benchmarks.coverage.tables import tables
-from fxgrow._torchvision import import_torchvision
+from fxgrow.integrations._torchvision import import_torchvision
 
 OUT = Path("out/coverage.jsonl")
 #: seconds for the peer, which on some networks never ends

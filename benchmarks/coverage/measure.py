@@ -16,14 +16,14 @@ from torch.utils import _pytree as pytree
 
 import fxgrow
 from benchmarks.coverage.subjects import Inputs, Subject
-from fxgrow._analyse import analyse
-from fxgrow._axes import resolve
-from fxgrow._graph import copy_graph, lookup
-from fxgrow._into import flat, into_module
-from fxgrow._leaf import is_layer
-from fxgrow._rewrite import rewrite
-from fxgrow._widths import hidden
-from fxgrow.ops.registry import Structure
+from fxgrow.analysis.analyse import analyse
+from fxgrow.analysis.widths import hidden
+from fxgrow.axes.axes import resolve
+from fxgrow.axes.structure import Structure
+from fxgrow.graph.graph import copy_graph, lookup
+from fxgrow.rewriting.into_module import flat, into_module
+from fxgrow.rewriting.rewrite import rewrite
+from fxgrow.tracing.leaf_modules import is_layer
 
 T = TypeVar("T")
 Findings = dict[str, Any]

@@ -224,7 +224,7 @@ def choose_timm() -> list[str]:
 
 
 if __name__ == "__main__":
-    from fxgrow._torchvision import import_torchvision
+    from fxgrow.integrations._torchvision import import_torchvision
 
     import_torchvision()
     TIMM.write_text("".join(f"{line}\n" for line in choose_timm()))

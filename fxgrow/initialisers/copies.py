@@ -6,15 +6,15 @@ from collections.abc import Iterator
 
 from torch import Tensor, fx
 
-from fxgrow._axes import multiplicity, unit_entries
-from fxgrow._errors import PlanError
-from fxgrow._fold import spectral
-from fxgrow._graph import lookup
-from fxgrow._widths import Hidden
-from fxgrow.ops.registry import Structure
+from fxgrow.analysis.widths import GrowableWidth
+from fxgrow.axes.axes import multiplicity, unit_entries
+from fxgrow.axes.structure import Structure
+from fxgrow.errors import PlanError
+from fxgrow.graph.graph import lookup
+from fxgrow.rewriting.parametrizations import spectral
 
 
-def why_no_copies(gm: fx.GraphModule, structure: Structure, h: Hidden) -> str | None:
+def why_no_copies(gm: fx.GraphModule, structure: Structure, h: GrowableWidth) -> str | None:
     """What would become of the function if units of a width were copied; None where it stays."""
     if h.var in structure.compensations:
         return "copies of a unit would change the norm over it, or the products of its units"
@@ -27,7 +27,7 @@ def why_no_copies(gm: fx.GraphModule, structure: Structure, h: Hidden) -> str | 
     return None
 
 
-def check_copies(gm: fx.GraphModule, structure: Structure, h: Hidden, method: str) -> None:
+def check_copies(gm: fx.GraphModule, structure: Structure, h: GrowableWidth, method: str) -> None:
     """Refuses a width whose units cannot be copied.
 
     Raises:
@@ -41,7 +41,7 @@ def check_copies(gm: fx.GraphModule, structure: Structure, h: Hidden, method: st
         )
 
 
-def places(structure: Structure, h: Hidden) -> Iterator[tuple[str, int, Tensor]]:
+def places(structure: Structure, h: GrowableWidth) -> Iterator[tuple[str, int, Tensor]]:
     """Every parameter and buffer that carries the width: its name, the dimension, the entries of each unit there."""
     for name, dims in structure.parameters.items():
         for d, axis in enumerate(dims):

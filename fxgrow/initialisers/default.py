@@ -14,10 +14,11 @@ from collections.abc import Mapping
 
 import torch
 
-from fxgrow._consumer import Consumer
-from fxgrow._solve import factor, top_units
-from fxgrow._width_moments import WidthMoments
 from fxgrow.initialisers.registry import Proposal, initialiser, split_rows
+from fxgrow.statistics.consumer_moments import ConsumerMoments
+from fxgrow.statistics.factorisation import factor
+from fxgrow.statistics.top_singular import top_units
+from fxgrow.statistics.width_moments import WidthMoments
 
 INPUT_RIDGE = 0.1
 #: sampled rows of b per feature: with such a ridge more of them find no better units
@@ -29,7 +30,7 @@ OUTPUT_RIDGE = 1e-2
 
 @initialiser("newton", output_side=True, rows=ROWS, sketch=True, refit=True, share=0.25, curved=True)
 @initialiser("default", output_side=True, rows=ROWS, sketch=True, refit=True)
-def default(width: WidthMoments, consumers: Mapping[str, Consumer], k: int) -> Proposal:
+def default(width: WidthMoments, consumers: Mapping[str, ConsumerMoments], k: int) -> Proposal:
     """Units for one width; outgoing weights are left to the refit."""
     names = list(width.blocks)
     outputs = [factor(consumers[n].curvature().to(width.blocks[n].dtype), ridge=OUTPUT_RIDGE) for n in names]

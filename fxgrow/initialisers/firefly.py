@@ -24,10 +24,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fxgrow._splits import SplitGraph, Splits, pack, reads_of, unit_rows, unpack, writes_of
-from fxgrow._widths import Hidden
+from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.initialisers.copies import why_no_copies
 from fxgrow.initialisers.registry import Setting, finder
+from fxgrow.initialisers.splits import SplitGraph, Splits, pack, reads_of, unit_rows, unpack, writes_of
 
 #: largest length of delta and omega, relative to incoming and outgoing weights of the width
 EPS = 0.1
@@ -67,7 +67,7 @@ def firefly(setting: Setting) -> dict[str, Splits]:
     return out
 
 
-def _splits(found: list[_Candidates]) -> list[tuple[Hidden, Splits]]:
+def _splits(found: list[_Candidates]) -> list[tuple[GrowableWidth, Splits]]:
     return [(c.hidden, c.splits()) for c in found]
 
 
@@ -91,7 +91,7 @@ class _Candidates:
         h: the width.
     """
 
-    def __init__(self, setting: Setting, h: Hidden) -> None:
+    def __init__(self, setting: Setting, h: GrowableWidth) -> None:
         gm, structure = setting.gm, setting.structure
         k, size, generator = setting.additions[h.width.name], h.var.size, setting.generator
         self.hidden = h

@@ -14,16 +14,16 @@ from collections.abc import Mapping
 
 import torch
 
-from fxgrow._consumer import Consumer
-from fxgrow._width_moments import WidthMoments
 from fxgrow.initialisers.registry import Proposal, initialiser, split_rows
+from fxgrow.statistics.consumer_moments import ConsumerMoments
+from fxgrow.statistics.width_moments import WidthMoments
 
 #: singular values below this part of the largest are rounding
 DROP = 1e-6
 
 
 @initialiser("gradmax", project=False)
-def gradmax(width: WidthMoments, consumers: Mapping[str, Consumer], k: int) -> Proposal:
+def gradmax(width: WidthMoments, consumers: Mapping[str, ConsumerMoments], k: int) -> Proposal:
     """Incoming weights of at most k units."""
     asked = torch.cat([block.flatten(1) for block in width.blocks.values()], 1)
     u, values, _ = torch.linalg.svd(asked, full_matrices=False)

@@ -11,18 +11,20 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from fxgrow._copies import Copies
-from fxgrow._widths import Hidden
+from fxgrow.analysis.widths import GrowableWidth
+from fxgrow.axes.structure import Structure
 from fxgrow.initialisers.copies import check_copies
 from fxgrow.initialisers.registry import Written, writer
-from fxgrow.ops.registry import Structure
+from fxgrow.rewriting.copied_units import CopiedUnits
 
 #: shares are drawn between 1 and this, then divided by their sum
 MOST = 3.0
 
 
 @writer("net2wider")
-def net2wider(gm: fx.GraphModule, structure: Structure, h: Hidden, k: int, generator: torch.Generator) -> Written:
+def net2wider(
+    gm: fx.GraphModule, structure: Structure, h: GrowableWidth, k: int, generator: torch.Generator
+) -> Written:
     """Copies for `k` units."""
     check_copies(gm, structure, h, "net2wider")
     size = h.var.size
@@ -30,4 +32,4 @@ def net2wider(gm: fx.GraphModule, structure: Structure, h: Hidden, k: int, gener
     parts = 1 + (MOST - 1) * torch.rand(size + k, generator=generator, dtype=torch.float64)
     origin = torch.cat([torch.arange(size), units])
     shares = parts / torch.zeros(size, dtype=torch.float64).index_add_(0, origin, parts)[origin]
-    return Written(copies=Copies(units, shares))
+    return Written(copies=CopiedUnits(units, shares))

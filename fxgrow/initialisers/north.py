@@ -12,17 +12,17 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fxgrow._consumer import Consumer
-from fxgrow._graph import lookup
-from fxgrow._width_moments import WidthMoments
+from fxgrow.graph.graph import lookup
 from fxgrow.initialisers.registry import Proposal, initialiser, split_rows
+from fxgrow.statistics.consumer_moments import ConsumerMoments
+from fxgrow.statistics.width_moments import WidthMoments
 
 #: what is left of a random row's square is rounding below this
 LEFT = 1e-4
 
 
 @initialiser("north", project=False)
-def north(width: WidthMoments, consumers: Mapping[str, Consumer], k: int) -> Proposal:
+def north(width: WidthMoments, consumers: Mapping[str, ConsumerMoments], k: int) -> Proposal:
     """Incoming weights of k units."""
     s = width.second_moment.double()
     generator = torch.Generator().manual_seed(width.features)

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fxgrow._consumer import Consumer
-from fxgrow._width_moments import WidthMoments
 from fxgrow.initialisers.registry import Proposal, initialiser
+from fxgrow.statistics.consumer_moments import ConsumerMoments
+from fxgrow.statistics.width_moments import WidthMoments
 
 
 @initialiser("random", moments=False)
 @initialiser("random-newton", moments=False, refit=True, share=0.25, curved=True)
 @initialiser("random-refit", moments=False, refit=True)
-def random(width: WidthMoments, consumers: Mapping[str, Consumer], k: int) -> Proposal:
+def random(width: WidthMoments, consumers: Mapping[str, ConsumerMoments], k: int) -> Proposal:
     """Leaves the rows to the rewrite, which draws them."""
     return Proposal()

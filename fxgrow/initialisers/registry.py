@@ -11,14 +11,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
-from fxgrow._consumer import Consumer
-from fxgrow._copies import Copies
-from fxgrow._data import Data, LossFn
-from fxgrow._errors import ProfileError
-from fxgrow._splits import Splits
-from fxgrow._width_moments import WidthMoments
-from fxgrow._widths import Hidden
-from fxgrow.ops.registry import Structure
+from fxgrow.analysis.widths import GrowableWidth
+from fxgrow.axes.structure import Structure
+from fxgrow.data.batches import Data
+from fxgrow.data.loss import LossFn
+from fxgrow.errors import ProfileError
+from fxgrow.initialisers.splits import Splits
+from fxgrow.rewriting.copied_units import CopiedUnits
+from fxgrow.statistics.consumer_moments import ConsumerMoments
+from fxgrow.statistics.width_moments import WidthMoments
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Written:
     """
 
     new: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    copies: Copies | None = None
+    copies: CopiedUnits | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class Setting:
 
     gm: fx.GraphModule
     structure: Structure
-    hiddens: Sequence[Hidden]
+    hiddens: Sequence[GrowableWidth]
     additions: Mapping[str, int]
     data: Data
     loss_fn: LossFn | None
@@ -66,9 +67,9 @@ class Setting:
 
 
 #: graph, its structure, the width, how many units, random numbers
-Write = Callable[[fx.GraphModule, Structure, Hidden, int, torch.Generator], Written]
+Write = Callable[[fx.GraphModule, Structure, GrowableWidth, int, torch.Generator], Written]
 Find = Callable[[Setting], dict[str, Splits]]
-Propose = Callable[[WidthMoments, Mapping[str, Consumer], int], Proposal]
+Propose = Callable[[WidthMoments, Mapping[str, ConsumerMoments], int], Proposal]
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,8 @@ class Initialiser:
         refit: fit outgoing weights and the update of existing ones on what the units really put out.
         symmetric: the line search scales incoming and outgoing weights alike (by the root of gamma).
         share: the part of the best gamma that is applied.
-        curved: `grow` fits outgoing weights once more, on the loss's own curvature (with `refit`; see `_newton.py`).
+        curved: `grow` fits outgoing weights once more, on the loss's own curvature (with `refit`; see
+            `pipeline/gauss_newton.py`).
         write: instead of proposals: writes new entries of every parameter; the function is the same at any gamma, so
             that there is no line search.
         find: instead of proposals from moments: reads the data itself.
@@ -142,7 +144,7 @@ def finder(name: str, nothing: str) -> Callable[[Find], Find]:
     return enter
 
 
-def _no_proposal(width: WidthMoments, consumers: Mapping[str, Consumer], k: int) -> Proposal:
+def _no_proposal(width: WidthMoments, consumers: Mapping[str, ConsumerMoments], k: int) -> Proposal:
     return Proposal()
 
 

@@ -27,11 +27,11 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fxgrow._errors import ProfileError
-from fxgrow._graph import compile_graph
-from fxgrow._splits import SplitGraph, Splits, pack, unit_rows, unpack, writes_of
+from fxgrow.errors import ProfileError
+from fxgrow.graph.graph import compile_graph
 from fxgrow.initialisers.copies import why_no_copies
 from fxgrow.initialisers.registry import Setting, finder
+from fxgrow.initialisers.splits import SplitGraph, Splits, pack, unit_rows, unpack, writes_of
 
 #: length of delta at gamma = 1, relative to the incoming weights of its width
 EPS = 0.1
@@ -39,13 +39,11 @@ EPS = 0.1
 STEPS = 12
 #: half of the box that smoothes a kink, relative to the root mean square of what enters
 BOX = 0.5
-
 _KINKED = {
     F.relu, F.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.prelu, F.hardtanh, F.hardtanh_, F.hardsigmoid, F.threshold,
     torch.relu, torch.relu_, torch.prelu, torch.threshold, "relu", "relu_", "prelu",
 }  # fmt: skip
 _KINKED_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.Hardsigmoid, nn.Threshold)
-
 #: per width, one vector for every unit `[units, D]`
 Vectors = dict[str, Tensor]
 

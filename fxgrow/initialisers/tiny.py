@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from fxgrow._consumer import Consumer
-from fxgrow._solve import factor, top_units
-from fxgrow._width_moments import WidthMoments
 from fxgrow.initialisers.registry import Proposal, initialiser, split_rows
+from fxgrow.statistics.consumer_moments import ConsumerMoments
+from fxgrow.statistics.factorisation import factor
+from fxgrow.statistics.top_singular import top_units
+from fxgrow.statistics.width_moments import WidthMoments
 
 
 @initialiser("tiny", symmetric=True)
-def tiny(width: WidthMoments, consumers: Mapping[str, Consumer], k: int) -> Proposal:
+def tiny(width: WidthMoments, consumers: Mapping[str, ConsumerMoments], k: int) -> Proposal:
     """Incoming and outgoing weights of at most k units."""
     names = list(width.blocks)
     s = factor(width.upper, ridge=width.ridge)

@@ -13,16 +13,16 @@ import math
 import torch
 from torch import fx
 
-from fxgrow._errors import PlanError
-from fxgrow._widths import Hidden
+from fxgrow.analysis.widths import GrowableWidth
+from fxgrow.axes.structure import Structure
+from fxgrow.errors import PlanError
 from fxgrow.initialisers.copies import check_copies, places, rows_of
 from fxgrow.initialisers.registry import Written, writer
-from fxgrow.ops.registry import Structure
 
 
 @writer("variance-transfer")
 def variance_transfer(
-    gm: fx.GraphModule, structure: Structure, h: Hidden, k: int, generator: torch.Generator
+    gm: fx.GraphModule, structure: Structure, h: GrowableWidth, k: int, generator: torch.Generator
 ) -> Written:
     """New entries for `k` units, an even number."""
     if k % 2:
@@ -55,7 +55,7 @@ def variance_transfer(
     return out
 
 
-def _fan_in(rows: torch.Tensor, dim: int, out_dim: int, h: Hidden, k: int) -> int:
+def _fan_in(rows: torch.Tensor, dim: int, out_dim: int, h: GrowableWidth, k: int) -> int:
     """Inputs of a reader when the width has grown."""
     rest = rows.numel() // rows.shape[dim] // rows.shape[out_dim]
     return (h.var.size + k) * (rows.shape[dim] // k) * rest

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxgrow._errors import FxgrowError
-from fxgrow._loader import Source, beside_training, check_source
+from fxgrow.errors import FxgrowError
+from fxgrow.training.data_source import Source, beside_training, check_source
 
 
 def on_device(source: Source, device: torch.device) -> Source:

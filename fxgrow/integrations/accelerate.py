@@ -15,13 +15,13 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxgrow._errors import FileError, FxgrowError, MissingExtraError
-from fxgrow._in_place import GrowerInPlace, recipe_of
-from fxgrow._loader import Source
-from fxgrow._recipe import Recipe
-from fxgrow._schedule import Schedule
-from fxgrow._weights import bare
+from fxgrow.errors import FileError, FxgrowError, MissingExtraError
+from fxgrow.graph.graph import unwrap
 from fxgrow.integrations._batches import check_one_process, on_device
+from fxgrow.storage.recipe import Recipe
+from fxgrow.training.data_source import Source
+from fxgrow.training.in_place import GrowerInPlace, recipe_of
+from fxgrow.training.schedule import Schedule
 
 try:
     from accelerate import Accelerator
@@ -31,7 +31,6 @@ except ImportError as error:
         f"fxgrow.integrations.accelerate needs the package accelerate, which cannot be imported ({error}): "
         "pip install 'fxgrow[accelerate]'."
     ) from error
-
 #: in the folder that `save_state` writes
 FILE = "fxgrow.json"
 
@@ -119,7 +118,7 @@ class AcceleratedGrower(GrowerInPlace):
         os.replace(part, path)
 
     def _load(self, models: list[nn.Module], folder: str) -> None:
-        if all(bare(model) is not bare(self._kept) for model in models):
+        if all(unwrap(model) is not unwrap(self._kept) for model in models):
             return
         path = Path(folder) / FILE
         try:

@@ -13,16 +13,17 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxgrow._errors import FileError, FxgrowError, MissingExtraError
-from fxgrow._grower import Grower
-from fxgrow._in_place import GrowerInPlace, adopt, recipe_of
-from fxgrow._loader import Source
-from fxgrow._recipe import Recipe
-from fxgrow._schedule import Schedule
-from fxgrow._torchvision import import_torchvision
-from fxgrow._weights import bare, resized
-from fxgrow._wrappers import unwrapped
+from fxgrow.checkpoints.weights import resized
+from fxgrow.errors import FileError, FxgrowError, MissingExtraError
+from fxgrow.graph.graph import unwrap
 from fxgrow.integrations._batches import check_one_process, on_device
+from fxgrow.integrations._torchvision import import_torchvision
+from fxgrow.storage.recipe import Recipe
+from fxgrow.training.data_source import Source
+from fxgrow.training.grower import Grower
+from fxgrow.training.in_place import GrowerInPlace, adopt, recipe_of
+from fxgrow.training.schedule import Schedule
+from fxgrow.transfer.wrappers import unwrapped
 
 with contextlib.suppress(MissingExtraError):
     import_torchvision()  # where it is installed Lightning imports it, and so must be able to
@@ -33,7 +34,6 @@ except ImportError as error:
         f"fxgrow.integrations.lightning needs the package lightning, which cannot be imported ({error}): "
         "pip install 'fxgrow[lightning]'."
     ) from error
-
 #: where the recipe lies in a checkpoint
 KEY = "fxgrow_recipe"
 
@@ -110,7 +110,7 @@ class GrowthCallback(Callback):
             )
         net = self._net(pl_module)
         if self._fresh is None and not recipe_of(net).steps:
-            self._fresh = copy.deepcopy(bare(net))
+            self._fresh = copy.deepcopy(unwrap(net))
         mine = vars(pl_module)
         for name, before in (("on_save_checkpoint", self._note), ("on_load_checkpoint", self._resize)):
             mine[name] = _after(before, pl_module, getattr(type(pl_module), name))
@@ -140,7 +140,7 @@ class GrowthCallback(Callback):
         if self._name:
             self._put(pl_module, unwrapped(net)[1](resized(self._fresh, recipe)))
         else:
-            adopt(bare(net), resized(self._fresh, recipe, into="module"))
+            adopt(unwrap(net), resized(self._fresh, recipe, into="module"))
 
     def state_dict(self) -> dict[str, Any]:
         """The Grower's, for the checkpoint."""

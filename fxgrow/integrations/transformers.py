@@ -20,13 +20,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
-from fxgrow._errors import FileError, FxgrowError, MissingExtraError
-from fxgrow._files import resize
-from fxgrow._in_place import GrowerInPlace, recipe_of
-from fxgrow._loader import Source
-from fxgrow._schedule import Schedule
-from fxgrow._torchvision import import_torchvision
+from fxgrow.checkpoints.model_file import resize
+from fxgrow.errors import FileError, FxgrowError, MissingExtraError
 from fxgrow.integrations._batches import check_one_process, on_device
+from fxgrow.integrations._torchvision import import_torchvision
+from fxgrow.training.data_source import Source
+from fxgrow.training.in_place import GrowerInPlace, recipe_of
+from fxgrow.training.schedule import Schedule
 
 with contextlib.suppress(MissingExtraError):
     import_torchvision()  # where it is installed models of transformers import it, and so must be able to
@@ -38,7 +38,6 @@ except ImportError as error:
         f"fxgrow.integrations.transformers needs the package transformers, which cannot be imported ({error}): "
         "pip install 'fxgrow[transformers]'."
     ) from error
-
 #: where the Trainer keeps the states of its callbacks
 STATE = "trainer_state.json"
 M = TypeVar("M", bound=nn.Module)

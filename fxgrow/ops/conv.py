@@ -12,8 +12,9 @@ from typing import Any
 from torch import nn
 from torch.nn import functional as F
 
-from fxgrow._axes import Axis, Dims, Segment, Var, axis_of, fixed, length
-from fxgrow.ops.registry import Context, Unsupported, op
+from fxgrow.axes.axes import Axis, Dims, Segment, UnitVar, axis_of, fixed, length
+from fxgrow.ops.context import Context, Unsupported
+from fxgrow.ops.registry import op
 
 
 def _spatial(value: Any, nd: int) -> tuple[int, ...]:
@@ -30,7 +31,7 @@ def _blocks(ctx: Context, axis: Axis, groups: int) -> Axis:
     """Makes `axis` be `groups` copies of one block, and returns the block."""
     if length(axis) % groups:
         raise Unsupported(f"{length(axis)} channels are not divisible by {groups} groups")
-    block = axis_of(Var(length(axis) // groups))
+    block = axis_of(UnitVar(length(axis) // groups))
     ctx.same(axis, block * groups, "every group has the same number of channels")
     return block
 

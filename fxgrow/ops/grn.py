@@ -9,8 +9,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fxgrow._axes import Dims
-from fxgrow.ops.registry import Context, recogniser
+from fxgrow.axes.axes import Dims
+from fxgrow.ops.context import Context
+from fxgrow.ops.registry import recogniser
 
 _seen: WeakKeyDictionary[nn.Module, int | None] = WeakKeyDictionary()
 
@@ -66,7 +67,7 @@ def global_response_norm(ctx: Context, x: Dims) -> Dims:
             ctx.same(p[0], axis)
             ctx.fill(p, 0.0)
     weight = parameters["weight"]
-    ctx.demand(
+    ctx.require_state(
         "response", ctx.node.all_input_nodes[0], axis, weight=weight and weight.parameter, eps=float(ctx.module.eps)
     )
     return x

@@ -10,11 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fxgrow._axes import Axis, Dims, Var, axis_of, length
-from fxgrow._experts import routes
-from fxgrow.ops import reduce
-from fxgrow.ops.pointwise import broadcast
-from fxgrow.ops.registry import Context, Unsupported, op
+from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, length
+from fxgrow.ops import reductions as reduce
+from fxgrow.ops.context import Context, Unsupported
+from fxgrow.ops.elementwise import broadcast
+from fxgrow.ops.expert_routing import routes
+from fxgrow.ops.registry import op
 
 
 @op(F.linear)
@@ -48,9 +49,6 @@ def embedding_module(ctx: Context, index: Dims) -> Dims:
     weight = ctx.parameter("weight") or Dims()
     ctx.attribute("embedding_dim", weight[1])
     return embedding(ctx, index, weight, None, ctx.module.max_norm)
-
-
-# -- products with a parameter, stored [in, out]
 
 
 # the rule of `reduce` for two activations is entered when that file is imported, above: this one stands in front of it
@@ -135,7 +133,7 @@ def _aligned(ctx: Context, axis: Axis, entries: int) -> None:
     if length(axis) % entries:
         ctx.pin(axis, "size", f"its kernel wants a multiple of {entries}")
     else:
-        ctx.same(axis, axis_of(Var(length(axis) // entries), entries), f"grows by multiples of {entries}")
+        ctx.same(axis, axis_of(UnitVar(length(axis) // entries), entries), f"grows by multiples of {entries}")
 
 
 @op(torch.einsum, "torch.functional.einsum")

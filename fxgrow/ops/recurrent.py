@@ -8,9 +8,10 @@ from typing import Any
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from fxgrow._axes import Axis, Dims, Var, axis_of, fixed, length
-from fxgrow._steps import before, into_gates, outputs, steps
-from fxgrow.ops.registry import Context, Unsupported, op
+from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, fixed, length
+from fxgrow.graph.unrolled_rnn import before, outputs, rnn_input_gates, steps
+from fxgrow.ops.context import Context, Unsupported
+from fxgrow.ops.registry import op
 
 _GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
 
@@ -21,7 +22,7 @@ def recurrent(ctx: Context, x: Any, state: Any = None) -> Any:
     if not isinstance(x, Dims) or m.proj_size:
         raise Unsupported("a packed sequence" if not isinstance(x, Dims) else "its output is projected (proj_size)")
     gates = _GATES[type(m)]
-    hidden = axis_of(Var(m.hidden_size))
+    hidden = axis_of(UnitVar(m.hidden_size))
     reverse = ("", "_reverse") if m.bidirectional else ("",)
     for given in pytree.tree_leaves(state, is_leaf=lambda s: isinstance(s, Dims)):
         if isinstance(given, Dims):
@@ -44,14 +45,11 @@ def _cell(ctx: Context, name: str, reads: Axis, hidden: Axis, gates: int) -> Non
         weight = ctx.parameter(f"weight_{kind}_{name}") or Dims()
         ctx.same(weight[0], hidden * gates)
         ctx.same(weight[1], source)
-        # what enters a gate is hidden in the kernel: `_steps.py` shows it
+        # what enters a gate is hidden in the kernel: `graph/unrolled_rnn.py` shows it
         ctx.project(weight, ctx.parameter(f"bias_{kind}_{name}"), hidden * gates, units=hidden, plain=False)
 
 
-# -- written out
-
-
-@op(into_gates)
+@op(rnn_input_gates)
 def _into_gates(ctx: Context, x: Dims, weight: Dims, bias: Dims | None, recurrent: Dims) -> Dims:
     hidden = recurrent[1]
     gates = hidden * (length(weight[0]) // length(hidden))

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxgrow._capture import capture
-from fxgrow._rewrite import rewrite
-from fxgrow._widths import widths
+from fxgrow.analysis.widths import widths
+from fxgrow.rewriting.rewrite import rewrite
+from fxgrow.tracing.capture import capture
 from tests.ops.cases import CASES, Case
 
 MODES = (False, True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import fxgrow
-from fxgrow._torchvision import import_torchvision
+from fxgrow.integrations._torchvision import import_torchvision
 from tests.ops.table import Net
 
 

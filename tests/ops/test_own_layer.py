@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import fxgrow
-from fxgrow._axes import Dims
-from fxgrow.ops.registry import _RULES, Context
+from fxgrow.axes.axes import Dims
+from fxgrow.ops.context import Context
+from fxgrow.ops.registry import _RULES
 
 
 class Affine(nn.Module):

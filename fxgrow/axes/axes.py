@@ -1,0 +1,283 @@
+"""Axes: the abstract values a graph is run on to find its widths.
+
+A tensor is a tuple of axes, an axis is a tuple of segments, and a segment is `inner` consecutive entries for each unit
+of a `UnitVar` (or a fixed number of entries). Operators unify axes, as types are inferred: what must have the same
+number of units ends up as one variable, and a variable may turn out to be made of finer ones (`cat`, `chunk`, groups):
+
+>>> a, b, whole = UnitVar(2), UnitVar(3), UnitVar(5)
+>>> unify(axis_of(whole), axis_of(a) + axis_of(b), why=Reason("size", "cat", "example"))
+>>> resolve(axis_of(whole)) == axis_of(a) + axis_of(b)
+True
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from fxgrow.axes.records import Reason
+
+#: an axis of more segments than this (tokens x channels flattened the wrong way round) is pinned
+LIMIT = 4096
+
+
+class UnitVar:
+    """An unknown number of units; `bound` once it is known to be made of other variables."""
+
+    __slots__ = ("bound", "pinned", "size")
+
+    def __init__(self, size: int, pinned: Reason | None = None) -> None:
+        self.size = size
+        self.pinned = pinned
+        self.bound: Axis | None = None
+
+    def __repr__(self) -> str:
+        return f"UnitVar({self.size}{', pinned' if self.pinned else ''})"
+
+
+class Segment(NamedTuple):
+    """`inner` entries per unit of `var`, or, without a variable, `inner` entries and the reason that fixes them."""
+
+    var: UnitVar | None
+    inner: int = 1
+    reason: Reason | None = None
+
+    @property
+    def length(self) -> int:
+        return self.inner if self.var is None else self.var.size * self.inner
+
+
+Axis = tuple[Segment, ...]
+_ATOMS = {type(None), bool, int, float, str}
+
+
+class Dims(tuple[Axis, ...]):
+    """The axes of one tensor; `parameter` is its qualified name where the tensor is a parameter or buffer.
+
+    `part_of` is that name where the tensor is some of the first dimension of one.
+    """
+
+    parameter: str | None = None
+    part_of: str | None = None
+
+    @classmethod
+    def of(cls, axes: Iterable[Axis], parameter: str | None = None) -> Dims:
+        dims = cls(axes)
+        dims.parameter = parameter
+        return dims
+
+
+def axes_in(value: Any) -> Iterator[Axis]:
+    """Every axis of every `Dims` in a nested value."""
+    kind = type(value)
+    if kind is Dims:
+        yield from value
+    elif kind is tuple or kind is list:
+        for item in value:
+            yield from axes_in(item)
+    elif kind is dict:
+        for item in value.values():
+            yield from axes_in(item)
+    elif kind not in _ATOMS:
+        for leaf in pytree.tree_leaves(value, is_leaf=lambda x: isinstance(x, Dims)):
+            if isinstance(leaf, Dims):
+                yield from leaf
+
+
+def fixed(length: int, reason: Reason | None = None) -> Axis:
+    return (Segment(None, length, reason),)
+
+
+def axis_of(var: UnitVar, inner: int = 1) -> Axis:
+    return (Segment(var, inner),)
+
+
+def length(axis: Axis) -> int:
+    return sum(s.length for s in axis)
+
+
+def resolve(axis: Axis) -> Axis:
+    """Replaces bound variables by what they are made of, and joins neighbouring fixed segments."""
+    if len(axis) == 1 and axis[0].inner and (axis[0].var is None or axis[0].var.bound is None):
+        return axis
+    out: list[Segment] = []
+    for s in axis:
+        if s.var is not None and s.var.bound is not None:
+            s.var.bound = resolve(s.var.bound)
+            parts: Iterable[Segment] = (Segment(p.var, p.inner * s.inner, p.reason) for p in s.var.bound)
+        else:
+            parts = (s,)
+        for p in parts:
+            if p.var is None and out and out[-1].var is None:
+                out[-1] = Segment(None, out[-1].inner + p.inner, out[-1].reason or p.reason)
+            elif p.length:
+                out.append(p)
+    return tuple(out)
+
+
+def variables(*axes: Axis) -> list[UnitVar]:
+    """The unbound variables of `axes`, in order, each once."""
+    return list(dict.fromkeys(s.var for a in axes for s in resolve(a) if s.var is not None))
+
+
+def is_fixed(axis: Axis) -> bool:
+    return all(s.var is None or (s.var.bound is not None and is_fixed(s.var.bound)) for s in axis)
+
+
+def multiplicity(axis: Axis) -> Counter[UnitVar]:
+    """How many entries of `axis` belong to one unit of each variable."""
+    count: Counter[UnitVar] = Counter()
+    for s in resolve(axis):
+        if s.var is not None:
+            count[s.var] += s.inner
+    return count
+
+
+def unit_entries(axis: Axis, var: UnitVar, grow: Mapping[UnitVar, int] | None = None) -> Tensor:
+    """Positions of each unit's entries in an axis, [units, entries]; in one that has grown the new units last."""
+    grow = grow or {}
+    units: list[list[int]] = [[] for _ in range(var.size + grow.get(var, 0))]
+    at = 0
+    for s in resolve(axis):
+        if s.var is var:
+            for i, unit in enumerate(units):
+                unit.extend(range(at + i * s.inner, at + (i + 1) * s.inner))
+        at += s.inner if s.var is None else (s.var.size + grow.get(s.var, 0)) * s.inner
+    return torch.tensor(units, dtype=torch.long)
+
+
+def pin(axis: Axis, why: Reason) -> None:
+    for var in variables(axis):
+        var.pinned = var.pinned or why
+
+
+def _bind(var: UnitVar, axis: Axis) -> None:
+    if var.pinned:
+        pin(axis, var.pinned)
+    var.bound = axis
+
+
+def cut(axis: Axis, at: int, why: Reason) -> tuple[Axis, Axis]:
+    """Splits `axis` in front of entry `at`; a variable the cut goes through becomes two, or is pinned."""
+    left: list[Segment] = []
+    rest = list(resolve(axis))
+    while rest and at > 0:
+        s = rest.pop(0)
+        if s.length <= at:
+            left.append(s)
+            at -= s.length
+            continue
+        if s.var is None:
+            first, second = Segment(None, at, s.reason), Segment(None, s.inner - at, s.reason)
+        elif at % s.inner == 0:
+            head, tail = UnitVar(at // s.inner), UnitVar(s.var.size - at // s.inner)
+            _bind(s.var, (Segment(head), Segment(tail)))
+            # the same variable may stand elsewhere in this axis
+            left, rest = list(resolve(tuple(left))), list(resolve(tuple(rest)))
+            first, second = Segment(head, s.inner), Segment(tail, s.inner)
+        else:
+            pin((s,), why)
+            first, second = Segment(None, at, why), Segment(None, s.length - at, why)
+        left.append(first)
+        rest.insert(0, second)
+        at = 0
+    return tuple(left), tuple(rest)
+
+
+def unify(a: Axis, b: Axis, why: Reason) -> None:
+    """Makes two axes of equal length the same axis; where that is impossible, pins both with `why`."""
+    # stacks, so that a segment is resolved when its turn comes: what is bound on the way may stand further on
+    left, right = list(reversed(a)), list(reversed(b))
+    while (s := _next(left)) and (t := _next(right)):
+        if s.length == t.length:
+            _same(s, t, why)
+        elif s.length > t.length:
+            _meet(s, left, t, right, why)
+        else:
+            _meet(t, right, s, left, why)
+
+
+def _next(stack: list[Segment]) -> Segment | None:
+    """The next segment of an axis, its variable unbound."""
+    while stack:
+        s = stack.pop()
+        if s.var is not None and s.var.bound is not None:
+            stack.extend(reversed(resolve((s,))))
+        elif s.length:
+            return s
+    return None
+
+
+def _meet(s: Segment, left: list[Segment], t: Segment, right: list[Segment], why: Reason) -> None:
+    """Segment `s` meets several shorter ones, `t` and what follows it: it is made of them, or it is cut."""
+    run, total = [t], t.length
+    # it can be made of them only as far as they have units of its kind; thousands may stand behind
+    while s.var and _part_of(s, run[-1]) and total < s.length and (u := _next(right)):
+        run.append(u)
+        total += u.length
+    if s.var and total == s.length and _part_of(s, run[-1]):
+        _bind(s.var, tuple(Segment(u.var, u.inner // s.inner) for u in run))
+        return
+    right.extend(reversed(run))
+    first, second = cut((s,), t.length, why)
+    left.extend(reversed(first + second))
+
+
+def _part_of(s: Segment, u: Segment) -> bool:
+    return u.var not in (None, s.var) and u.inner % s.inner == 0
+
+
+def _same(s: Segment, t: Segment, why: Reason) -> None:
+    if s.var is t.var:
+        if s.var is not None and s.inner != t.inner:
+            pin((s,), why)
+    elif s.var is None:
+        pin((t,), s.reason or why)
+    elif t.var is None:
+        pin((s,), t.reason or why)
+    elif s.inner % t.inner == 0:
+        _bind(t.var, axis_of(s.var, s.inner // t.inner))
+    elif t.inner % s.inner == 0:
+        _bind(s.var, axis_of(t.var, t.inner // s.inner))
+    else:
+        # 6 entries per unit of one and 4 of the other: both are made of units of 12
+        whole = math.lcm(s.inner, t.inner)
+        if s.length % whole:
+            pin((s, t), why)
+            return
+        unit = UnitVar(s.length // whole)
+        _bind(s.var, axis_of(unit, whole // s.inner))
+        _bind(t.var, axis_of(unit, whole // t.inner))
+
+
+def _rigid(axis: Axis) -> Axis:
+    """An axis whose every variable is pinned is as good as fixed."""
+    found = variables(axis)
+    if found and all(var.pinned for var in found):
+        return fixed(length(axis), found[0].pinned)
+    return axis
+
+
+def product(outer: Axis, inner: Axis, why: Reason) -> Axis:
+    """The axis of `flatten(outer, inner)`: at most one of the two may have units, otherwise both are pinned."""
+    n_outer, n_inner = length(outer), length(inner)
+    outer, inner = _rigid(outer), _rigid(inner)
+    if n_inner == 1 and is_fixed(inner):
+        return outer
+    if n_outer == 1 and is_fixed(outer):
+        return inner
+    if is_fixed(outer) and is_fixed(inner):
+        return fixed(n_outer * n_inner, next((s.reason for s in (*outer, *inner) if s.reason), None))
+    if is_fixed(inner):
+        return tuple(Segment(s.var, s.inner * n_inner, s.reason) for s in resolve(outer))
+    if is_fixed(outer) and n_outer * len(resolve(inner)) <= LIMIT:
+        return resolve(inner) * n_outer
+    pin(outer, why)
+    pin(inner, why)
+    return fixed(n_outer * n_inner, why)

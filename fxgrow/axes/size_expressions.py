@@ -1,0 +1,154 @@
+"""Sizes: integers that remember which axes they measure, so that shape arithmetic can be followed.
+
+>>> from fxgrow.axes.axes import UnitVar, axis_of
+>>> channels = axis_of(UnitVar(8))
+>>> size = SizeExpr.measure(channels) * 4 // 2
+>>> int(size), size.form() == (0, {channels[0].var: 2})
+(16, True)
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator
+from fractions import Fraction
+from typing import Any
+
+from fxgrow.axes.axes import Axis, Dims, UnitVar, is_fixed, length, multiplicity, resolve
+
+Terms = tuple[tuple[Fraction, Axis], ...]
+
+
+class SizeExpr(int):
+    """An integer that remembers which axes it measures: `const + sum(coefficient * len(axis))`.
+
+    `x.shape[1] // 2 * 3` stays linear and can be checked against the axis it is used for; what does not stay linear is
+    `opaque`: it pins the axes it came from wherever it is used as a size. `whole` are the results of divisions on the
+    way, which must come out even at every number of units.
+    """
+
+    const: Fraction
+    terms: Terms
+    opaque: bool
+    whole: tuple[tuple[Fraction, Terms], ...]
+
+    @classmethod
+    def make(
+        cls,
+        value: int,
+        const: Fraction,
+        terms: Iterable[tuple[Fraction, Axis]],
+        opaque: bool = False,
+        whole: Iterable[tuple[Fraction, Terms]] = (),
+    ) -> int:
+        terms = tuple((c, a) for c, a in terms if c)
+        if not terms:
+            return value
+        self = cls(value)
+        self.const, self.terms, self.opaque, self.whole = const, terms, opaque, tuple(whole)
+        return self
+
+    @classmethod
+    def measure(cls, axis: Axis) -> int:
+        if is_fixed(axis):
+            return length(axis)
+        return cls.make(length(axis), Fraction(0), [(Fraction(1), axis)])
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        return tuple(a for _, a in self.terms)
+
+    @property
+    def measures_one(self) -> bool:
+        """Whether it is the length of one axis and nothing else."""
+        return not (self.opaque or self.whole or self.const) and [c for c, _ in self.terms] == [1]
+
+    def form(self) -> tuple[Fraction, dict[UnitVar, Fraction]] | None:
+        """The size as a linear form in units of unbound variables; None if it is not one."""
+        for const, terms in self.whole:
+            part, coefficients = _form(const, terms)
+            if any(c.denominator > 1 for c in (part, *coefficients.values())):
+                return None
+        return None if self.opaque else _form(self.const, self.terms)
+
+    def _linear(self, other: Any, sign: int, op: Callable[[int, int], int]) -> Any:
+        if not isinstance(other, int):
+            return NotImplemented
+        const, terms, opaque, whole = _parts(other)
+        return SizeExpr.make(
+            op(int(self), int(other)),
+            self.const + sign * const,
+            [*self.terms, *((sign * c, a) for c, a in terms)],
+            self.opaque or opaque,
+            self.whole + whole,
+        )
+
+    def __add__(self, other: Any) -> Any:
+        return self._linear(other, 1, operator.add)
+
+    __radd__ = __add__
+
+    def __sub__(self, other: Any) -> Any:
+        return self._linear(other, -1, operator.sub)
+
+    def __rsub__(self, other: Any) -> Any:
+        negative = self * -1
+        return negative + other
+
+    def __neg__(self) -> int:
+        return self * -1  # type: ignore[no-any-return]
+
+    def __mul__(self, other: Any) -> Any:
+        if not isinstance(other, int):
+            return NotImplemented
+        const, terms, opaque, whole = _parts(other)
+        value = int(self) * int(other)
+        if terms:
+            return SizeExpr.make(value, Fraction(0), [*self.terms, *terms], opaque=True)
+        scaled = [(c * const, a) for c, a in self.terms]
+        return SizeExpr.make(value, self.const * const, scaled, self.opaque, self.whole)
+
+    __rmul__ = __mul__
+
+    def __floordiv__(self, other: Any) -> Any:
+        if not isinstance(other, int):
+            return NotImplemented
+        divisor = int(other)
+        value = int(self) // divisor
+        if isinstance(other, SizeExpr) or value * divisor != int(self):
+            return SizeExpr.make(value, Fraction(0), [*self.terms, *_parts(other)[1]], opaque=True)
+        const, terms = self.const / divisor, tuple((c / divisor, a) for c, a in self.terms)
+        return SizeExpr.make(value, const, terms, self.opaque, (*self.whole, (const, terms)))
+
+    def __hash__(self) -> int:
+        return int.__hash__(self)
+
+
+def _form(const: Fraction, terms: Terms) -> tuple[Fraction, dict[UnitVar, Fraction]]:
+    total: dict[UnitVar, Fraction] = {}
+    for c, axis in terms:
+        const += c * sum(s.inner for s in resolve(axis) if s.var is None)
+        for var, m in multiplicity(axis).items():
+            total[var] = total.get(var, Fraction(0)) + c * m
+    return const, {v: c for v, c in total.items() if c}
+
+
+def _parts(x: int) -> tuple[Fraction, Terms, bool, tuple[tuple[Fraction, Terms], ...]]:
+    if isinstance(x, SizeExpr):
+        return x.const, x.terms, x.opaque, x.whole
+    return Fraction(int(x)), (), False, ()
+
+
+def measured(value: Any) -> Iterator[SizeExpr]:
+    """Every `SizeExpr` in nested tuples, lists, dicts and slices."""
+    if isinstance(value, SizeExpr):
+        yield value
+    elif isinstance(value, Dims):
+        return
+    elif isinstance(value, (tuple, list)):
+        for v in value:
+            yield from measured(v)
+    elif isinstance(value, dict):
+        yield from measured(list(value.values()))
+    elif isinstance(value, slice):
+        yield from measured((value.start, value.stop, value.step))

@@ -1,0 +1,1 @@
+"""New units tried on data: their outgoing weights, their worth, and whether they are significant."""

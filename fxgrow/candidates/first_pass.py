@@ -1,0 +1,264 @@
+"""The first reading of the data: moments of every consumer and width, and the units that follow from them.
+
+Widths whose matrices have no room beside each other take turns, with a reading of the data for each turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from fxgrow.analysis.widths import GrowableWidth
+from fxgrow.axes.structure import Structure
+from fxgrow.candidates.gradient_sketch import sketch
+from fxgrow.candidates.isolated import IsolatedPath, apart
+from fxgrow.candidates.isolated_refit import HeldOutCache
+from fxgrow.candidates.memory_turns import turns
+from fxgrow.data.batches import HOLD_OUT_EVERY, Batch, Data
+from fxgrow.data.loss import LossFn
+from fxgrow.data.progress import progress as bar
+from fxgrow.errors import ProfileError
+from fxgrow.graph.graph import lookup
+from fxgrow.initialisers import Initialiser, Proposal
+from fxgrow.statistics.all_reduce import sum_blocks
+from fxgrow.statistics.collect import CACHE, CACHE_BYTES, Statistics
+from fxgrow.statistics.factorisation import bottleneck
+from fxgrow.statistics.forward_backward import BatchRecord, forward_backward
+from fxgrow.statistics.mergeable import InputCrossMoment, Moments, kept, merged, subtract
+
+
+@dataclass
+class Measured:
+    """What a first reading found.
+
+    Attributes:
+        updates: dW* per consumer.
+        proposals: units per width.
+        asked: per width, Psi and E|V|^2 of all its consumers.
+        positions: per width, sampled positions behind its second moments.
+        samples: how many were read.
+        loss: the sum of their losses.
+    """
+
+    updates: dict[str, Tensor] = field(default_factory=dict)
+    proposals: dict[str, Proposal] = field(default_factory=dict)
+    asked: dict[str, tuple[float, float]] = field(default_factory=dict)
+    positions: dict[str, int] = field(default_factory=dict)
+    samples: int = 0
+    loss: float = 0.0
+    #: widths of which new units can be tried by themselves, and on what
+    ways: dict[str, IsolatedPath] = field(default_factory=dict)
+    stats: Statistics | None = None
+    held: HeldOutCache = field(default_factory=HeldOutCache)
+    #: means by name, where they are to be merged with others
+    kept: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How to read: the graph, the data, the method.
+
+    Attributes:
+        exact: every matrix from every position.
+        generator: of the sampling.
+        show: a progress bar.
+        limit: bytes that matrices and remembered activations may take, or None.
+        keep: means, so that those of other data can be added.
+    """
+
+    gm: fx.GraphModule
+    structure: Structure
+    method: Initialiser
+    data: Data
+    loss_fn: LossFn | None
+    exact: bool
+    generator: torch.Generator
+    show: bool = False
+    limit: int | None = None
+    keep: bool = False
+
+    def measure(self, hiddens: Sequence[GrowableWidth], additions: Mapping[str, int]) -> Measured:
+        """Moments of these widths, and up to so many units for each.
+
+        Raises:
+            ProfileError: a width has no room on its own.
+        """
+        out = Measured()
+        found = turns(hiddens, self.gm, self.limit)
+        for own in found:
+            self._measure(own, additions, out, self.method.refit and not self.exact and len(found) == 1)
+        return out
+
+    def merge(
+        self, parts: Sequence[Moments], hiddens: Sequence[GrowableWidth], additions: Mapping[str, int]
+    ) -> Measured:
+        """The same from moments of several parts of the data."""
+        out = Measured(samples=sum(part.samples for part in parts), loss=sum(part.loss for part in parts))
+        stats = self._statistics(hiddens)
+        crosses = merged(parts, stats, next(self.gm.parameters()).device)
+        updates, psi = project(stats)
+        if self.method.project and self.method.moments:
+            subtract(stats, crosses, updates)
+        self._propose(stats, hiddens, additions, updates, psi, out)
+        return out
+
+    def _statistics(self, hiddens: Sequence[GrowableWidth]) -> Statistics:
+        method = self.method
+        return Statistics(
+            self.structure,
+            hiddens,
+            exact=self.exact,
+            link=method.moments,
+            # with C all of N is formed at once
+            project=method.project and not self.keep,
+            output_side=method.output_side or method.refit,
+            cache=CACHE if self.limit is None else min(CACHE, self.limit // 8 // len(hiddens)),
+            rows=method.rows,
+            room=CACHE_BYTES if self.limit is None else min(CACHE_BYTES, self.limit // 8),
+        )
+
+    def _measure(
+        self, hiddens: Sequence[GrowableWidth], additions: Mapping[str, int], out: Measured, tried: bool
+    ) -> None:
+        method, stats = self.method, self._statistics(hiddens)
+        if tried:
+            linked = [h for h in hiddens if h.width.name in stats.widths]
+            out.ways, out.stats = apart(self.gm, self.structure, linked, stats.consumers), stats
+            stats.remember(way.hidden for way in out.ways.values())
+        out.loss = self.collect(stats, out.held)
+        world = self.data.world
+        stats.finish(self.generator, world)
+        out.samples, (out.loss,) = int(stats.total), world.total(out.loss)
+        updates, psi = project(stats)
+        if self.keep:
+            out.kept |= kept(stats)
+        if method.project and method.moments:
+            self._subtract(stats, updates, out)
+        sum_blocks(stats.widths.values(), world)
+        # what is drawn from here on is drawn alike
+        self.generator.set_state(world.first(self.generator.get_state))
+        self._propose(stats, hiddens, additions, updates, psi, out)
+
+    def _propose(
+        self,
+        stats: Statistics,
+        hiddens: Sequence[GrowableWidth],
+        additions: Mapping[str, int],
+        updates: Mapping[str, Tensor],
+        psi: Mapping[str, tuple[float, float]],
+        out: Measured,
+    ) -> None:
+        method, world = self.method, self.data.world
+        wanted = {h.width.name: additions[h.width.name] for h in hiddens}
+        out.proposals |= world.first(lambda: self._proposals(stats, wanted))
+        for name in wanted:
+            found = stats.widths.get(name)
+            out.positions[name] = 0 if found is None else found.rows
+        if method.sketch:
+            rest = [h for h in hiddens if h.width.name not in stats.widths]
+            out.proposals |= sketch(
+                self.gm, self.structure, rest, stats.consumers, updates, self.data, self.loss_fn, wanted, method.refit,
+                self.generator,
+            )  # fmt: skip
+        for h in hiddens:
+            read = {p.weight for p in h.reads}
+            own = [psi[key] for key, c in stats.consumers.items() if c.weight in read]
+            out.asked[h.width.name] = sum(p for p, _ in own), sum(v for _, v in own)
+        out.updates |= updates
+
+    def _proposals(self, stats: Statistics, wanted: Mapping[str, int]) -> dict[str, Proposal]:
+        found = {name: stats.widths.get(name) for name in wanted}
+        propose = self.method.propose
+        return {n: Proposal() if w is None else propose(w, stats.consumers, wanted[n]) for n, w in found.items()}
+
+    def collect(self, stats: Statistics, held: HeldOutCache | None = None) -> float:
+        """The first pass; returns the sum of the fitting batches' losses. What there is room for goes to `held`."""
+        total = 0.0
+        returned: dict[fx.Node, Tensor] = {}
+        apart = False
+
+        def batches() -> Iterator[Batch]:
+            nonlocal apart
+            for batch in self.data:
+                apart = self.method.refit and self.data.held(batch)
+                # the first batch is none of these, and with it the room is known
+                if not apart or stats.remembers:
+                    yield batch
+
+        def read(seen: BatchRecord, node: fx.Node, v: Tensor) -> None:
+            if apart:
+                returned[node] = v
+            else:
+                stats.read(seen, node, v, batches=self.data.expected(seen.size))
+
+        def done(batch: Batch, seen: BatchRecord) -> None:
+            nonlocal total
+            if not apart:
+                total += seen.loss * seen.size
+                stats.end_batch(seen)
+            elif held is not None:
+                held.memory.expected = max(1, self.data.expected(seen.size) // HOLD_OUT_EVERY)
+                held.add(seen, stats.held, stats.whole[1], returned)
+                returned.clear()
+
+        forward_backward(
+            self.gm,
+            bar(batches(), "profiling", self.data.batches, self.show),
+            self.loss_fn,
+            sources=stats.sources,
+            targets=stats.reads,
+            weights={n: lookup(self.gm, n) for n in stats.weights},
+            wanted=lambda: not (apart or stats.complete),
+            reader=read,
+            done=done,
+        )
+        (single,) = self.data.world.total(self.data.batches == 1)
+        if single not in (0, self.data.world.size):
+            raise ProfileError(
+                f"{single:.0f} of {self.data.world.size} processes have a single batch: give each at least two, so "
+                "that one can be held back, or each one alone."
+            )
+        return total
+
+    def _subtract(self, stats: Statistics, updates: Mapping[str, Tensor], out: Measured) -> None:
+        crossed = InputCrossMoment(stats) if self.keep else None
+        if stats.exact:
+            self._read_again(stats, updates, crossed)
+        elif crossed is None:
+            stats.subtract_expressible(updates)
+        else:
+            crossed.from_memory()
+        if crossed is not None:
+            out.kept |= crossed.tensors()
+            subtract(stats, crossed.blocks(), updates)
+
+    def _read_again(self, stats: Statistics, updates: Mapping[str, Tensor], crossed: InputCrossMoment | None) -> None:
+        def done(batch: Batch, seen: BatchRecord) -> None:
+            if crossed is None:
+                stats.subtract_expressible_of(seen, updates)
+            else:
+                crossed.add(seen.inputs)
+
+        forward_backward(
+            self.gm,
+            self.data.fitting(self.method.refit),
+            self.loss_fn,
+            sources=stats.sources,
+            targets=[],
+            weights={},
+            reader=lambda seen, node, v: None,
+            done=done,
+        )
+
+
+def project(stats: Statistics) -> tuple[dict[str, Tensor], dict[str, tuple[float, float]]]:
+    """Per consumer weight: dW*, and (Psi, E|V|^2)."""
+    updates: dict[str, Tensor] = {}
+    psi: dict[str, tuple[float, float]] = {}
+    for name, c in stats.consumers.items():
+        updates[name] = c.project(stats.exact)
+        psi[name] = bottleneck(float(c.vv), c.vh, updates[name]), float(c.vv)
+    return updates, psi

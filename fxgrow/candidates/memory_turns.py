@@ -1,0 +1,61 @@
+"""Widths in several passes where memory is limited."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import fx
+
+from fxgrow.analysis.widths import GrowableWidth
+from fxgrow.axes.structure import Projection
+from fxgrow.errors import ProfileError
+from fxgrow.graph.graph import accumulation_dtype, lookup
+
+#: matrices like S or M that exist at once while one is solved for: itself, its factor, and what the solver copies
+COPIES = 3
+
+
+def turns(hiddens: Sequence[GrowableWidth], gm: fx.GraphModule, limit: int | None) -> list[list[GrowableWidth]]:
+    """Widths that are measured together, so that their matrices take at most three quarters of the limit.
+
+    Raises:
+        ProfileError: a width has no room on its own.
+    """
+    if limit is None:
+        return [list(hiddens)]
+    out: list[list[GrowableWidth]] = []
+    taken: dict[str, int] = {}
+    for h in hiddens:
+        needs = _bytes(h, gm)
+        alone = sum(needs.values())
+        if alone > 0.75 * limit:
+            raise ProfileError(
+                f"The moments of width {h.width.name!r} take {alone / 2**20:,.0f} MiB, more than three quarters of "
+                f"memory_limit={limit:,} bytes: raise it to at least {math.ceil(alone / 0.75):,}, or leave the width "
+                "out with widths=."
+            )
+        if not out or sum((taken | needs).values()) > 0.75 * limit:
+            out.append([])
+            taken = {}
+        out[-1].append(h)
+        taken |= needs
+    return out
+
+
+def _bytes(h: GrowableWidth, gm: fx.GraphModule) -> dict[str, int]:
+    """What the matrices of a width and of its consumers take, by weight: neighbours share those of a consumer."""
+
+    def sides(p: Projection) -> tuple[int, int, int, int]:
+        """How many matrices a weight is, the inputs and the outputs of each, and the size of a number."""
+        weight, many = lookup(gm, p.weight), max(1, p.groups)
+        outputs = weight.shape[p.out_dim] // (1 if p.experts else many)
+        return many, weight.numel() // (many * outputs) + 1, outputs, accumulation_dtype(weight).itemsize
+
+    found = {}
+    features, size = sum(sides(p)[1] for p in h.writes), max((sides(p)[3] for p in h.writes), default=4)
+    for p in h.reads:
+        many, inputs, outputs, own = sides(p)
+        found[p.weight] = many * (COPIES * (inputs**2 + outputs**2) + 2 * inputs * outputs) * own
+        found[f"{p.weight} after {h.width.name}"] = 2 * features * math.prod(p.kernel) * many * outputs * own
+    return found | {h.width.name: COPIES * features**2 * size}

@@ -1,0 +1,1 @@
+"""Grown models in files, and a training run with them."""

@@ -1,0 +1,150 @@
+"""Models as files: weights and recipe in one, without pickle, and back into the user's own fresh model."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from torch import Tensor, nn
+
+from fxgrow.checkpoints.weights import Weights, resized, weights_of
+from fxgrow.errors import FileError
+from fxgrow.graph.graph import unwrap
+from fxgrow.storage.plain_tree import decoded, encoded
+from fxgrow.storage.recipe import Recipe
+from fxgrow.storage.safetensors_file import read, write
+
+#: names of a model's tensors in a checkpoint start so
+PREFIX = "model/"
+
+
+def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes a model's weights, buffers and recipe in one `.safetensors` file, atomically and without pickle.
+
+    Tensors have the names of `model.state_dict()`, so that any reader of safetensors can read them; tied ones are there
+    once. The recipe lies in the metadata, with a checksum over all of it.
+
+    Args:
+        model: grown or not, a graph or a module; wrappers of torch.compile and DistributedDataParallel are taken off.
+        path: of the file; one that is there is replaced.
+
+    Raises:
+        FileError: something in the model cannot be stored, or the file cannot be written; a file that was there is as
+            before.
+        MissingExtraError: safetensors is not installed.
+
+    Example:
+        >>> import os, tempfile, torch, fxgrow
+        >>> build = lambda: torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> x = torch.randn(5, 4)
+        >>> grown = fxgrow.widen(build(), (x,), {"0": 8})
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = os.path.join(folder, "net.safetensors")
+        ...     fxgrow.save(grown, path)
+        ...     net = fxgrow.load(build(), path)
+        >>> torch.equal(net(x), grown(x))
+        True
+    """
+    tensors: dict[str, Tensor] = {}
+    body = model_body(model, tensors, "")
+    write(path, tensors, {"kind": "model", **body})
+
+
+def load(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
+    into: Literal["graph", "module"] | None = None,
+) -> Any:
+    """Replays a file's recipe on a fresh model and loads the weights.
+
+    Weights go to the device of the fresh model; dtypes must be those of the file. Which parameters are frozen and
+    whether it trains or evaluates is as in the fresh model.
+
+    Args:
+        model: built as the saved one was before it grew; it is left as it is.
+        path: what `save` or `save_checkpoint` wrote.
+        example_inputs: to capture the model with; None for those in the file.
+        into: `graph` for a GraphModule, `module` for a copy of the model itself, None for what was saved.
+
+    Returns:
+        The model as it was saved: equal outputs, bit for bit, on the same machine.
+
+    Raises:
+        FileError: the file is missing, truncated, damaged, foreign or newer, or the model does not fit it.
+        CaptureError: the model cannot be traced.
+        PlanError: the model's code does not allow `into="module"`.
+        MissingExtraError: safetensors is not installed.
+    """
+    body, tensors = read(path)
+    recipe, weights = model_in(body, tensors)
+    return resized(model, recipe, weights, example_inputs, into)
+
+
+def resize(
+    model: nn.Module,
+    recipe: Recipe | str | os.PathLike[str],
+    *,
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
+    into: Literal["graph", "module"] | None = None,
+) -> Any:
+    """Replays a recipe alone, so that `load_state_dict` of the grown model's weights works.
+
+    What changed its size is zero until then; everything else keeps the model's values.
+
+    Args:
+        model: built as the grown one was before it grew; it is left as it is.
+        recipe: a `Recipe`, its JSON text, or the path of a file that `save` or `save_checkpoint` wrote.
+        example_inputs: see `load`.
+        into: see `load`.
+
+    Returns:
+        A copy with the recipe's sizes.
+
+    Raises:
+        FileError: the recipe cannot be read, or the model does not fit it.
+        CaptureError: the model cannot be traced.
+        PlanError: the model's code does not allow `into="module"`.
+
+    Example:
+        >>> import torch, fxgrow
+        >>> build = lambda: torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> grown = fxgrow.widen(build(), (torch.zeros(1, 4),), {"0": 8})
+        >>> net = fxgrow.resize(build(), fxgrow.Recipe.of(grown))
+        >>> net.load_state_dict(grown.state_dict())
+        <All keys matched successfully>
+    """
+    if isinstance(recipe, str) and recipe.lstrip().startswith("{"):
+        recipe = Recipe.from_json(recipe)
+    elif isinstance(recipe, (str, os.PathLike)):
+        recipe, _ = model_in(*read(recipe))
+    elif not isinstance(recipe, Recipe):
+        raise FileError(f"A {type(recipe).__name__} is no recipe: pass a Recipe, its JSON text, or the path of a file.")
+    return resized(model, recipe, None, example_inputs, into)
+
+
+def model_body(model: nn.Module, tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
+    """The plain part of a model; its tensors are entered into `tensors`."""
+    model = unwrap(model)
+    recipe = Recipe.of(model)
+    weights = weights_of(model, recipe)
+    tensors.update({prefix + name: t for name, t in weights.tensors.items()})
+    extra = {name: encoded(state, tensors, f"{name}._extra_state") for name, state in weights.extra.items()}
+    return {
+        "recipe": json.loads(recipe.to_json()),
+        "names": list(weights.tensors),
+        "aliases": dict(weights.aliases),
+        "extra": extra,
+    }
+
+
+def model_in(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Recipe, Weights]:
+    """The inverse, of a file's body and tensors."""
+    prefix = PREFIX if body["kind"] == "checkpoint" else ""
+    recipe = Recipe.from_json(json.dumps(body["recipe"]))
+    named = {name: tensors[prefix + name] for name in body["names"]}
+    extra = {name: decoded(state, tensors) for name, state in body["extra"].items()}
+    return recipe, Weights(named, body["aliases"], extra)

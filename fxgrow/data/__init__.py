@@ -1,0 +1,1 @@
+"""Batches, losses, random states and progress of whatever reads data."""

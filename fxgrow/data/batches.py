@@ -1,0 +1,230 @@
+"""Batches: the same ones at every pass, split into a fitting and a held-back part, and the loss on them."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxgrow.data.random_state import _random_state, _set_random_state
+from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
+from fxgrow.errors import ProfileError
+
+#: `samples=None` reads at most this many
+DEFAULT_SAMPLES = 8192
+#: one batch in so many is held back from fitting
+HOLD_OUT_EVERY = 4
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Inputs as the model takes them (a tuple or a dict), the targets (None: the model has its own loss)."""
+
+    inputs: tuple[Any, ...] | dict[str, Any]
+    targets: Any
+    size: int
+    index: int
+
+    def arguments(self, gm: fx.GraphModule) -> list[Any]:
+        """The inputs in the order of the graph's placeholders.
+
+        Raises:
+            ProfileError: the batch has other inputs than the graph was captured with.
+        """
+        names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
+        given = self.inputs
+        if isinstance(given, dict):
+            missing = [n for n in names if n not in given]
+            if missing:
+                raise ProfileError(
+                    f"Batch {self.index} has the inputs {sorted(given)}, but the graph was captured with {names}; "
+                    f"missing: {missing}."
+                )
+            return [given[n] for n in names]
+        if len(given) != len(names):
+            raise ProfileError(
+                f"Batch {self.index} has {len(given)} inputs, but the graph was captured with {len(names)} ({names}). "
+                "A batch is (inputs, targets), where several inputs are a tuple or a dict."
+            )
+        return list(given)
+
+
+def parse(raw: Any, index: int) -> Batch:
+    """Reads one item of a loader: `(inputs, targets)`, or a dict for a model that returns its own `.loss`.
+
+    What has been read already stays as it is.
+
+    Raises:
+        ProfileError: the item has another layout, or holds no tensor.
+    """
+    if isinstance(raw, Batch):
+        return raw
+    if isinstance(raw, Mapping):
+        inputs: Any = dict(raw)
+        targets = None
+    elif isinstance(raw, (tuple, list)) and len(raw) == 2:
+        inputs, targets = raw
+        if isinstance(inputs, Mapping):
+            inputs = dict(inputs)
+        elif isinstance(inputs, (tuple, list)):
+            inputs = tuple(inputs)
+        else:
+            inputs = (inputs,)
+    else:
+        what = f"a {type(raw).__name__}" + (f" of {len(raw)} items" if isinstance(raw, (tuple, list)) else "")
+        raise ProfileError(
+            f"Batch {index} is {what}. A batch is (inputs, targets), where inputs may be a tuple or a dict, "
+            "or a dict for models that return an object with a loss."
+        )
+    given = first_tensor(inputs)
+    if given is None or given.dim() == 0:
+        raise ProfileError(f"Batch {index} has no input tensor with a batch dimension.")
+    return Batch(inputs, targets, given.shape[0], index)
+
+
+def first_tensor(inputs: tuple[Any, ...] | dict[str, Any]) -> Tensor | None:
+    """The first tensor of a batch, however deep it lies."""
+    for value in inputs.values() if isinstance(inputs, dict) else inputs:
+        if isinstance(value, Tensor):
+            return value
+        inner = next((t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)), None)
+        if inner is not None:
+            return inner
+    return None
+
+
+class Data:
+    """A loader that gives the same batches at every pass and leaves all random generators as they were.
+
+    Args:
+        loader: any iterable of batches; an iterator is read once and kept.
+        samples: how many samples to use at most, of all processes together; None for `DEFAULT_SAMPLES`.
+        world: the processes that read the rest of the data, each as many.
+
+    Raises:
+        ProfileError: `samples` is not positive.
+    """
+
+    def __init__(self, loader: Iterable[Any], samples: int | None = None, world: ProcessGroup = SINGLE_PROCESS) -> None:
+        if samples is not None and samples < 1:
+            raise ProfileError(f"samples={samples}: at least one sample is needed to profile.")
+        if not hasattr(loader, "__iter__"):
+            raise ProfileError(f"The dataloader is a {type(loader).__name__}, which cannot be iterated over.")
+        self.world = world
+        self.limit = -(-(samples or DEFAULT_SAMPLES) // world.size)
+        self.loader: Iterable[Any] = loader
+        self._state = _random_state(loader)
+        if _once(loader):
+            try:
+                self.loader = list(_until(loader, self.limit))
+            finally:
+                _set_random_state(self._state, loader)
+        self.batches: int | None = None
+        with contextlib.suppress(TypeError):
+            self.batches = len(self.loader)  # type: ignore[arg-type]
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Every batch, moved nowhere and changed in nothing.
+
+        Raises:
+            ProfileError: there is none, or one has another layout.
+        """
+        count = 0
+        for batch in self._batches():
+            yield batch
+            count += 1
+        if not count:
+            raise ProfileError("The dataloader is empty: give at least one batch of (inputs, targets).")
+        self.batches = count
+
+    def _batches(self) -> Iterator[Batch]:
+        """Drawn from the same random state at every pass."""
+        iterator = _until(self.loader, self.limit)
+        if isinstance(self.loader, (list, tuple)):
+            # draws nothing, and a generator's state takes as long to copy as a small network to run
+            yield from iterator
+            return
+        inside = self._state
+        while True:
+            # swapped at every step: a pass that fails half-way leaves no other random state behind either
+            outside = _random_state(self.loader)
+            _set_random_state(inside, self.loader)
+            try:
+                batch = next(iterator, None)
+            finally:
+                inside = _random_state(self.loader)
+                _set_random_state(outside, self.loader)
+            if batch is None:
+                return
+            yield batch
+
+    def expected(self, size: int) -> int:
+        """How many batches of `size` samples a pass will read, as far as anybody can tell."""
+        most = -(-self.limit // size)
+        return min(self.batches, most) if self.batches is not None else min(8, most)
+
+    def first(self) -> Batch:
+        """The first batch."""
+        for batch in self:
+            return batch
+        raise ProfileError("The dataloader is empty: give at least one batch of (inputs, targets).")
+
+    def fitting(self, hold: bool = True) -> Iterator[Batch]:
+        """The batches to fit on: all but those held back, or all unless `hold`."""
+        return (b for b in self if not (hold and self.held(b)))
+
+    def held_back(self) -> Iterator[Batch]:
+        """The held-back batches; a single batch serves for both."""
+        return (b for b in self if self.held(b) or self.batches == 1)
+
+    def held(self, batch: Batch) -> bool:
+        """Whether a batch is held back from fitting: every fourth, or the last of a few."""
+        if self.batches is not None and self.batches < HOLD_OUT_EVERY:
+            return self.batches > 1 and batch.index == self.batches - 1
+        return batch.index % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
+
+
+def _once(loader: Iterable[Any]) -> bool:
+    """Whether it is an iterator, which can be read only once; a loader is not started to find out."""
+    return hasattr(loader, "__next__")
+
+
+def _until(loader: Iterable[Any], limit: int) -> Iterator[Batch]:
+    seen = 0
+    iterator = iter(loader)
+    for index in itertools.count():
+        if seen >= limit:
+            return
+        try:
+            raw = next(iterator)
+        except StopIteration:
+            return
+        batch = parse(raw, index)
+        yield batch
+        seen += batch.size
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """The fitting part of some data as a loader of its own: who reads it cannot see what is held back."""
+
+    data: Data
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self.data.fitting()
+
+
+def check_device(batch: Batch, gm: nn.Module) -> None:
+    """Raises a `ProfileError` when the batch is on another device than the model's parameters."""
+    own = next(gm.parameters(), None)
+    given = first_tensor(batch.inputs)
+    if own is not None and given is not None and own.device != given.device:
+        raise ProfileError(
+            f"Batch {batch.index} is on {given.device}, the model on {own.device}. Move one of them: "
+            f"wrap the loader so that it yields batches on {own.device}, or call model.to({str(given.device)!r})."
+        )

@@ -1,0 +1,127 @@
+"""The state of random generators as plain data, and back: the global ones, and any that are passed around."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from fxgrow.errors import FileError
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    places = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
+    found = [getattr(p, "generator", None) for p in (*places, getattr(places[2], "sampler", None))]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+def _random_state(loader: Any) -> dict[str, Any]:
+    state: dict[str, Any] = {
+        "python": random.getstate(),
+        "torch": torch.get_rng_state(),
+        "loader": [g.get_state() for g in _generators(loader)],
+    }
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if "numpy" in sys.modules:
+        state["numpy"] = sys.modules["numpy"].random.get_state()
+    return state
+
+
+def _set_random_state(state: dict[str, Any], loader: Any) -> None:
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    for g, s in zip(_generators(loader), state["loader"], strict=True):
+        g.set_state(s)
+    if "cuda" in state:
+        torch.cuda.set_rng_state_all(state["cuda"])
+    if "numpy" in state:
+        sys.modules["numpy"].random.set_state(state["numpy"])
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leaves all global random generators as they were, whatever a loss or a dropout layer draws."""
+    state = _random_state(None)
+    try:
+        yield
+    finally:
+        _set_random_state(state, None)
+
+
+log = logging.getLogger("fxgrow")
+
+
+def random_state() -> dict[str, Any]:
+    """Of Python, PyTorch on the CPU and on devices in use, and NumPy where it is imported."""
+    state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    if torch.backends.mps.is_available():
+        state["mps"] = torch.mps.get_rng_state()
+    numpy: Any = sys.modules.get("numpy.random")
+    if numpy is not None:
+        state["numpy"] = numpy.get_state(legacy=False)
+    return state
+
+
+def set_random_state(state: dict[str, Any]) -> None:
+    """The inverse; generators that this machine or process has not are left out, with a warning."""
+    random.setstate(state["python"])
+    torch.set_rng_state(state["torch"])
+    devices = state.get("cuda", [])
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if len(devices) > count:
+        log.warning("random states of %d CUDA devices are in the checkpoint, and %d are here", len(devices), count)
+    for number, of_device in enumerate(devices[:count]):
+        torch.cuda.set_rng_state(of_device, number)
+    if "mps" in state and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(state["mps"])
+    if "numpy" in state:
+        try:
+            import numpy.random
+        except ImportError:
+            log.warning("the random state of NumPy is in the checkpoint, and NumPy is not here")
+        else:
+            numpy.random.set_state(state["numpy"])
+
+
+def state_of(thing: Any) -> Any:
+    """What an object with a state is saved as: that of a generator, its `state_dict()`, or itself."""
+    if isinstance(thing, torch.Generator):
+        return thing.get_state()
+    if isinstance(thing, random.Random):
+        return thing.getstate()
+    if _is_numpy_generator(thing):
+        return thing.bit_generator.state
+    return thing.state_dict() if hasattr(thing, "state_dict") else thing
+
+
+def set_state_of(thing: Any, state: Any, name: str) -> None:
+    """Puts a state back where it came from.
+
+    Raises:
+        FileError: the object has no way to take it.
+    """
+    if isinstance(thing, torch.Generator):
+        thing.set_state(state)
+    elif isinstance(thing, random.Random):
+        thing.setstate(state)
+    elif _is_numpy_generator(thing):
+        thing.bit_generator.state = state
+    elif hasattr(thing, "load_state_dict"):
+        thing.load_state_dict(state)
+    else:
+        raise FileError(
+            f"{name} is a {type(thing).__name__} without load_state_dict. Plain values are read as "
+            f"checkpoint[{name!r}]."
+        )
+
+
+def _is_numpy_generator(thing: Any) -> bool:
+    return type(thing).__module__.startswith("numpy.random") and hasattr(thing, "bit_generator")

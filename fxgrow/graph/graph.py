@@ -1,0 +1,143 @@
+"""What every pass does with a graph: copy it, compile it, and look up its tensors."""
+
+from __future__ import annotations
+
+import copy
+import linecache
+import warnings
+import weakref
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxgrow.errors import FileError
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model without what torch.compile, DataParallel and DistributedDataParallel wrap around it."""
+    if not isinstance(model, nn.Module):
+        raise FileError(f"This is a {type(model).__name__}, not a torch.nn.Module.")
+    while True:
+        if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def submodule(root: nn.Module, path: str) -> nn.Module:
+    """`root.get_submodule(path)` without its checks, which are most of the time."""
+    module = root
+    for name in path.split("."):
+        module = module._modules[name]  # type: ignore[assignment]
+    return module
+
+
+def lookup(gm: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of that qualified name."""
+    module, _, leaf = name.rpartition(".")
+    tensor: Tensor = getattr(gm.get_submodule(module), leaf)
+    return tensor
+
+
+def caller(node: fx.Node) -> str:
+    """Path of the innermost module whose code made the node."""
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    return stack[-1] if stack else ""
+
+
+def copy_graph(gm: fx.GraphModule, replaced: Mapping[int, Tensor] | None = None) -> fx.GraphModule:
+    """A deep copy without gradients and without the record of earlier growth.
+
+    Args:
+        gm: the original.
+        replaced: by the id of a tensor of `gm`, what stands in its place, wherever it stands: tied stays tied.
+    """
+    memo: dict[int, Any] = dict(replaced or {})
+    record = gm.meta.pop("fxgrow", None)
+    try:
+        out = copy.deepcopy(gm, memo)
+    finally:
+        if record is not None:
+            gm.meta["fxgrow"] = record
+    # a GraphModule copies only what its graph calls, in that order
+    for ours, theirs in ((out._modules, gm._modules), (out._parameters, gm._parameters), (out._buffers, gm._buffers)):
+        ours.clear()
+        ours.update({name: memo.get(id(value), value) for name, value in theirs.items()})
+    out._non_persistent_buffers_set = set(gm._non_persistent_buffers_set)
+    for p in out.parameters():
+        p.grad = None
+    release_generated_source(out)
+    return out
+
+
+def compile_graph(gm: fx.GraphModule) -> None:
+    """Checks an edited graph and makes it the code of its module."""
+    lint(gm)
+    gm.recompile()
+    release_generated_source(gm)
+
+
+def lint(gm: fx.GraphModule) -> None:
+    """`gm.graph.lint()`, which would have `training` flags be tensors or modules."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not reference an nn.Module.*")
+        gm.graph.lint()
+
+
+def release_generated_source(gm: fx.GraphModule) -> None:
+    """Lets the text of a graph's code go with the code.
+
+    torch.fx keeps the text of whatever it has ever compiled, for tracebacks: a run that grows without end would only
+    ever add to it.
+    """
+    code = type(gm).forward.__code__
+    weakref.finalize(code, _forget, code.co_filename).atexit = False
+
+
+def _forget(name: str) -> None:
+    linecache.cache.pop(name, None)
+    # private; where it is another one the text stays
+    loader = getattr(fx.graph_module, "_loader", None)
+    getattr(loader, "eval_cache", {}).pop(name, None)
+
+
+def put(new: Tensor, where: list[Tensor], value: Tensor, dim: int = 0) -> None:
+    """`new[ix_(*where)] = value`, dimension by dimension, skipping those that are taken whole."""
+    while dim < new.dim() and len(where[dim]) == new.shape[dim]:
+        dim += 1
+    if dim == new.dim():
+        new.copy_(value.reshape(new.shape))
+        return
+    runs = _runs(where[dim])
+    if len(runs) <= 8:
+        for start, at, n in runs:
+            put(new.narrow(dim, start, n), where, value.narrow(dim, at, n), dim + 1)
+        return
+    index = where[dim].to(new.device)
+    part = new.index_select(dim, index)
+    put(part, where, value, dim + 1)
+    new.index_copy_(dim, index, part)
+
+
+def _runs(positions: Tensor) -> list[tuple[int, int, int]]:
+    """Neighbouring positions as (first position, index of it, how many): most axes are one run, copied in place."""
+    breaks = (positions.diff() != 1).nonzero().flatten() + 1
+    edges = [0, *breaks.tolist(), len(positions)]
+    return [(int(positions[a]), a, b - a) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+
+
+def named_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers under all of their names."""
+    return {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+
+def accumulation_dtype(t: Tensor) -> torch.dtype:
+    """float64 for float64, float32 for everything shorter."""
+    return torch.float64 if t.dtype == torch.float64 else torch.float32

@@ -1,0 +1,96 @@
+"""Functions that captured graphs call while they run.
+
+Each one also accepts an ``fx.Proxy``, so that any other tracer can trace a captured graph again.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.node import has_side_effect
+
+from fxgrow.errors import CaptureError
+
+
+def _traceable(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def wrapper(*args: Any) -> Any:
+        proxy = next((arg for arg in args if isinstance(arg, fx.Proxy)), None)
+        if proxy is not None:
+            return proxy.tracer.create_proxy("call_function", wrapper, args, {})
+        return function(*args)
+
+    return wrapper
+
+
+@has_side_effect
+@_traceable
+def guard(value: Any, expected: Any, message: str) -> None:
+    """Refuse an input that would have taken another branch than the captured one.
+
+    Args:
+        value: the bool, int or float the model's Python code looked at.
+        expected: what it was when the graph was captured.
+        message: where the model looked at it.
+
+    Raises:
+        CaptureError: the value differs.
+    """
+    if value != expected:
+        raise CaptureError(
+            f"This graph was captured for inputs where {message} gives {expected!r}, but here it gives "
+            f"{value!r}. Capture the model again with example inputs like these."
+        )
+
+
+@has_side_effect
+@_traceable
+def guard_mode(training: bool, expected: bool, message: str) -> None:
+    """Refuse to run in the mode (train or eval) that the graph does not describe.
+
+    Args:
+        training: the flag of the module whose Python code branches on it.
+        expected: what the flag was when the graph was captured.
+        message: the module and the line.
+
+    Raises:
+        CaptureError: the flag differs.
+    """
+    if training != expected:
+        names = {True: "train", False: "eval"}
+        raise CaptureError(
+            f"This graph was captured in {names[bool(expected)]} mode and is run in "
+            f"{names[bool(training)]} mode, where the model computes something else ({message}). "
+            f"Capture the model again after calling .{names[bool(training)]}() on it."
+        )
+
+
+@_traceable
+def in_mode(training: bool, if_training: Any, if_eval: Any) -> Any:
+    """Pick the constant that belongs to the mode the module is in now."""
+    return if_training if training else if_eval
+
+
+@has_side_effect
+@_traceable
+def set_grad_enabled(enabled: bool) -> bool:
+    """Switch gradient recording and return what it was, so that a later node can restore it."""
+    before = torch.is_grad_enabled()
+    torch._C._set_grad_enabled(bool(enabled))
+    return before
+
+
+@functools.cache
+def function_call(cls: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """The ``apply`` of an autograd function, as a plain function that a graph can call by name."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return cls.apply(*args, **kwargs)
+
+    call.__name__ = call.__qualname__ = f"{cls.__qualname__}.apply"
+    call.__module__ = cls.__module__
+    return call

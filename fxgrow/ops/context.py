@@ -1,0 +1,201 @@
+"""What a rule sees of the call it describes, and what it can say about it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from fractions import Fraction
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, length, pin, unify
+from fxgrow.axes.records import Reason
+from fxgrow.axes.size_expressions import SizeExpr
+from fxgrow.axes.structure import Constant, Invariant, Projection, SizeCheck, Structure
+from fxgrow.graph.parametrizations import computed_by, norm_of
+
+
+class Unsupported(Exception):
+    """A rule's refusal: what flows in is pinned with this code and message, and stays as it is."""
+
+    def __init__(self, message: str, code: str = "operator") -> None:
+        """`code` is one of those of `Reason`."""
+        super().__init__(message)
+        self.code = code
+
+
+class Context:
+    """What a rule may ask and say about the node it describes."""
+
+    def __init__(self, structure: Structure, gm: fx.GraphModule, node: fx.Node) -> None:
+        """What is said about `node` is entered in `structure`."""
+        self.structure = structure
+        self.gm = gm
+        self.node = node
+        self.module: Any = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        self.value: Any = node.meta.get("val")
+        #: sizes that the rule said what they are the length of; any other pins what it measures
+        self.followed: list[SizeExpr] = []
+
+    # -- asking
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The output's shape at the example inputs."""
+        return tuple(self.value.shape)
+
+    @property
+    def values(self) -> list[torch.Tensor]:
+        """The output's tensors, where there are several."""
+        return list(self.value)
+
+    def argument(self, position: int, *names: str) -> Any:
+        """The raw argument of the node at a position, or under one of these names."""
+        args, kwargs = self.node.args, self.node.kwargs
+        return args[position] if len(args) > position else next(kwargs[n] for n in names if n in kwargs)
+
+    def reason(self, code: str, message: str) -> Reason:
+        """A reason that names this node."""
+        return Reason(code, self.node.name, message)
+
+    def parameter(self, name: str) -> Dims | None:
+        """The axes of a parameter or buffer of this node's module; None where the module has none."""
+        tensor = getattr(self.module, name, None)
+        if not isinstance(tensor, torch.Tensor):
+            return None
+        full = f"{self.node.target}.{name}"
+        if name in self.module._parameters or name in self.module._buffers:
+            return self.dims_of(full, tensor)
+        # computed anew each time: no object to know it by
+        new = Dims.of((axis_of(UnitVar(n)) for n in tensor.shape), full)
+        dims = self.structure.parameters.setdefault(full, new)
+        norm = norm_of(self.module)
+        if hasattr(norm, "_u") and len(norm._u) + 1 >= len(norm._v):
+            self.pin(dims[norm.dim], "norm", "spectral_norm: the rows leave no direction for new ones")
+        elif norm is None:
+            by = computed_by(self.module, name)
+            for axis in dims:
+                self.pin(axis, "operator", f"{name} is computed from other parameters" + (f" ({by})" if by else ""))
+        return dims
+
+    def dims_of(self, name: str, tensor: torch.Tensor) -> Dims:
+        """One `Dims` per stored tensor, so that tied and shared parameters share their axes."""
+        name = self.structure.aliases.setdefault(id(tensor), name)
+        if name not in self.structure.parameters:
+            self.structure.parameters[name] = Dims.of((axis_of(UnitVar(n)) for n in tensor.shape), name)
+        return self.structure.parameters[name]
+
+    # -- saying
+
+    def same(self, a: Axis, b: Axis, message: str = "must keep the same number of entries") -> None:
+        """Two axes that always have the same units."""
+        if length(a) != length(b):
+            raise Unsupported(f"expected {length(b)} entries, found {length(a)}")
+        unify(a, b, self.reason("size", message))
+
+    def pin(self, axis: Axis, code: str, message: str) -> Axis:
+        """An axis that cannot change here; returns it."""
+        pin(axis, self.reason(code, message))
+        return axis
+
+    def fix(self, axes: Sequence[Axis], message: str = "is a fixed size") -> None:
+        """Axes that cannot change here, because a size is fixed."""
+        for axis in axes:
+            self.pin(axis, "size", message)
+
+    def fill(self, parameter: Dims | None, value: float | str) -> None:
+        """New entries of a follower's parameter: a number, "random", or (where nothing is said) "mean" of the old."""
+        if parameter is not None and parameter.parameter is not None:
+            self.structure.fills[parameter.parameter] = value
+
+    def require_state(self, kind: str, source: fx.Node, axis: Axis, **norm: Any) -> None:
+        """New units of `axis` must arrive from `source` in the state that this node needs; see `Invariant`."""
+        self.structure.invariants.append(Invariant(self.node, source, axis, kind, **norm))
+
+    def keep(self, value: float, axes: Sequence[Axis], keyword: str | None = None) -> None:
+        """A number that the sizes of `axes` gave: this node's result, or one of its keyword arguments."""
+        self.structure.kept.append((self.node, keyword, value, tuple(axes)))
+
+    def project(
+        self,
+        weight: Dims,
+        bias: Dims | None,
+        out: Axis,
+        *,
+        out_dim: int = 0,
+        in_dim: int = 1,
+        units: Axis | None = None,
+        **window: Any,
+    ) -> None:
+        """This node's weight writes axis `out` (its `out_dim`) and reads its `in_dim`.
+
+        `units`: what `out` is made of, where it has several entries for each unit (gates).
+        """
+        if bias is not None:
+            self.same(bias[0], out)
+        name = weight.parameter
+        if name is None and out_dim == 0:
+            name = weight.part_of
+        if any(p is not None and p.parameter is None and p.part_of is not None for p in (weight, bias)):
+            window["plain"] = False  # statistics are those of whole parameters
+        if name is None:
+            raise Unsupported("the weight is computed in the graph, not a parameter")
+        self.structure.projections.append(
+            Projection(
+                node=self.node,
+                source=self.node.all_input_nodes[0],
+                weight=name,
+                bias=None if bias is None else bias.parameter or bias.part_of,
+                out_dim=out_dim,
+                in_dim=in_dim,
+                writes=self.structure.parameters[name][out_dim],
+                reads=weight[in_dim],
+                out=out if units is None else units,
+                **window,
+            )
+        )
+
+    def attribute(self, name: str, axis: Axis) -> None:
+        """An attribute of the module that is the length of `axis` (`in_features`, `groups`)."""
+        if isinstance(getattr(self.module, name, None), int):
+            self.structure.constants.append(Constant((str(self.node.target), (name,)), axis))
+
+    def size_argument(self, value: Any, axis: Axis, *path: Any, infer: bool = False) -> None:
+        """An argument (at `path` in the node's args or kwargs) that must be the length of `axis`.
+
+        A literal is rewritten when the axis grows; a computed size is checked to follow by itself, or becomes a
+        literal, or, with `infer`, the -1 that a view infers.
+        """
+        why = self.reason("size", "a computed size does not follow the width")
+        # a shape that is computed as a whole, or by a rule that does not say where, has no place for either
+        where = None if not path or isinstance(_at(self.node, path[:-1]), fx.Node) else (self.node, path)
+        if isinstance(value, SizeExpr):
+            self.followed.append(value)
+            self.structure.checks.append(SizeCheck(value, axis, why, where, infer))
+        elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+            if isinstance(_at(self.node, path), fx.Node):
+                # a computed size that measures no width: the axis may not change
+                if int(value) == length(axis):
+                    self.structure.checks.append(SizeCheck(_constant(value), axis, why, where, infer))
+            else:
+                self.structure.constants.append(Constant((self.node, path), axis))
+
+
+def _constant(value: int) -> SizeExpr:
+    size = SizeExpr(value)
+    size.const, size.terms, size.opaque, size.whole = Fraction(int(value)), (), False, ()
+    return size
+
+
+def _at(node: fx.Node, path: tuple[Any, ...]) -> Any:
+    """The raw argument of `node` at `path`: an index into args or a name in kwargs, then indices into it."""
+    if not path:
+        return None
+    first, *rest = path
+    value: Any = node.kwargs.get(first) if isinstance(first, str) else node.args[first]
+    for i in rest:
+        if isinstance(value, fx.Node):
+            return value
+        value = value[i]
+    return value

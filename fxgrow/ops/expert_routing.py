@@ -1,0 +1,169 @@
+"""Experts: a weight of several matrices, `[experts, ...]`, each for rows of its own, and which tokens those rows are.
+
+Rows come stacked, `[experts, tokens, features]`, or as one list that is sorted by expert. What a pass sees of them is
+laid out alike, `[samples, experts * tokens, features]`, with zeros where a token does not go to an expert: zeros add
+nothing to a second moment, and each expert then has samples and positions like any other layer.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+from fxgrow.errors import ProfileError
+from fxgrow.ops.elementwise import elementwise, unary
+from fxgrow.ops.registry import find_rule
+
+STACKED = frozenset({torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__"})
+SORTED = frozenset(f for f in (getattr(F, "grouped_mm", None), getattr(torch, "_grouped_mm", None)) if f is not None)
+_CASTS = frozenset({"to", "float", "double", "half", "bfloat16", "type", "contiguous", "detach", "clone"})
+
+
+@dataclass(frozen=True)
+class Routes:
+    """Whose rows a product of experts reads and writes.
+
+    Attributes:
+        experts: how many.
+        ends: of a sorted list: the node that says where each expert's rows end.
+        tokens: of a sorted list: the node that lists all tokens.
+        index: of a sorted list: the node that says which of them each row is.
+    """
+
+    experts: int
+    ends: fx.Node | None = None
+    tokens: fx.Node | None = None
+    index: fx.Node | None = None
+
+    def nodes(self) -> list[fx.Node]:
+        """What must be known before rows can be laid out."""
+        return [n for n in (self.ends, self.tokens, self.index) if n is not None]
+
+    def by_sample(self, rows: Tensor, known: Mapping[fx.Node, Tensor], samples: int) -> Tensor:
+        """`[samples, experts * positions, features]`; tokens that samples do not share out evenly are padded.
+
+        Raises:
+            ProfileError: a token goes to the same expert twice.
+        """
+        if self.ends is not None and self.tokens is not None and self.index is not None:
+            rows = self._stacked(rows, known[self.ends], len(known[self.tokens]), known[self.index])
+        positions = -(-rows.shape[1] // samples)
+        rows = F.pad(rows, (0, 0, 0, samples * positions - rows.shape[1]))
+        by_sample: Tensor = rows.unflatten(1, (samples, positions)).transpose(0, 1).flatten(1, 2)
+        return by_sample
+
+    def _stacked(self, rows: Tensor, ends: Tensor, tokens: int, index: Tensor) -> Tensor:
+        number = torch.arange(len(rows), device=rows.device, dtype=ends.dtype)
+        expert = torch.searchsorted(ends, number, right=True)
+        own = expert < self.experts  # rows behind the last end belong to nobody
+        places = (expert * tokens + index)[own]
+        if len(places.unique()) < len(places):
+            raise ProfileError("A mixture sends a token to the same expert twice: its widths cannot be profiled.")
+        out: Tensor = rows.new_zeros(self.experts * tokens, rows.shape[1])
+        out.index_copy_(0, places, rows[own])
+        return out.view(self.experts, tokens, -1)
+
+
+def routes(node: fx.Node) -> Routes | None:
+    """Whose rows this product of experts reads, if that can be followed in the graph; None for any other node."""
+    x, weight = (*node.args[:2], None, None)[:2]
+    if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or not _is_product(node):
+        return None
+    shape = tuple(node.meta["val"].shape)
+    # the rows are laid out for all that read them
+    if any(isinstance(u.meta.get("val"), Tensor) and not (_is_product(u) and u.args[0] is x) for u in x.users):
+        return None
+    if len(shape) == 3:
+        return Routes(shape[0]) if x.meta["val"].shape[0] == shape[0] else None
+    ends = _ends(node)
+    found = None if ends is None else _gathered(x, ends, {})
+    return found and Routes(weight.meta["val"].shape[0], ends, *found)
+
+
+def all_routes(gm: fx.GraphModule) -> dict[fx.Node, Routes]:
+    """The routes of every product of experts, and of what it reads."""
+    found: dict[fx.Node, Routes] = {}
+    for node in gm.graph.nodes:
+        r = routes(node)
+        if r is not None:
+            found[node] = found[node.args[0]] = r
+    return found
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Whether a node multiplies rows by three-dimensional weights."""
+    if node.target in SORTED:
+        return True
+    if node.target not in STACKED or len(node.args) < 2 or not isinstance(node.args[1], fx.Node):
+        return False
+    weight = node.args[1]
+    return weight.op == "get_attr" and isinstance(weight.meta.get("val"), Tensor) and weight.meta["val"].dim() == 3
+
+
+def _ends(node: fx.Node) -> fx.Node | None:
+    """What says where the rows of each expert end."""
+    ends = node.kwargs.get("offs", (*node.args, None)[2])
+    return ends if isinstance(ends, fx.Node) else None
+
+
+#: a list of tokens, and which of them each row is
+_Gathered = tuple[fx.Node, fx.Node]
+
+
+def _gathered(node: fx.Node, ends: fx.Node, known: dict[fx.Node, _Gathered | None]) -> _Gathered | None:
+    """Where the rows were picked, if all that was done to them since was done row by row."""
+    if node in known:
+        return known[node]
+    known[node] = None
+    if _picks_rows(node):
+        known[node] = (node.args[0], node.args[1])  # type: ignore[assignment]
+    elif node.target in SORTED or _row_by_row(node):
+        own = [node.all_input_nodes[0]] if node.target in SORTED else _with_rows(node)
+        same = node.target not in SORTED or _ends(node) is ends
+        origins = {_gathered(n, ends, known) for n in own} if same else set()
+        known[node] = origins.pop() if len(origins) == 1 else None
+    return known[node]
+
+
+def _picks_rows(node: fx.Node) -> bool:
+    if node.target is not operator.getitem or not isinstance(index := node.args[1], fx.Node):
+        return False
+    which, whole = index.meta.get("val"), node.all_input_nodes[0].meta.get("val")
+    integers = isinstance(which, Tensor) and which.dim() == 1 and which.dtype in (torch.int64, torch.int32)
+    return integers and isinstance(whole, Tensor) and whole.dim() == 2
+
+
+def _row_by_row(node: fx.Node) -> bool:
+    name = getattr(node.target, "__name__", node.target)
+    if name in _CASTS:
+        return True
+    if name in ("chunk", "split"):
+        dim = node.kwargs.get("dim", (*node.args, 0, 0)[2])
+        return dim in (-1, 1)
+    if node.target is operator.getitem:
+        return isinstance(node.args[1], int) or _cuts_columns(node.args[1])
+    gm = node.graph.owning_module
+    module: nn.Module | None = gm.get_submodule(str(node.target)) if node.op == "call_module" and gm else None
+    return find_rule(node, module) in (elementwise, unary)
+
+
+def _cuts_columns(index: Any) -> bool:
+    whole = (Ellipsis, slice(None, None, None))
+    return isinstance(index, tuple) and len(index) == 2 and index[0] in whole and isinstance(index[1], slice)
+
+
+def _with_rows(node: fx.Node) -> list[fx.Node]:
+    """Inputs that have a row for each of the rows; what is one for all of them is left out."""
+    found = []
+    for n in node.all_input_nodes:
+        value = n.meta.get("val")
+        one = value[0] if isinstance(value, (tuple, list)) and value else value
+        if isinstance(one, Tensor) and one.dim() == 2 and len(one) > 1:
+            found.append(n)
+    return found

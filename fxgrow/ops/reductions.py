@@ -1,0 +1,168 @@
+"""Reductions, contractions and orderings along axes: what is summed over cannot change, the other axes pass."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+
+from fxgrow.axes.axes import Axis, Dims, fixed, is_fixed, length
+from fxgrow.axes.structure import Invariant
+from fxgrow.graph.graph import lookup
+from fxgrow.ops.context import Context, Unsupported
+from fxgrow.ops.elementwise import broadcast
+from fxgrow.ops.registry import op
+from fxgrow.ops.rms_norm_pattern import written_rms
+
+_REDUCE = "max min mean sum prod amax amin std var logsumexp median any all argmax argmin nansum nanmean".split()
+_ALONG = "softmax log_softmax softmin cumsum cumprod sort argsort flip roll".split()
+
+
+def _forms(names: list[str]) -> list[Any]:
+    return [*names, *(f for n in names for s in (torch, F) if (f := getattr(s, n, None)) is not None)]
+
+
+@op(*_forms(_REDUCE))
+def reduce(ctx: Context, input: Dims, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+    dim = kwargs.get("axis", dim)
+    if isinstance(dim, Dims):  # max and min of two tensors
+        return broadcast(ctx, input, dim)
+    if isinstance(dim, torch.dtype):
+        dim = None
+    over = _dimensions(dim, len(input))
+    if not (len(over) == 1 and _normalises(ctx, input[next(iter(over))])):
+        for d in over:
+            ctx.pin(input[d], "reduce", "summed or compared over the whole axis")
+
+    def kept(value: torch.Tensor) -> Dims:
+        keepdim = value.dim() == len(input)
+        return Dims(fixed(1) if i in over else a for i, a in enumerate(input) if keepdim or i not in over)
+
+    return pytree.tree_map_only(torch.Tensor, kept, ctx.value)
+
+
+def _normalises(ctx: Context, axis: Axis) -> bool:
+    """Whether this is the mean of a norm that is written out; its invariant is entered then."""
+    found = written_rms(ctx.node) if ctx.node.target in ("mean", torch.mean) and not is_fixed(axis) else None
+    if found is None or ctx.value.dim() != found.source.meta["val"].dim():
+        return False
+    name = None if found.weight is None else str(found.weight.target)
+    ctx.structure.invariants.append(
+        Invariant(
+            found.norm,
+            found.source,
+            axis,
+            "rms",
+            # the node of the weight comes later
+            weight=None if name is None else ctx.dims_of(name, lookup(ctx.gm, name)).parameter,
+            eps=found.eps,
+            eps_at=(found.adds, found.position),
+        )
+    )
+    return True
+
+
+@op("norm", torch.norm)
+def norm(ctx: Context, input: Dims, p: Any = 2, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
+    return reduce(ctx, input, dim)
+
+
+def _dimensions(dim: Any, rank: int) -> set[int]:
+    """The dimensions an argument names; None and () are all of them."""
+    dims = [dim] if isinstance(dim, int) else list(dim or range(rank))
+    return {d % rank for d in dims}
+
+
+@op(*_forms(_ALONG), nn.Softmax, nn.LogSoftmax, nn.Softmin)
+def along(ctx: Context, input: Dims, *args: Any, **kwargs: Any) -> Any:
+    """Changes values along an axis and keeps its shape."""
+    at = 1 if ctx.node.target in ("roll", torch.roll) else 0
+    dim = args[at] if len(args) > at else getattr(ctx.module, "dim", None)
+    if ctx.node.target == "flip" and isinstance(dim, int):
+        dim = args  # x.flip(2, 3)
+    for d in _dimensions(kwargs.get("dim", kwargs.get("dims", dim)), len(input)):
+        ctx.pin(input[d], "reduce", "every entry depends on the whole axis")
+    return pytree.tree_map_only(torch.Tensor, lambda t: Dims(input), ctx.value)
+
+
+@op(nn.Softmax2d)
+def softmax2d(ctx: Context, x: Dims) -> Dims:
+    ctx.pin(x[-3], "reduce", "every entry depends on the whole axis")
+    return x
+
+
+def _contract(ctx: Context, a: Axis, b: Axis, source: Any) -> None:
+    """Summed over in a product of two activations: stays when the second one's new units are zero."""
+    ctx.same(a, b)
+    if not is_fixed(a):
+        ctx.require_state("product", source, a)
+
+
+@op(torch.matmul, torch.bmm, torch.mm, operator.matmul, "matmul", "bmm", "mm", "__matmul__")
+def matmul(ctx: Context, a: Dims, b: Dims) -> Dims:
+    if len(a) < 2 or len(b) < 2:
+        raise Unsupported("product with a vector")
+    _contract(ctx, a[-1], b[-2], ctx.argument(1, "other", "mat2"))
+    batch = broadcast(ctx, Dims(a[:-2]), Dims(b[:-2])) if len(ctx.shape) > 2 else ()
+    return Dims((*batch, a[-2], b[-1]))
+
+
+@op(torch.baddbmm, "baddbmm")
+def baddbmm(ctx: Context, input: Dims, batch1: Dims, batch2: Dims, beta: Any = 1, alpha: Any = 1) -> Dims:
+    _contract(ctx, batch1[2], batch2[1], ctx.argument(2, "batch2"))
+    ctx.same(batch1[0], batch2[0])
+    return broadcast(ctx, input, Dims((batch1[0], batch1[1], batch2[2])))
+
+
+@op(torch.einsum, "torch.functional.einsum")
+def einsum(ctx: Context, equation: str, *operands: Any) -> Dims:
+    tensors = list(operands[0]) if len(operands) == 1 and not isinstance(operands[0], Dims) else list(operands)
+    if "." in equation or "->" not in equation:
+        raise Unsupported(f"einsum {equation!r}: only explicit letters and an arrow are described")
+    terms, out = equation.replace(" ", "").split("->")
+    axes: dict[str, Axis] = {}
+    for term, t in zip(terms.split(","), tensors, strict=True):
+        for letter, axis in zip(term, t, strict=True):
+            if letter in axes:
+                ctx.same(axes[letter], axis)
+            else:
+                axes[letter] = axis
+    for letter in axes.keys() - set(out):
+        if len(terms.split(",")) == 2 and all(term.count(letter) == 1 for term in terms.split(",")):
+            sources = ctx.node.args[1:] if len(ctx.node.args) > 2 else ctx.node.args[1]
+            _contract(ctx, axes[letter], axes[letter], sources[1])  # type: ignore[index]
+        else:
+            ctx.pin(axes[letter], "reduce", f"summed over ({letter!r} in {equation!r})")
+    return Dims(axes[letter] for letter in out)
+
+
+@op(F.scaled_dot_product_attention)
+def attention(
+    ctx: Context,
+    query: Dims,
+    key: Dims,
+    value: Dims,
+    attn_mask: Any = None,
+    dropout_p: Any = 0.0,
+    is_causal: Any = False,
+    scale: float | None = None,
+    enable_gqa: Any = False,
+) -> Dims:
+    _contract(ctx, query[-1], key[-1], ctx.argument(1, "key"))
+    if scale is None:
+        # the operator takes the root of the size that it finds: the old one stays
+        ctx.keep(length(query[-1]) ** -0.5, [query[-1]], "scale")
+    ctx.pin(key[-2], "reduce", "attention is normalised over the keys")
+    ctx.pin(query[-2], "reduce", "attention is normalised over the keys")
+    mask = attn_mask if isinstance(attn_mask, Dims) else Dims()
+    ctx.fix(mask[-2:])
+    if enable_gqa:
+        ctx.fix(mask)
+        ctx.fix([query[-3], key[-3], value[-3]], "heads are shared in groups")
+        return Dims((*query[:-1], value[-1]))
+    batch = broadcast(ctx, Dims(query[:-2]), Dims(key[:-2]), Dims(value[:-2]), Dims(mask[:-2]))
+    return Dims((*batch, query[-2], value[-1]))

@@ -1,0 +1,226 @@
+"""Joining, splitting and indexing: parts of an axis that grow apart or together, or cannot."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, fixed, is_fixed, length, product, resolve
+from fxgrow.axes.size_expressions import SizeExpr
+from fxgrow.axes.structure import SizeCheck
+from fxgrow.graph.node_functions import in_mode
+from fxgrow.ops.context import Context, Unsupported
+from fxgrow.ops.elementwise import (
+    broadcast,
+)
+from fxgrow.ops.registry import op
+from fxgrow.ops.views import flat
+
+
+@op(F.glu, nn.GLU)
+def glu(ctx: Context, input: Dims, dim: int = -1) -> Dims:
+
+    dim = int(ctx.module.dim) if ctx.module is not None else dim
+    half = halves(ctx, input[dim], 2)
+    return Dims(half if i == dim % len(input) else a for i, a in enumerate(input))
+
+
+def halves(ctx: Context, axis: Axis, n: int) -> Axis:
+    """`axis` in `n` equal blocks that stay equal: returns the block."""
+    if length(axis) % n:
+        raise Unsupported(f"{length(axis)} entries in {n} unequal parts", "size")
+    if is_fixed(axis):
+        return fixed(length(axis) // n)
+    block = axis_of(UnitVar(length(axis) // n))
+    ctx.same(axis, block * n, "split into equal parts")
+    return block
+
+
+@op(torch.cat, torch.concat, torch.concatenate)
+def cat(ctx: Context, tensors: Sequence[Dims], dim: int = 0, axis: int | None = None) -> Dims:
+    dim = int(axis if axis is not None else dim) % len(ctx.shape)
+    tensors = [t for t in tensors if len(t) == len(ctx.shape)]
+    for t in tensors[1:]:
+        for i, (a, b) in enumerate(zip(tensors[0], t, strict=True)):
+            if i != dim:
+                ctx.same(a, b)
+    first = tensors[0]
+    return Dims(sum((t[dim] for t in tensors), ()) if i == dim else a for i, a in enumerate(first))
+
+
+@op(in_mode)
+def choose(ctx: Context, training: Any, if_training: Any, if_eval: Any) -> Dims:
+    """One of two tensors, by the module's mode."""
+    if not (isinstance(if_training, Dims) and isinstance(if_eval, Dims)) or len(if_training) != len(if_eval):
+        raise Unsupported("it is one thing in train and another in eval mode")
+    for a, b in zip(if_training, if_eval, strict=True):
+        ctx.same(a, b)
+    return if_training
+
+
+@op(torch.stack)
+def stack(ctx: Context, tensors: Sequence[Dims], dim: int = 0) -> Dims:
+    for t in tensors[1:]:
+        for a, b in zip(tensors[0], t, strict=True):
+            ctx.same(a, b)
+    out = list(tensors[0])
+    out.insert(dim % len(ctx.shape), fixed(len(tensors)))
+    return Dims(out)
+
+
+def _with(x: Dims, dim: int, parts: Sequence[Axis]) -> tuple[Dims, ...]:
+    dim %= len(x)
+    found = tuple(Dims(part if i == dim else a for i, a in enumerate(x)) for part in parts)
+    for part in found:
+        part.part_of = x.parameter if dim == 0 else None
+    return found
+
+
+@op("chunk", torch.chunk)
+def chunk(ctx: Context, input: Dims, chunks: int, dim: int = 0) -> tuple[Dims, ...]:
+    sizes = [v.shape[dim] for v in ctx.values]
+    if is_fixed(input[dim]):
+        return _with(input, dim, [fixed(n) for n in sizes])
+    if len(set(sizes)) > 1 or len(sizes) != chunks:
+        raise Unsupported("chunks of unequal size", "size")
+    return _with(input, dim, [halves(ctx, input[dim], len(sizes))] * len(sizes))
+
+
+@op("split", "split_with_sizes", torch.split, torch.split_with_sizes)
+def split(ctx: Context, input: Dims, split_size: Any = None, dim: int = 0, **kwargs: Any) -> tuple[Dims, ...]:
+    key = next((k for k in ("split_size", "split_sizes", "split_size_or_sections") if k in ctx.node.kwargs), None)
+    given = split_size if key is None or key == "split_size" else kwargs[key]
+    path: tuple[Any, ...] = (1,) if key is None else (key,)
+    sizes = [v.shape[dim] for v in ctx.values]
+    if is_fixed(input[dim]):
+        parts = [fixed(n) for n in sizes]
+    elif isinstance(given, int):
+        if len(set(sizes)) > 1:
+            raise Unsupported("the last part is smaller", "size")
+        parts = [halves(ctx, input[dim], len(sizes))] * len(sizes)
+        ctx.size_argument(given, parts[0], *path)
+    else:
+        # parts grow apart, unless what follows ties them: equal sizes may be equal by chance
+        parts = [axis_of(UnitVar(n)) for n in sizes]
+        ctx.same(input[dim], sum(parts, ()), "split into parts")
+        for i, (size, part) in enumerate(zip(given, parts, strict=True)):
+            ctx.size_argument(size, part, *path, i)
+    return _with(input, dim, [resolve(p) for p in parts])
+
+
+@op("unbind", torch.unbind)
+def unbind(ctx: Context, input: Dims, dim: int = 0) -> tuple[Dims, ...]:
+    ctx.fix([input[dim]], "taken apart entry by entry")
+    out = Dims(a for i, a in enumerate(input) if i != dim % len(input))
+    return (out,) * len(ctx.values)
+
+
+@op("narrow", torch.narrow)
+def narrow(ctx: Context, input: Dims, dim: int, start: int, length: int) -> Dims:
+    ctx.fix([input[dim]], "a part of it is cut out")
+    return Dims(fixed(n) if i == dim % len(input) else a for (i, a), n in zip(enumerate(input), ctx.shape, strict=True))
+
+
+@op("select", torch.select)
+def select(ctx: Context, input: Dims, dim: int, index: int) -> Dims:
+    ctx.fix([input[dim]], "one entry is picked out")
+    return Dims(a for i, a in enumerate(input) if i != dim % len(input))
+
+
+@op("repeat", "tile", torch.tile)
+def repeat(ctx: Context, input: Dims, *times: Any) -> Dims:
+    counts, _, _ = flat(times)
+    counts = [1] * (len(input) - len(counts)) + counts
+    input = Dims((fixed(1),) * (len(counts) - len(input)) + tuple(input))
+    return Dims(product(fixed(int(n)), a, ctx.reason("size", "repeated")) for n, a in zip(counts, input, strict=True))
+
+
+@op("repeat_interleave", torch.repeat_interleave)
+def repeat_interleave(ctx: Context, input: Dims, repeats: Any, dim: int | None = None, **kwargs: Any) -> Dims:
+    if dim is None or type(repeats) is not int:
+        raise Unsupported("entries repeated in a number that is computed, or all of them in one row")
+    out = list(input)
+    out[dim] = product(input[dim], fixed(repeats), ctx.reason("size", "repeated"))
+    return Dims(out)
+
+
+@op(operator.getitem, "__getitem__")
+def getitem(ctx: Context, x: Any, index: Any) -> Any:
+    if not isinstance(x, Dims):
+        return x[index]
+    items = list(index) if isinstance(index, tuple) and not isinstance(index, Dims) else [index]
+    if any(isinstance(i, (Dims, list)) for i in items):
+        return _gather(ctx, x, items)
+    if Ellipsis in items:
+        at = items.index(Ellipsis)
+        missing = len(x) - sum(i is not None and i is not Ellipsis for i in items)
+        items[at : at + 1] = [slice(None)] * missing
+    rest = list(x)
+    out: list[Axis] = []
+    for item in items:
+        if item is None:
+            out.append(fixed(1))
+        elif isinstance(item, slice):
+            out.append(_slice(ctx, rest.pop(0), item))
+        else:
+            ctx.fix([rest.pop(0)], "one entry is picked out")
+    return Dims((*out, *rest))
+
+
+def _slice(ctx: Context, axis: Axis, item: slice) -> Axis:
+    # only what is written as the whole axis stays the whole axis: `[:8]` and `[-8:]` of 8 entries do not
+    if item.start in (None, 0) and item.stop is None and item.step in (None, 1):
+        return axis
+    n = len(range(*item.indices(length(axis))))
+    if is_fixed(axis):
+        return fixed(n, next((s.reason for s in axis if s.reason), None))
+    every = item.step
+    if type(every) is int and every > 1 and item.stop is None and n * every == length(axis):
+        unit = UnitVar(n)
+        ctx.same(axis, axis_of(unit, every), f"units are read {every} entries at a time")
+        return axis_of(unit)
+    half = item.stop if item.start in (None, 0) else item.start
+    if (
+        isinstance(half, SizeExpr)
+        and None in (item.stop, item.start or None)
+        and every in (None, 1)
+        and 2 * n == length(axis)
+    ):
+        part = halves(ctx, axis, 2)
+        ctx.followed.append(half)
+        ctx.structure.checks.append(
+            SizeCheck(half, part, ctx.reason("size", "a computed size does not follow the width"))
+        )
+        return part
+    ctx.fix([axis], "a part of it is cut out")
+    return fixed(n, ctx.reason("size", "a part of a width"))
+
+
+def _gather(ctx: Context, x: Dims, items: list[Any]) -> Dims:
+    """Indexing with a tensor: allowed along fixed axes when one index tensor stands alone."""
+    tensors = [k for k, i in enumerate(items) if isinstance(i, Dims)]
+    whole = all(isinstance(i, Dims) or i == slice(None) for i in items)
+    if len(tensors) != 1 or not whole:
+        raise Unsupported("indexing with several tensors, or with tensors and numbers at once")
+    at = tensors[0]
+    ctx.fix([x[at]], "indexed with a tensor")
+    # a mask of several dimensions takes more than one: its shape is not the real one, and is refused
+    return Dims((*x[:at], *items[at], *x[at + 1 :]))
+
+
+@op(operator.setitem, "__setitem__")
+def setitem(ctx: Context, x: Dims, index: Any, value: Any) -> None:
+    """Writes whole axes or fixed parts of `x`, or where a mask of the same axes says."""
+    if isinstance(index, Dims):
+        if ctx.node.args[1].meta["val"].dtype != torch.bool or isinstance(value, Dims):  # type: ignore[union-attr]
+            raise Unsupported("writes at positions that a tensor holds")
+        broadcast(ctx, Dims(x[: len(index)]), index)
+        return
+    part = getitem(ctx, x, index)
+    if isinstance(value, Dims):
+        broadcast(ctx, part, value)

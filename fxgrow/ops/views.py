@@ -1,0 +1,210 @@
+"""Views and permutations; sizes are rewritten by the axis they mean."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from fxgrow.axes.axes import Axis, Dims, Segment, UnitVar, axis_of, fixed, is_fixed, length, product, resolve
+from fxgrow.axes.size_expressions import SizeExpr
+from fxgrow.ops.context import Context, Unsupported
+from fxgrow.ops.elementwise import broadcast
+from fxgrow.ops.registry import op
+
+
+@op("clone", torch.clone)
+def clone(ctx: Context, x: Dims, *args: Any, **kwargs: Any) -> Dims:
+    return x
+
+
+@op("contiguous", "detach", "requires_grad_", "to", "type", "type_as", "float", "double", "half", "bfloat16")
+@op("bool", "long", "int", "cpu", "cuda", "data", torch.detach)
+def identity(ctx: Context, x: Dims, *args: Any, **kwargs: Any) -> Dims:
+    # `F.linear(x, self.weight.to(x.dtype))` still reads the parameter
+    return Dims.of(x, x.parameter)
+
+
+def _sizes(
+    ctx: Context, sizes: Sequence[Any], out: Sequence[Axis], path: tuple[Any, ...], start: int, infer: bool = False
+) -> None:
+    """Size arguments of view, reshape and expand: `start` is the index of the first."""
+    infer = infer and all(int(size) != -1 for size in sizes)
+    for i, (size, axis) in enumerate(zip(sizes, out, strict=True)):
+        ctx.size_argument(size, axis, *path, start + i, infer=infer)
+
+
+def flat(sizes: Sequence[Any]) -> tuple[list[Any], tuple[Any, ...], int]:
+    """`view(2, 3)` and `view((2, 3))` alike: the sizes, the path to them and the index of the first."""
+    if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
+        return list(sizes[0]), (1,), 0
+    return list(sizes), (), 1
+
+
+@op("view", "reshape", torch.reshape)
+def reshape(ctx: Context, x: Dims, *sizes: Any, **kwargs: Any) -> Dims:
+    if kwargs:
+        path: tuple[Any, ...]
+        key = "shape" if "shape" in kwargs else "size"
+        given, path, start = list(kwargs[key]), (key,), 0
+    elif sizes and isinstance(sizes[0], torch.dtype):
+        raise Unsupported("view as another dtype")
+    else:
+        given, path, start = flat(sizes)
+    out = regroup(ctx, x, ctx.shape, given)
+    _sizes(ctx, given, out, path, start, infer=True)
+    return out
+
+
+@op("view_as", "reshape_as")
+def reshape_as(ctx: Context, x: Dims, other: Dims) -> Dims:
+    out = regroup(ctx, x, ctx.shape, [SizeExpr.measure(a) for a in other])
+    for a, b in zip(out, other, strict=True):
+        ctx.same(a, b)
+    return out
+
+
+def regroup(ctx: Context, x: Dims, shape: Sequence[int], sizes: Sequence[Any]) -> Dims:
+    """The axes of `x` viewed as `shape`, block by block of dimensions with equal products."""
+    out: list[Axis] = []
+    i = j = 0
+    while i < len(x) or j < len(shape):
+        a, b = i + 1, j + 1
+        left = length(x[i]) if i < len(x) else 1
+        right = shape[j] if j < len(shape) else 1
+        while left != right:
+            if left < right and a < len(x):
+                left, a = left * length(x[a]), a + 1
+            elif b < len(shape):
+                right, b = right * shape[b], b + 1
+            else:
+                raise Unsupported("sizes do not match")
+        # dimensions of size 1 join the block in front of them only where nothing else takes them
+        merged = fixed(1)
+        for axis in x[i:a]:
+            merged = product(merged, axis, ctx.reason("size", "two widths flattened into one"))
+        out += _spread(ctx, merged, shape[j:b], sizes[j:b]) if j < len(shape) else []
+        i, j = min(a, len(x)), min(b, len(shape))
+    return Dims(out)
+
+
+def _spread(ctx: Context, axis: Axis, shape: Sequence[int], sizes: Sequence[Any]) -> list[Axis]:
+    """One axis viewed as several dimensions: one of them carries the units, the others are fixed."""
+    big = [k for k, n in enumerate(shape) if n > 1]
+    if is_fixed(axis):
+        reason = next((s.reason for s in axis if s.reason), None)
+        return [fixed(n, reason) for n in shape]
+    if len(big) <= 1:
+        keep = big[0] if big else 0
+        return [axis if k == keep else fixed(1) for k in range(len(shape))]
+    keep = _growing(axis, shape, sizes, big)
+    before, after = math.prod(shape[:keep]), math.prod(shape[keep + 1 :])
+    unit = axis_of(UnitVar(shape[keep]))
+    ctx.same(axis, tuple(Segment(s.var, after) for s in unit) * before, "viewed as several dimensions")
+    return [resolve(unit) if k == keep else fixed(n) for k, n in enumerate(shape)]
+
+
+def _growing(axis: Axis, shape: Sequence[int], sizes: Sequence[Any], big: list[int]) -> int:
+    """Which dimension the units are in: where flattening put them, else the computed size, else the last."""
+    inner = math.gcd(*(s.inner for s in resolve(axis)))
+    if inner > 1:
+        for k in big:
+            if math.prod(shape[k + 1 :]) == inner:
+                return k
+    for k in big:
+        if isinstance(sizes[k], SizeExpr) or (isinstance(sizes[k], int) and sizes[k] == -1):
+            return k
+    return big[-1]
+
+
+@op("flatten", torch.flatten, nn.Flatten)
+def flatten(ctx: Context, input: Dims, start_dim: int = 0, end_dim: int = -1) -> Dims:
+    if ctx.module is not None:
+        start_dim, end_dim = ctx.module.start_dim, ctx.module.end_dim
+    start, end = start_dim % len(input), end_dim % len(input)
+    merged = fixed(1)
+    for axis in input[start : end + 1]:
+        merged = product(merged, axis, ctx.reason("size", "two widths flattened into one"))
+    return Dims((*input[:start], merged, *input[end + 1 :]))
+
+
+@op("unflatten", torch.unflatten, nn.Unflatten)
+def unflatten(ctx: Context, input: Dims, dim: int = 0, sizes: Any = ()) -> Dims:
+    if ctx.module is not None:
+        dim, sizes = ctx.module.dim, ctx.module.unflattened_size
+        ctx.fix([input[dim]], "the sizes are attributes of nn.Unflatten")
+    dim %= len(input)
+    sizes = list(sizes)
+    parts = _spread(ctx, input[dim], ctx.shape[dim : dim + len(sizes)], sizes)
+    if ctx.module is None:
+        _sizes(ctx, sizes, parts, ("sizes",) if "sizes" in ctx.node.kwargs else (2,), 0)
+    return Dims((*input[:dim], *parts, *input[dim + 1 :]))
+
+
+@op("squeeze", torch.squeeze)
+def squeeze(ctx: Context, input: Dims, dim: Any = None) -> Dims:
+    dims = range(len(input)) if dim is None else [dim] if isinstance(dim, int) else dim
+    gone = {d % len(input) for d in dims if length(input[d]) == 1}
+    ctx.fix([input[d] for d in gone], "squeezed away, so it stays 1")
+    return Dims(a for i, a in enumerate(input) if i not in gone)
+
+
+@op("unsqueeze", torch.unsqueeze)
+def unsqueeze(ctx: Context, input: Dims, dim: int) -> Dims:
+    out = list(input)
+    out.insert(dim % (len(input) + 1), fixed(1))
+    return Dims(out)
+
+
+@op("expand", "broadcast_to", torch.broadcast_to)
+def expand(ctx: Context, input: Dims, *sizes: Any) -> Dims:
+    given, path, start = flat(sizes)
+    lead = len(given) - len(input)
+    out: list[Axis] = []
+    for i, (size, n) in enumerate(zip(given, ctx.shape, strict=True)):
+        axis = input[i - lead] if i >= lead else fixed(1)
+        if length(axis) != n:
+            ctx.fix([axis], "one entry is repeated")
+            # repeated over another width: the size says over which, and is checked below
+            axis = size.axes[0] if isinstance(size, SizeExpr) and length(size.axes[0]) == n else fixed(n)
+        out.append(axis)
+    _sizes(ctx, given, out, path, start)
+    return Dims(out)
+
+
+@op("expand_as")
+def expand_as(ctx: Context, input: Dims, other: Dims) -> Dims:
+    return broadcast(ctx, input, other)
+
+
+@op("permute", torch.permute)
+def permute(ctx: Context, input: Dims, *dims: Any, **kwargs: Any) -> Dims:
+    dims = kwargs.get("dims", dims)
+    order = dims[0] if len(dims) == 1 and isinstance(dims[0], (tuple, list)) else dims
+    return Dims(input[d] for d in order)
+
+
+@op("transpose", "swapaxes", "swapdims", torch.transpose, torch.swapaxes)
+def transpose(ctx: Context, input: Dims, dim0: int, dim1: int) -> Dims:
+    out = list(input)
+    out[dim0], out[dim1] = out[dim1], out[dim0]
+    return Dims(out)
+
+
+@op("t", torch.t)
+def t(ctx: Context, input: Dims) -> Dims:
+    return Dims(reversed(input))
+
+
+@op("movedim", "moveaxis", torch.movedim, torch.moveaxis)
+def movedim(ctx: Context, input: Dims, source: Any, destination: Any) -> Dims:
+    order = _order(len(input), lambda x: x.movedim(source, destination))
+    return Dims(input[d] for d in order)
+
+
+def _order(rank: int, move: Any) -> list[int]:
+    """Where each dimension comes from, by moving a tensor whose sizes are their numbers."""
+    return [n - 2 for n in move(torch.empty(tuple(range(2, rank + 2)), device="meta")).shape]

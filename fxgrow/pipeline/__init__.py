@@ -1,0 +1,1 @@
+"""The public verbs: profile, plan, apply, grow, widen, explain, try_widths."""

@@ -1,0 +1,170 @@
+"""What a growth costs: parameters, multiply-adds of one sample, or measured seconds of the example batch."""
+
+from __future__ import annotations
+
+import math
+import operator
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+from torch.nn.modules.conv import _ConvNd
+
+from fxgrow.analysis.widths import hidden
+from fxgrow.axes.axes import Axis, Dims, UnitVar, length, multiplicity
+from fxgrow.axes.structure import Structure
+from fxgrow.errors import PlanError
+from fxgrow.graph.evaluate import eval_mode
+from fxgrow.graph.graph import lookup
+from fxgrow.rewriting.rewrite import rewrite
+
+#: a latency is the median of so many runs, and a width is measured when it is larger by this part
+RUNS, PROBE = 9, 0.5
+#: least part of the time that its multiply-adds would take that a width is charged, whatever the clock says
+LEAST = 0.25
+_PRODUCTS = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__"}
+
+
+class Cost(Protocol):
+    """Of the network with so many more units per width."""
+
+    unit: str
+
+    def total(self, units: Mapping[str, int]) -> float:
+        """The cost of all of it."""
+
+
+class GrownLengths:
+    """Lengths of axes after growth."""
+
+    def __init__(self, structure: Structure) -> None:
+        self.vars: dict[str, tuple[UnitVar, int]] = {h.width.name: (h.var, h.width.step) for h in hidden(structure)}
+
+    def __call__(self, units: Mapping[str, int]) -> Mapping[UnitVar, int]:
+        return {self.vars[name][0]: k // self.vars[name][1] for name, k in units.items()}
+
+
+def _product(axes: Sequence[Axis], grow: Mapping[UnitVar, int]) -> int:
+    return math.prod(length(a) + sum(grow.get(v, 0) * m for v, m in multiplicity(a).items()) for a in axes)
+
+
+class Parameters:
+    """Parameters of the grown model, exactly: every axis with its new length."""
+
+    unit = "parameters"
+
+    def __init__(self, gm: fx.GraphModule, structure: Structure) -> None:
+        self.axes = [dims for name, dims in structure.parameters.items() if isinstance(lookup(gm, name), nn.Parameter)]
+        self.grown = GrownLengths(structure)
+        inside = sum(_product(dims, {}) for dims in self.axes)
+        self.outside = sum(p.numel() for p in gm.parameters()) - inside
+
+    def total(self, units: Mapping[str, int]) -> int:
+        """All of them."""
+        grow = self.grown(units)
+        return self.outside + sum(_product(dims, grow) for dims in self.axes)
+
+
+class MultiplyAdds:
+    """Multiply-adds of one sample in layers and products of activations, at the size of the example inputs."""
+
+    unit = "multiply-adds"
+
+    def __init__(self, gm: fx.GraphModule, structure: Structure) -> None:
+        self.grown = GrownLengths(structure)
+        #: axes that are multiplied, and how often
+        self.terms: list[tuple[Sequence[Axis], float]] = []
+        batch = next((v.shape[0] for v in _inputs(gm) if v.dim()), 1)
+        layers = {p.node: (p.weight, p.turned) for p in structure.projections if p.node.target is not F.embedding}
+        for node in gm.graph.nodes:
+            module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if isinstance(module, _ConvNd):
+                layers.setdefault(node, (f"{node.target}.weight", module.transposed))
+            if isinstance(module, nn.Embedding):
+                layers.pop(node, None)
+            if node in layers:
+                name, turned = layers[node]
+                dims = structure.parameters[structure.aliases.get(id(lookup(gm, name)), name)]
+                at: Tensor = (node.all_input_nodes[0] if turned else node).meta["val"]
+                spatial = at.shape[2:] if len(dims) > 2 else at.shape[1:-1]
+                self.terms.append((dims, math.prod(spatial) * at.shape[0] / batch))
+            elif node.target in _PRODUCTS:
+                a, b = (structure.outputs.get(n) for n in node.all_input_nodes[:2])
+                if isinstance(a, Dims) and isinstance(b, Dims) and min(len(a), len(b)) > 1:
+                    self.terms.append(((*a, b[-1]), 1 / batch))
+            elif node.target is F.scaled_dot_product_attention:
+                q, k, v = (structure.outputs.get(n) for n in node.all_input_nodes[:3])
+                if isinstance(q, Dims) and isinstance(k, Dims) and isinstance(v, Dims):
+                    self.terms += [((*q, k[-2]), 1 / batch), ((*q[:-1], k[-2], v[-1]), 1 / batch)]
+
+    def total(self, units: Mapping[str, int]) -> float:
+        """Of the forward pass."""
+        grow = self.grown(units)
+        return sum(_product(axes, grow) * times for axes, times in self.terms)
+
+
+class Latency:
+    """Seconds of a forward pass of the example batch in eval mode, as if widths added up.
+
+    Measured once per width, larger by a half; a width is charged at least a quarter of what its multiply-adds would
+    take, because a clock is noisy and the cost of a unit is not below zero.
+    """
+
+    unit = "seconds"
+
+    def __init__(self, gm: fx.GraphModule, structure: Structure, names: Sequence[str]) -> None:
+        found = {h.width.name: h.width for h in hidden(structure)}
+        sums = MultiplyAdds(gm, structure)
+        inputs = gm.meta["example_inputs"]
+        self.base = _seconds(gm, inputs)
+        self.slopes: dict[str, float] = {}
+        for name in names:
+            w = found[name]
+            k = max(1, round(PROBE * w.size / w.step)) * w.step
+            wide, _ = rewrite(gm, {name: k}, generator=torch.Generator().manual_seed(0))
+            before, after = _seconds(gm, inputs), _seconds(wide, inputs)
+            expected = self.base * (sums.total({name: k}) / max(1.0, sums.total({})) - 1)
+            self.slopes[name] = max(after - before, LEAST * expected, 1e-12) / k
+
+    def total(self, units: Mapping[str, int]) -> float:
+        """Of the example batch."""
+        return self.base + sum(self.slopes.get(name, 0.0) * k for name, k in units.items())
+
+
+def cost_of(kind: str, gm: fx.GraphModule, structure: Structure, names: Sequence[str]) -> Cost:
+    """The cost of that name.
+
+    Raises:
+        PlanError: there is none.
+    """
+    if kind == "parameters":
+        return Parameters(gm, structure)
+    if kind == "multiply-adds":
+        return MultiplyAdds(gm, structure)
+    if kind == "latency":
+        return Latency(gm, structure, names)
+    raise PlanError(f"cost={kind!r}: choose 'parameters', 'multiply-adds' or 'latency'.")
+
+
+def _inputs(gm: fx.GraphModule) -> list[Tensor]:
+    values = (n.meta["val"] for n in gm.graph.find_nodes(op="placeholder"))
+    return [v for v in values if isinstance(v, Tensor)]
+
+
+@torch.no_grad()
+def _seconds(gm: fx.GraphModule, inputs: Sequence[object]) -> float:
+    on_gpu = any(p.is_cuda for p in gm.parameters())
+    taken = []
+    with eval_mode(gm):
+        for i in range(RUNS + 2):
+            start = time.perf_counter()
+            gm(*inputs)
+            if on_gpu:
+                torch.cuda.synchronize()
+            if i > 1:  # the first ones warm up
+                taken.append(time.perf_counter() - start)
+    return statistics.median(taken)

@@ -1,0 +1,187 @@
+"""The line search: the loss of the grown graph on held-back batches, as a function of gamma."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, fx
+
+from fxgrow.analysis.analyse import analyse
+from fxgrow.data.batches import Batch, Data
+from fxgrow.data.loss import LossFn, loss_of
+from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
+from fxgrow.graph.evaluate import eval_mode
+from fxgrow.rewriting.axis_growth import places
+from fxgrow.rewriting.batch_norm import Moments, RunningStatistics
+from fxgrow.rewriting.plan import Plan
+from fxgrow.rewriting.rewrite import rewrite
+from fxgrow.statistics.forward_backward import forward
+
+#: gamma moves by this factor, at most so many times
+STRIDE, STRIDES = 4.0, 12
+#: batches of the search hold at most so many samples in all
+SEARCH_SAMPLES = 1024
+
+
+@dataclass(frozen=True)
+class Search:
+    """Losses along gamma.
+
+    Attributes:
+        gammas: the values tried, 0 first.
+        losses: mean held-back loss at each, without dropout, norms on batch statistics as in training.
+        eval_losses: the same in eval mode, with the running statistics that growth by this gamma leaves.
+        best: the gamma with the smallest loss.
+        applied: the gamma to apply, one of `gammas`.
+    """
+
+    gammas: tuple[float, ...]
+    losses: tuple[float, ...]
+    eval_losses: tuple[float, ...]
+    best: float
+    applied: float
+
+    @property
+    def gain(self) -> float:
+        """How much less the loss is at the best gamma, as a part of the loss without growth."""
+        return (self.losses[0] - min(self.losses)) / max(abs(self.losses[0]), 1e-30)
+
+    @property
+    def predicted(self) -> dict[str, float]:
+        """The loss in eval and in train mode at the gamma to apply."""
+        at = self.gammas.index(self.applied)
+        return {"eval": self.eval_losses[at], "train": self.losses[at]}
+
+
+class GammaLine:
+    """A grown graph that moves along gamma, and the held-back batches it is measured on."""
+
+    def __init__(
+        self, gm: fx.GraphModule, plan: Plan, batches: Sequence[Batch], world: ProcessGroup = SINGLE_PROCESS
+    ) -> None:
+        self.original, self.plan, self.batches, self.world = gm, plan, batches, world
+        self.graph, self.index = self._rewritten(0.0)
+        self.norms = RunningStatistics(self.graph, batches, world)
+        whole = dict(self._rewritten(1.0)[0].named_parameters())
+        # new entries and updates of old ones move at one rate, unless incoming weights share gamma
+        units = dict(self._rewritten(1.0, update=False)[0].named_parameters()) if plan.symmetric else whole
+        self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+        for name, p in self.graph.named_parameters():
+            new, update = (units[name] - p).detach(), (whole[name] - units[name]).detach()
+            if bool(new.any()) or bool(update.any()):
+                self.steps.append((p, p.detach().clone(), new, update))
+
+    def _rewritten(
+        self, gamma: float, update: bool = True
+    ) -> tuple[fx.GraphModule, dict[str, tuple[Tensor | None, ...]]]:
+        # what is drawn at random is drawn alike, as in `apply`: only what depends on gamma differs
+        return rewrite(self.original, self.plan.units, self.plan.at(gamma, update), torch.Generator().manual_seed(0))
+
+    def move(self, gamma: float) -> fx.GraphModule:
+        """The graph with the parameters of this gamma, the same object every time."""
+        power = gamma**0.5 if self.plan.symmetric else gamma
+        with torch.no_grad():
+            for p, base, new, update in self.steps:
+                p.copy_(base + power * new + gamma * update)
+        return self.graph
+
+    def plan_here(self, gamma: float) -> Plan:
+        """The plan, with the running statistics that the graph has now, at this gamma."""
+        where = places(analyse(self.original), self.plan.units)
+        values = self.plan.values
+        new, delta = {n: dict(s) for n, s in values.new.items()}, dict(values.delta)
+        for name, (buffer, shift) in self.norms.shifts().items():
+            for (width, dim), positions in where.get(name, {}).items():
+                new.setdefault(name, {})[width, dim] = buffer[positions.to(buffer.device)].clone()
+            (old,) = self.index.get(name, (None,))
+            # a plan multiplies its deltas by gamma
+            delta[name] = (shift if old is None else shift[old.to(shift.device)]) / gamma
+        return replace(self.plan, values=replace(values, new=new, delta=delta))
+
+
+def held_batches(data: Data) -> list[Batch]:
+    """Held-back batches for the line search, all of a single batch."""
+    held: list[Batch] = []
+    size = 0
+    for batch in data.held_back():
+        held.append(batch)
+        size += batch.size
+        if size * data.world.size >= SEARCH_SAMPLES:
+            break
+    return held
+
+
+def mean_loss(
+    graph: fx.GraphModule, batches: Sequence[Batch], loss_fn: LossFn | None, world: ProcessGroup = SINGLE_PROCESS
+) -> float:
+    """Mean loss over the samples of all processes, in the graph's mode."""
+    total = 0.0
+    with torch.no_grad():
+        for b in batches:
+            total += float(loss_of(forward(graph, graph, b), b, loss_fn)) * b.size
+    total, size = world.total(total, sum(b.size for b in batches))
+    return total / max(1, size)
+
+
+def search(line: GammaLine, loss_fn: LossFn | None, share: float = 1.0, follow: bool = True) -> Search:
+    """Starts at the plan's scale, moves by factors of `STRIDE` while the loss falls, then closes in on the best.
+
+    With the running statistics of BatchNorm the loss would credit a step for what training normalises away at once: the
+    search minimises the loss in train mode, and sees the one in eval mode beside it.
+
+    The predicted scale rests on the gradients' second moment, which is the curvature of a likelihood only: for other
+    losses it can be off by orders of magnitude, so the search goes as far as it must, in both directions.
+
+    Args:
+        line: the graph that moves; left at the gamma to apply, with the running statistics there.
+        loss_fn: see `fxgrow.profile`.
+        share: the part of the best gamma to apply.
+        follow: running statistics move as batch statistics do.
+    """
+    norms, batches, world = line.norms, line.batches, line.world
+    start: dict[str, Moments] = {}
+    losses: dict[float, tuple[float, float]] = {}
+
+    def see(gamma: float) -> None:
+        graph = line.move(gamma)
+        with norms.batch_statistics() as moments:
+            train = mean_loss(graph, batches, loss_fn, world)
+        if gamma == 0.0:
+            start.update(moments)
+        if follow:
+            norms.follow(start, moments)
+        if norms.live:
+            with eval_mode(graph):
+                losses[gamma] = train, mean_loss(graph, batches, loss_fn, world)
+        else:
+            losses[gamma] = train, train
+
+    def at(gamma: float) -> float:
+        if gamma not in losses:
+            see(gamma)
+        return losses[gamma][0]
+
+    gamma = line.plan.scale if line.plan.scale > 0 else 1.0
+    unchanged = at(0.0)
+    if at(gamma) < unchanged:
+        for _ in range(STRIDES):
+            if not at(gamma * STRIDE) < at(gamma):
+                break
+            gamma *= STRIDE
+    else:
+        for _ in range(STRIDES):
+            gamma /= STRIDE
+            if at(gamma) < unchanged:
+                break
+    for ratio in (2.0, 2**0.5):
+        gamma = min(losses, key=at)
+        if gamma:
+            at(gamma / ratio)
+            at(gamma * ratio)
+    best = min(losses, key=at)
+    see(best * share)
+    gammas = tuple(sorted(losses))
+    train, held = zip(*(losses[g] for g in gammas), strict=True)
+    return Search(gammas, train, held, best, best * share)

@@ -1,0 +1,140 @@
+"""Layers whose weight is computed by a norm grow as the plain layers they are.
+
+requires: `weight_norm` or `spectral_norm` of `torch.nn.utils.parametrizations` on a weight, nothing else on that layer.
+ensures:  `remove_parametrizations` gives a copy whose weights are parameters; `restore_parametrizations` puts the
+          norms back, under the names they had. A weight's direction then is the weight itself (Salimans and Kingma
+          2016, eq. 2).
+
+Any weight at all has a length and a direction, so nothing between the two needs to know of weight normalisation. Under
+spectral normalisation the largest singular value must stay, through later power iterations too (Miyato et al. 2018,
+algorithm 1): `orthogonalise_new_rows` makes new rows orthogonal to the old ones.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils import parametrizations
+
+from fxgrow.graph.graph import copy_graph, lookup
+from fxgrow.graph.parametrizations import norm_of
+
+#: per layer without its parametrization, its parametrization
+_KEY = "fxgrow.remove_parametrizations"
+Index = dict[str, tuple[Tensor | None, ...]]
+
+
+def remove_parametrizations(gm: fx.GraphModule) -> fx.GraphModule:
+    """The graph itself, or a copy without these norms where it has some."""
+    found = {name: norm for name, m in gm.named_modules() if (norm := norm_of(m)) is not None}
+    if not found:
+        return gm
+    out = copy_graph(gm)
+    for name in found:
+        layer = out.get_submodule(name)
+        parts: Any = layer.get_submodule("parametrizations")
+        trained = any(p.requires_grad for p in parts.parameters())
+        parts.eval()  # in training to look at the weight is to iterate
+        norm = found[name] = copy.deepcopy(found[name])
+        if hasattr(norm, "_u"):
+            matrix = parts.weight.original.detach().movedim(norm.dim, 0)
+            norm.columns = tuple(matrix.shape[1:])
+            norm.sigma = float(norm._u.double() @ matrix.flatten(1).double() @ norm._v.double())
+        weight = lookup(layer, "weight").detach().clone()
+        # by hand: `remove_parametrizations` takes the property off a class that the original shares
+        layer.__class__ = type(layer).__bases__[0]
+        del layer._modules["parametrizations"]
+        layer.register_parameter("weight", nn.Parameter(weight, trained))
+    out.meta[_KEY] = found
+    return out
+
+
+def restore_parametrizations(
+    grown: fx.GraphModule, index: Mapping[str, tuple[Tensor | None, ...]]
+) -> tuple[fx.GraphModule, Index]:
+    """The graph with its norms where its original had them, and the index by the names there are then."""
+    index = dict(index)
+    for name, norm in grown.meta.pop(_KEY, {}).items():
+        layer = grown.get_submodule(name)
+        trained = lookup(layer, "weight").requires_grad
+        moved = index.pop(f"{name}.weight", None)
+        own = _spectral(layer, norm, moved) if hasattr(norm, "_u") else _weight(layer, norm, moved)
+        layer.get_submodule("parametrizations.weight").requires_grad_(trained)
+        layer.train(layer.training)
+        index.update({f"{name}.parametrizations.weight.{part}": at for part, at in own.items()})
+    return grown, index
+
+
+def _weight(layer: nn.Module, norm: Any, moved: tuple[Tensor | None, ...] | None) -> Index:
+    parametrizations.weight_norm(layer, "weight", norm.dim)
+    parts = layer.get_submodule("parametrizations.weight")
+    length, direction = lookup(parts, "original0"), lookup(parts, "original1")
+    # columns that start at zero need some direction
+    direction.data.masked_fill_(length.detach() == 0, 1.0)
+    if moved is None:
+        return {}
+    lengths = tuple(at if d == norm.dim else None for d, at in enumerate(moved))
+    return {"original1": moved, **({"original0": lengths} if any(at is not None for at in lengths) else {})}
+
+
+def _spectral(layer: nn.Module, norm: Any, moved: tuple[Tensor | None, ...] | None) -> Index:
+    """Singular vectors get zeros at new rows and columns: with them the largest singular value is the old one."""
+    with torch.random.fork_rng(devices=[]):  # it starts at random
+        parametrizations.spectral_norm(layer, "weight", norm.n_power_iterations, norm.eps, norm.dim)
+    parts: Any = layer.get_submodule("parametrizations.weight")
+    parts.original.data.mul_(norm.sigma)
+    where = moved or (None,) * parts.original.dim()
+    u, v = norm._u, norm._v.view(norm.columns)
+    parts[0]._u.copy_(_padded(u, where[norm.dim : norm.dim + 1], parts[0]._u.shape))
+    columns = [n for d, n in enumerate(parts.original.shape) if d != norm.dim]
+    parts[0]._v.copy_(_padded(v, [at for d, at in enumerate(where) if d != norm.dim], columns).flatten())
+    return {} if moved is None else {"original": moved}
+
+
+def _padded(old: Tensor, where: Sequence[Tensor | None], shape: Sequence[int]) -> Tensor:
+    """Zeros but for the old entries, at their new positions."""
+    for d, (at, n) in enumerate(zip(where, shape, strict=True)):
+        if at is not None:
+            old = old.new_zeros(*old.shape[:d], n, *old.shape[d + 1 :]).index_copy_(d, at.to(old.device), old)
+    return old
+
+
+def spectral(gm: fx.GraphModule, name: str) -> bool:
+    """Whether a parameter of a graph without parametrizations keeps its largest singular value."""
+    return hasattr(gm.meta.get(_KEY, {}).get(name.removesuffix(".weight")), "_u")
+
+
+def orthogonalise_new_rows(gm: fx.GraphModule, name: str, weight: Tensor, old: Sequence[Tensor]) -> None:
+    """Under spectral normalisation, new rows at right angles to old ones and singular vector, half as long as may be.
+
+    Args:
+        gm: a graph without parametrizations.
+        name: of a parameter.
+        weight: its new value, changed in place; a plain one stays as it is.
+        old: per dimension, the positions of its old entries.
+    """
+    if not spectral(gm, name):
+        return
+    norm = gm.meta[_KEY][name.removesuffix(".weight")]
+    rows = weight.movedim(norm.dim, 0)
+    is_new = torch.ones(len(rows), dtype=torch.bool).index_fill(0, old[norm.dim], False).to(rows.device)
+    columns = [at for d, at in enumerate(old) if d != norm.dim]
+    for d, at in enumerate(columns):  # an old row reads no new column
+        gone = torch.ones(rows.shape[d + 1], dtype=torch.bool).index_fill(0, at, False).nonzero().flatten()
+        kept = rows[is_new]
+        rows.index_fill_(d + 1, gone.to(rows.device), 0)
+        rows[is_new] = kept
+    if not bool(is_new.any()):
+        return
+    # what the last iteration left need not lie between the rows
+    vector = _padded(norm._v.view(norm.columns), columns, rows.shape[1:]).flatten()
+    basis, _ = torch.linalg.qr(torch.cat([rows[~is_new].flatten(1), vector[None]]).double().mT)
+    new = rows[is_new].flatten(1).double()
+    for _ in range(2):  # once more for what rounding left
+        new = new - (new @ basis) @ basis.mT
+    new *= (0.5 / new.norm(dim=1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
+    rows[is_new] = new.view_as(rows[is_new]).to(rows)

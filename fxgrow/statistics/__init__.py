@@ -1,0 +1,1 @@
+"""Second moments of layer inputs and output gradients, from one forward and backward pass per batch."""

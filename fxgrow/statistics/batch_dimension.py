@@ -1,0 +1,56 @@
+"""Which tensors of a graph have their samples in the second dimension: `[steps, samples, ...]`.
+
+requires: inputs that have them in the first.
+ensures:  what moves them is known where it moves dimensions, stacks tensors or takes one entry; anything else leaves
+          them where they were.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import Tensor, fx
+
+from fxgrow.graph.unrolled_rnn import outputs
+
+_MOVES = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t"}
+_STACKS = {"stack", "unsqueeze"}
+#: dimensions that can be told apart
+_SIZES = (2, 3, 5, 7, 11, 13, 17, 19)
+
+
+def nodes_with_batch_second(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose values, or whose several values, are laid out like that."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        sources = node.all_input_nodes
+        # a sum with a parameter is laid out like what it is added to
+        if sources and _second(node, next((n for n in sources if n in found), sources[0]), found):
+            found.add(node)
+    return found
+
+
+def _second(node: fx.Node, source: fx.Node, found: set[fx.Node]) -> bool:
+    before, after = source.meta.get("val"), node.meta.get("val")
+    second = source in found
+    if source.target is outputs and node.target is operator.getitem:
+        return second if node.args[1] == 0 else True  # last states: [layers, samples, units]
+    if not isinstance(before, Tensor) or not isinstance(after, Tensor):
+        return second
+    # a layer may have any name
+    name = "" if node.op == "call_module" else getattr(node.target, "__name__", str(node.target))
+    if name in _MOVES and before.dim() <= len(_SIZES):
+        return _moved(node, before.dim(), int(second)) == 1
+    if after.dim() > before.dim():
+        return second != (name in _STACKS and after.shape[1:] == before.shape)
+    return second and after.shape[:2] == before.shape[:2]
+
+
+def _moved(node: fx.Node, dims: int, at: int) -> int:
+    """Where a dimension goes, by trying it out."""
+    marked = torch.empty(_SIZES[:dims], device="meta")
+    args = fx.map_arg(node.args[1:], lambda n: n.meta["val"])
+    kwargs = fx.map_arg({k: v for k, v in node.kwargs.items() if k != "input"}, lambda n: n.meta["val"])
+    move = getattr(marked, getattr(node.target, "__name__", str(node.target)))
+    return tuple(move(*args, **kwargs).shape).index(_SIZES[at])

@@ -1,0 +1,216 @@
+"""The geometry of a sliding window: a convolution's, or none for a dense layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from math import gcd, prod
+
+from fxgrow.errors import ProfileError
+
+
+@dataclass(frozen=True)
+class Window:
+    """A convolution's geometry, one entry per spatial dimension; ``Window()`` is a dense layer.
+
+    Attributes:
+        kernel: kernel sizes; empty for a dense layer.
+        stride: strides; left empty, all 1.
+        dilation: dilations; left empty, all 1.
+        padding: zeros on both sides; left empty, all 0.
+
+    Raises:
+        ProfileError: the entries do not have one value per spatial dimension.
+    """
+
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
+    padding: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, default in (("stride", 1), ("dilation", 1), ("padding", 0)):
+            value = getattr(self, name) or (default,) * len(self.kernel)
+            if len(value) != len(self.kernel):
+                raise ProfileError(
+                    f"a window with kernel {self.kernel} has {name} {value}: give one entry per spatial dimension"
+                )
+            object.__setattr__(self, name, value)
+
+    @property
+    def taps(self) -> int:
+        """Number of kernel offsets (1 for a dense layer)."""
+        return prod(self.kernel)
+
+    def output(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The spatial shape this window writes from an input of spatial ``shape``."""
+        sizes = zip(shape, self.kernel, self.stride, self.dilation, self.padding, strict=True)
+        return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, d, p in sizes)
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A part of the virtual convolution along one dimension.
+
+    Attributes:
+        positions: output positions.
+        start: first tap.
+        stop: one past the last tap.
+        low: first virtual kernel entry, counted from the first tap's, that meets data.
+        high: one past the last one.
+    """
+
+    positions: slice
+    start: int
+    stop: int
+    low: int
+    high: int
+
+
+@dataclass(frozen=True)
+class AxisGeometry:
+    """One spatial dimension of a producer, an optional average pool and a consumer in a row.
+
+    A patch of the *read map* at position m, kernel entry i, lies at ``hop * m + dilation * i`` of the
+    padded and averaged input; the consumer at output position p, tap j, reads
+    ``m = stride * p + spread * j - padding``.
+
+    Attributes:
+        kernel: producer kernel size.
+        dilation: producer dilation.
+        hop: input distance between neighbouring read positions (producer stride times pool).
+        taps: consumer kernel size.
+        stride: consumer stride.
+        spread: consumer dilation.
+        padding: consumer padding.
+        read: size of the read map.
+        out: size of the consumer's output.
+    """
+
+    kernel: int
+    dilation: int
+    hop: int
+    taps: int
+    stride: int
+    spread: int
+    padding: int
+    read: int
+    out: int
+
+    @property
+    def reach(self) -> int:
+        """Length of one patch, less one."""
+        return self.dilation * (self.kernel - 1)
+
+    @property
+    def extent(self) -> int:
+        """Length of the input that the patches of the read map cover."""
+        return self.hop * (self.read - 1) + self.reach + 1
+
+    @property
+    def gap(self) -> int:
+        """Input distance between neighbouring taps."""
+        return self.hop * self.spread
+
+    @property
+    def step(self) -> int:
+        """Dilation of the virtual convolution: all offsets ``gap * j + dilation * i`` are multiples of it."""
+        return gcd(self.gap if self.taps > 1 else 0, self.dilation if self.kernel > 1 else 0) or 1
+
+    def size(self, taps: int) -> int:
+        """Kernel size of the virtual convolution over ``taps`` neighbouring taps."""
+        return (self.gap * (taps - 1) + self.reach) // self.step + 1
+
+    def position(self, p: int, tap: int) -> int:
+        """Read position of output position ``p`` at ``tap``; outside ``[0, read)`` it is padding."""
+        return self.stride * p + self.spread * tap - self.padding
+
+    def inside(self, tap: int) -> range:
+        """Output positions whose ``tap`` falls inside the read map."""
+        first = self.spread * tap - self.padding
+        low = max(0, -(first // self.stride))
+        return range(low, max(low, min(self.out, (self.read - 1 - first) // self.stride + 1)))
+
+    @property
+    def jump(self) -> int:
+        """Input distance between neighbouring output positions."""
+        return self.hop * self.stride
+
+    @property
+    def lead(self) -> int:
+        """Zeros in front of the input, for the consumer's padding."""
+        return self.hop * self.padding
+
+    @property
+    def span(self) -> int:
+        """Length of the input that the virtual convolution reads."""
+        return self.jump * (self.out - 1) + self.step * (self.size(self.taps) - 1) + 1
+
+    def borders(self) -> list[Strip]:
+        """One strip for every output position where the virtual patch of a padded tap meets data.
+
+        The virtual convolution reads patches at padded positions too. They start outside the map but,
+        where patches overlap, end inside: those products have to be taken off again.
+        """
+        overlap = self.reach // self.hop
+        found = []
+        for p in range(self.out) if overlap and self.padding else ():
+            for first, last in ((-overlap, 0), (self.read, self.read + overlap)):
+                taps = [j for j in range(self.taps) if first <= self.position(p, j) < last]
+                if taps:
+                    at = self.jump * p + self.gap * taps[0] - self.lead
+                    inside = [u for u in range(self.size(len(taps))) if 0 <= at + self.step * u < self.extent]
+                    if inside:
+                        found.append(Strip(slice(p, p + 1), taps[0], taps[-1] + 1, inside[0], inside[-1] + 1))
+        return found
+
+
+def axes(
+    shape: tuple[int, ...], producer: Window, consumer: Window, pool: tuple[int, ...] = ()
+) -> tuple[AxisGeometry, ...]:
+    """The axes of a producer on spatial ``shape``, a pool of ``pool`` and a consumer.
+
+    Raises:
+        ProfileError: the numbers of spatial dimensions differ, or a map would be empty.
+    """
+    nd = len(producer.kernel)
+    pool = pool or (1,) * nd
+    if not len(shape) == len(consumer.kernel) == len(pool) == nd:
+        raise ProfileError(
+            f"input {shape}, producer {producer.kernel}, pool {pool} and consumer {consumer.kernel} "
+            "do not have the same number of spatial dimensions"
+        )
+    read = tuple(q // r for q, r in zip(producer.output(shape), pool, strict=True))
+    out = consumer.output(read)
+    if min(read + out, default=1) < 1:
+        raise ProfileError(f"an input of {shape} leaves an empty map: read {read}, output {out}")
+    return tuple(
+        AxisGeometry(
+            producer.kernel[d], producer.dilation[d], producer.stride[d] * pool[d],
+            consumer.kernel[d], consumer.stride[d], consumer.dilation[d], consumer.padding[d],
+            read[d], out[d],
+        )
+        for d in range(nd)
+    )  # fmt: skip
+
+
+# The borders of a virtual convolution: where it reads patches that the consumer sees as padding.
+
+
+@lru_cache(maxsize=256)
+def strips(
+    shape: tuple[int, ...], producer: Window, geometry: tuple[AxisGeometry, ...], pool: tuple[int, ...]
+) -> tuple[tuple[Strip, ...], ...]:
+    """The borders of every axis, without the virtual kernel entries that meet only the producer's padding."""
+    found = []
+    for d, axis in enumerate(geometry):
+        first = producer.padding[d] - producer.stride[d] * (pool[d] - 1 if pool else 0)
+        data = range(first, producer.padding[d] + shape[d])
+        own = []
+        for strip in axis.borders():
+            at = axis.jump * strip.positions.start + axis.gap * strip.start - axis.lead
+            met = [u for u in range(strip.low, strip.high) if at + axis.step * u in data]
+            if met:
+                own.append(replace(strip, low=met[0], high=met[-1] + 1))
+        found.append(tuple(own))
+    return tuple(found)

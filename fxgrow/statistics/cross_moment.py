@@ -1,0 +1,325 @@
+"""Second moments between what a producer reads and what a consumer is asked for.
+
+A producer and a consumer are sliding windows over nd spatial dimensions. With nd = 0 (dense layers)
+tensors are ``[n, T, F]`` rows; with nd >= 1 they are ``[n, C, *spatial]`` maps. Sums run over samples
+and positions; dividing by the number of samples is the caller's part.
+
+Half-precision input is accumulated in float32, everything else in its own dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from itertools import product
+from math import prod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fxgrow.errors import ProfileError
+from fxgrow.statistics.conv_geometry import AxisGeometry, Strip, Window, axes, strips
+from fxgrow.statistics.gram import accumulating, matmul
+
+__all__ = ["Window", "coverage", "cross_moment", "patch_rows", "patches"]
+
+
+def patches(x: Tensor, window: Window, bias: bool = False) -> Tensor:
+    """Every patch a window sees, in the feature order of ``weight.flatten(1)``.
+
+    Args:
+        x: ``[n, C, *S]``, or ``[n, T, F]`` for a dense window.
+        window: the geometry.
+        bias: append a feature that is 1.
+
+    Returns:
+        ``[n, positions, C * prod(kernel) (+ 1)]`` (dense: ``[n, T, F (+ 1)]``).
+    """
+    x = accumulating(x)
+    nd = len(window.kernel)
+    if nd:
+        read = axes(tuple(x.shape[2:]), window, Window((1,) * nd))
+        x = _unfold(_place(x, window.padding, [a.extent for a in read]), read)
+    return F.pad(x, (0, 1), value=1.0) if bias else x
+
+
+def patch_rows(
+    x: Tensor,
+    window: Window,
+    chosen: Tensor | None = None,
+    bias: bool = False,
+    pool: tuple[int, ...] = (),
+) -> Tensor:
+    """Chosen patches: ``patches(...).flatten(0, 1)[chosen]`` without making them all.
+
+    Args:
+        x: ``[n, C, *S]``, or ``[n, T, F]`` for a dense window.
+        window: the geometry.
+        chosen: ``[m]`` int64, flat index into samples and positions of the window's output map (with ``pool``: of the
+            pooled map); None for all.
+        bias: append a feature that is 1.
+        pool: window = stride of an average pool after the producer; a row is then the mean patch.
+
+    Returns:
+        ``[m, C * prod(kernel) (+ 1)]``.
+    """
+    if not window.kernel:
+        rows = accumulating(x.flatten(0, 1) if chosen is None else x.flatten(0, 1).index_select(0, chosen))
+        return F.pad(rows, (0, 1), value=1.0) if bias else rows
+    nd = len(window.kernel)
+    read = axes(tuple(x.shape[2:]), window, Window((1,) * nd), pool)
+    x = _averaged(accumulating(x), window, read, pool)
+    # Channels last: one gathered cell is C neighbouring numbers, not C strided ones.
+    cells = x.movedim(1, -1).reshape(-1, x.shape[1])
+    sizes = tuple(a.read for a in read)
+    if chosen is None:
+        chosen = torch.arange(len(x) * prod(sizes), device=x.device)
+    index, *where = torch.unravel_index(chosen, (len(x), *sizes))
+    offset = torch.zeros(1, dtype=torch.long, device=x.device)
+    for size, axis, at in zip(x.shape[2:], read, where, strict=True):
+        index = index * size + at * axis.hop
+        entry = torch.arange(axis.kernel, device=x.device) * axis.dilation
+        offset = (offset[:, None] * size + entry).flatten()
+    rows = cells[index[:, None] + offset].transpose(1, 2).flatten(1)
+    return F.pad(rows, (0, 1), value=1.0) if bias else rows
+
+
+@torch.no_grad()
+def cross_moment(
+    x: Tensor,
+    v: Tensor,
+    producer: Window,
+    consumer: Window,
+    bias: bool = False,
+    pool: tuple[int, ...] = (),
+) -> Tensor:
+    """Sum over samples and output positions p of b(p + tap) v(p)^T, zero where the tap is padding.
+
+    This is E[b V^T] of TINY (Verbockhaven et al. 2024, the matrix N before the projection), times the
+    number of samples. Between convolutions it is computed as the weight gradient of one virtual
+    convolution from the producer's input to the consumer's output, less the border terms, or tap by tap
+    on small maps.
+
+    Args:
+        x: the producer's input, ``[n, C, *S]`` (dense: ``[n, T, F]``).
+        v: at the consumer's output, ``[n, O, *R]`` (dense: ``[n, T, O]``).
+        producer: the producer's geometry.
+        consumer: the consumer's geometry, over the map that the producer (and the pool) writes.
+        bias: the producer has a bias: one more feature that is 1.
+        pool: window = stride of an average pool between the two, empty for none.
+
+    Returns:
+        ``[P, taps, O]`` with P = C * prod(kernel) (+ 1) and taps = prod(consumer.kernel).
+
+    Raises:
+        ProfileError: the shapes do not fit the geometry.
+    """
+    x, v = accumulating(x), accumulating(v)
+    if not producer.kernel:
+        x, v = x.flatten(0, -2), v.flatten(0, -2)
+        moment = x.new_empty(x.shape[1] + bias, v.shape[1])
+        matmul(x.mT, v, out=moment[: x.shape[1]])
+        if bias:
+            torch.sum(v, 0, out=moment[-1])
+        return moment.unsqueeze(1)
+    geometry = axes(tuple(x.shape[2:]), producer, consumer, pool)
+    if tuple(v.shape[2:]) != tuple(a.out for a in geometry):
+        raise ProfileError(f"v has positions {tuple(v.shape[2:])}, the consumer {[a.out for a in geometry]}")
+    placed = _averaged(x, producer, geometry, pool)
+    if _tap_is_cheaper(geometry):
+        moment = _by_tap(placed, v, geometry)
+    else:
+        borders = strips(tuple(x.shape[2:]), producer, geometry, pool)
+        moment = _virtual(placed, v, geometry, borders, None if pool else (x, producer.padding))
+    return torch.cat([moment, _tap_sums(v, geometry)[None]]) if bias else moment
+
+
+@lru_cache(maxsize=256)
+def coverage(read_shape: tuple[int, ...], consumer: Window) -> Tensor:
+    """How many of the consumer's windows cover each position of the map it reads.
+
+    Returns:
+        int64 ``read_shape``: the weight of each position in S as published, where a patch counts once for
+        every window that covers it.
+    """
+    total = torch.ones((), dtype=torch.long)
+    for axis in axes(read_shape, Window((1,) * len(read_shape)), consumer):
+        count = torch.zeros(axis.read, dtype=torch.long)
+        for tap in range(axis.taps):
+            for p in axis.inside(tap):
+                count[axis.position(p, tap)] += 1
+        total = total[..., None] * count
+    return total
+
+
+def _place(x: Tensor, lead: Sequence[int], length: Sequence[int]) -> Tensor:
+    """Put the map ``lead`` cells into zeros of size ``length``, cutting off what reaches further."""
+    pads: list[int] = []
+    for dim, (before, total) in enumerate(zip(lead, length, strict=True), start=2):
+        x = x.narrow(dim, 0, max(0, min(x.shape[dim], total - before)))
+        pads = [min(before, total), max(0, total - before - x.shape[dim]), *pads]
+    return F.pad(x, pads) if any(pads) else x
+
+
+def _averaged(x: Tensor, producer: Window, geometry: tuple[AxisGeometry, ...], pool: tuple[int, ...]) -> Tensor:
+    """The producer's padded input, averaged: the patch at a read position is the mean patch of its pool."""
+    pool = pool or (1,) * len(geometry)
+    strides = producer.stride
+    margin = [s * (r - 1) for s, r in zip(strides, pool, strict=True)]
+    x = _place(x, producer.padding, [a.extent + m for a, m in zip(geometry, margin, strict=True)])
+    for dim, (axis, stride, r) in enumerate(zip(geometry, strides, pool, strict=True), start=2):
+        if r > 1:
+            shifted = (x.narrow(dim, stride * t, axis.extent) for t in range(1, r))
+            x = sum(shifted, x.narrow(dim, 0, axis.extent)) / r
+    return x
+
+
+def _unfold(x: Tensor, geometry: tuple[AxisGeometry, ...]) -> Tensor:
+    """All patches of the read map: ``[n, *extent]`` maps to ``[n, positions, C * prod(kernel)]``."""
+    nd = len(geometry)
+    for dim, axis in enumerate(geometry, start=2):
+        x = x.unfold(dim, axis.reach + 1, axis.hop)[..., :: axis.dilation]
+    order = (0, *range(2, 2 + nd), 1, *range(2 + nd, 2 + 2 * nd))
+    return x.permute(order).flatten(1 + nd).flatten(1, nd)
+
+
+@lru_cache(maxsize=256)
+def _tap_is_cheaper(geometry: tuple[AxisGeometry, ...]) -> bool:
+    """Whether the plain sum tap by tap needs less time than the virtual convolution with its borders."""
+    plain = prod(a.kernel * sum(len(a.inside(j)) for j in range(a.taps)) for a in geometry)
+    full = prod(a.size(a.taps) * a.out for a in geometry)
+    padded = prod(a.size(a.taps) * a.out + sum(s.high - s.low for s in a.borders()) for a in geometry)
+    # Multiply-adds per channel pair, weighed by the time each takes (measured on a CPU).
+    return 2 * plain < full + 2.5 * (padded - full)
+
+
+def _by_tap(x: Tensor, v: Tensor, geometry: tuple[AxisGeometry, ...]) -> Tensor:
+    """One product per tap, over exactly the positions where the tap is not padding."""
+    nd = len(geometry)
+    b: Tensor = _unfold(x, geometry).unflatten(1, [a.read for a in geometry])
+    v = v.movedim(1, -1)
+    moment: Tensor = b.new_empty(b.shape[-1], prod(a.taps for a in geometry), v.shape[-1])
+    for tap, entry in enumerate(product(*(range(a.taps) for a in geometry))):
+        to = [a.inside(j) for a, j in zip(geometry, entry, strict=True)]
+        if not all(to):
+            moment[:, tap] = 0
+            continue
+        first = [a.position(r.start, j) for a, r, j in zip(geometry, to, entry, strict=True)]
+        here = tuple(slice(r.start, r.stop) for r in to)
+        there = tuple(
+            slice(f, f + a.stride * (len(r) - 1) + 1, a.stride) for a, r, f in zip(geometry, to, first, strict=True)
+        )
+        left: Tensor = b[(slice(None), *there)].flatten(0, nd)
+        right: Tensor = v[(slice(None), *here)].flatten(0, nd)
+        torch.mm(left.mT, right, out=moment[:, tap])
+    return moment
+
+
+def _virtual(
+    x: Tensor, v: Tensor, geometry: tuple[AxisGeometry, ...], borders: tuple[tuple[Strip, ...], ...],
+    raw: tuple[Tensor, tuple[int, ...]] | None = None,
+) -> Tensor:  # fmt: skip
+    """Weight gradient of the virtual convolution, less its borders by inclusion-exclusion over dimensions.
+
+    Args:
+        x: the producer's input, padded and averaged.
+        v: at the consumer's output.
+        geometry: the axes.
+        borders: the borders of every axis.
+        raw: the producer's input before padding, and its padding, when nothing was averaged.
+    """
+    nd, channels = len(geometry), x.shape[1]
+    padding = _implicit_padding(*raw, geometry) if raw else None
+    every = [Strip(slice(0, a.out), 0, a.taps, 0, a.size(a.taps)) for a in geometry]
+    choices = [[full, *own] for full, own in zip(every, borders, strict=True)]
+    # O stays the innermost dimension everywhere, so that every sum runs along it.
+    moment = x.new_empty(channels, *(a.kernel for a in geometry), *(a.taps for a in geometry), v.shape[1])
+    # A choice per dimension: all positions, or one border position with the taps that are padding there.
+    for choice in product(*choices):
+        cut = sum(strip is not full for strip, full in zip(choice, every, strict=True))
+        vs, xs, target = v, x, moment
+        lead, length = [a.lead for a in geometry], [a.span for a in geometry]
+        for d, (axis, strip) in enumerate(zip(geometry, choice, strict=True)):
+            target = target.narrow(1 + nd + d, strip.start, strip.stop - strip.start)
+            if strip is not every[d]:
+                vs = vs[(slice(None),) * (2 + d) + (strip.positions,)]
+                first = axis.jump * strip.positions.start + axis.gap * strip.start + axis.step * strip.low
+                lead[d], length[d] = 0, axis.step * (strip.high - strip.low - 1) + 1
+                xs = xs.narrow(2 + d, first - axis.lead, length[d])
+        kernel = [strip.high - strip.low for strip in choice]
+        if raw and padding and not cut:
+            weight = _weight_gradient(raw[0], vs, kernel, geometry, padding)
+        else:
+            weight = _weight_gradient(_place(xs, lead, length), vs, kernel, geometry)
+        term = _offsets(weight, choice, geometry)
+        if cut:
+            target.add_(term, alpha=(-1) ** cut)
+        else:
+            target.copy_(term)
+    return moment.reshape(-1, prod(a.taps for a in geometry), v.shape[1])
+
+
+def _offsets(weight: Tensor, strips: tuple[Strip, ...], geometry: tuple[AxisGeometry, ...]) -> Tensor:
+    """Read the virtual kernel ``[*kernel, C, O]`` at each tap and entry: a ``[C, *entry, *tap, O]`` view."""
+    taps = [s.stop - s.start for s in strips]
+    pads = [n for s, a, t in zip(strips, geometry, taps, strict=True) for n in (a.size(t) - s.high, s.low)]
+    weight = F.pad(weight, [0, 0, 0, 0, *reversed(pads)]) if any(pads) else weight
+    shape = [weight.shape[-2], *(a.kernel for a in geometry), *taps, weight.shape[-1]]
+    along_entries = [axis.dilation // axis.step * weight.stride(d) for d, axis in enumerate(geometry)]
+    along_taps = [axis.gap // axis.step * weight.stride(d) for d, axis in enumerate(geometry)]
+    return weight.as_strided(shape, [weight.stride(-2), *along_entries, *along_taps, weight.stride(-1)])
+
+
+def _implicit_padding(x: Tensor, padding: tuple[int, ...], geometry: tuple[AxisGeometry, ...]) -> list[int] | None:
+    """Symmetric padding with which the virtual convolution can read x itself, None where it cannot.
+
+    Kernels skip padding they are told of; copied zeros cost up to twice the time.
+    """
+    total = [p + axis.lead for p, axis in zip(padding, geometry, strict=True)]
+    for size, before, pad, axis in zip(x.shape[2:], padding, total, geometry, strict=True):
+        positions = (size + 2 * pad - axis.step * (axis.size(axis.taps) - 1) - 1) // axis.jump + 1
+        if size + before > axis.extent or positions != axis.out or axis.out == 1:
+            return None
+    return total
+
+
+def _weight_gradient(
+    x: Tensor, v: Tensor, kernel: list[int], geometry: tuple[AxisGeometry, ...], padding: list[int] | None = None
+) -> Tensor:
+    """Sum over samples and positions of x(jump * p + step * u) v(p)^T: contiguous ``[*kernel, C, O]``."""
+    nd = len(kernel)
+    long = [d for d in range(nd) if v.shape[2 + d] > 1]
+    if len(long) > 1 or nd == len(long):
+        # A dimension with one position is no convolution: its offsets are more channels.
+        flat = [d for d in range(nd) if d not in long]
+        cut = tuple(slice(None, None, geometry[d].step if d in flat else 1) for d in range(nd))
+        x = x[(slice(None), slice(None), *cut)].permute(0, *(2 + d for d in flat), 1, *(2 + d for d in long))
+        x = x.flatten(1, 1 + len(flat))
+        v = v.squeeze([2 + d for d in flat])
+        weight: Tensor = torch.ops.aten.convolution_backward(
+            v, x, v.new_empty(1).expand(v.shape[1], x.shape[1], *(kernel[d] for d in long)), None,
+            [geometry[d].jump for d in long], padding or [0] * len(long), [geometry[d].step for d in long],
+            False, [0] * len(long), 1, (False, True, False),
+        )[1]  # fmt: skip
+        weight = weight.unflatten(1, (*(kernel[d] for d in flat), -1))
+        order = [1 + flat.index(d) if d in flat else 2 + len(flat) + long.index(d) for d in range(nd)]
+        return weight.permute(*order, 1 + len(flat), 0).contiguous()
+    # A strip: so few positions that unfolding and one product win. Channels last, to copy runs of C.
+    x = x.movedim(1, -1).contiguous()
+    for d, axis in enumerate(geometry):
+        x = x.unfold(1 + d, axis.step * (kernel[d] - 1) + 1, axis.jump)[..., :: axis.step]
+    x = x.movedim(1 + nd, -1).flatten(1 + nd).flatten(0, nd)
+    return (x.mT @ v.movedim(1, -1).flatten(0, nd)).view(*kernel, -1, v.shape[1])
+
+
+def _tap_sums(v: Tensor, geometry: tuple[AxisGeometry, ...]) -> Tensor:
+    """The row of the feature that is 1: per tap, the sum of v where the tap is not padding."""
+    total = v.sum(0)
+    for axis in geometry:
+        valid = total.new_zeros(axis.out, axis.taps)
+        for tap in range(axis.taps):
+            inside = axis.inside(tap)
+            valid[inside.start : inside.stop, tap] = 1
+        total = torch.tensordot(total, valid, dims=([1], [0]))
+    return total.flatten(1).mT

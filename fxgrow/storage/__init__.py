@@ -1,0 +1,1 @@
+"""Files and their contents: plain trees, safetensors, recipes, example inputs."""

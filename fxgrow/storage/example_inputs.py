@@ -1,0 +1,114 @@
+"""What a model was captured with, as plain data, so that a fresh one can be captured without being told.
+
+Tracing looks at shapes, dtypes and Python values only. Masks, tensors of one value and tensors of a few entries keep
+their entries, since what runs on them later may fail on others (an attention mask of zeros). The rest is data of the
+user's, which has no business in a file of weights: it comes back as noise, integers as zeros.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from fxgrow.errors import FileError
+from fxgrow.graph.node_meta import KEYWORDS
+from fxgrow.storage.plain_tree import decoded, encoded
+
+#: tensors of so many entries keep them, masks of up to so many
+FEW, MASK = 16, 16384
+
+
+@dataclass(frozen=True)
+class Example:
+    """Example inputs as plain data.
+
+    Attributes:
+        data: `inputs` (a tree, see `fxgrow.storage.plain_tree`), `tensors` (shape, dtype and perhaps entries of each),
+            and `dtype`,
+            that of the model's weights. An `inputs` of None means: they are no plain data.
+    """
+
+    data: Mapping[str, Any]
+
+    @classmethod
+    def of(cls, gm: fx.GraphModule) -> Example:
+        """The example of a captured graph."""
+        values, keywords = gm.meta["example_inputs"], gm.meta.get(KEYWORDS)
+        given = tuple(values) if keywords is None else dict(zip(keywords, values, strict=True))
+        tensors: dict[str, Tensor] = {}
+        try:
+            tree = encoded(given, tensors, "inputs")
+        except FileError:
+            return cls({"inputs": None, "tensors": {}, "dtype": None})
+        specs = {name: _spec(t) for name, t in tensors.items()}
+        dtype = _dtype_of(gm)
+        return cls({"inputs": tree, "tensors": specs, "dtype": None if dtype is None else _name(dtype)})
+
+    @classmethod
+    def from_data(cls, data: Any) -> Example:
+        """Checks what was read from a file.
+
+        Raises:
+            ValueError: it is no example.
+        """
+        if not isinstance(data, dict) or not {"inputs", "tensors", "dtype"} <= data.keys():
+            raise ValueError("no example inputs")
+        return cls(data)
+
+    def inputs(self, model: nn.Module) -> tuple[Any, ...] | dict[str, Any] | None:
+        """Inputs for a model: on its device, and in the dtype of its weights where they were in that of the old ones.
+
+        Returns:
+            None where they were no plain data.
+        """
+        if self.data["inputs"] is None:
+            return None
+        device = next((p.device for p in model.parameters()), torch.device("cpu"))
+        old, new = self.data["dtype"], _dtype_of(model)
+        tensors = {}
+        for name, spec in self.data["tensors"].items():
+            t = _tensor(spec)
+            tensors[name] = t.to(device, new if new is not None and spec["dtype"] == old else None)
+        found: tuple[Any, ...] | dict[str, Any] = decoded(self.data["inputs"], tensors)
+        return found
+
+
+def _dtype_of(model: nn.Module) -> torch.dtype | None:
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _spec(t: Tensor) -> dict[str, Any]:
+    spec: dict[str, Any] = {"shape": list(t.shape), "dtype": _name(t.dtype)}
+    if t.numel() == 0 or t.layout is not torch.strided or t.device.type == "meta" or t.is_complex():
+        return spec
+    flat = t.detach().cpu().contiguous().flatten()
+    entries = flat.view(torch.uint8).view(len(flat), -1)
+    if bool((entries == entries[0]).all()):
+        entries = entries[:1]
+    if len(entries) <= FEW or (len(entries) <= MASK and _is_mask(flat)):
+        spec["entries"] = base64.b64encode(bytes(entries.flatten().tolist())).decode()
+    return spec
+
+
+def _is_mask(t: Tensor) -> bool:
+    return not t.is_floating_point() and bool((t.long() >> 1 == 0).all())
+
+
+def _tensor(spec: Mapping[str, Any]) -> Tensor:
+    shape, dtype = spec["shape"], getattr(torch, spec["dtype"])
+    if "entries" in spec:
+        entries = torch.frombuffer(bytearray(base64.b64decode(spec["entries"])), dtype=dtype)
+        return entries.reshape(shape) if len(entries) > 1 else entries.expand(math.prod(shape)).reshape(shape).clone()
+    if not dtype.is_floating_point:
+        return torch.zeros(shape, dtype=dtype)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -1,0 +1,171 @@
+"""Trees of plain values and tensors as JSON and back, exactly: what `state_dict()` returns, without pickle.
+
+ensures: `decoded(encoded(tree, tensors), tensors)` has the same structure, types and values. Anything that is no plain
+         value is refused with the path that leads to it. A tensor that stands in several places stays one tensor.
+"""
+
+from __future__ import annotations
+
+import base64
+import enum
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxgrow.errors import FileError
+
+_DICTS: dict[str, Any] = {"OrderedDict": OrderedDict, "Counter": Counter}
+
+
+def encoded(tree: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
+    """The tree as JSON data; its tensors are entered into `tensors` under their paths.
+
+    Args:
+        tree: None, bool, int, float, complex, str, bytes, torch dtypes, devices and sizes, tensors, NumPy arrays and
+            numbers, and lists, tuples and dicts of these (keys may be anything hashable among them).
+        tensors: gets the tensors.
+        path: of the tree, for names and messages.
+
+    Raises:
+        FileError: something else is in it.
+    """
+    return _Encoder(tensors).encode(tree, path)
+
+
+class _Encoder:
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.names: dict[int, str] = {}
+        self.kept: list[Any] = []  # ids are of living objects only
+        self.open: set[int] = set()
+
+    def encode(self, tree: Any, path: str) -> Any:
+        if tree is None or type(tree) in (bool, int, str):
+            return tree
+        if isinstance(tree, enum.Enum):
+            raise _refused(tree, path)
+        if isinstance(tree, Tensor):
+            return {"tensor": self._name(tree, tree.detach(), path)}
+        if type(tree).__module__ == "numpy":
+            return self._numpy(tree, path)
+        if isinstance(tree, (bool, int, float, complex, str, bytes)):
+            return _scalar(tree)
+        if isinstance(tree, torch.dtype):
+            return {"dtype": str(tree).removeprefix("torch.")}
+        if isinstance(tree, torch.device):
+            return {"device": str(tree)}
+        if isinstance(tree, torch.Size):
+            return {"size": list(tree)}
+        if type(tree) not in (list, tuple, dict, OrderedDict, Counter):
+            raise _refused(tree, path)
+        if id(tree) in self.open:
+            raise FileError(f"{path or 'the tree'} contains itself, which cannot be saved.")
+        self.open.add(id(tree))
+        try:
+            return self._container(tree, path)
+        finally:
+            self.open.remove(id(tree))
+
+    def _container(self, tree: Any, path: str) -> Any:
+        if type(tree) in (list, tuple):
+            items = [self.encode(item, f"{path}/{i}") for i, item in enumerate(tree)]
+            return items if type(tree) is list else {"tuple": items}
+        if type(tree) is dict and all(type(key) is str for key in tree):
+            return {"dict": {key: self.encode(value, f"{path}/{key}") for key, value in tree.items()}}
+        # keys of JSON are strings: pairs keep what they are
+        pairs = [[self.encode(k, f"{path} (a key)"), self.encode(v, f"{path}/{k}")] for k, v in tree.items()]
+        return {"pairs": pairs} if type(tree) is dict else {"pairs": pairs, "type": type(tree).__name__}
+
+    def _numpy(self, tree: Any, path: str) -> Any:
+        if not hasattr(tree, "dtype") or tree.dtype.kind not in "biuf":
+            raise _refused(tree, path)
+        if not getattr(tree, "shape", ()) and not hasattr(tree, "setflags"):
+            return self.encode(tree.item(), path)
+        try:
+            tensor = torch.tensor(tree)
+        except TypeError as error:
+            raise _refused(tree, path) from error
+        return {"array": self._name(tree, tensor, path)} if type(tree).__name__ == "ndarray" else tensor.item()
+
+    def _name(self, key: Any, tensor: Tensor, path: str) -> str:
+        if id(key) not in self.names:
+            name, number = path, 1
+            while name in self.tensors:
+                number += 1
+                name = f"{path}#{number}"
+            self.names[id(key)] = name
+            self.kept.append(key)
+            self.tensors[name] = tensor
+        return self.names[id(key)]
+
+
+def _scalar(value: Any) -> Any:
+    """Subclasses of numbers and strings as what they are equal to."""
+    if isinstance(value, bytes):
+        return {"bytes": base64.b64encode(value).decode()}
+    if isinstance(value, complex):
+        return {"complex": [_scalar(value.real), _scalar(value.imag)]}
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else {"float": repr(float(value))}
+    return int(value) if isinstance(value, int) else str(value)
+
+
+def _refused(value: Any, path: str) -> FileError:
+    return FileError(
+        f"{path or 'The tree'} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be saved without "
+        "pickle. Take it out, or give what it is made of: numbers, strings, tensors, and lists, tuples and dicts of "
+        "them."
+    )
+
+
+def decoded(data: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The tree that `encoded` wrote.
+
+    Raises:
+        FileError: the data is nothing that `encoded` writes, or a tensor is missing.
+    """
+    try:
+        return _decode(data, tensors.__getitem__)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise FileError(f"This is no tree that fxgrow wrote: {error!r}.") from error
+
+
+def _decode(data: Any, lookup: Callable[[str], Tensor]) -> Any:
+    if isinstance(data, list):
+        return [_decode(item, lookup) for item in data]
+    if not isinstance(data, dict):
+        return data
+    if "pairs" in data:
+        made = _DICTS[data["type"]]() if "type" in data else {}
+        for key, value in data["pairs"]:
+            made[_decode(key, lookup)] = _decode(value, lookup)
+        return made
+    ((tag, value),) = data.items()
+    if tag == "dict":
+        return {key: _decode(item, lookup) for key, item in value.items()}
+    if tag == "tuple":
+        return tuple(_decode(item, lookup) for item in value)
+    return _LEAVES[tag](value, lookup)
+
+
+_LEAVES: dict[str, Callable[[Any, Callable[[str], Tensor]], Any]] = {
+    "tensor": lambda name, lookup: lookup(name),
+    "array": lambda name, lookup: lookup(name).numpy(),
+    "float": lambda text, _: float(text),
+    "complex": lambda parts, lookup: complex(*(_decode(p, lookup) for p in parts)),
+    "bytes": lambda text, _: base64.b64decode(text),
+    "dtype": lambda name, _: _dtype(name),
+    "device": lambda name, _: torch.device(name),
+    "size": lambda sizes, _: torch.Size(sizes),
+}
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    if not isinstance(found, torch.dtype):
+        raise TypeError(f"{name} is no dtype")
+    return found

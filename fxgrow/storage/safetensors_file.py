@@ -1,0 +1,254 @@
+"""One `.safetensors` file: tensors, and plain data in its metadata, with a checksum over both.
+
+The file is safetensors' own format, for any of its readers. Its metadata has three entries: `format`, `fxgrow` (JSON
+with a format version) and `fxgrow.sha256`, of the JSON text and of every tensor's name, dtype, shape and bytes. Later
+versions keep the checksum, so that a damaged file is told from a newer one.
+
+ensures: a file appears under its name complete, or not at all; what is read is what was written, or `FileError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import hashlib
+import json
+import os
+import stat
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fxgrow.errors import FileError, MissingExtraError
+
+VERSION = 1
+_BODY, _SUM = "fxgrow", "fxgrow.sha256"
+#: safetensors refuses longer headers
+_HEADER = 100_000_000
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], body: Mapping[str, Any]) -> None:
+    """Writes a file atomically: to a temporary one in the same folder, to the disk, then under its name.
+
+    Args:
+        path: where; a file that is there is replaced.
+        tensors: on any device; stored once each.
+        body: plain data for the metadata.
+
+    Raises:
+        FileError: a tensor cannot be stored, or the file cannot be written. A file that was there is as before.
+        MissingExtraError: safetensors is not installed.
+    """
+    _safetensors()
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    layouts: dict[str, Any] = {}
+    stored = _stored(tensors, layouts)
+    text = json.dumps({"version": VERSION, **body, "layouts": layouts}, allow_nan=False)
+    metadata = {"format": "pt", _BODY: text, _SUM: _digest(text, stored)}
+    names = sum(len(json.dumps(name)) + 120 for name in stored)
+    if len(json.dumps(text)) + names >= _HEADER:
+        raise FileError(
+            f"{path} would need a header of {(len(text) + names) // 1_000_000} MB, more than safetensors allows: keep "
+            "long lists as tensors."
+        )
+    path = Path(path)
+    if path.is_dir():
+        raise FileError(f"{path} is a folder. Give the name of a file.")
+    target = Path(os.path.realpath(path))  # a link stays one
+    try:
+        # in a folder of its own on the same disk, which goes whatever happens
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+            part = Path(temporary) / "part"
+            part.touch()
+            mode = (target if target.exists() else part).stat().st_mode
+            save_file(stored, part, metadata)
+            part.chmod(stat.S_IMODE(mode))  # safetensors would have it for the owner alone
+            _to_disk(part)
+            os.replace(part, target)
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"{path} could not be written: {error}. Nothing was changed.") from error
+    with contextlib.suppress(OSError):  # not every system opens folders
+        _to_disk(target.parent)
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The body and the tensors (on the CPU) that `write` wrote.
+
+    Raises:
+        FileError: the file is missing, empty, truncated, damaged, not one of fxgrow, or of a newer format.
+        MissingExtraError: safetensors is not installed.
+    """
+    safetensors = _safetensors()
+    path = Path(path)
+    _check_kind(path)
+    try:
+        with safetensors.safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            # out of the mapped file, each in a storage of its own
+            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
+    except Exception as error:  # whatever a reader makes of damaged bytes
+        raise FileError(f"{path} {_what_is_wrong(path)} ({error}).") from error
+    if _BODY not in metadata:
+        raise FileError(
+            f"{path} is a safetensors file without a recipe: not written by fxgrow, or damaged. "
+            "Load plain weights with safetensors.torch.load_model."
+        )
+    if metadata.get(_SUM) != _digest(metadata[_BODY], tensors):
+        raise FileError(f"{path} is damaged: its contents do not fit its checksum. Take another copy.")
+    body = json.loads(metadata[_BODY])
+    if body["version"] != VERSION:
+        raise FileError(
+            f"{path} has format version {body['version']}, this fxgrow reads version {VERSION}: it was written by a "
+            "newer fxgrow. Update fxgrow."
+        )
+    return body, {name: _as_it_was(t, body["layouts"].get(name, {})) for name, t in tensors.items()}
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors
+        import safetensors.torch
+    except ImportError as error:
+        raise MissingExtraError(
+            f"files need the package safetensors, which cannot be imported ({error}): pip install fxgrow[files]"
+        ) from error
+    return safetensors
+
+
+def _stored(tensors: Mapping[str, Tensor], layouts: dict[str, Any]) -> dict[str, Tensor]:
+    """Contiguous copies on the CPU, with a storage each; `layouts` gets what those have lost."""
+    out: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, tensor in tensors.items():
+        _check_storable(name, tensor)
+        t = tensor.detach()
+        layout: dict[str, Any] = {}
+        if t.is_complex():
+            t, layout["complex"] = torch.view_as_real(t.resolve_conj()), True
+        t = t.resolve_neg()
+        if not t.is_contiguous() and _is_dense(t):
+            layout["strides"] = list(t.stride())
+        t = t.cpu().contiguous()
+        storage = t.untyped_storage()
+        if storage.data_ptr() in seen or storage.nbytes() != t.numel() * t.element_size():
+            t = t.clone()
+        seen.add(t.untyped_storage().data_ptr())
+        out[name] = t
+        if layout:
+            layouts[name] = layout
+    return out
+
+
+def _check_storable(name: str, t: Tensor) -> None:
+    why = None
+    if hasattr(t, "placements") or hasattr(t, "local_shards"):
+        why = "is a part of a distributed tensor: gather it first (torch.distributed.checkpoint.state_dict)"
+    elif t.device.type == "meta":
+        why = "is on the meta device, without values"
+    elif t.layout is not torch.strided or t.is_quantized:
+        why = f"has the layout {'quantized' if t.is_quantized else t.layout}, which safetensors does not store"
+    elif t.dtype not in _dtypes() and not t.is_complex():
+        why = f"has the dtype {t.dtype}, which safetensors does not store"
+    if why:
+        raise FileError(f"Tensor {name!r} {why}. Nothing was written.")
+
+
+def _dtypes() -> set[torch.dtype]:
+    names = (
+        "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool uint16 uint32 uint64 float8_e4m3fn "
+        "float8_e5m2"
+    )
+    return {getattr(torch, name) for name in names.split() if hasattr(torch, name)}
+
+
+def _is_dense(t: Tensor) -> bool:
+    """Whether the entries fill their memory, in whatever order of the dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
+        if size != 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+def _as_it_was(t: Tensor, layout: Mapping[str, Any]) -> Tensor:
+    if "strides" in layout:
+        t = torch.empty_strided(t.shape, layout["strides"], dtype=t.dtype).copy_(t)
+    return torch.view_as_complex(t) if layout.get("complex") else t
+
+
+def _digest(text: str, tensors: Mapping[str, Tensor]) -> str:
+    total = hashlib.sha256(json.dumps(text).encode())
+    for name in sorted(tensors):
+        t = tensors[name].contiguous()
+        total.update(json.dumps([name, str(t.dtype), list(t.shape)]).encode())
+        size = t.numel() * t.element_size()
+        if size:
+            total.update((ctypes.c_char * size).from_address(t.data_ptr()))
+    return total.hexdigest()
+
+
+def _to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _check_kind(path: Path) -> None:
+    """What can be said without opening it as safetensors."""
+    try:
+        if path.is_dir():
+            raise FileError(f"{path} is a folder, not a file.")
+        with path.open("rb") as file:
+            start = file.read(1)
+    except FileNotFoundError as error:
+        raise FileError(f"There is no file {path}.") from error
+    except OSError as error:
+        raise FileError(f"{path} could not be read: {error}.") from error
+    if not start:
+        raise FileError(f"{path} is empty.")
+
+
+def _what_is_wrong(path: Path) -> str:
+    """Which of truncated, damaged and foreign a file is that safetensors could not read."""
+    data = path.stat().st_size
+    with path.open("rb") as file:
+        start = file.read(4)
+    # only now: the length of a header can begin with the same bytes
+    if start == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+        return (
+            "is a pickle, such as torch.save writes, and not a file of fxgrow. It was not opened, since pickles can "
+            "run code: load it with torch.load(..., weights_only=True) if you trust it"
+        )
+    if data < 8:
+        return f"is truncated or foreign: {data} bytes are no safetensors file"
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _HEADER:
+            return "is no safetensors file, or its first bytes are damaged"
+        header = file.read(length)
+    if header[:1] != b"{":
+        return "is no safetensors file, or its header is damaged"
+    if len(header) < length:
+        return f"is truncated: {data} bytes are there of a header of {length} alone"
+    try:
+        entries = json.loads(header)
+        end = max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
+        return "is damaged: its header cannot be read"
+    missing = 8 + length + end - data if isinstance(end, int) else 0
+    return f"is truncated: its last {missing} bytes are missing" if missing > 0 else "is damaged"
+
+
+def require_kind(body: Mapping[str, Any], kind: str, path: str | os.PathLike[str], advice: str) -> None:
+    """Refuses a file of the other kind."""
+    if body["kind"] != kind:
+        raise FileError(f"{path} holds a {body['kind']}, not a {kind}. {advice}")

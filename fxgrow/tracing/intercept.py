@@ -1,0 +1,145 @@
+"""Catch every torch call of the model's code, also those that would not reach a proxy by themselves."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+
+from fxgrow.graph.node_functions import function_call
+from fxgrow.tracing.proxy import STATIC_METHODS, ValueProxy, has_proxy
+
+if TYPE_CHECKING:
+    from fxgrow.tracing.tracer import ValueTracer
+
+
+_FACTORY_NAMES = (
+    "zeros ones full empty rand randn randint randperm normal arange linspace logspace eye tril_indices "
+    "triu_indices tensor as_tensor scalar_tensor"
+)
+# Calls that make a tensor from nothing: nodes even without a proxy, or noise would be drawn once and kept.
+FACTORIES: dict[Callable[..., Any], str] = {getattr(torch, name): name for name in _FACTORY_NAMES.split()}
+# Methods that take sizes one by one: with a proxy among them the argument parser gives up on its own.
+_SIZE_METHODS = (
+    "expand view reshape repeat permute tile new_zeros new_ones new_empty new_full flatten unflatten to"
+).split()
+_OPERATORS = set(
+    "getitem setitem add sub mul truediv floordiv matmul mod pow eq ne lt le gt ge and or xor iadd isub imul "
+    "itruediv".split()
+)
+_STATIC_FUNCTIONS = {
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.is_conj,
+    torch.is_neg,
+    torch.is_signed,
+}
+
+
+@contextlib.contextmanager
+def intercept(tracer: ValueTracer) -> Iterator[None]:
+    """While open, torch calls with proxies, and calls that make tensors, become nodes of ``tracer``."""
+    saved: list[tuple[Any, str, Any, bool]] = []
+    # torch remembers its tables of functions for good: ours must not be among them, and with them the model
+    is_tensor_method_or_property(torch.relu)
+
+    def replace(owner: Any, name: str, new: Any) -> None:
+        saved.append((owner, name, vars(owner).get(name), name in vars(owner)))
+        setattr(owner, name, new)
+
+    def recording(function: Any, always: bool) -> Any:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            if tracer.runner.silent or not (always or has_proxy(args) or has_proxy(kwargs)):
+                return function(*args, **kwargs)
+            return _record(tracer, function, args, kwargs)
+
+        return wrapper
+
+    apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
+
+    def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        # Tracing through would lose the function's own backward.
+        if tracer.runner.silent or not has_proxy(args):
+            return apply(cls, *args, **kwargs)
+        return tracer.create_proxy("call_function", function_call(cls), args, kwargs)
+
+    set_attribute = nn.Module.__setattr__
+
+    def assign(module: nn.Module, name: str, value: Any) -> None:
+        if type(value) is not ValueProxy or not tracer.assign(module, name, value):
+            set_attribute(module, name, value)
+
+    def training(module: nn.Module) -> Any:
+        try:
+            value = vars(module)["training"]
+        except KeyError:
+            raise AttributeError("training") from None  # a scripted module has its own way
+        return value if tracer.runner.silent else tracer.training(module, value)
+
+    real = builtins.isinstance
+
+    def is_instance(value: Any, kinds: Any) -> bool:
+        if type(value) is ValueProxy:
+            return real(value.carried, kinds) or real(value, kinds)
+        return real(value, kinds)
+
+    try:
+        for function, name in FACTORIES.items():
+            replace(torch, name, recording(function, always=True))
+        for name in _SIZE_METHODS:
+            replace(torch.Tensor, name, recording(getattr(torch.Tensor, name), always=False))
+        replace(torch.autograd.Function, "apply", classmethod(apply_function))
+        replace(nn.Module, "__setattr__", assign)
+        replace(nn.Module, "training", property(training, lambda module, flag: vars(module).update(training=flag)))
+        # `isinstance(x, torch.Tensor)` must be true, and `__class__` may not say so (see ValueProxy).
+        replace(builtins, "isinstance", is_instance)
+        with _Recorder(tracer):
+            yield
+    finally:
+        for owner, name, old, own in reversed(saved):
+            if own:
+                setattr(owner, name, old)
+            else:
+                delattr(owner, name)
+
+
+class _Recorder(TorchFunctionMode):
+    def __init__(self, tracer: ValueTracer) -> None:
+        self.tracer = tracer
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        tracer = self.tracer
+        if tracer.runner.silent:
+            return func(*args, **kwargs)
+        if func is torch._C._set_grad_enabled:
+            return tracer.record_grad_mode(args[0])
+        if func in FACTORIES or has_proxy(args) or has_proxy(kwargs):
+            tracer.forget_question(sys._getframe(1))
+            return _record(tracer, func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _record(tracer: ValueTracer, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """A node for a torch function or a tensor method; a plain value where no size can change it."""
+    name = getattr(function, "__name__", "")
+    method = function not in FACTORIES and is_tensor_method_or_property(function)
+    if function in _STATIC_FUNCTIONS or (method and name in STATIC_METHODS):
+        with tracer.runner.quiet():
+            return function(*(arg.carried if type(arg) is ValueProxy else arg for arg in args), **kwargs)
+    if not method:
+        return tracer.create_proxy("call_function", function, args, kwargs)
+    bare = name.strip("_")
+    if name != bare and bare in _OPERATORS:
+        target = getattr(operator, bare, None) or getattr(operator, bare + "_")
+        return tracer.create_proxy("call_function", target, args, kwargs)
+    return tracer.create_proxy("call_method", name, args, kwargs)

@@ -1,0 +1,166 @@
+"""Proxies that carry the (fake) value they stand for, so that Python code can look at it."""
+
+from __future__ import annotations
+
+import dis
+import operator
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+if TYPE_CHECKING:
+    from fxgrow.tracing.tracer import ValueTracer
+
+
+# What a method with one of these names returns never depends on the sizes of the tensor.
+STATIC_METHODS = {
+    "dim", "ndimension", "is_floating_point", "is_complex", "is_signed", "is_contiguous", "get_device",
+    "element_size", "is_inference", "is_conj", "is_neg",
+}  # fmt: skip
+_INPLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor")
+
+
+class ValueProxy(fx.Proxy):
+    """A proxy with a value: it answers ``bool``, ``len``, ``int``, iteration and attributes.
+
+    ``__class__`` is left alone on purpose: a proxy that claims to be a ``torch.Tensor`` is taken for
+    one by the C++ argument parser, which then reads memory that is not there.
+    """
+
+    tracer: ValueTracer
+
+    def __init__(self, node: fx.Node, tracer: ValueTracer, value: Any) -> None:
+        super().__init__(node, tracer)
+        self.carried = value
+
+    def __repr__(self) -> str:
+        return f"ValueProxy({self.node.name}={self.carried!r})"
+
+    def __str__(self) -> str:
+        return str(self.carried)
+
+    def __format__(self, spec: str) -> str:
+        return format(self.carried, spec)
+
+    def __bool__(self) -> bool:
+        return bool(self.tracer.concrete(self, bool))
+
+    def __int__(self) -> int:
+        return int(self.tracer.concrete(self, int))
+
+    def __index__(self) -> int:
+        # The argument parser of torch calls __index__ just to see whether the call fits.
+        return int(self.tracer.concrete(self, operator.index, asked_by=sys._getframe(1)))
+
+    def __float__(self) -> float:
+        return float(self.tracer.concrete(self, float))
+
+    def __complex__(self) -> complex:
+        return complex(self.tracer.concrete(self, complex))
+
+    def __hash__(self) -> int:
+        if isinstance(self.carried, (bool, int, float)):
+            return int(self.tracer.concrete(self, hash))
+        return id(self)
+
+    def __len__(self) -> int:
+        if isinstance(self.carried, torch.Size):
+            return len(self.carried)  # the number of dimensions is static
+        with self.tracer.runner.quiet():
+            len(self.carried)  # raises for what has no length
+        length = self.tracer.create_proxy("call_function", len, (self,), {})
+        return int(length)
+
+    def __iter__(self) -> Iterator[Any]:
+        frame = sys._getframe(1)
+        fixed = isinstance(self.carried, torch.Size) or _unpacks(frame.f_code, frame.f_lasti)
+        with self.tracer.runner.quiet():
+            length = len(self.carried)
+        # `a, b = x.chunk(2)` checks the number by itself; a loop needs to be told when it changes.
+        return iter([self[i] for i in range(length if fixed else len(self))])  # type: ignore[index]
+
+    def __contains__(self, item: Any) -> bool:
+        return any(bool(entry == item) for entry in self)
+
+    def __eq__(self, other: Any) -> Any:
+        if isinstance(self.carried, torch.device):
+            return self.carried == (other.carried if type(other) is ValueProxy else other)
+        return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
+
+    def __ne__(self, other: Any) -> Any:
+        if isinstance(self.carried, torch.device):
+            return self.carried != (other.carried if type(other) is ValueProxy else other)
+        return self.tracer.create_proxy("call_function", operator.ne, (self, other), {})
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return self.tracer.create_proxy("call_function", round, (self, digits), {})
+
+    def __divmod__(self, other: Any) -> Any:
+        return self // other, self % other
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return other // self, other % self
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    def __getattr__(self, name: str) -> Any:
+        tracer = self.tracer
+        with tracer.runner.quiet():
+            value = getattr(self.carried, name)
+        if callable(value) and not isinstance(value, torch.Tensor):
+            return _method(self, name)
+        if isinstance(value, (torch.Tensor, torch.Size, torch.device)):
+            return tracer.create_proxy("call_function", getattr, (self, name), {})
+        # numbers, and lists of them, that another input would change
+        own = isinstance(value, (bool, int, float, complex, list, tuple, dict))
+        if own and not isinstance(self.carried, (torch.Tensor, torch.device)):
+            return tracer.create_proxy("call_function", getattr, (self, name), {})
+        return value
+
+
+def _method(proxy: ValueProxy, name: str) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if name in STATIC_METHODS:
+            with proxy.tracer.runner.quiet():
+                return getattr(proxy.carried, name)(*args, **kwargs)
+        return proxy.tracer.create_proxy("call_method", name, (proxy, *args), kwargs)
+
+    return call
+
+
+def _inplace(name: str) -> Callable[..., Any]:
+    def method(self: ValueProxy, other: Any) -> Any:
+        # Only a tensor changes in place; on a number `+=` is plain arithmetic.
+        prefix = "i" if isinstance(self.carried, torch.Tensor) else ""
+        target = getattr(operator, prefix + (name.rstrip("_") if prefix else name))
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return method
+
+
+INPLACE = {getattr(operator, f"i{_name.rstrip('_')}") for _name in _INPLACE}
+for _name in _INPLACE:
+    setattr(ValueProxy, f"__i{_name.rstrip('_')}__", _inplace(_name))
+
+
+def _unpacks(code: Any, offset: int) -> bool:
+    """Whether the instruction at ``offset`` is the ``a, b = …`` kind, which fixes the length."""
+    return bool(dis.opname[code.co_code[offset]] == "UNPACK_SEQUENCE")
+
+
+def has_proxy(value: Any) -> bool:
+    """Whether a proxy sits anywhere in nested tuples, lists, dicts and slices."""
+    kind = type(value)
+    if kind is ValueProxy:
+        return True
+    if kind is tuple or kind is list:
+        return any(has_proxy(item) for item in value)
+    if kind is dict:
+        return any(has_proxy(item) for item in value.values())
+    if kind is slice:
+        return has_proxy((value.start, value.stop, value.step))
+    return False

@@ -1,0 +1,82 @@
+"""Where in the model's own code tracing is, for messages and for ``node.stack_trace``."""
+
+from __future__ import annotations
+
+import linecache
+import os
+from pathlib import Path
+from types import FrameType
+
+import torch
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+
+_INTERNAL = (os.path.dirname(torch.__file__) + os.sep, str(Path(__file__).parents[1]) + os.sep)
+_DATA_HINT = (
+    "A graph cannot follow a decision on the data: write it with torch.where, or move it into a function of its own, "
+    "which is then kept whole."
+)
+
+
+def user_frame(frame: FrameType | None) -> FrameType | None:
+    """The innermost frame, from ``frame`` outwards, that is neither PyTorch's nor ours."""
+    while frame is not None and frame.f_code.co_filename.startswith(_INTERNAL):
+        frame = frame.f_back
+    return frame
+
+
+def last_place(frame: FrameType | None) -> tuple[str, int] | None:
+    """File and line of the innermost frame of the model's own code."""
+    user = user_frame(frame)
+    return (user.f_code.co_filename, user.f_lineno) if user is not None else None
+
+
+def is_user_code(frame: FrameType) -> bool:
+    """Whether a frame runs neither PyTorch's code nor ours."""
+    return not frame.f_code.co_filename.startswith(_INTERNAL)
+
+
+def source(file: str, line: int) -> str:
+    """One line of a file, without its indentation."""
+    return linecache.getline(file, line).strip()
+
+
+def stack_trace(frame: FrameType) -> str:
+    """The frame's line in the form of ``fx.Node.stack_trace``."""
+    file, line = frame.f_code.co_filename, frame.f_lineno
+    return f'File "{file}", line {line}, in {frame.f_code.co_name}\n    {source(file, line)}'
+
+
+def last_user_line(error: BaseException) -> tuple[str, int] | None:
+    """File and line of the innermost frame of the model's own code that an error went through."""
+    found, trace = None, error.__traceback__
+    while trace is not None:
+        file = trace.tb_frame.f_code.co_filename
+        if not file.startswith(_INTERNAL):
+            found = file, trace.tb_lineno
+        trace = trace.tb_next
+    return found
+
+
+def looks_at_data(error: BaseException) -> bool:
+    """Whether an operator failed because its result depends on values a fake tensor does not have."""
+    return isinstance(error, (DataDependentOutputException, DynamicOutputShapeException))
+
+
+def failure(error: BaseException, module: str, place: tuple[str, int] | None) -> str:
+    """One message: the module, the line of the model's code, what went wrong, what to do.
+
+    Args:
+        error: what was raised.
+        module: path and class of the innermost module.
+        place: file and line, if known.
+    """
+    at = f" at {place[0]}:{place[1]}: `{source(*place)}`" if place else ""
+    if looks_at_data(error):
+        problem, hint = "its code looks at the values of a tensor, or makes sizes from them", _DATA_HINT
+    else:
+        text = (str(error).strip() or "no message").splitlines()[0][:300]
+        problem = f"its code raises {type(error).__name__}: {text}"
+        hint = "Check that the model runs on these example inputs without fxgrow."
+        if isinstance(error, NotImplementedError) and "argument of type" in text:
+            hint = "A graph holds tensors, numbers, strings, and tuples, lists, dicts and dataclasses of them."
+    return f"Cannot capture {module}{at}: {problem}. {hint}"

@@ -1,0 +1,378 @@
+"""An fx tracer that runs every node on fake tensors while it records it."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import functools
+import sys
+from collections.abc import Callable, Mapping
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
+
+from fxgrow.errors import CaptureError
+from fxgrow.graph.graph import submodule
+from fxgrow.graph.node_functions import guard, set_grad_enabled
+from fxgrow.graph.node_meta import KEY, set_value
+from fxgrow.ops.registry import recognised
+from fxgrow.tracing.fake_values import FakeRunner, arithmetic_key
+from fxgrow.tracing.intercept import FACTORIES, intercept
+from fxgrow.tracing.leaf_modules import is_layer
+from fxgrow.tracing.multihead_attention import attention, is_plain
+from fxgrow.tracing.opaque import run as run_opaque
+from fxgrow.tracing.opaque_functions import Call, OpaqueFunction, calls
+from fxgrow.tracing.proxy import INPLACE, ValueProxy
+from fxgrow.tracing.source_location import failure, last_place, last_user_line, source, stack_trace, user_frame
+
+# Values the model's code gets as they are, without a proxy.
+_PLAIN = (type(None), str, torch.dtype, torch.layout, torch.memory_format, type, enum.Enum)
+_AS_IS = {type(None), bool, int, float, str}
+
+
+class ValueTracer(fx.Tracer):
+    """Records a model's forward pass; its proxies know their (fake) values.
+
+    Args:
+        inputs: name and example value of each placeholder, in order.
+        call: calls the model's forward, given the placeholders' proxies.
+        leaves: modules to keep whole, besides those of ``torch.nn``.
+        flipped: paths of ``training`` flags to read as their opposite.
+        opaque: modules to keep whole because their code cannot be followed, and why.
+    """
+
+    def __init__(
+        self,
+        inputs: dict[str, Any],
+        call: Callable[[list[Any]], Any],
+        leaves: frozenset[nn.Module] = frozenset(),
+        flipped: frozenset[str] = frozenset(),
+        opaque: Mapping[nn.Module, str] | None = None,
+    ) -> None:
+        super().__init__(autowrap_functions=tuple(FACTORIES))
+        self.inputs, self.call, self.leaves, self.flipped = inputs, call, leaves, flipped
+        self.opaque = opaque or {}
+        #: path of the innermost module in which tracing failed
+        self.failed_in = ""
+        #: calls under way there, outermost first
+        self.under_way: list[Call] = []
+        #: functions that were kept whole, as modules by name
+        self.wholes: dict[str, nn.Module] = {}
+        self._written_out: set[nn.Module] = set()
+        self.runner = FakeRunner()
+        #: every node in the order the code asked for them, with its arguments: some are erased again
+        self.trail: list[tuple[fx.Node, Any, Any]] = []
+        self.constants: dict[str, torch.Tensor] = {}
+        self.branches: dict[str, tuple[str, bool, str]] = {}  # flag -> (innermost module, value, where)
+        self._names: dict[int, str] = {}  # id of parameter, buffer or tensor attribute -> qualified name
+        self._attributes: dict[str, ValueProxy] = {}
+        self._seen: dict[tuple[Any, ...], Any] = {}
+        self._fixed: set[fx.Node] = set()  # nodes that no input can change
+        self._flags: dict[fx.Node, frozenset[str]] = {}  # numbers that depend on a `training` flag
+        self._guessed: set[fx.Node] = set()  # what depends on data: empty tensors, and all that is no tensor
+        self._guards: dict[tuple[str, str], fx.Node] = {}
+        self._asked: dict[tuple[int, CodeType, int], tuple[tuple[str, str], fx.Node]] = {}
+        self._grad_modes: list[tuple[bool, fx.Node]] = []
+
+    def record(self, model: nn.Module) -> fx.Graph:
+        """Trace the model.
+
+        Raises:
+            CaptureError: the model's code failed, or looked at data.
+        """
+        for holder in (model.named_buffers(), model.named_parameters()):
+            self._names.update((id(tensor), name) for name, tensor in holder)
+        grad = torch.is_grad_enabled()
+        try:
+            with intercept(self), torch.random.fork_rng(devices=_cuda_devices()):
+                return self.trace(model)
+        except CaptureError as error:
+            self.failed_in, self.under_way = self._innermost()[0], calls(error)
+            raise
+        except Exception as error:
+            self.failed_in, self.under_way = self._innermost()[0], calls(error)
+            raise CaptureError(failure(error, self._module(), last_user_line(error))) from error
+        finally:
+            torch._C._set_grad_enabled(grad)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
+        """One placeholder per given input, whatever the signature of forward."""
+        del root_fn, is_module, concrete_args
+        self._names = {**{id(tensor): name for tensor, name in self.tensor_attrs.items()}, **self._names}
+
+        def forward(*proxies: Any) -> Any:
+            return self.call(list(proxies))
+
+        forward.__annotations__.clear()  # fx would print them into the graph's own signature
+        return forward, [self._input(name, value) for name, value in self.inputs.items()]
+
+    def _input(self, name: str, value: Any) -> Any:
+        proxy = self.create_proxy("placeholder", name, (), {})
+        if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
+            # the model's code gets the items one by one
+            node = next(reversed(self.graph.find_nodes(op="placeholder")))
+            length = self.create_node("call_function", len, (node,), {})
+            self.create_node("call_function", guard, (length, len(value), f"the length of the input {name!r}"), {})
+        if isinstance(value, _PLAIN):  # strings, None, dtypes: the model's code sees them as they are
+            node = next(reversed(self.graph.nodes))
+            self.create_node("call_function", guard, (node, value, f"the input {name!r}"), {})
+        return proxy
+
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any = None,
+        proxy_factory_fn: Any = None,
+    ) -> Any:
+        """A node and what stands for its value: a proxy, or plain Python where that is static."""
+        node_args, node_kwargs = self.create_arg(args), self.create_arg(kwargs)
+        key = arithmetic_key(kind, target, node_args, node_kwargs)
+        if key is not None and key in self._seen:
+            return self._seen[key]
+        node = self.create_node(kind, target, node_args, node_kwargs, name, type_expr)
+        result = self._present(node, node.meta["val"], whole=kind in ("call_function", "call_method"))
+        if key is not None:
+            self._seen[key] = result
+        return result
+
+    def create_node(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        name: str | None = None,
+        type_expr: Any = None,
+    ) -> fx.Node:
+        """A node with its value in ``meta["val"]``, ``meta["tensor_meta"]`` and the user's line."""
+        node = super().create_node(kind, target, args, kwargs, name, type_expr)
+        try:
+            value = self._run(node)
+        except BaseException:
+            self.graph.erase_node(node)
+            raise
+        self.trail.append((node, args, kwargs))
+        set_value(node, value)
+        frame = user_frame(sys._getframe(1))
+        if frame is not None and kind != "placeholder":
+            node.stack_trace = stack_trace(frame)
+        sources = node.all_input_nodes
+        if kind != "placeholder" and all(source in self._fixed for source in sources):
+            self._fixed.add(node)
+        guessed = self.runner.guessed or any(source in self._guessed for source in sources)
+        if target is len and sources and not isinstance(sources[0].meta["val"], torch.Tensor):
+            guessed = False  # the items of a list may depend on data, their number rarely does
+        if guessed and (not isinstance(value, torch.Tensor) or value.numel() == 0):
+            self._guessed.add(node)
+        flags = frozenset().union(*(self._flags.get(source, frozenset()) for source in sources))
+        if flags and not isinstance(value, torch.Tensor):
+            self._flags[node] = flags
+        return node
+
+    def _run(self, node: fx.Node) -> Any:
+        self.runner.guessed = False
+        if node.op == "placeholder":
+            return self.runner.fake(self.inputs[str(node.target)])
+        if node.op == "get_attr":
+            return self._attribute(str(node.target))
+        if node.op == "output":
+            return fx.node.map_arg(node.args[0], lambda result: result.meta["val"])
+        if node.target is guard or node.target is set_grad_enabled:
+            return None
+        if node.op == "call_module" and (why := self.opaque.get(submodule(self.root, str(node.target)))):
+            node.meta[KEY] = why
+            return run_opaque(node, self.root, self.runner)
+        return self.runner.call(node, self.root)
+
+    def _attribute(self, name: str) -> Any:
+        if name in self.constants:
+            return self.runner.fake(self.constants[name])
+        path, _, attribute = name.rpartition(".")
+        with self.runner.quiet():
+            value = getattr(self.root.get_submodule(path), attribute)
+        if name in self.flipped:
+            return not value
+        return value.carried if type(value) is ValueProxy else self.runner.fake(value)
+
+    def _present(self, node: fx.Node, value: Any, whole: bool) -> Any:
+        """What the model's code gets: structures come apart, so that `type(x) is tuple` and `**x` work."""
+        if isinstance(value, _PLAIN):
+            return value
+        proxy = ValueProxy(node, self, value)
+        if whole:
+            return proxy
+        if type(value) is dict:
+            return {name: proxy[name] for name in value}  # type: ignore[index]
+        if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+            items = [proxy[i] for i in range(len(value))]  # type: ignore[index]
+            if node.op == "placeholder" or node.op == "call_module":
+                items = [self._reopen(item) for item in items]
+            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+        return proxy
+
+    def _reopen(self, item: Any) -> Any:
+        return self._present(item.node, item.carried, whole=False) if type(item) is ValueProxy else item
+
+    def create_arg(self, a: Any) -> Any:
+        """Nodes for proxies, tensors and the containers fx would flatten into another type."""
+        if type(a) in _AS_IS:
+            return a
+        if type(a) is tuple or type(a) is list:
+            return type(a)(map(self.create_arg, a))
+        if type(a) is ValueProxy:
+            if a.tracer is not self:
+                raise CaptureError(f"{a!r} was kept by the model from an earlier capture.")
+            return a.node
+        if isinstance(a, torch.Tensor):
+            return self._tensor(a).node
+        if type(a) is torch.Size:
+            return tuple(self.create_arg(item) for item in a)
+        if dataclasses.is_dataclass(a) and not isinstance(a, type):
+            fields = {field.name: getattr(a, field.name) for field in dataclasses.fields(a) if field.init}
+            given = {name: item for name, item in fields.items() if item is not None}
+            return self.create_node("call_function", type(a), (), self.create_arg(given))
+        if isinstance(a, dict) and type(a) is not dict:
+            return self.create_node("call_function", type(a), (super().create_arg(dict(a)),), {})
+        return super().create_arg(a)
+
+    def _tensor(self, tensor: torch.Tensor) -> ValueProxy:
+        """The one ``get_attr`` node of a parameter, a buffer, or a constant kept beside the model."""
+        name: str | None = self._names.get(id(tensor))
+        if name is None:
+            if isinstance(tensor, FakeTensor):
+                raise CaptureError("A tensor made during capture reached the graph without being recorded.")
+            count = len(self.constants)
+            while hasattr(self.root, f"_constant{count}"):
+                count += 1
+            name = f"_constant{count}"
+            self.constants[name] = tensor
+            self._names[id(tensor)] = name
+        if name not in self._attributes:
+            node = self.create_node("get_attr", name, (), {})
+            self._attributes[name] = ValueProxy(node, self, node.meta["val"])
+        return self._attributes[name]
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        """Layers of torch.nn, subclasses that change nothing about them, ``leaves`` and what is opaque."""
+        if m in self._written_out:
+            return False
+        return m in self.leaves or m in self.opaque or is_layer(type(m)) or recognised(m) is not None
+
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """A node for a leaf; other modules, and those outside the model's tree, are traced through."""
+        if self.runner.silent:
+            return m.forward(*args, **kwargs)
+        path = (self.submodule_paths or {}).get(m)
+        if path is None:
+            return forward(*args, **kwargs)
+        if type(m) is nn.MultiheadAttention and is_plain(m):
+            self._written_out.add(m)
+            forward = functools.partial(attention, m)
+        return super().call_module(m, forward, args, kwargs)
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        """Parameters and buffers of the model become nodes when its code asks for them."""
+        del attr, parameter_proxy_cache
+        if not self.runner.silent and isinstance(attr_val, torch.Tensor) and id(attr_val) in self._names:
+            return self._tensor(attr_val)
+        return attr_val
+
+    def assign(self, module: nn.Module, name: str, value: ValueProxy) -> bool:
+        """``self.buffer = value`` as a write into the buffer; False if there is no such buffer."""
+        buffer = module._buffers.get(name)
+        if buffer is None or id(buffer) not in self._names:
+            return False
+        old = self._tensor(buffer)
+        if not (value.node.op == "call_function" and value.node.args[:1] == (old.node,)
+                and value.node.target in INPLACE):  # fmt: skip
+            self.create_proxy("call_method", "copy_", (old, value.detach()), {})
+        return True
+
+    def training(self, module: nn.Module, value: bool) -> Any:
+        """``self.training``, read from the module's flag when the graph runs, not when it is captured."""
+        path = (self.submodule_paths or {}).get(module)
+        if path is None:
+            return value
+        name = f"{path}.training" if path else "training"
+        if name not in self._attributes:
+            node = self.create_node("get_attr", name, (), {})
+            self._flags[node] = frozenset((name,))
+            self._attributes[name] = ValueProxy(node, self, value != (name in self.flipped))
+        return self._attributes[name]
+
+    def concrete(self, proxy: ValueProxy, convert: Callable[[Any], Any], asked_by: FrameType | None = None) -> Any:
+        """The plain value the model's code asks for, remembered as a guard if an input can change it."""
+        node = proxy.node
+        try:
+            with self.runner.quiet():
+                value = convert(proxy.carried)
+        except (TypeError, ValueError, OverflowError):
+            raise
+        except Exception as error:
+            raise CaptureError(failure(error, self._module(), last_place(sys._getframe(1)))) from error
+        if isinstance(proxy.carried, torch.Tensor) or self.runner.silent:
+            return value
+        if node in self._guessed:
+            unknown = DynamicOutputShapeException(torch.ops.aten.nonzero.default)
+            raise CaptureError(failure(unknown, self._module(), last_place(sys._getframe(1))))
+        if node in self._flags:
+            for flag in self._flags[node]:
+                current = self._attributes[flag].carried
+                self.branches.setdefault(flag, (self._innermost()[0], current, self._where()))
+        if node in self._fixed:
+            return value
+        expected = value if convert is not hash else proxy.carried
+        key = (node.name, repr(expected))
+        if key not in self._guards:
+            user = user_frame(sys._getframe(1))
+            line = source(user.f_code.co_filename, user.f_lineno) if user is not None else ""
+            condition = f"`{line}` in {self._where()}"
+            self._guards[key] = self.create_node("call_function", guard, (node, expected, condition), {})
+            if asked_by is not None:
+                self._asked[id(asked_by), asked_by.f_code, asked_by.f_lasti] = (key, self._guards[key])
+        return value
+
+    def forget_question(self, frame: FrameType) -> None:
+        """Drop the guard of an ``__index__`` that only the argument parser of this very call asked for."""
+        key, node = self._asked.pop((id(frame), frame.f_code, frame.f_lasti), (None, None))
+        if key is not None and node is not None:
+            del self._guards[key]
+            self.graph.erase_node(node)
+
+    def record_grad_mode(self, enabled: bool) -> None:
+        """``with torch.no_grad():`` as two nodes, the second restoring what the first found."""
+        if self._grad_modes and self._grad_modes[-1][0] == enabled:
+            argument: Any = self._grad_modes.pop()[1]
+        else:
+            argument = enabled
+        node = self.create_node("call_function", set_grad_enabled, (argument,), {})
+        if argument is enabled:
+            self._grad_modes.append((torch.is_grad_enabled(), node))
+        torch._C._set_grad_enabled(enabled)
+
+    def _innermost(self) -> tuple[str, str]:
+        for path, kind in reversed(self.module_stack.values()):
+            if kind is not OpaqueFunction:
+                return path, getattr(kind, "__name__", str(kind))
+        return "", type(self.root).__name__
+
+    def _module(self) -> str:
+        path, kind = self._innermost()
+        return f"module {path!r} ({kind})" if path else f"the model ({kind})"
+
+    def _where(self) -> str:
+        frame = user_frame(sys._getframe(1))
+        return self._module() + (f" at {frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "")
+
+
+def _cuda_devices() -> list[int]:
+    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

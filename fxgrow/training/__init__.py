@@ -1,0 +1,1 @@
+"""Growth while a network trains: schedules, the grower, its history."""

@@ -1,0 +1,380 @@
+"""Growth in a training loop: one object that says when, grows, and lets everything around the model follow."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxgrow.data.loss import LossFn
+from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup, process_group_of
+from fxgrow.errors import FxgrowError, PlanError, ScheduleError, SmallBudgetError
+from fxgrow.pipeline.grow import run
+from fxgrow.pipeline.growth_record import Growth, GrowthResult, Settings, keep_record
+from fxgrow.rewriting.into_module import check_into
+from fxgrow.training.data_source import Source, beside_training, check_source
+from fxgrow.training.history import History, event
+from fxgrow.training.schedule import Schedule, ScheduleState, TrainingStatus
+from fxgrow.training.schedule_inputs import ModelMetrics, no_autocast
+from fxgrow.transfer.device_mesh import is_sharded
+from fxgrow.transfer.fsdp import UnshardedModel
+from fxgrow.transfer.parameters import ParameterChange
+from fxgrow.transfer.transfer import TrainingState, lists_of, optimizers_of
+from fxgrow.transfer.wrappers import check_compiled_in_place, group_of, unwrapped
+
+log = logging.getLogger("fxgrow")
+#: called after a growth with the model before, the model after, and the new positions of old entries
+Callback = Callable[[nn.Module, nn.Module, Mapping[str, tuple[Tensor | None, ...]]], object]
+#: losses of so many steps are remembered between two questions to the schedule
+REMEMBERED = 10_000
+
+
+class Grower:
+    """Grows a model while it trains.
+
+    `step()` after each optimiser step grows when the schedule says so; the loop goes on with `grower.model`. The
+    optimiser stays the same object, with the state of old entries, so that whatever holds it (learning rate schedulers,
+    `GradScaler`) needs no care. Gradients that are being accumulated, averages of weights, lists of parameters, hooks
+    and `torch.compile` go with the model. A growth that fails leaves all of it as it was.
+
+    Args:
+        model: any module that `fxgrow.capture` can read, also one that `torch.compile` wrapped: its module grows,
+            and is compiled again with the same options, once per growth.
+        optimizer: one of `torch.optim` or another by the shapes of its state; or several.
+        schedule: when to grow: `Every`, `OnPlateau`, `OnBottleneck`, `LayerByLayer`, made into one with `|` and ended
+            with `.until(...)`.
+        dataloader: batches for growth, read anew each time (see `fxgrow.profile`): a DataLoader, a list, or a function
+            that returns one. The loop's own loader may be used: its running iterator, order and random numbers stay as
+            they are.
+        loss_fn: see `fxgrow.grow`, as are `example_inputs`, `budget`, `neurons`, `method`, `cost`, `multiple`,
+            `samples`, `memory_limit`, `update_existing`, `progress` and `into`.
+        seed: of all random choices; growth number n uses `seed + n`.
+        lr_scheduler: checked to belong to the optimiser; one, or several.
+        ema: an average of the weights that grows along: `torch.optim.swa_utils.AveragedModel`, which stays the same
+            object, or a plain copy of the model, which the loop must then read as `grower.ema`.
+        parameters: lists of parameters that the loop holds (to clip gradients, say), changed in place.
+            `grower.parameters()` reads the model's without.
+        on_error: `raise`, or `skip` to log an error of fxgrow and train on.
+        process_group: the processes that train copies of the model, each with its own part of the data; None for those
+            of DistributedDataParallel or FSDP2 (`fully_shard`) where the model is in one. Every process makes the same
+            calls; growth is then of the data of all, and the same on all.
+
+    Attributes:
+        model: the model to train now, wrapped as the one that was given.
+        optimizer: as given.
+        steps: optimiser steps so far.
+        epochs: epochs that `epoch_end` was told of.
+        history: what happened; prints as a table.
+        growth: the full record of the last growth, or None.
+
+    Raises:
+        FxgrowError: the optimiser, a scheduler or the average belongs to another model; the data cannot be read twice;
+            an option is unknown.
+
+    Example:
+        >>> import torch, fxgrow
+        >>> _ = torch.manual_seed(0)
+        >>> x = torch.randn(256, 6)
+        >>> batches = list(zip(x.split(64), x.prod(1, keepdim=True).split(64)))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        >>> schedule = fxgrow.Every(steps=8).until(growths=2)
+        >>> grower = fxgrow.Grower(model, optimizer, schedule, dataloader=batches, neurons=2)
+        >>> for epoch in range(8):
+        ...     for inputs, targets in batches:
+        ...         optimizer.zero_grad()
+        ...         torch.nn.functional.mse_loss(grower.model(inputs), targets).backward()
+        ...         optimizer.step()
+        ...         _ = grower.step()
+        >>> [(e.step, dict(e.units)) for e in grower.history]
+        [(8, {'0': 2}), (16, {'0': 2})]
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | Sequence[Optimizer],
+        schedule: Schedule,
+        *,
+        dataloader: Source,
+        loss_fn: LossFn | None = None,
+        example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
+        budget: str | float | None = None,
+        neurons: int | Mapping[str, int] | None = None,
+        method: str = "default",
+        cost: str = "parameters",
+        multiple: int = 1,
+        samples: int | None = None,
+        memory_limit: int | None = None,
+        update_existing: bool = True,
+        progress: bool = False,
+        seed: int = 0,
+        into: Literal["graph", "module"] = "graph",
+        lr_scheduler: Any = None,
+        ema: nn.Module | None = None,
+        parameters: Sequence[list[Tensor]] | list[Tensor] = (),
+        on_error: Literal["raise", "skip"] = "raise",
+        process_group: Any = None,
+    ) -> None:
+        self.model, self.optimizer, self.schedule = model, optimizer, schedule
+        self.steps = self.epochs = 0
+        self.history = History()
+        self.growth: Growth | None = None
+        settings = Settings(
+            loss_fn, example_inputs, budget, neurons, method, cost, multiple, samples, memory_limit, update_existing,
+            progress, seed, into,
+        )  # fmt: skip
+        inside, _ = unwrapped(model)
+        self._around = TrainingState(optimizers_of(optimizer), ema, lists_of(parameters))
+        self._world = process_group_of(group_of(model) if process_group is None else process_group)
+        self._outlook = ModelMetrics(inside, dataloader, settings, world=self._world)
+        if ema is not None and is_sharded(inside):
+            raise FxgrowError("ema= of a sharded model (FSDP2) does not grow along: leave it out.")
+        self._on_error = on_error
+        self._callbacks: list[Callback] = []
+        self._memory: ScheduleState = {}
+        self._readings: list[float] = []
+        self._losses: deque[Any] = deque(maxlen=REMEMBERED)
+        if not isinstance(schedule, Schedule):
+            raise ScheduleError(f"schedule is a {type(schedule).__name__}: give one such as fxgrow.Every(epochs=2).")
+        if on_error not in ("raise", "skip"):
+            raise FxgrowError(f"on_error={on_error!r}: choose 'raise' or 'skip'.")
+        if budget is not None and neurons is not None:
+            raise PlanError("Give a budget or a number of neurons, not both.")
+        check_into(into, inside)
+        check_compiled_in_place(inside)
+        check_source(dataloader)
+        self._around.check(inside, lr_scheduler)
+        self._ask_at = self._next()
+
+    @property
+    def ema(self) -> nn.Module | None:
+        """The average of the weights now."""
+        return self._around.ema
+
+    # -- what the loop calls
+
+    def step(self, loss: Tensor | float | None = None) -> bool:
+        """Counts an optimiser step, and grows if it is time.
+
+        Args:
+            loss: of this step, for `OnPlateau`.
+
+        Returns:
+            Whether the model has grown: `grower.model` is another one then.
+
+        Raises:
+            FxgrowError: a growth failed; everything is as it was before.
+        """
+        self.steps += 1
+        if loss is not None:
+            self._losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
+        if self.steps < self._ask_at:
+            return False
+        return self._ask(epoch_end=False)
+
+    def epoch_end(self, metric: Tensor | float | None = None) -> bool:
+        """Counts an epoch, and grows if it is time; `metric` is a reading for `OnPlateau`."""
+        self.epochs += 1
+        if metric is not None:
+            self._readings.append(float(metric))
+        return self._ask(epoch_end=True)
+
+    def observe(self, value: Tensor | float) -> None:
+        """A reading for `OnPlateau`; the next `step` or `epoch_end` grows if it says so."""
+        self._readings.append(float(value))
+        self._ask_at = self.steps + 1
+
+    def grow_now(
+        self,
+        neurons: int | Mapping[str, int] | None = None,
+        budget: str | float | None = None,
+        reason: str = "asked for",
+    ) -> bool:
+        """Grows whatever the schedule says, by what is given here or to the Grower; returns whether it did.
+
+        Call it between two optimiser steps.
+
+        Raises:
+            FxgrowError: the growth failed; everything is as it was before.
+        """
+        settings = self._outlook.settings
+        if neurons is not None or budget is not None:
+            settings = replace(settings, neurons=neurons, budget=budget)
+        return self._grow(settings, reason)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The parameters of the model as it is now."""
+        return self.model.parameters()
+
+    def on_growth(self, callback: Callback) -> None:
+        """Calls `callback(old_model, new_model, index)` after each growth, when all of it is done.
+
+        The models are without what wraps them. `index` has for each parameter and buffer that grew the new positions of
+        its old entries, per dimension (None: unchanged).
+        """
+        self._callbacks.append(callback)
+
+    # -- saving
+
+    def state_dict(self) -> dict[str, Any]:
+        """Counters, schedule, what it remembers, and the history: numbers, strings, lists and dicts alone.
+
+        Weights are not in it: the model that it is loaded beside must have the sizes it has now.
+        """
+        return {
+            "version": 1,
+            "steps": self.steps,
+            "epochs": self.epochs,
+            "schedule": self.schedule.to_json(),
+            "memory": copy.deepcopy(self._memory),
+            "start": dict(self._outlook.start),
+            "readings": list(self._readings),
+            "losses": _numbers(self._losses),
+            "history": self.history.to_list(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where `state_dict` was taken.
+
+        Under another schedule than the saved one counters and history go on, and the schedule starts afresh.
+
+        Raises:
+            FxgrowError: this is no state of a Grower; nothing has changed then.
+        """
+        try:
+            if state["version"] != 1:
+                raise FxgrowError(f"This state of a Grower has version {state['version']!r}; this fxgrow reads 1.")
+            history, saved = History.from_list(state["history"]), Schedule.from_json(state["schedule"])
+            same = saved == self.schedule
+            memory = copy.deepcopy(dict(state["memory"])) if same else {}
+            start = {str(k): float(v) for k, v in state["start"].items()}
+            steps, epochs = int(state["steps"]), int(state["epochs"])
+            readings, losses = [float(v) for v in state["readings"]], [float(v) for v in state["losses"]]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise FxgrowError(f"This is no state of a Grower: {error!r}.") from error
+        if not same:
+            log.warning("The saved schedule was %s: %s starts afresh.", saved, self.schedule)
+        self.steps, self.epochs, self.history, self._memory = steps, epochs, history, memory
+        self._outlook.start = start
+        self._readings, self._losses = readings, deque(losses, maxlen=REMEMBERED)
+        self._ask_at = self._next()
+
+    # -- asking the schedule
+
+    def _ask(self, epoch_end: bool) -> bool:
+        before = copy.deepcopy(self._memory)
+        try:
+            with self._world.session(), self._whole():
+                seen = self._seen(epoch_end, self._world)
+                self._readings, self._losses = [], deque(maxlen=REMEMBERED)
+                request = self.schedule.ask(seen, self._memory)
+                self._world.agree(f"growth at step {self.steps}: {request}")
+                settings = None if request is None else self._outlook.wanted(request)
+            if request is None:
+                return False
+            if settings is None:
+                log.info("no growth at step %d (%s): beyond the schedule's total", self.steps, request.reason)
+                return False
+            return self._grow(settings, request.reason)
+        except BaseException as error:
+            self._memory = before
+            if isinstance(error, FxgrowError) and self._on_error == "skip":
+                return self._skipped(error)
+            raise
+        finally:
+            self._ask_at = self._next()
+
+    def _next(self) -> float:
+        step = self.schedule.next_step(self._seen(False, SINGLE_PROCESS), self._memory)
+        return math.inf if step is None else max(step, self.steps + 1)
+
+    def _seen(self, epoch_end: bool, world: ProcessGroup) -> TrainingStatus:
+        return TrainingStatus(
+            steps=self.steps,
+            epochs=self.epochs,
+            epoch_end=epoch_end,
+            # the numbers are waited for only when the schedule is asked
+            readings=world.mean(self._readings),
+            losses=world.mean(_numbers(self._losses)),
+            growths=self.history.growths,
+            declines=self.history.declines,
+            shares=self._outlook.shares,
+            sizes=self._outlook.sizes,
+            spent=self._outlook.spent,
+        )
+
+    # -- growing
+
+    def _grow(self, settings: Settings, reason: str) -> bool:
+        start = time.perf_counter()
+        settings = replace(settings, seed=settings.seed + len(self.history))
+        inside, wrap = unwrapped(self.model)
+        whole = UnshardedModel.of(inside) if is_sharded(inside) else None
+        old = inside if whole is None else whole.model
+        try:
+            with no_autocast(old):
+                grown = self._run(old, settings)
+        except SmallBudgetError as error:
+            log.info("no growth at step %d (%s): %s", self.steps, reason, error)
+            return False
+        except FxgrowError as error:
+            if self._on_error == "skip":
+                return self._skipped(error)
+            raise
+        if grown.record.plan.units:
+            change = ParameterChange(old, grown.model, grown.index)
+            with self._world.session():
+                follow = self._around.follow(change) if whole is None else whole.follow(self._around, change)
+            if whole is not None:
+                follow()
+            model = wrap(grown.model)
+            if whole is None:
+                follow()
+            self.model, self._outlook.model = model, grown.model
+            keep_record(grown.model, grown.record)
+        self.growth = grown.record
+        found = event(self.steps, self.epochs, reason, grown.record, time.perf_counter() - start)
+        self.history.add(found)
+        log.info("%s", found)
+        if not grown.record.plan.units:
+            return False
+        for callback in self._callbacks:
+            callback(old, grown.model, grown.index)
+        return True
+
+    def _run(self, model: nn.Module, settings: Settings) -> GrowthResult:
+        """The growth itself, on a copy, with all processes that train the model."""
+        return run(model, beside_training(self._outlook.source), settings, self._world)
+
+    @contextlib.contextmanager
+    def _whole(self) -> Iterator[None]:
+        """The schedule sees a sharded model as a whole."""
+        sharded = self._outlook.model
+        if is_sharded(sharded):
+            self._outlook.model = UnshardedModel.of(sharded).model
+        try:
+            yield
+        finally:
+            self._outlook.model = sharded
+
+    def _skipped(self, error: FxgrowError) -> bool:
+        log.warning("growth at step %d failed, training goes on: %s", self.steps, error)
+        return False
+
+
+def _numbers(values: Sequence[Any]) -> list[float]:
+    """As floats; tensors are read together."""
+    if values and all(isinstance(v, Tensor) for v in values):
+        return [float(v) for v in torch.stack([v.float().mean() for v in values]).tolist()]
+    return [float(v) for v in values]

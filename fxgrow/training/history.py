@@ -1,0 +1,206 @@
+"""What happened, growth by growth: light records that can be printed, plotted, saved and written to TensorBoard."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fxgrow.errors import FxgrowError, MissingExtraError
+from fxgrow.pipeline.growth_record import Growth
+from fxgrow.report.table import Column, table
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+@dataclass(frozen=True)
+class Event:
+    """One growth, or one that declined: numbers and words alone.
+
+    Attributes:
+        step: optimiser steps before it.
+        epoch: epochs before it.
+        reason: why the schedule wanted it.
+        units: units that were added, per width.
+        parameters: of the model, before and after.
+        loss: held-back loss in eval mode, before and after.
+        train_loss: the same in train mode.
+        gamma: that was applied.
+        predicted: predicted decrease of the held-back loss.
+        seconds: wall time.
+        declined: why nothing was added, or None.
+    """
+
+    step: int
+    epoch: int
+    reason: str
+    units: Mapping[str, int]
+    parameters: tuple[int, int]
+    loss: tuple[float, float]
+    train_loss: tuple[float, float]
+    gamma: float
+    predicted: float
+    seconds: float
+    declined: str | None = None
+
+    def __str__(self) -> str:
+        where = f"step {self.step:,}, epoch {self.epoch}: {self.reason}"
+        if self.declined is not None:
+            return f"declined at {where}: {self.declined}; {self.seconds:.1f} s"
+        added = ", ".join(f"{name} +{k}" for name, k in self.units.items())
+        before, after = self.parameters
+        return (
+            f"grew at {where}: {added}; {before:,} → {after:,} parameters, held-back loss {self.loss[0]:.4f} → "
+            f"{self.loss[1]:.4f}, {self.seconds:.1f} s"
+        )
+
+
+def event(step: int, epoch: int, reason: str, growth: Growth, seconds: float) -> Event:
+    """The light record of a growth."""
+    plan = growth.plan
+    return Event(
+        step=step,
+        epoch=epoch,
+        reason=reason,
+        units=dict(plan.units),
+        parameters=(int(plan.parameters[0]), int(plan.parameters[1])),
+        loss=growth.losses["eval"],
+        train_loss=growth.losses["train"],
+        gamma=float(plan.scale),
+        predicted=float(plan.decrease(plan.scale)) if plan.units else 0.0,
+        seconds=seconds,
+        declined=growth.declined,
+    )
+
+
+COLUMNS = (
+    Column("step", right=True),
+    Column("epoch", right=True),
+    Column("parameters", right=True),
+    Column("loss, eval", right=True),
+    Column("loss, train", right=True),
+    Column("predicted", right=True),
+    Column("gamma", right=True),
+    Column("seconds", right=True),
+    Column("added", wrap=True),
+)
+
+
+class History(Sequence[Event]):
+    """The growths of a run in order; prints as a table."""
+
+    def __init__(self, events: Iterable[Event] = ()) -> None:
+        self._events = list(events)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self._events[at]
+
+    def __len__(self) -> int:
+        return len(self._events)
+
+    def __iter__(self) -> Iterator[Event]:
+        return iter(self._events)
+
+    def add(self, event: Event) -> None:
+        """Appends one."""
+        self._events.append(event)
+
+    @property
+    def growths(self) -> int:
+        """How many added something."""
+        return sum(e.declined is None for e in self)
+
+    @property
+    def declines(self) -> int:
+        """How many declined since the last one that did not."""
+        kinds = [e.declined is None for e in reversed(self._events)]
+        return kinds.index(True) if True in kinds else len(kinds)
+
+    @property
+    def seconds(self) -> float:
+        """Wall time of all of them."""
+        return sum(e.seconds for e in self)
+
+    def __str__(self) -> str:
+        if not self._events:
+            return "no growth yet"
+        rows = [_row(e) for e in self]
+        grown = f"{self.growths} growth{'s'[self.growths == 1 :]}"
+        total = f"{grown}, {len(self) - self.growths} declined, {self.seconds:.1f} s"
+        return f"{table(COLUMNS, rows)}\n\n{total}"
+
+    def to_list(self) -> list[dict[str, Any]]:
+        """Plain data; `from_list` reads it."""
+        return [{**dataclasses.asdict(e), "units": dict(e.units)} for e in self]
+
+    @classmethod
+    def from_list(cls, items: Iterable[Mapping[str, Any]]) -> History:
+        """Reads what `to_list` made.
+
+        Raises:
+            FxgrowError: it is something else.
+        """
+        pairs = "parameters", "loss", "train_loss"
+        try:
+            plain: list[dict[str, Any]] = [
+                {k: tuple(v) if k in pairs else v for k, v in item.items()} for item in items
+            ]
+            return cls(Event(**fields) for fields in plain)
+        except (TypeError, AttributeError) as error:
+            raise FxgrowError(f"This is no history of growth: {error}.") from error
+
+    def plot(self, path: str | None = None) -> Figure:
+        """Parameters and held-back loss over steps; written to `path` if given. Needs matplotlib."""
+        from fxgrow.report.plot import plot_history
+
+        return plot_history(self, path)
+
+    def to_tensorboard(self, writer: Any) -> None:
+        """Writes parameters, losses, gamma, seconds and added units as scalars `fxgrow/...` at their steps.
+
+        Args:
+            writer: a `SummaryWriter`, which stays open, or the folder to write to.
+
+        Raises:
+            MissingExtraError: a folder is given and tensorboard is not installed.
+        """
+        if not isinstance(writer, (str, os.PathLike)):
+            self._write(writer)
+            return
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise MissingExtraError(
+                "Writing for TensorBoard needs tensorboard: pip install 'fxgrow[tensorboard]'."
+            ) from error
+        own = SummaryWriter(str(writer))
+        try:
+            self._write(own)
+        finally:
+            own.close()
+
+    def _write(self, writer: Any) -> None:
+        for e in self:
+            scalars = {
+                "parameters": e.parameters[1],
+                "loss/before": e.loss[0],
+                "loss/after": e.loss[1],
+                "gamma": e.gamma,
+                "seconds": e.seconds,
+                **{f"units/{name}": k for name, k in e.units.items()},
+            }
+            for name, value in scalars.items():
+                writer.add_scalar(f"fxgrow/{name}", value, e.step)
+
+
+def _row(e: Event) -> tuple[str, ...]:
+    (before, after), (loss, less), (train, fewer) = e.parameters, e.loss, e.train_loss
+    added = ", ".join(f"{name} +{k}" for name, k in e.units.items())
+    return (
+        f"{e.step:,}", str(e.epoch), f"{before:,} → {after:,}", f"{loss:.4f} → {less:.4f}",
+        f"{train:.4f} → {fewer:.4f}", f"{e.predicted:.4f}", f"{e.gamma:.3g}", f"{e.seconds:.1f}",
+        added if e.declined is None else f"declined: {e.declined}",
+    )  # fmt: skip

@@ -1,0 +1,167 @@
+"""Growth inside of an object that a trainer keeps to itself: the model stays the same object, with new parameters.
+
+requires: what growth or a recipe made of the model, in the model's own class (`into="module"`).
+ensures:  the model computes what that computes; its class, hooks, and whatever others have set on it are as before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxgrow.checkpoints.weights import resized
+from fxgrow.errors import FileError, FxgrowError
+from fxgrow.graph.graph import unwrap
+from fxgrow.pipeline.growth_record import keep_record
+from fxgrow.storage.recipe import Recipe, keep_recipe
+from fxgrow.training.grower import Grower
+from fxgrow.training.schedule import Schedule
+from fxgrow.transfer.wrappers import unwrapped
+
+
+def adopt(model: nn.Module, grown: nn.Module) -> None:
+    """Makes a model what `grown` is, a copy of it with other sizes: parameters, buffers, attributes that are sizes.
+
+    Args:
+        model: changed in place.
+        grown: of the same class; its parameters are the model's afterwards, the very same objects.
+    """
+    for path, new in grown.named_modules():
+        old = model.get_submodule(path)
+        if type(old) is not type(new):
+            model.set_submodule(path, new)
+            continue
+        old._parameters.update(new._parameters)
+        old._buffers.update(new._buffers)
+        mine = vars(old)
+        if isinstance(new, nn.RNNBase):  # has its weights in a list too
+            mine.update({name: vars(new)[name] for name in ("_flat_weights", "_flat_weight_refs")})
+        for name, value in vars(new).items():
+            if name != "training" and name in mine and _is_plain(value) and mine[name] != value:
+                mine[name] = value
+    keep_recipe(model, Recipe.of(grown))
+
+
+class GrowerInPlace(Grower):
+    """A Grower whose model stays the same object, for loops that other libraries run.
+
+    Takes what `fxgrow.Grower` takes. Growth is `into="module"`, so the model's own code must allow it. Optimisers that
+    wrap another one as `.optimizer` are taken apart.
+
+    Raises:
+        FxgrowError: `into="graph"` is asked for, or what `Grower` raises.
+
+    Example:
+        >>> import torch, fxgrow
+        >>> pass  # self
+        >>> model = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
+        >>> batches = [(torch.randn(32, 6), torch.randn(32, 1)) for _ in range(4)]
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> grower = GrowerInPlace(model, optimizer, fxgrow.Every(steps=9), dataloader=batches, neurons=2)
+        >>> grower.grow_now(), grower.model is model, model[0].out_features
+        (True, True, 5)
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Optimizer | Sequence[Optimizer], schedule: Schedule, **options: Any
+    ) -> None:
+        if options.setdefault("into", "module") != "module":
+            raise FxgrowError(
+                'into="graph" makes another object of the model, and this trainer keeps the one it was given: take '
+                'into="module", or grow a submodule where the integration takes the name of one.'
+            )
+        self._kept = model
+        inside, _ = unwrapped(model)
+        with as_written(inside):
+            super().__init__(model, _inner(optimizer), schedule, **options)
+            self._fresh = None if Recipe.of(inside).steps else copy.deepcopy(inside)
+        self._callbacks.append(self._stay)
+
+    def resize(self, recipe: Recipe) -> None:
+        """Gives the model the sizes of a recipe, so that weights and optimisers saved with it can be loaded.
+
+        Sizes that differ from those of the untouched model are zero until then, and optimisers start afresh.
+
+        Raises:
+            FileError: the model does not fit the recipe, or had grown before it came here.
+        """
+        inside, _ = unwrapped(self._kept)
+        if Recipe.of(inside).steps == recipe.steps:
+            return
+        if self._fresh is None:
+            raise FileError(
+                "The saved model went through other growths than this one, which had grown before the Grower was "
+                "made: build the model as it was before it grew."
+            )
+        if self.ema is not None:
+            raise FxgrowError("An average of the weights cannot be resized: load the checkpoint, then make it.")
+        with as_written(inside):
+            new = resized(self._fresh, recipe, into="module")
+        for optimizer in self._around.optimizers:
+            _hand_over(optimizer, inside, new)
+        adopt(inside, new)
+
+    def grow_now(self, *args: Any, **options: Any) -> bool:
+        """See `fxgrow.Grower.grow_now`."""
+        with as_written(unwrapped(self._kept)[0]):
+            return super().grow_now(*args, **options)
+
+    def _ask(self, epoch_end: bool) -> bool:
+        with as_written(unwrapped(self._kept)[0]):
+            return super()._ask(epoch_end)
+
+    def _stay(self, old: nn.Module, new: nn.Module, index: Mapping[str, Any]) -> None:
+        del index
+        adopt(old, new)
+        if not hasattr(old, "meta"):
+            old.meta = {}  # type: ignore[assignment]
+        keep_record(old, self.growth)
+        self.model, self._outlook.model = self._kept, old
+
+
+@contextlib.contextmanager
+def as_written(model: nn.Module) -> Iterator[None]:
+    """The model without a `forward` that was put over its class's, as Accelerate does for mixed precision."""
+    own = vars(model)
+    over = {name: own.pop(name) for name in ("forward", "_original_forward") if "_original_forward" in own}
+    try:
+        yield
+    finally:
+        own.update(over)
+
+
+def recipe_of(model: nn.Module) -> Recipe:
+    """The growths of a model, whatever it is wrapped in."""
+    return Recipe.of(unwrap(model))
+
+
+def _inner(optimizer: Any) -> Any:
+    if isinstance(optimizer, (list, tuple)):
+        return [_inner(o) for o in optimizer]
+    inner = getattr(optimizer, "optimizer", None)
+    return _inner(inner) if isinstance(inner, Optimizer) else optimizer
+
+
+def _hand_over(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> None:
+    """The new model's parameters in the places of the old one's, without state."""
+    names = {id(p): name for name, p in old.named_parameters()}
+    theirs = dict(new.named_parameters(remove_duplicate=False))
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if id(p) in names:
+                optimizer.state.pop(p, None)
+        group["params"][:] = [theirs[names[id(p)]] if id(p) in names else p for p in group["params"]]
+
+
+def _is_plain(value: Any) -> bool:
+    """Numbers, strings and sequences of them: what describes a layer."""
+    if isinstance(value, Tensor):
+        return False
+    return isinstance(value, (int, float, str)) or (
+        isinstance(value, (tuple, list)) and all(_is_plain(v) for v in value)
+    )

@@ -1,0 +1,267 @@
+"""What a schedule is, and schedules made of schedules: either of several, and one with an end."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fxgrow.errors import ScheduleError
+
+
+@dataclass
+class TrainingStatus:
+    """What a schedule is shown.
+
+    Attributes:
+        steps: optimiser steps so far.
+        epochs: epochs that have ended.
+        epoch_end: whether one has just ended; else this is a step.
+        readings: values of a metric that came in since the last question.
+        losses: those of the steps since then, where they were given.
+        growths: growths so far, those that declined left out.
+        declines: growths that declined since the last one that did not.
+        shares: per width, the bottleneck's share of what the loss asks for; reads data.
+        sizes: per free width, its size now and the least that can be added to it.
+        spent: of a cost, what all growths have added so far, and how much there was before the first.
+    """
+
+    steps: int
+    epochs: int
+    epoch_end: bool
+    readings: list[float]
+    losses: list[float]
+    growths: int
+    declines: int
+    shares: Callable[[int | None], Mapping[str, float]]
+    sizes: Callable[[], Mapping[str, tuple[int, int]]]
+    spent: Callable[[str], tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to grow.
+
+    Attributes:
+        reason: why now, for the log.
+        neurons: units per width, or None for what the Grower was told.
+        limit: the most that may be added, in units of `cost`, or None.
+        cost: of the limit.
+    """
+
+    reason: str
+    neurons: Mapping[str, int] | None = None
+    limit: float | None = None
+    cost: str = "parameters"
+
+
+ScheduleState = dict[str, Any]
+#: schedules by name, as JSON has them
+KINDS: dict[str, type[Schedule]] = {}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Base of all schedules: `a | b` grows when either says so, `a.until(growths=3)` ends."""
+
+    def __init_subclass__(cls) -> None:
+        KINDS[cls.__name__] = cls
+
+    def ask(self, seen: TrainingStatus, memory: ScheduleState) -> Request | None:
+        """What to grow now, or None."""
+        raise NotImplementedError
+
+    def next_step(self, seen: TrainingStatus, memory: ScheduleState) -> int | None:
+        """The step at which to ask next; None: at ends of epochs alone."""
+        return None
+
+    def __or__(self, other: Schedule) -> Schedule:
+
+        return Either((self, other))
+
+    def until(self, **limits: Any) -> Schedule:
+        """The same schedule with an end; takes what `fxgrow.Until` takes."""
+        return Until(self, **limits)
+
+    def to_json(self) -> str:
+        """The schedule as JSON text.
+
+        Example:
+            >>> import fxgrow
+            >>> fxgrow.Every(steps=100).to_json()
+            '{"kind": "Every", "steps": 100}'
+            >>> fxgrow.Schedule.from_json('{"kind": "Every", "epochs": 2}')
+            Every(steps=None, epochs=2)
+        """
+        return json.dumps(_plain(self))
+
+    @staticmethod
+    def from_json(text: str) -> Schedule:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ScheduleError: the text is no schedule.
+        """
+        try:
+            found = _schedule(json.loads(text))
+        except (TypeError, ValueError, KeyError) as error:
+            raise ScheduleError(f"This text is not a schedule of fxgrow: {error}.") from error
+        if not isinstance(found, Schedule):
+            raise ScheduleError("This text is not a schedule of fxgrow: it has no 'kind' that names one.")
+        return found
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Schedule):
+        fields = [(f.name, getattr(value, f.name), f.default) for f in dataclasses.fields(value)]
+        return {"kind": type(value).__name__, **{name: _plain(v) for name, v, usual in fields if v != usual}}
+    if isinstance(value, Mapping):
+        return dict(value)
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _schedule(value: Any) -> Any:
+    if isinstance(value, dict) and isinstance(value.get("kind"), str):
+        name, fields = value["kind"], {k: _schedule(v) for k, v in value.items() if k != "kind"}
+        if name not in KINDS:
+            raise ScheduleError(f"There is no schedule named {name!r}; there are: {', '.join(KINDS)}.")
+        return KINDS[name](**fields)
+    return tuple(_schedule(v) for v in value) if isinstance(value, list) else value
+
+
+def check_one(schedule: Schedule, *names: str) -> None:
+    given = [name for name in names if getattr(schedule, name) is not None]
+    if len(given) != 1:
+        raise ScheduleError(f"{type(schedule).__name__} takes {' or '.join(names)}: give one of them.")
+    check_positive(schedule, *given)
+
+
+def check_positive(schedule: Schedule, *names: str) -> None:
+    for name in names:
+        value = getattr(schedule, name)
+        if type(value) is not int or value < 1:
+            raise ScheduleError(f"{type(schedule).__name__}({name}={value!r}): give a positive whole number.")
+
+
+def turn(seen: TrainingStatus, steps: int | None, epochs: int | None) -> Request | None:
+    if steps is not None and not seen.epoch_end and seen.steps % steps == 0:
+        return Request(f"step {seen.steps:,}")
+    if epochs is not None and seen.epoch_end and seen.epochs % epochs == 0:
+        return Request(f"epoch {seen.epochs:,}")
+    return None
+
+
+def next_turn(seen: TrainingStatus, steps: int | None) -> int | None:
+    return None if steps is None else (seen.steps // steps + 1) * steps
+
+
+@dataclass(frozen=True)
+class Either(Schedule):
+    """Grows when any of its schedules says so; the first one that does decides what."""
+
+    schedules: tuple[Schedule, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "schedules", tuple(self.schedules))
+        if not self.schedules or not all(isinstance(s, Schedule) for s in self.schedules):
+            raise ScheduleError(f"Either(schedules={self.schedules!r}): give one schedule or more.")
+
+    def ask(self, seen: TrainingStatus, memory: ScheduleState) -> Request | None:
+        # all are asked: each has its own readings to remember
+        found = [s.ask(seen, memory.setdefault(str(i), {})) for i, s in enumerate(self.schedules)]
+        return next((request for request in found if request is not None), None)
+
+    def next_step(self, seen: TrainingStatus, memory: ScheduleState) -> int | None:
+        steps = (s.next_step(seen, memory.setdefault(str(i), {})) for i, s in enumerate(self.schedules))
+        return min((step for step in steps if step is not None), default=None)
+
+
+@dataclass(frozen=True)
+class Until(Schedule):
+    """A schedule with an end: the first limit that is reached ends it.
+
+    Args:
+        schedule: what ends.
+        total: what all growths together may add: a number of `cost`, or a share of the network at its first growth
+            such as `"+100%"`. The last growth gets what is left.
+        cost: of the total: `parameters`, `multiply-adds` of a sample, or `latency` (measured seconds).
+        growths: so many of them.
+        declines: so many growths in a row that found nothing worth adding.
+        steps: no growth after this step.
+        epochs: no growth after this epoch.
+
+    Raises:
+        ScheduleError: there is no limit, or one is out of range.
+
+    Example:
+        >>> import fxgrow
+        >>> fxgrow.Every(epochs=2).until(total="+100%", declines=2)  # doctest: +ELLIPSIS
+        Until(schedule=Every(steps=None, epochs=2), total='+100%', cost='parameters', ...
+    """
+
+    schedule: Schedule
+    total: str | float | None = None
+    cost: str = "parameters"
+    growths: int | None = None
+    declines: int | None = None
+    steps: int | None = None
+    epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.schedule, Schedule):
+            raise ScheduleError(f"Until(schedule={self.schedule!r}): give a schedule.")
+        names = "growths", "declines", "steps", "epochs"
+        if self.total is None and all(getattr(self, name) is None for name in names):
+            raise ScheduleError("Until has no limit: give total, growths, declines, steps or epochs.")
+        check_positive(self, *(name for name in names if getattr(self, name) is not None))
+        if self.cost not in ("parameters", "multiply-adds", "latency"):
+            raise ScheduleError(f"cost={self.cost!r}: choose 'parameters', 'multiply-adds' or 'latency'.")
+        if self.total is not None:
+            self.allowed(1.0)
+
+    def allowed(self, start: float) -> float:
+        """What may be added to a network that costs so much."""
+        try:
+            if isinstance(self.total, str) and self.total.strip().endswith("%"):
+                limit = float(self.total.strip().removesuffix("%")) / 100 * start
+            else:
+                limit = float(self.total)  # type: ignore[arg-type]
+        except (TypeError, ValueError) as error:
+            raise ScheduleError(f"total={self.total!r}: give a number, or a share such as '+100%'.") from error
+        if not 0 < limit < math.inf:
+            raise ScheduleError(f"total={self.total!r}: give a positive number, or a share such as '+100%'.")
+        return limit
+
+    def ended(self, seen: TrainingStatus) -> bool:
+        """Whether a limit other than the total is reached."""
+        reached = (
+            (self.growths, seen.growths),
+            (self.declines, seen.declines),
+            (self.steps, seen.steps - 1),
+            (self.epochs, seen.epochs - 1),
+        )
+        return any(limit is not None and now >= limit for limit, now in reached)
+
+    def ask(self, seen: TrainingStatus, memory: ScheduleState) -> Request | None:
+        if memory.get("spent") or self.ended(seen):
+            return None
+        found = self.schedule.ask(seen, memory.setdefault("of", {}))
+        if found is None or self.total is None:
+            return found
+        spent, start = seen.spent(self.cost)
+        left = self.allowed(start) - spent
+        if left <= 0:
+            memory["spent"] = True
+            return None
+        if found.limit is not None and found.cost != self.cost:
+            raise ScheduleError(f"Two totals, in {found.cost} and in {self.cost}: a growth can keep to one of them.")
+        left = left if found.limit is None else min(left, found.limit)
+        return dataclasses.replace(found, limit=left, cost=self.cost)
+
+    def next_step(self, seen: TrainingStatus, memory: ScheduleState) -> int | None:
+        if memory.get("spent") or self.ended(seen):
+            return None
+        return self.schedule.next_step(seen, memory.setdefault("of", {}))

@@ -1,0 +1,128 @@
+"""What a schedule sees of the model: sizes, costs, how much is out of reach; and a growth within a limit."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from fxgrow.analysis.analyse import analyse
+from fxgrow.analysis.widths import widths
+from fxgrow.data.batches import Data
+from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
+from fxgrow.errors import PlanError, ScheduleError
+from fxgrow.pipeline.cost import Cost, cost_of
+from fxgrow.pipeline.growth_record import Settings
+from fxgrow.pipeline.plan import DEFAULT_BUDGET
+from fxgrow.pipeline.profile import profile
+from fxgrow.rewriting.parametrizations import remove_parametrizations
+from fxgrow.tracing.capture import capture
+from fxgrow.training.data_source import Source, beside_training
+from fxgrow.training.schedule import Request
+
+
+@dataclass
+class ModelMetrics:
+    """Of one model on one source of data; what it cost at first is remembered.
+
+    Attributes:
+        model: as it is now, without what wraps it.
+        source: batches.
+        settings: of growths.
+        start: per cost, that of the network when it was first asked for.
+        world: the processes that train it. What is measured is measured by the first.
+    """
+
+    model: nn.Module
+    source: Source
+    settings: Settings
+    start: dict[str, float] = field(default_factory=dict)
+    world: ProcessGroup = SINGLE_PROCESS
+
+    def sizes(self) -> dict[str, tuple[int, int]]:
+        """Per free width, its size and its step."""
+        return {w.name: (w.size, w.step) for w in widths(self._graph()) if w.pinned is None}
+
+    def spent(self, kind: str) -> tuple[float, float]:
+        """How much the network has grown by since it was first asked for, and how much it was."""
+        now = self.world.first(lambda: float(self._cost(kind).total({})))
+        start = self.start.setdefault(kind, now)
+        return now - start, start
+
+    def shares(self, samples: int | None) -> dict[str, float]:
+        """Per width, Psi / E|V|^2, from one pass forward and backward."""
+        s = self.settings
+        with no_autocast(self.model):
+            found = profile(
+                self._graph(), beside_training(self.source), s.loss_fn, samples or s.samples, "tiny",
+                memory_limit=s.memory_limit, progress=s.progress, seed=s.seed, process_group=self.world,
+            )  # fmt: skip
+        return {name: b.bottleneck / b.desired if b.desired > 0 else 0.0 for name, b in found.items()}
+
+    def wanted(self, request: Request) -> Settings | None:
+        """What to grow by, within the schedule's limit; None where the units that are asked for do not fit in.
+
+        Raises:
+            ScheduleError: the budget and the limit are in different costs.
+        """
+        s = self.settings
+        if request.neurons is not None:
+            s = replace(s, neurons=request.neurons, budget=None)
+        if request.limit is None:
+            return s
+        asked = {} if s.neurons is None else self._units(s.neurons)
+        now, then = self.world.first(lambda: self._now_and_then(request.cost, asked))
+        if s.neurons is not None:
+            return s if then - now <= request.limit else None
+        if s.cost != request.cost and isinstance(s.budget, (int, float)):
+            raise ScheduleError(
+                f"budget={s.budget!r} is a number of {s.cost}, the schedule's total one of {request.cost}: give a "
+                "share, or the same cost."
+            )
+        own = s.budget if isinstance(s.budget, (int, float)) else _share(s.budget) * now
+        most = min(own, request.limit)
+        return replace(s, cost=request.cost, budget=most if request.cost == "latency" else max(1, math.floor(most)))
+
+    def _now_and_then(self, kind: str, units: Mapping[str, int]) -> tuple[float, float]:
+        cost = self._cost(kind)
+        return cost.total({}), cost.total(units)
+
+    def _units(self, neurons: int | Mapping[str, int]) -> dict[str, int]:
+        steps = {name: step for name, (_, step) in self.sizes().items()}
+        asked = neurons if isinstance(neurons, Mapping) else dict.fromkeys(steps, neurons)
+        return {name: math.ceil(k / steps[name]) * steps[name] for name, k in asked.items() if name in steps}
+
+    def _graph(self) -> fx.GraphModule:
+        inputs = self.settings.example_inputs
+        if inputs is None:
+            inputs = Data(beside_training(self.source), self.settings.samples).first().inputs
+        return capture(self.model, inputs)
+
+    def _cost(self, kind: str) -> Cost:
+        gm = remove_parametrizations(self._graph())
+        # a latency is measured for the widths that may be asked for
+        free = [w.name for w in widths(gm) if w.pinned is None] if self.settings.neurons is not None else []
+        return cost_of(kind, gm, analyse(gm), free)
+
+
+def _share(budget: Any) -> float:
+    """Of a budget such as `"+25%"`."""
+    try:
+        return float(str(budget or DEFAULT_BUDGET).strip().removesuffix("%")) / 100
+    except ValueError as error:
+        raise PlanError(f"budget={budget!r}: give a number, or a share such as '+10%'.") from error
+
+
+@contextlib.contextmanager
+def no_autocast(model: nn.Module) -> Iterator[None]:
+    """Statistics in the model's own precision, wherever the loop calls from."""
+    with contextlib.ExitStack() as stack:
+        for kind in {"cpu", *(p.device.type for p in model.parameters())}:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield

@@ -1,0 +1,209 @@
+"""The schedules that say when: every so often, on a plateau, on a bottleneck, width by width."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from fxgrow.errors import ScheduleError
+from fxgrow.training.schedule import (
+    Request,
+    Schedule,
+    ScheduleState,
+    TrainingStatus,
+    check_one,
+    check_positive,
+    next_turn,
+    turn,
+)
+
+
+@dataclass(frozen=True)
+class Every(Schedule):
+    """Grows every so many optimiser steps, or every so many epochs (`Grower.epoch_end` counts them).
+
+    Raises:
+        ScheduleError: not exactly one of them is given, or it is not positive.
+
+    Example:
+        >>> import fxgrow
+        >>> fxgrow.Every(steps=500) | fxgrow.Every(epochs=3)
+        Either(schedules=(Every(steps=500, epochs=None), Every(steps=None, epochs=3)))
+    """
+
+    steps: int | None = None
+    epochs: int | None = None
+
+    def __post_init__(self) -> None:
+        check_one(self, "steps", "epochs")
+
+    def ask(self, seen: TrainingStatus, memory: ScheduleState) -> Request | None:
+        return turn(seen, self.steps, self.epochs)
+
+    def next_step(self, seen: TrainingStatus, memory: ScheduleState) -> int | None:
+        return next_turn(seen, self.steps)
+
+
+@dataclass(frozen=True)
+class OnPlateau(Schedule):
+    """Grows when the loss has stopped falling.
+
+    A reading is what `Grower.observe(value)` or `Grower.epoch_end(value)` is given, or the mean of the losses that
+    `Grower.step(loss=...)` was given in `every` steps (read together, so that a GPU is not waited for at each).
+
+    Args:
+        patience: readings in a row without an improvement before a growth, and between two growths.
+        min_delta: an improvement is more than this.
+        every: steps of one reading.
+        largest: the metric is better when it is larger.
+
+    Raises:
+        ScheduleError: a number is out of range.
+    """
+
+    patience: int = 5
+    min_delta: float = 0.0
+    every: int = 100
+    largest: bool = False
+
+    def __post_init__(self) -> None:
+        check_positive(self, "patience", "every")
+
+    def ask(self, seen: TrainingStatus, memory: ScheduleState) -> Request | None:
+        readings = [*seen.readings, *self._mean(seen, memory)]
+        for value in readings:
+            best = memory.get("best")
+            score = value if self.largest else -value
+            if best is None or score > best + self.min_delta:
+                memory.update(best=score, waited=0)
+            elif not math.isnan(score):
+                memory["waited"] += 1
+        if memory.get("waited", 0) < self.patience:
+            return None
+        memory["waited"] = 0
+        return Request(f"no improvement of more than {self.min_delta:g} in {self.patience} readings")
+
+    def _mean(self, seen: TrainingStatus, memory: ScheduleState) -> list[float]:
+        memory["sum"] = memory.get("sum", 0.0) + sum(seen.losses)
+        memory["count"] = memory.get("count", 0) + len(seen.losses)
+        if turn(seen, self.every, None) is None or not memory["count"]:
+            return []
+        mean = memory["sum"] / memory["count"]
+        memory.update(sum=0.0, count=0)
+        return [mean]
+
+    def next_step(self, seen: TrainingStatus, memory: ScheduleState) -> int | None:
+        return next_turn(seen, self.every)
+
+
+@dataclass(frozen=True)
+class OnBottleneck(Schedule):
+    """Grows when the bottleneck's share Psi / E|V|^2 of a width exceeds a threshold.
+
+    Looking is a profile (`samples` of them, one pass forward and backward), so do it seldom.
+
+    Args:
+        share: the threshold, between 0 and 1 (Verbockhaven et al. 2024, def. 2.3, as a part of what is asked for).
+        every: steps between two looks.
+        epochs: instead, epochs between two looks.
+        samples: read by a look; None for those of a growth.
+
+    Raises:
+        ScheduleError: a number is out of range.
+    """
+
+    share: float = 0.9
+    every: int | None = None
+    epochs: int | None = None
+    samples: int | None = 1024
+
+    def __post_init__(self) -> None:
+        check_one(self, "every", "epochs")
+        if not 0 <= self.share < 1:
+            raise ScheduleError(f"OnBottleneck(share={self.share!r}): give a part between 0 and 1.")
+
+    def ask(self, seen: TrainingStatus, memory: ScheduleState) -> Request | None:
+        if turn(seen, self.every, self.epochs) is None:
+            return None
+        shares = seen.shares(self.samples)
+        name = max(shares, key=lambda n: shares[n], default=None)
+        if name is None or shares[name] <= self.share:
+            return None
+        return Request(f"the bottleneck of {name} is {shares[name]:.1%} of what the loss asks for")
+
+    def next_step(self, seen: TrainingStatus, memory: ScheduleState) -> int | None:
+        return next_turn(seen, self.every)
+
+
+@dataclass(frozen=True)
+class LayerByLayer(Schedule):
+    """Grows one width at a time to a target architecture, in the order of `target`, as the paper does.
+
+    Each width grows from the size it has at the first growth in rounds of equal factors, all widths in turn
+    (Verbockhaven et al. 2024, section 5). Widths that are there already are passed over.
+
+    Args:
+        target: per width, its size at the end.
+        steps: optimiser steps between two growths.
+        epochs: instead, epochs between two growths.
+        factor: a growth makes a width at most so many times as large.
+
+    Raises:
+        ScheduleError: a number is out of range, or `target` is empty.
+
+    Example:
+        >>> import fxgrow
+        >>> fxgrow.LayerByLayer({"a": 16, "b": 8}, epochs=1, factor=2).turns({"a": 4, "b": 4})
+        [('a', 8), ('b', 6), ('a', 16), ('b', 8)]
+    """
+
+    target: Mapping[str, int]
+    steps: int | None = None
+    epochs: int | None = None
+    factor: float = 8.0
+
+    def __post_init__(self) -> None:
+        check_one(self, "steps", "epochs")
+        if not self.target or any(type(size) is not int or size < 1 for size in self.target.values()):
+            raise ScheduleError(f"LayerByLayer(target={dict(self.target)!r}): give a size for each width to grow.")
+        if not self.factor > 1:
+            raise ScheduleError(f"LayerByLayer(factor={self.factor!r}): give a factor above 1.")
+
+    def turns(self, start: Mapping[str, int]) -> list[tuple[str, int]]:
+        """The growths in order: a width, and the size that it is to have."""
+        ratio = max(size / start[name] for name, size in self.target.items())
+        rounds = max(1, math.ceil(math.log(max(1.0, ratio), self.factor) - 1e-9))
+        sizes, out = dict(start), []
+        for r in range(1, rounds + 1):
+            for name, size in self.target.items():
+                wanted = round(start[name] * (size / start[name]) ** (r / rounds))
+                if wanted > sizes[name]:
+                    sizes[name] = wanted
+                    out.append((name, wanted))
+        return out
+
+    def ask(self, seen: TrainingStatus, memory: ScheduleState) -> Request | None:
+        if memory.get("done") or turn(seen, self.steps, self.epochs) is None:
+            return None
+        sizes = seen.sizes()
+        missing = [name for name in self.target if name not in sizes]
+        if missing:
+            raise ScheduleError(
+                f"LayerByLayer has a target for {missing[0]!r}, which is no free width of this model; those are: "
+                f"{', '.join(sizes) or 'none'}."
+            )
+        start = memory.setdefault("start", {name: sizes[name][0] for name in self.target})
+        turns = self.turns(start)
+        while (at := memory.setdefault("turn", 0)) < len(turns):
+            memory["turn"] += 1
+            name, wanted = turns[at]
+            size, step = sizes[name]
+            if size < wanted:
+                units = math.ceil((wanted - size) / step) * step
+                return Request(f"turn {at + 1} of {len(turns)}", {name: units})
+        memory["done"] = True
+        return None
+
+    def next_step(self, seen: TrainingStatus, memory: ScheduleState) -> int | None:
+        return None if memory.get("done") else next_turn(seen, self.steps)

@@ -1,0 +1,1 @@
+"""What must follow a model when it grows: optimisers, averages, hooks, wrappers, shards."""

@@ -1,0 +1,96 @@
+"""Hooks that users registered on modules: kept where the module is still called, else reported.
+
+A copied module has a copy of its hooks, and of the objects whose methods they are. The user's own objects must go on to
+hear from the model, so the hooks themselves are put back; a method of one of the model's own modules stays the copy's.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+from torch import fx, nn
+
+from fxgrow.transfer.parameters import Assign, ParameterChange
+
+log = logging.getLogger("fxgrow")
+_KINDS = {
+    "_forward_pre_hooks": "forward pre-hook",
+    "_forward_hooks": "forward hook",
+    "_backward_pre_hooks": "backward pre-hook",
+    "_backward_hooks": "backward hook",
+}
+#: what says how a hook is called, by its key
+_FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
+
+
+def module_hooks(change: ParameterChange) -> Assign:
+    """The user's hooks, on the modules that have the old ones' places."""
+    after, before = called(change.new), called(change.old)
+    own = {id(module) for module in change.old.modules()}
+    found = [(name, old, change.new.get_submodule(name)) for name, old in _hooked(change.old)]
+
+    def assign() -> None:
+        for name, old, new in found:
+            if name in after:
+                _keep(old, new, own)
+            else:
+                if name in before:
+                    _report(name, old)
+                for kind in _KINDS:
+                    getattr(new, kind).clear()
+
+    return assign
+
+
+def _hooked(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    for name, module in model.named_modules():
+        if any(getattr(module, kind) for kind in _KINDS):
+            yield name, module
+
+
+def called(model: nn.Module) -> set[str]:
+    """Names of the modules whose call runs their hooks: in a graph, those that stand for a node, and the graph."""
+    if isinstance(model, fx.GraphModule) and "example_inputs" in model.meta:
+        nodes = model.graph.find_nodes(op="call_module")
+        inside = {f"{node.target}.{name}" for node in nodes for name, _ in _below(model, str(node.target))}
+        return {"", *(str(node.target) for node in nodes), *inside}
+    return {name for name, _ in model.named_modules()}
+
+
+def _below(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
+    return ((path, module) for path, module in model.get_submodule(name).named_modules() if path)
+
+
+def _keep(old: nn.Module, new: nn.Module, own: set[int]) -> None:
+    for kind in _KINDS:
+        hooks: dict[int, Any] = getattr(old, kind)
+        if not hooks:
+            continue
+        if not any(id(getattr(hook, "__self__", None)) in own for hook in hooks.values()):
+            # the dict itself, so that the user's handles still remove what is in it
+            setattr(new, kind, hooks)
+            continue
+        kept = getattr(new, kind)
+        copies = dict(kept)
+        kept.clear()
+        for key, hook in hooks.items():
+            kept[key] = copies.get(key, hook) if id(getattr(hook, "__self__", None)) in own else hook
+    for flag in _FLAGS:
+        getattr(new, flag).update(getattr(old, flag))
+    # a full backward hook is called another way than the old kind
+    new._is_full_backward_hook = old._is_full_backward_hook
+
+
+def _report(name: str, module: nn.Module) -> None:
+    for kind, what in _KINDS.items():
+        for hook in getattr(module, kind).values():
+            log.warning(
+                "The %s %s on %r is called no more: the grown model is a graph, in which that module is no node (an "
+                "output that the hook changed is changed there too). Register it on a layer inside, or take "
+                'into="module".',
+                what,
+                getattr(hook, "__qualname__", type(hook).__name__),
+                name,
+            )

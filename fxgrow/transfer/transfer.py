@@ -1,0 +1,91 @@
+"""Everything around a model in training: checked when a Grower is made, carried along at each growth."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fxgrow.errors import FxgrowError
+from fxgrow.transfer.averaged_model import check_average, grown_average
+from fxgrow.transfer.module_hooks import module_hooks
+from fxgrow.transfer.optimizer_state import prepare_transfer
+from fxgrow.transfer.parameters import Assign, ParameterChange, gradients, parameter_hooks, parameter_lists
+
+
+@dataclass
+class TrainingState:
+    """What holds parameters of the model.
+
+    Attributes:
+        optimizers: those that train it.
+        ema: an average of its weights, or None.
+        lists: lists of its parameters that the user holds.
+    """
+
+    optimizers: Sequence[Optimizer]
+    ema: nn.Module | None
+    lists: list[list[Tensor]]
+
+    def check(self, model: nn.Module, lr_scheduler: Any) -> None:
+        """Refuses what belongs to another model before any time is spent.
+
+        Raises:
+            FxgrowError: an optimiser, a scheduler, the average or a list does.
+        """
+        for optimizer in self.optimizers:
+            prepare_transfer(optimizer, model, model, {})
+        for scheduler in lr_scheduler if isinstance(lr_scheduler, (list, tuple)) else [lr_scheduler]:
+            owner = getattr(scheduler, "optimizer", None)
+            if owner is not None and all(owner is not o for o in self.optimizers):
+                raise FxgrowError(
+                    f"the {type(scheduler).__name__} scheduler sets the rates of another optimizer than the Grower's; "
+                    "make it from the one that trains the model"
+                )
+        if self.ema is not None:
+            check_average(self.ema, model)
+        parameter_lists(self.lists, ParameterChange(model, model, {}))
+
+    def follow(self, change: ParameterChange) -> Callable[[], None]:
+        """Prepares all of it, and returns what then changes all of it."""
+        assigns: list[Assign] = [prepare_transfer(o, change.old, change.new, change.index) for o in self.optimizers]
+        assigns += [gradients(change), parameter_lists(self.lists, change), parameter_hooks(change)]
+        ema = self.ema
+        if ema is not None:
+            ema, assign = grown_average(ema, change)
+            assigns.append(assign)
+        assigns.append(module_hooks(change))
+
+        def follow() -> None:
+            for assign in assigns:
+                assign()
+            self.ema = ema
+
+        return follow
+
+
+def optimizers_of(given: Any) -> Sequence[Optimizer]:
+    """One or several as a sequence.
+
+    Raises:
+        FxgrowError: something else is given.
+    """
+    found = [given] if isinstance(given, Optimizer) else given
+    if not isinstance(found, (list, tuple)) or not found or not all(isinstance(o, Optimizer) for o in found):
+        raise FxgrowError(f"optimizer is a {type(given).__name__}: give a torch.optim.Optimizer, or a list of several.")
+    return found
+
+
+def lists_of(given: Any) -> list[list[Tensor]]:
+    """One list of parameters or several as a list of lists.
+
+    Raises:
+        FxgrowError: one of them cannot be changed in place.
+    """
+    found = [given] if len(given) and isinstance(given[0], Tensor) else list(given)
+    if not all(isinstance(held, list) for held in found):
+        raise FxgrowError("parameters= takes lists of parameters, which are changed in place.")
+    return found
