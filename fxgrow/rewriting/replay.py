@@ -19,6 +19,7 @@ from fxgrow.errors import FileError, RewriteError
 from fxgrow.graph.graph import caller, compile_graph, copy_graph, named_tensors
 from fxgrow.rewriting.verify import check_shapes
 from fxgrow.storage.example_inputs import Example
+from fxgrow.storage.plain_tree import is_plain
 from fxgrow.storage.recipe import CallSite, ChangedArgument, ChangedAttribute, GrowthStep, Recipe, keep_recipe
 
 
@@ -53,7 +54,7 @@ def change(before: fx.GraphModule, after: fx.GraphModule, units: Mapping[str, in
         attributes += [
             ChangedAttribute(path, name, old[name], value)
             for name, value in vars(module).items()
-            if name in old and name != "training" and _is_plain(value) and _is_plain(old[name]) and old[name] != value
+            if name in old and name != "training" and is_plain(value) and is_plain(old[name]) and old[name] != value
         ]
     node_map = {node.name: node for node in after.graph.nodes}
     numbers, erased = [], []
@@ -160,7 +161,7 @@ def _set_numbers(out: fx.GraphModule, step: GrowthStep) -> None:
     for n in step.numbers:
         node = at[n.place]
         found = _leaf(node, n.path)
-        plain = _is_plain(found) and _is_plain(n.before) and found != -1 and n.before != -1
+        plain = is_plain(found) and is_plain(n.before) and found != -1 and n.before != -1
         if plain and found != n.before:  # what was computed may have become a number, or one to infer
             raise FileError(
                 f"{n.place} takes {found!r} in this model's code, and a growth of the recipe takes it from "
@@ -239,10 +240,3 @@ def _with(argument: Any, path: list[Any], value: Any) -> Any:
     if whole:
         return slice(*items)
     return type(argument)(items) if type(argument) in (list, tuple) else tuple(items)
-
-
-def _is_plain(value: Any) -> bool:
-    """Numbers, strings, and sequences of them: what describes a layer, or a size in a call."""
-    return isinstance(value, (int, float, str)) or (
-        type(value) in (tuple, list, torch.Size) and all(_is_plain(v) for v in value)
-    )

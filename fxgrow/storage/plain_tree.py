@@ -18,6 +18,14 @@ from torch import Tensor
 
 from fxgrow.errors import FileError
 
+
+def is_plain(value: Any) -> bool:
+    """Whether a value describes a layer or a size: a number, a string, or a tuple, list or `torch.Size` of them."""
+    return isinstance(value, (int, float, str)) or (
+        type(value) in (tuple, list, torch.Size) and all(map(is_plain, value))
+    )
+
+
 _DICTS: dict[str, Any] = {"OrderedDict": OrderedDict, "Counter": Counter}
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fxgrow
-from fxgrow.storage.plain_tree import decoded, encoded
+from fxgrow.storage.plain_tree import decoded, encoded, is_plain
 
 
 def through_json(tree: Any) -> Any:
@@ -115,3 +115,9 @@ def test_a_tree_that_contains_itself() -> None:
 def test_other_json_is_refused(data: Any) -> None:
     with pytest.raises(fxgrow.FileError, match="no tree"):
         decoded(data, {})
+
+
+def test_what_describes_a_layer_is_plain() -> None:
+    plain = [3, 0.5, True, "same", (1, (2, "a")), [8], torch.Size([8, 2])]
+    assert all(map(is_plain, plain))
+    assert not any(map(is_plain, [None, torch.ones(1), {"a": 1}, (1, None), [torch.ones(1)], range(3)]))
