@@ -28,7 +28,7 @@ from examples.data import Split, cifar10, fashion_mnist, shakespeare
 from models import GPT, MLP, ViT, resnet20
 
 METHODS = (
-    "default", "newton", "tiny", "gradmax", "random-refit", "random", "net2wider", "variance-transfer", "north",
+    "default", "tiny", "gradmax", "random-refit", "random", "net2wider", "variance-transfer", "north",
     "splitting", "firefly",
 )  # fmt: skip
 SHARE, CONTEXT = 0.25, 32

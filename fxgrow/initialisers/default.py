@@ -4,8 +4,7 @@ alpha = (S + eps)^(-1/2) u for the SVD (S + eps)^(-1/2) N (G + eps)^(-1/2) = U L
 E[(alpha^T b)^2] = 1. After Verbockhaven et al. 2024 (TMLR, arXiv 2405.19816), with G = E[V V^T] on the output side and
 ridges relative to the mean eigenvalue. Units are scaled by what they put out, so the ridge on S decides only which
 directions count; between a hundredth and the whole of the mean eigenvalue a tenth is as good as any on every net
-(`benchmarks/RESULTS.md`). `newton` has the same units; their outgoing weights are fitted on the curvature of the loss
-through the whole network.
+(`benchmarks/RESULTS.md`).
 """
 
 from __future__ import annotations
@@ -28,7 +27,6 @@ SWEEPS = 3
 OUTPUT_RIDGE = 1e-2
 
 
-@initialiser("newton", output_side=True, rows=ROWS, sketch=True, refit=True, share=0.25, curved=True)
 @initialiser("default", output_side=True, rows=ROWS, sketch=True, refit=True)
 def default(width: WidthMoments, consumers: Mapping[str, ConsumerMoments], k: int) -> Proposal:
     """Units for one width; outgoing weights are left to the refit."""

@@ -87,8 +87,6 @@ class Initialiser:
         refit: fit outgoing weights and the update of existing ones on what the units really put out.
         symmetric: the line search scales incoming and outgoing weights alike (by the root of gamma).
         share: the part of the best gamma that is applied.
-        curved: `grow` fits outgoing weights once more, on the loss's own curvature (with `refit`; see
-            `pipeline/gauss_newton.py`).
         write: instead of proposals: writes new entries of every parameter; the function is the same at any gamma, so
             that there is no line search.
         find: instead of proposals from moments: reads the data itself.
@@ -105,7 +103,6 @@ class Initialiser:
     refit: bool = False
     symmetric: bool = False
     share: float = 1.0
-    curved: bool = False
     write: Write | None = None
     find: Find | None = None
     nothing: str = "no width has a unit that the held-back test accepts"

@@ -18,7 +18,6 @@ from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup, process_group_of
 from fxgrow.errors import PlanError
 from fxgrow.graph.graph import copy_graph
 from fxgrow.initialisers import find_initialiser
-from fxgrow.pipeline.gauss_newton import newton
 from fxgrow.pipeline.growth_record import Growth, GrowthResult, Settings, keep_record
 from fxgrow.pipeline.line_search import GammaLine, held_batches, mean_loss, search
 from fxgrow.pipeline.plan import plan as make_plan
@@ -118,8 +117,8 @@ def grow(
         budget: what to add, a number of `cost` or a share such as `"+10%"`; None for `"+25%"`.
         neurons: instead of a budget: units for every width, or per width, then only the named ones are profiled; see
             `fxgrow.plan`.
-        method: the initialiser: `default`, `newton`, `tiny`, `gradmax`, `net2wider`, `variance-transfer`, `north`,
-            `splitting`, `firefly`, `random`, `random-refit`, `random-newton`, or one entered with `fxgrow.initialiser`.
+        method: the initialiser: `default`, `tiny`, `gradmax`, `net2wider`, `variance-transfer`, `north`,
+            `splitting`, `firefly`, `random`, `random-refit`, or one entered with `fxgrow.initialiser`.
         cost: of the budget: `parameters`, `multiply-adds` or `latency`; see `fxgrow.plan`.
         multiple: sizes to prefer, such as 8; see `fxgrow.plan`.
         samples: how many samples to use at most; None for 8192.
@@ -217,8 +216,6 @@ def _run(model: nn.Module, data: Data, s: Settings) -> GrowthResult:
             found, s.budget, s.neurons, cost=s.cost, multiple=s.multiple, update_existing=s.update_existing
         )
     )
-    if found.method.curved and decided.units:
-        decided = newton(gm, decided, data, s.loss_fn, found.method.share)
     clock.lap("plan")
     held = held_batches(data)
     forced = s.neurons is not None

@@ -71,8 +71,8 @@ def profile(
         loss_fn: takes (output, targets), returns the mean over the batch or one value per sample. None: cross-entropy
             for integer targets, mean squared error for floating ones, the model's own `.loss` where it has one.
         samples: how many samples to use at most; None for 8192.
-        method: the initialiser: `default`, `newton`, `tiny`, `gradmax`, `net2wider`, `variance-transfer`, `north`,
-            `splitting`, `firefly`, `random`, `random-refit`, `random-newton`, or one entered with `fxgrow.initialiser`.
+        method: the initialiser: `default`, `tiny`, `gradmax`, `net2wider`, `variance-transfer`, `north`,
+            `splitting`, `firefly`, `random`, `random-refit`, or one entered with `fxgrow.initialiser`.
         positions: `"sampled"` estimates second moments from sampled positions; `"all"` uses every one, and one more
             forward pass, for exact figures.
         memory_limit: bytes that moments and remembered activations may take at once, or None: widths that do not fit

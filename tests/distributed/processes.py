@@ -138,7 +138,6 @@ def single(case: Callable[[Batches, Setting], Any]) -> Callable[[Batches, Settin
 EQUAL: dict[str, tuple[Callable[..., Any], tuple[int, ...]]] = {
     "default": (grown(mlp, "default"), (6,)),
     "tiny": (grown(mlp, "tiny"), (6,)),
-    "newton": (grown(mlp, "newton"), (6,)),
     "sketch": (grown(attention, "default"), (3, 4)),
     "ddp": (trained(ddp), (6,)),
     "fsdp": (trained(fsdp), (6,)),

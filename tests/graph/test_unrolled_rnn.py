@@ -219,14 +219,14 @@ def test_growth_is_exact_and_lowers_the_loss(kind: str, form: str) -> None:
     torch.testing.assert_close(same(x), net(x), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("method", ["tiny", "gradmax", "newton", "random-refit", "random", "net2wider"])
+@pytest.mark.parametrize("method", ["tiny", "gradmax", "random-refit", "random", "net2wider"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_method_grows_what_a_recurrent_layer_reads(kind: str, method: str) -> None:
     net, batches = Net(kind, last=True).double(), [(x, y[:, -1]) for x, y in data()]
     grown = fxgrow.grow(net, batches, loss_fn=F.mse_loss, method=method, neurons={"a": 2}, progress=False)
     before, after = grown.meta["fxgrow"].losses["eval"]
     assert after <= before * (1 + 1e-12)
-    if method in ("tiny", "newton", "random-refit"):
+    if method in ("tiny", "random-refit"):
         assert after < before
     assert grown.r.weight_ih_l0.shape[1] == WIDTH + 2
 
