@@ -1,8 +1,8 @@
-"""The processes that grow one model together, each with its own part of the data.
+"""Communication between the processes that grow one model together, each with its own part of the data.
 
 requires: every process of the group runs the same code on models with the same weights.
-ensures:  sums are those over all processes and the same bits everywhere; what is chosen is chosen by the first process;
-          an error in one process is raised by all of them, and none waits for another that has failed.
+ensures:  sums run over all processes and have the same bits everywhere; rank 0 makes the choices; an error in one
+          process is raised by all of them, and none waits for another that has failed.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from fxgrow.errors import FxgrowError
 
 T = TypeVar("T")
 log = logging.getLogger("fxgrow")
-#: tensors are sent together up to so many bytes
-TOGETHER = 16 << 20
+#: tensors are reduced together in buckets of at most so many bytes
+BUCKET_BYTES = 16 << 20
 
 
 class ProcessGroup:
-    """This process alone.
+    """A single process; `DistributedGroup` overrides everything for several.
 
     Attributes:
-        rank: number of this process in the group.
-        size: how many there are.
+        rank: of this process in the group.
+        size: number of processes.
     """
 
     rank = 0
@@ -41,37 +41,37 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """What is done together: an error inside is raised by every process before the session ends."""
+        """An error inside the block is raised by every process before the block ends."""
         yield
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
-        """Puts the sum over all processes in the place of each tensor."""
+        """Replaces each tensor in place by its sum over all processes."""
 
-    def total(self, *numbers: float) -> list[float]:
-        """Sums of numbers over all processes."""
+    def sum_numbers(self, *numbers: float) -> list[float]:
+        """Returns the sum of each number over all processes."""
         return list(numbers)
 
     def all_gather_rows(self, rows: Tensor) -> Tensor:
-        """The rows of all processes, which may have different numbers of them."""
+        """Concatenates the rows of all processes; their numbers may differ."""
         return rows
 
-    def first(self, make: Callable[[], T]) -> T:
-        """What the first process makes; only that one calls `make`."""
+    def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
+        """Returns on every process what `make` returns on rank 0, the only one that calls it."""
         return make()
 
-    def agree(self, what: str) -> None:
+    def assert_same(self, what: str) -> None:
         """Raises an `FxgrowError` where processes are about to do different things."""
 
     def mean(self, values: Sequence[float]) -> list[float]:
-        """Means over the processes, number by number."""
-        return [v / self.size for v in self.total(*values)]
+        """Returns the mean of each number over the processes."""
+        return [v / self.size for v in self.sum_numbers(*values)]
 
     def check_equal(self, tensors: Mapping[str, Tensor], when: str) -> None:
-        """Raises an `FxgrowError` where a tensor has different bits in different processes."""
+        """Raises an `FxgrowError` where a tensor differs in any bit between processes."""
 
     @contextlib.contextmanager
-    def same_buffers(self, model: nn.Module) -> Iterator[None]:
-        """For the time being every process has the buffers (running statistics) of the first.
+    def sync_buffers(self, model: nn.Module) -> Iterator[None]:
+        """Gives every process the buffers (running statistics) of rank 0 inside the block.
 
         Raises:
             FxgrowError: parameters differ.
@@ -79,15 +79,15 @@ class ProcessGroup:
         yield
 
 
-#: this process alone
+#: the group of one process
 SINGLE_PROCESS = ProcessGroup()
 
 
 def process_group_of(process_group: Any) -> ProcessGroup:
-    """The processes of a group; None for this process alone.
+    """Wraps a process group of torch.distributed; None stands for a single process.
 
     Raises:
-        FxgrowError: this is no process group, or this process is no part of it.
+        FxgrowError: the argument is no process group, or this process is not a member of it.
     """
     if process_group is None:
         return SINGLE_PROCESS
@@ -102,7 +102,7 @@ def process_group_of(process_group: Any) -> ProcessGroup:
         group: Any = process_group
         return DistributedGroup(group) if dist.get_world_size(group) > 1 else SINGLE_PROCESS
     if process_group == dist.GroupMember.NON_GROUP_MEMBER:
-        raise FxgrowError("This process is no member of process_group=: only members may call.")
+        raise FxgrowError("This process is not a member of process_group=: only members may call.")
     raise FxgrowError(
         f"process_group= is a {type(process_group).__name__}: give a torch.distributed process group, such as "
         "torch.distributed.group.WORLD."
@@ -110,10 +110,10 @@ def process_group_of(process_group: Any) -> ProcessGroup:
 
 
 class DistributedGroup(ProcessGroup):
-    """Several processes.
+    """Several processes of torch.distributed.
 
-    Before anything is exchanged all processes say that they are well and what they are about to exchange. One that
-    fails says so in the place of its next exchange: whatever the others are about to do, they hear of it there.
+    Before each collective all processes exchange a status: no error so far, and which collective comes next. A process
+    that fails sends its error in place of its next status, so the others learn of it whatever they are about to do.
     """
 
     def __init__(self, group: dist.ProcessGroup) -> None:
@@ -123,7 +123,7 @@ class DistributedGroup(ProcessGroup):
         self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
         self._depth = 0
         self._over = False
-        self._alike = False
+        self._buffers_synced = False
 
     # -- errors
 
@@ -135,40 +135,45 @@ class DistributedGroup(ProcessGroup):
         self._depth, self._over = 1, False
         try:
             yield
-            self._meet("the end")
+            self._sync_status("the end")
         except Exception as error:
             if not self._over:
-                self._meet("an error", error)
+                self._sync_status("an error", error)
             raise
         finally:
             self._depth = 0
 
-    def _meet(self, what: str, error: Exception | None = None) -> None:
-        """Waits for all; raises the error of one of them, where there is one that is not this process's own."""
-        own = torch.tensor([error is not None, zlib.crc32(what.encode())], device=self.device)
-        all_ = [torch.empty_like(own) for _ in range(self.size)]
+    def _sync_status(self, what: str, error: Exception | None = None) -> None:
+        """Exchanges statuses with all processes and raises the error of another one, if there is one."""
+        status = torch.tensor([error is not None, zlib.crc32(what.encode())], device=self.device)
         try:
-            dist.all_gather(all_, own, group=self.group)
+            statuses = self._all_gather(status)
         except RuntimeError:
-            self._over = True  # a process is gone: nobody is left to tell
+            self._over = True  # a process is gone: there is nobody to send an error to
             raise
-        failed = [r for r, t in enumerate(all_) if t[0]]
-        if not failed and all(torch.equal(t, own) for t in all_):
+        failed = [rank for rank, other in enumerate(statuses) if other[0]]
+        if not failed and all(torch.equal(other, status) for other in statuses):
             return
         self._over = True
-        told: list[Any] = [None] * self.size
+        reports: list[Any] = [None] * self.size
         name = None if error is None else type(error).__name__
-        dist.all_gather_object(told, (name, str(error), what), group=self.group)
+        dist.all_gather_object(reports, (name, str(error), what), group=self.group)
         if error is not None:
             return
         if failed:
-            name, message, _ = told[failed[0]]
+            name, message, _ = reports[failed[0]]
             raise _error_class(name)(f"Process {failed[0]} of {self.size} failed: {message}")
-        where = "; ".join(f"process {r}: {t[2]}" for r, t in enumerate(told))
+        where = "; ".join(f"process {rank}: {report[2]}" for rank, report in enumerate(reports))
         raise FxgrowError(
-            f"The processes do not do the same ({where}). Each needs the same model, the same settings and data of the "
-            "same shapes."
+            f"The processes do different things ({where}). Each needs the same model, the same settings and data of "
+            "the same shapes."
         )
+
+    def _all_gather(self, tensor: Tensor) -> list[Tensor]:
+        """Returns the tensors of all processes, by rank."""
+        gathered = [torch.empty_like(tensor) for _ in range(self.size)]
+        dist.all_gather(gathered, tensor, group=self.group)
+        return gathered
 
     # -- exchange
 
@@ -176,7 +181,7 @@ class DistributedGroup(ProcessGroup):
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         parts: list[Tensor] = []
         for t in sorted(tensors, key=lambda t: str((t.dtype, t.device))):
-            if parts and (_kind(t) != _kind(parts[0]) or sum(p.nbytes for p in parts) + t.nbytes > TOGETHER):
+            if parts and (_kind(t) != _kind(parts[0]) or sum(p.nbytes for p in parts) + t.nbytes > BUCKET_BYTES):
                 self._sum(parts)
                 parts = []
             parts.append(t)
@@ -184,37 +189,34 @@ class DistributedGroup(ProcessGroup):
             self._sum(parts)
 
     def _sum(self, parts: Sequence[Tensor]) -> None:
-        self._meet(f"a sum of {', '.join(f'{tuple(t.shape)} {t.dtype}' for t in parts)}")
+        self._sync_status(f"a sum of {', '.join(f'{tuple(t.shape)} {t.dtype}' for t in parts)}")
         flat = torch.cat([t.reshape(-1) for t in parts]).to(self.device or parts[0].device)
         dist.all_reduce(flat, group=self.group)
-        for t, own in zip(parts, flat.split([t.numel() for t in parts]), strict=True):
-            t.copy_(own.view(t.shape))
+        for t, summed in zip(parts, flat.split([t.numel() for t in parts]), strict=True):
+            t.copy_(summed.view(t.shape))
 
-    def total(self, *numbers: float) -> list[float]:
+    def sum_numbers(self, *numbers: float) -> list[float]:
         sums = torch.tensor(numbers, dtype=torch.float64)
         self.sum_([sums])
         return [float(v) for v in sums.tolist()]
 
     @torch.no_grad()
     def all_gather_rows(self, rows: Tensor) -> Tensor:
-        self._meet(f"rows of {tuple(rows.shape[1:])} {rows.dtype}")
-        place = self.device or rows.device
-        counts = [torch.zeros(1, dtype=torch.long, device=place) for _ in range(self.size)]
-        dist.all_gather(counts, torch.tensor([len(rows)], device=place), group=self.group)
-        sizes = [int(c) for c in counts]
-        padded = rows.new_zeros(max(sizes), *rows.shape[1:], device=place)
+        self._sync_status(f"rows of {tuple(rows.shape[1:])} {rows.dtype}")
+        device = self.device or rows.device
+        counts = [int(count) for count in self._all_gather(torch.tensor([len(rows)], device=device))]
+        padded = rows.new_zeros(max(counts), *rows.shape[1:], device=device)
         padded[: len(rows)] = rows
-        found = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(found, padded, group=self.group)
-        return torch.cat([t[:n] for t, n in zip(found, sizes, strict=True)]).to(rows.device)
+        gathered = self._all_gather(padded)
+        return torch.cat([t[:n] for t, n in zip(gathered, counts, strict=True)]).to(rows.device)
 
-    def first(self, make: Callable[[], T]) -> T:
-        made = make() if self.rank == 0 else None
-        self._meet("what the first process made")
-        return cast(T, self._broadcast(made))
+    def broadcast_from_rank0(self, make: Callable[[], T]) -> T:
+        value = make() if self.rank == 0 else None
+        self._sync_status("a broadcast from rank 0")
+        return cast(T, self._broadcast(value))
 
     def _broadcast(self, value: Any) -> Any:
-        """The first process's value, its tensors on this process's device, and on every process through one file."""
+        """Sends the value of rank 0, tensors on each process's device; rank 0 reads it back like the others."""
         source = dist.get_global_rank(self.group, 0)
         data = torch.zeros(0, dtype=torch.uint8)
         if self.rank == 0:
@@ -227,67 +229,66 @@ class DistributedGroup(ProcessGroup):
         dist.broadcast(data, source, group=self.group)
         data = data.cpu()
         file = io.BytesIO(ctypes.string_at(data.data_ptr(), len(data)))
-        # between the processes of one run, as torch.distributed itself sends objects
-        return torch.load(file, map_location=_here, weights_only=False)
+        # pickle between the processes of one run, as in torch.distributed.broadcast_object_list
+        return torch.load(file, map_location=_to_this_device, weights_only=False)
 
     # -- checks
 
-    def agree(self, what: str) -> None:
-        self._meet(what)
+    def assert_same(self, what: str) -> None:
+        self._sync_status(what)
 
     def check_equal(self, tensors: Mapping[str, Tensor], when: str) -> None:
-        own = torch.tensor([checksum(t) for t in tensors.values()], dtype=torch.long, device=self.device)
-        self._meet(f"a check of {', '.join(tensors)}")
-        all_ = [torch.empty_like(own) for _ in range(self.size)]
-        dist.all_gather(all_, own, group=self.group)
-        for name, *found in zip(tensors, *(t.tolist() for t in all_), strict=True):
-            if len(set(found)) > 1:
-                other = next(r for r, v in enumerate(found) if v != found[0])
+        checksums = torch.tensor([checksum(t) for t in tensors.values()], dtype=torch.long, device=self.device)
+        self._sync_status(f"a check of {', '.join(tensors)}")
+        gathered = self._all_gather(checksums)
+        for name, *values in zip(tensors, *(t.tolist() for t in gathered), strict=True):
+            if len(set(values)) > 1:
+                other = next(rank for rank, value in enumerate(values) if value != values[0])
                 raise FxgrowError(
                     f"Processes 0 and {other} have different values of {name!r} {when}: give every process the same "
-                    "model (DistributedDataParallel sends the first one's to all), and train them alike."
+                    "model (DistributedDataParallel sends rank 0's to all), and train them alike."
                 )
 
     @contextlib.contextmanager
-    def same_buffers(self, model: nn.Module) -> Iterator[None]:
-        if self._alike:
+    def sync_buffers(self, model: nn.Module) -> Iterator[None]:
+        if self._buffers_synced:
             yield
             return
         self.check_equal(dict(model.named_parameters()), "before growth")
         buffers = dict(model.named_buffers())
-        kept = {name: t.detach().clone() for name, t in buffers.items()}
-        self._meet(f"the buffers {', '.join(kept)}")
-        given = self.first(lambda: kept)
-        self._alike = True
+        before = {name: t.detach().clone() for name, t in buffers.items()}
+        self._sync_status(f"the buffers {', '.join(before)}")
+        synced = self.broadcast_from_rank0(lambda: before)
+        self._buffers_synced = True
         try:
             with torch.no_grad():
                 for name, t in buffers.items():
-                    t.copy_(given[name])
+                    t.copy_(synced[name])
             yield
         finally:
-            self._alike = False
+            self._buffers_synced = False
             with torch.no_grad():
                 for name, t in buffers.items():
-                    t.copy_(kept[name])
+                    t.copy_(before[name])
 
 
 def _kind(t: Tensor) -> tuple[torch.dtype, torch.device]:
     return t.dtype, t.device
 
 
-def _here(storage: Any, place: str) -> Any:
-    return storage.cuda(torch.cuda.current_device()) if place.startswith("cuda") else storage
+def _to_this_device(storage: Any, location: str) -> Any:
+    return storage.cuda(torch.cuda.current_device()) if location.startswith("cuda") else storage
 
 
 def _error_class(name: str) -> type[FxgrowError]:
-    """An error of fxgrow keeps its class, any other becomes one of fxgrow."""
-    found = getattr(_errors, str(name), None)
-    return found if isinstance(found, type) and issubclass(found, FxgrowError) else FxgrowError
+    """Returns the class of that name of fxgrow's errors, else `FxgrowError`."""
+    error_class = getattr(_errors, str(name), None)
+    return error_class if isinstance(error_class, type) and issubclass(error_class, FxgrowError) else FxgrowError
 
 
 @torch.no_grad()
 def checksum(t: Tensor) -> int:
-    """A number that changes with any bit of a tensor and its place, computed where the tensor is."""
+    """Hashes the bits of a tensor and their positions, on the tensor's device."""
     if t.is_complex():
         t = torch.view_as_real(t)
     bits = t.detach().contiguous().view(-1)
@@ -295,5 +296,5 @@ def checksum(t: Tensor) -> int:
         bits = bits.view(torch.uint8)
     bits = bits.long() + 1
     odd = torch.arange(len(bits), device=bits.device) * 2 + 1
-    # integers overflow by wrapping around; products of odd numbers are a hash of the place
+    # integers overflow by wrapping around; products of odd numbers hash the position
     return int((bits * (odd * odd * 0x9E3779B1 + odd)).sum())

@@ -129,17 +129,17 @@ class Reader:
             out.ways, out.stats = apart(self.gm, self.structure, linked, stats.consumers), stats
             stats.remember(way.hidden for way in out.ways.values())
         out.loss = self.collect(stats, out.held)
-        world = self.data.world
-        stats.finish(self.generator, world)
-        out.samples, (out.loss,) = int(stats.total), world.total(out.loss)
+        process_group = self.data.process_group
+        stats.finish(self.generator, process_group)
+        out.samples, (out.loss,) = int(stats.total), process_group.sum_numbers(out.loss)
         updates, psi = project(stats)
         if self.keep:
             out.kept |= kept(stats)
         if method.project and method.moments:
             self._subtract(stats, updates, out)
-        sum_blocks(stats.widths.values(), world)
+        sum_blocks(stats.widths.values(), process_group)
         # what is drawn from here on is drawn alike
-        self.generator.set_state(world.first(self.generator.get_state))
+        self.generator.set_state(process_group.broadcast_from_rank0(self.generator.get_state))
         self._propose(stats, hiddens, additions, updates, psi, out)
 
     def _propose(
@@ -151,9 +151,9 @@ class Reader:
         psi: Mapping[str, tuple[float, float]],
         out: Measured,
     ) -> None:
-        method, world = self.method, self.data.world
+        method, process_group = self.method, self.data.process_group
         wanted = {h.width.name: additions[h.width.name] for h in hiddens}
-        out.proposals |= world.first(lambda: self._proposals(stats, wanted))
+        out.proposals |= process_group.broadcast_from_rank0(lambda: self._proposals(stats, wanted))
         for name in wanted:
             found = stats.widths.get(name)
             out.positions[name] = 0 if found is None else found.rows
@@ -215,10 +215,11 @@ class Reader:
             reader=read,
             done=done,
         )
-        (single,) = self.data.world.total(self.data.batches == 1)
-        if single not in (0, self.data.world.size):
+        (single,) = self.data.process_group.sum_numbers(self.data.batches == 1)
+        if single not in (0, self.data.process_group.size):
+            size = self.data.process_group.size
             raise ProfileError(
-                f"{single:.0f} of {self.data.world.size} processes have a single batch: give each at least two, so "
+                f"{single:.0f} of {size} processes have a single batch: give each at least two, so "
                 "that one can be held back, or each one alone."
             )
         return total

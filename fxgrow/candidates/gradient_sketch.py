@@ -61,11 +61,11 @@ def sketch(
     Returns:
         Per width whose units have a slope at zero: at most that many units, best first.
     """
-    world = data.world
+    process_group = data.process_group
     sketches = [start(h, structure) for h in hiddens if _possible(h, consumers)]
     if not sketches:
         return {}
-    copy = ZeroUnitGraph(gm, structure, consumers, updates, sketches, generator, world)
+    copy = ZeroUnitGraph(gm, structure, consumers, updates, sketches, generator, process_group)
     first = data.first()
     copy.run([first], loss_fn)
     sketches = [s for s in sketches if copy.silent[s.name] and _keep_steep(s) and copy.reads_slots(s)]
@@ -73,13 +73,15 @@ def sketch(
         return {}
     for s in sketches:
         _size(s, additions[s.name] // s.hidden.width.step, consumers, generator)
-    copy = ZeroUnitGraph(gm, structure, consumers, updates, sketches, generator, world)
+    copy = ZeroUnitGraph(gm, structure, consumers, updates, sketches, generator, process_group)
     copy.run(data.fitting(hold), loss_fn)
     for s in sketches:
-        s.groups = world.first(partial(_groups, s))
-    copy = ZeroUnitGraph(gm, structure, consumers, updates, sketches, generator, world)
+        s.groups = process_group.broadcast_from_rank0(partial(_groups, s))
+    copy = ZeroUnitGraph(gm, structure, consumers, updates, sketches, generator, process_group)
     copy.probe(data.fitting(hold), loss_fn)
-    return world.first(lambda: {s.name: _solve(gm, s, additions[s.name] // s.hidden.width.step) for s in sketches})
+    return process_group.broadcast_from_rank0(
+        lambda: {s.name: _solve(gm, s, additions[s.name] // s.hidden.width.step) for s in sketches}
+    )
 
 
 def _possible(h: GrowableWidth, consumers: Mapping[str, ConsumerMoments]) -> bool:

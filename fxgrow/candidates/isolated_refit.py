@@ -94,7 +94,7 @@ class IsolatedRefit:
             for name, c in self.consumers.items():
                 out.readouts[name] = self._readout(c, *sums[name])
             self.known.clear()
-            out.rank(self.atoms, self.data.world)
+            out.rank(self.atoms, self.data.process_group)
             self._test(gm, out)
         return out
 
@@ -121,7 +121,7 @@ class IsolatedRefit:
         else:
             self._read(gm, self.data.fitting(), self.sources, visit)
         # the first reading saw the same V and h
-        self.data.world.sum_([vz[name] for name in self.consumers])
+        self.data.process_group.sum_([vz[name] for name in self.consumers])
         return {name: (c.vh, vz[name] / self.stats.total) for name, c in self.consumers.items()}
 
     def _read(self, gm: fx.GraphModule, batches: Iterator[Batch], sources: list[fx.Node], visit: Visit) -> HeldOutCache:
@@ -180,7 +180,7 @@ class IsolatedRefit:
                     moments[0] = torch.cat([moments[0], right.sum(0, keepdim=True)])
                 moments = [m.mul_(drawn.scale / self.stats.total) for m in moments]
                 total = [a.add_(b) for a, b in zip(total, moments, strict=True)] if total else moments
-        self.data.world.sum_(total)
+        self.data.process_group.sum_(total)
         return total[0], total[1]
 
     # -- the held-back test
@@ -217,8 +217,8 @@ class IsolatedRefit:
         for name, r in out.readouts.items():
             if name in vh:
                 r.held = vh[name], vz[name]
-        out.share(self.data.world)
-        tests.finish(self.data.world)
+        out.share(self.data.process_group)
+        tests.finish(self.data.process_group)
 
 
 def _add(total: dict[str, Tensor], name: str, own: Tensor) -> None:

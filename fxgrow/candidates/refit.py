@@ -55,9 +55,9 @@ class Refit:
         alone = decrease([r.predict({}, True) for r in self.of(width)]) / self.evidence[width].coherence
         return max(0.0, self.joint(width, k) - alone)
 
-    def rank(self, atoms: Mapping[str, int], world: ProcessGroup = SINGLE_PROCESS) -> None:
+    def rank(self, atoms: Mapping[str, int], process_group: ProcessGroup = SINGLE_PROCESS) -> None:
         """Orders the candidates of each width, so many each, by their part of the fitted slope."""
-        self.evidence |= world.first(lambda: self._ranked(atoms))
+        self.evidence |= process_group.broadcast_from_rank0(lambda: self._ranked(atoms))
 
     def _ranked(self, atoms: Mapping[str, int]) -> dict[str, SignificanceTest]:
         found = {}
@@ -70,11 +70,11 @@ class Refit:
             found[width] = SignificanceTest(order, torch.zeros(k), torch.zeros(k))
         return found
 
-    def share(self, world: ProcessGroup) -> None:
+    def share(self, process_group: ProcessGroup) -> None:
         """Held-back samples, losses and sums of V [h, z]^T of all processes; the last become means."""
-        samples, self.loss = world.total(self.samples, self.loss)
+        samples, self.loss = process_group.sum_numbers(self.samples, self.loss)
         self.samples = int(samples)
-        world.sum_([t for r in self.readouts.values() for t in r.held])
+        process_group.sum_([t for r in self.readouts.values() for t in r.held])
         for r in self.readouts.values():
             r.held = r.held[0] / max(1, self.samples), r.held[1] / max(1, self.samples)
 
@@ -100,7 +100,7 @@ def run_refit(
     widths: Collection[str] | None = None,
 ) -> Refit:
     """Two passes over the candidate graph for these of its widths (None: all): fitting batches, then held-back ones."""
-    graph, world = found.graph, data.world
+    graph, process_group = found.graph, data.process_group
     atoms = {w: k for w, k in found.atoms.items() if widths is None or w in widths}
     consumers = _consumers(found, atoms)
     if not consumers:
@@ -116,7 +116,7 @@ def run_refit(
         keep = math.ceil(SAMPLES / batches)
         for c, p in reads[node]:
             h = c.layer_input(seen.inputs[p.source][:keep])
-            c.add_rows(h, c.output_gradient(v[:keep]), seen.size, generator, 1 / batches, world.size)
+            c.add_rows(h, c.output_gradient(v[:keep]), seen.size, generator, 1 / batches, process_group.size)
 
     def done(batch: Batch, seen: BatchRecord) -> None:
         nonlocal count
@@ -136,14 +136,14 @@ def run_refit(
         done=done,
     )
     out = Refit()
-    total = sum_consumers(consumers, count, world)
+    total = sum_consumers(consumers, count, process_group)
     sides = {name: _sides(c, found) for name, c in consumers.items()}
     for name, c in consumers.items():
         c.finish(total)
         out.readouts[name] = _readout(c, found, *_columns(c, *sides[name]))
         # the readout has what it needs of them
         c.vh, c.m, c.g = torch.zeros(0), None, None
-    out.rank(atoms, world)
+    out.rank(atoms, process_group)
     tests = Tests(out.readouts, out.evidence, atoms)
     count = 0
     held: dict[fx.Node, Tensor] = {}
@@ -174,8 +174,8 @@ def run_refit(
         if len(c.vh):
             r, (old, z) = out.readouts[name], _columns(c, *sides[name])
             r.held = c.vh[r.outputs][:, old], c.vh[r.outputs][:, z]
-    out.share(world)
-    tests.finish(world)
+    out.share(process_group)
+    tests.finish(process_group)
     return out
 
 

@@ -126,10 +126,10 @@ class Tests:
             return c.back(weights, v - c.apply(self.expressible[key], h), z)
         return c.back(weights, v, z).sub_(c.apply(self.expressible[key], h))
 
-    def finish(self, world: ProcessGroup = SINGLE_PROCESS) -> None:
-        self.count = int(world.total(self.count)[0])
-        world.sum_([*self.sums.values(), *self.squares.values()])
-        self.whole = dict(zip(self.whole, world.total(*self.whole.values()), strict=True))
+    def finish(self, process_group: ProcessGroup = SINGLE_PROCESS) -> None:
+        self.count = int(process_group.sum_numbers(self.count)[0])
+        process_group.sum_([*self.sums.values(), *self.squares.values()])
+        self.whole = dict(zip(self.whole, process_group.sum_numbers(*self.whole.values()), strict=True))
         n = max(2, self.count)
         for width, e in self.evidence.items():
             mean = self.sums[width] / n

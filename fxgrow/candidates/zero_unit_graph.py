@@ -126,10 +126,10 @@ class ZeroUnitGraph:
         updates: Mapping[str, Tensor],
         sketches: Sequence[WidthSketch],
         generator: torch.Generator,
-        world: ProcessGroup = SINGLE_PROCESS,
+        process_group: ProcessGroup = SINGLE_PROCESS,
     ) -> None:
         self.sketches, self.consumers, self.updates = sketches, consumers, updates
-        self.generator, self.world = generator, world
+        self.generator, self.process_group = generator, process_group
         additions = {s.name: s.atoms * s.hidden.width.step for s in sketches}
         self.where = places(structure, additions)
         values = Values(new_units_see_each_other=False)
@@ -201,14 +201,14 @@ class ZeroUnitGraph:
             done=done,
             corrections={node: partial(self._without_expressible, own) for node, own in readers.items()},
         )
-        world = self.world
-        world.sum_([t for _, p in producers for t in (p.slope, p.s) if t is not None])
+        process_group = self.process_group
+        process_group.sum_([t for _, p in producers for t in (p.slope, p.s) if t is not None])
         for _, p in producers:
-            p.rows = int(world.total(p.rows)[0])
+            p.rows = int(process_group.sum_numbers(p.rows)[0])
         for s in self.sketches:
-            self.silent[s.name] = not world.total(not self.silent[s.name])[0]
+            self.silent[s.name] = not process_group.sum_numbers(not self.silent[s.name])[0]
         # what is drawn from here on is drawn alike
-        self.generator.set_state(world.first(self.generator.get_state))
+        self.generator.set_state(process_group.broadcast_from_rank0(self.generator.get_state))
 
     def reads_slots(self, s: WidthSketch) -> bool:
         """Whether what a reader takes of a unit comes apart into its slots."""
@@ -239,9 +239,9 @@ class ZeroUnitGraph:
         forward_backward(
             self.graph, few, loss_fn, sources=sources, targets=[], weights={}, reader=lambda *_: None, done=done
         )
-        self.world.sum_([group.second for s in self.sketches for group in s.groups])
+        self.process_group.sum_([group.second for s in self.sketches for group in s.groups])
         for s in self.sketches:
-            (total,) = self.world.total(rows[s.name])
+            (total,) = self.process_group.sum_numbers(rows[s.name])
             for group in s.groups:
                 group.second = group.second / total
 

@@ -104,19 +104,21 @@ class Data:
     Args:
         loader: any iterable of batches; an iterator is read once and kept.
         samples: how many samples to use at most, of all processes together; None for `DEFAULT_SAMPLES`.
-        world: the processes that read the rest of the data, each as many.
+        process_group: the processes that read the rest of the data, each as many.
 
     Raises:
         ProfileError: `samples` is not positive.
     """
 
-    def __init__(self, loader: Iterable[Any], samples: int | None = None, world: ProcessGroup = SINGLE_PROCESS) -> None:
+    def __init__(
+        self, loader: Iterable[Any], samples: int | None = None, process_group: ProcessGroup = SINGLE_PROCESS
+    ) -> None:
         if samples is not None and samples < 1:
             raise ProfileError(f"samples={samples}: at least one sample is needed to profile.")
         if not hasattr(loader, "__iter__"):
             raise ProfileError(f"The dataloader is a {type(loader).__name__}, which cannot be iterated over.")
-        self.world = world
-        self.limit = -(-(samples or DEFAULT_SAMPLES) // world.size)
+        self.process_group = process_group
+        self.limit = -(-(samples or DEFAULT_SAMPLES) // process_group.size)
         self.loader: Iterable[Any] = loader
         self._state = _random_state(loader)
         if _once(loader):

@@ -170,22 +170,24 @@ def grow(
 
 @random_state_kept()
 def run(
-    model: nn.Module, dataloader: Iterable[Any], settings: Settings, world: ProcessGroup = SINGLE_PROCESS
+    model: nn.Module, dataloader: Iterable[Any], settings: Settings, process_group: ProcessGroup = SINGLE_PROCESS
 ) -> GrowthResult:
     """The stages of `grow`, on a copy: the model and whatever trains it are as before.
 
-    Every process of the world makes the same model.
+    Every process of the group makes the same model.
     """
-    with world.session(), world.same_buffers(model):
-        grown = _run(model, Data(dataloader, settings.samples, world), settings)
-        world.check_equal({**dict(grown.model.named_parameters()), **dict(grown.model.named_buffers())}, "after growth")
+    with process_group.session(), process_group.sync_buffers(model):
+        grown = _run(model, Data(dataloader, settings.samples, process_group), settings)
+        process_group.check_equal(
+            {**dict(grown.model.named_parameters()), **dict(grown.model.named_buffers())}, "after growth"
+        )
         return grown
 
 
 def _run(model: nn.Module, data: Data, s: Settings) -> GrowthResult:
     check_into(s.into, model)
     clock = _Clock()
-    world = data.world
+    process_group = data.process_group
     first = data.first()
     check_device(first, model)
     inputs = first.inputs if s.example_inputs is None else s.example_inputs
@@ -208,10 +210,10 @@ def _run(model: nn.Module, data: Data, s: Settings) -> GrowthResult:
         units=asked,
         progress=s.progress,
         seed=s.seed,
-        process_group=world,
+        process_group=process_group,
     )
     clock.lap("profile")
-    decided = world.first(
+    decided = process_group.broadcast_from_rank0(
         lambda: make_plan(
             found, s.budget, s.neurons, cost=s.cost, multiple=s.multiple, update_existing=s.update_existing
         )
@@ -219,7 +221,7 @@ def _run(model: nn.Module, data: Data, s: Settings) -> GrowthResult:
     clock.lap("plan")
     held = held_batches(data)
     forced = s.neurons is not None
-    grown, growth = _apply_best(gm, decided, found.record(), held, s.loss_fn, forced, s.update_existing, world)
+    grown, growth = _apply_best(gm, decided, found.record(), held, s.loss_fn, forced, s.update_existing, process_group)
     clock.lap("search")
     grown, index = restore_parametrizations(grown, growth.index)
     out = into_module(model, inputs, captured, grown) if s.into == "module" else grown
@@ -243,21 +245,21 @@ def _apply_best(
     loss_fn: LossFn | None,
     forced: bool,
     update_existing: bool,
-    world: ProcessGroup,
+    process_group: ProcessGroup,
 ) -> tuple[fx.GraphModule, _Outcome]:
     """Searches gamma and rewrites; a decline returns an unchanged copy."""
     pinned = {w.name: w.pinned for w in found.widths if w.pinned is not None}
-    before = _losses(gm, held, loss_fn, world)
+    before = _losses(gm, held, loss_fn, process_group)
     if not decided.units:
         same = {mode: (loss, loss) for mode, loss in before.items()}
         return copy_graph(gm), _Outcome(Growth(decided, found, None, same, pinned, {}, decided.reason), {})
     if not decided.moves:
         grown, index = rewrite(gm, decided.units, decided.at(decided.scale), torch.Generator().manual_seed(0))
         check_function(gm, grown, gm.meta["example_inputs"])
-        after = _losses(grown, held, loss_fn, world)
+        after = _losses(grown, held, loss_fn, process_group)
         losses = {mode: (before[mode], after[mode]) for mode in before}
         return grown, _Outcome(Growth(decided, found, None, losses, pinned, {}), index)
-    line = GammaLine(gm, decided, held, world)
+    line = GammaLine(gm, decided, held, process_group)
     check_function(gm, line.move(0.0), gm.meta["example_inputs"])
     result = search(line, loss_fn, found.method.share, follow=update_existing)
     gamma = result.applied
@@ -270,7 +272,7 @@ def _apply_best(
         return copy_graph(gm), _Outcome(Growth(plan, found, result, same, pinned, {}, declined), {})
     if gamma:
         decided = line.plan_here(gamma)
-    after = _losses(line.graph, held, loss_fn, world)
+    after = _losses(line.graph, held, loss_fn, process_group)
     losses = {mode: (before[mode], after[mode]) for mode in before}
     # what the profile says of the slope holds; of the curvature the line search has seen more
     curvature = decided.slope / result.best if result.best else decided.curvature
@@ -287,13 +289,15 @@ def _decreases(model: nn.Module, growth: Growth) -> tuple[tuple[float, float], .
     return (*earlier, (predicted, old - new)) if growth.plan.units and predicted else earlier
 
 
-def _losses(gm: fx.GraphModule, held: list[Batch], loss_fn: LossFn | None, world: ProcessGroup) -> dict[str, float]:
+def _losses(
+    gm: fx.GraphModule, held: list[Batch], loss_fn: LossFn | None, process_group: ProcessGroup
+) -> dict[str, float]:
     """Held-back loss in eval and in train mode (on a copy: BatchNorm's statistics move)."""
     copy = copy_graph(gm)
-    out = {"eval": mean_loss(copy.eval(), held, loss_fn, world)}
+    out = {"eval": mean_loss(copy.eval(), held, loss_fn, process_group)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        out["train"] = mean_loss(copy.train(), held, loss_fn, world)
+        out["train"] = mean_loss(copy.train(), held, loss_fn, process_group)
     return out
 
 

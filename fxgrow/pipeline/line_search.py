@@ -59,11 +59,11 @@ class GammaLine:
     """A grown graph that moves along gamma, and the held-back batches it is measured on."""
 
     def __init__(
-        self, gm: fx.GraphModule, plan: Plan, batches: Sequence[Batch], world: ProcessGroup = SINGLE_PROCESS
+        self, gm: fx.GraphModule, plan: Plan, batches: Sequence[Batch], process_group: ProcessGroup = SINGLE_PROCESS
     ) -> None:
-        self.original, self.plan, self.batches, self.world = gm, plan, batches, world
+        self.original, self.plan, self.batches, self.process_group = gm, plan, batches, process_group
         self.graph, self.index = self._rewritten(0.0)
-        self.norms = RunningStatistics(self.graph, batches, world)
+        self.norms = RunningStatistics(self.graph, batches, process_group)
         whole = dict(self._rewritten(1.0)[0].named_parameters())
         # new entries and updates of old ones move at one rate, unless incoming weights share gamma
         units = dict(self._rewritten(1.0, update=False)[0].named_parameters()) if plan.symmetric else whole
@@ -108,20 +108,23 @@ def held_batches(data: Data) -> list[Batch]:
     for batch in data.held_back():
         held.append(batch)
         size += batch.size
-        if size * data.world.size >= SEARCH_SAMPLES:
+        if size * data.process_group.size >= SEARCH_SAMPLES:
             break
     return held
 
 
 def mean_loss(
-    graph: fx.GraphModule, batches: Sequence[Batch], loss_fn: LossFn | None, world: ProcessGroup = SINGLE_PROCESS
+    graph: fx.GraphModule,
+    batches: Sequence[Batch],
+    loss_fn: LossFn | None,
+    process_group: ProcessGroup = SINGLE_PROCESS,
 ) -> float:
     """Mean loss over the samples of all processes, in the graph's mode."""
     total = 0.0
     with torch.no_grad():
         for b in batches:
             total += float(loss_of(forward(graph, graph, b), b, loss_fn)) * b.size
-    total, size = world.total(total, sum(b.size for b in batches))
+    total, size = process_group.sum_numbers(total, sum(b.size for b in batches))
     return total / max(1, size)
 
 
@@ -140,21 +143,21 @@ def search(line: GammaLine, loss_fn: LossFn | None, share: float = 1.0, follow: 
         share: the part of the best gamma to apply.
         follow: running statistics move as batch statistics do.
     """
-    norms, batches, world = line.norms, line.batches, line.world
+    norms, batches, process_group = line.norms, line.batches, line.process_group
     start: dict[str, Moments] = {}
     losses: dict[float, tuple[float, float]] = {}
 
     def see(gamma: float) -> None:
         graph = line.move(gamma)
         with norms.batch_statistics() as moments:
-            train = mean_loss(graph, batches, loss_fn, world)
+            train = mean_loss(graph, batches, loss_fn, process_group)
         if gamma == 0.0:
             start.update(moments)
         if follow:
             norms.follow(start, moments)
         if norms.live:
             with eval_mode(graph):
-                losses[gamma] = train, mean_loss(graph, batches, loss_fn, world)
+                losses[gamma] = train, mean_loss(graph, batches, loss_fn, process_group)
         else:
             losses[gamma] = train, train
 

@@ -112,9 +112,9 @@ def profile(
     initialiser = find_initialiser(method)
     if positions not in ("sampled", "all"):
         raise ProfileError(f"positions={positions!r}: choose 'sampled' or 'all'.")
-    world = process_group_of(process_group)
-    with world.session(), world.same_buffers(gm):
-        data = Data(dataloader, samples, world)
+    process_group = process_group_of(process_group)
+    with process_group.session(), process_group.sync_buffers(gm):
+        data = Data(dataloader, samples, process_group)
         return profiled(
             gm, data, loss_fn, initialiser, positions, memory_limit, widths, units, progress, seed, keep_moments
         )
@@ -135,14 +135,14 @@ def profiled(
     parts: Sequence[Moments] = (),
 ) -> Profile:
     """The stages of `profile`; moments of parts take the place of the first reading, and data may be None then."""
-    world = data.world
-    if keep_moments and (initialiser.find is not None or world.size > 1):
+    process_group = data.process_group
+    if keep_moments and (initialiser.find is not None or process_group.size > 1):
         raise ProfileError(
             f"keep_moments=True: method={initialiser.name!r} has none."
             if initialiser.find is not None
             else "keep_moments=True keeps the moments of one process: leave out process_group= and merge them later."
         )
-    if initialiser.find is not None and world.size > 1:
+    if initialiser.find is not None and process_group.size > 1:
         raise ProfileError(
             f"method={initialiser.name!r} reads the data in a way of its own, on one process alone: choose another, or "
             "grow on one process and send fxgrow.Plan.to_json() to the others."
@@ -164,7 +164,7 @@ def profiled(
     exact = positions == "all"
     generator = torch.Generator().manual_seed(seed)
     additions = {h.width.name: _how_many(h.width, units) for h in chosen}
-    show = progress and world.rank == 0
+    show = progress and process_group.rank == 0
     reader = Reader(
         gm, structure, initialiser, data, loss_fn, exact, generator, show, memory_limit, keep_moments or bool(parts)
     )
@@ -269,16 +269,16 @@ def _calibration(gm: fx.GraphModule, data: Data, hold: bool) -> list[Any]:
     for batch in data.fitting(hold):
         taken.append(batch.arguments(gm))
         size += batch.size
-        if size * data.world.size >= CALIBRATION:
+        if size * data.process_group.size >= CALIBRATION:
             break
     same = all(
         isinstance(t, Tensor) and t.dim() > 0 and t.shape[1:] == f.shape[1:]
         for a in taken
         for t, f in zip(a, taken[0], strict=True)
     )
-    if data.world.total(not same)[0]:
-        return data.world.first(lambda: taken[0])
-    return [data.world.all_gather_rows(torch.cat(parts)) for parts in zip(*taken, strict=True)]
+    if data.process_group.sum_numbers(not same)[0]:
+        return data.process_group.broadcast_from_rank0(lambda: taken[0])
+    return [data.process_group.all_gather_rows(torch.cat(parts)) for parts in zip(*taken, strict=True)]
 
 
 def _bottleneck(

@@ -85,11 +85,11 @@ def moments(x: Tensor) -> Moments:
     return rows.mean(1), rows.var(1)
 
 
-def average(pairs: Sequence[Moments], world: ProcessGroup = SINGLE_PROCESS) -> Moments:
+def average(pairs: Sequence[Moments], process_group: ProcessGroup = SINGLE_PROCESS) -> Moments:
     """The mean over the batches of all processes."""
     mean, var = (torch.stack(each).sum(0) for each in zip(*pairs, strict=True))
-    world.sum_([mean, var])
-    (count,) = world.total(len(pairs))
+    process_group.sum_([mean, var])
+    (count,) = process_group.sum_numbers(len(pairs))
     return mean / count, var / count
 
 
@@ -101,10 +101,12 @@ class RunningStatistics:
             their running ones.
     """
 
-    def __init__(self, gm: fx.GraphModule, batches: Sequence[Batch], world: ProcessGroup = SINGLE_PROCESS) -> None:
-        self.graph, self.world = gm, world
+    def __init__(
+        self, gm: fx.GraphModule, batches: Sequence[Batch], process_group: ProcessGroup = SINGLE_PROCESS
+    ) -> None:
+        self.graph, self.process_group = gm, process_group
         self.norms = norms_of(gm)
-        self.live = bool(self.norms) and not world.total(any(b.size == 1 for b in batches))[0]
+        self.live = bool(self.norms) and not process_group.sum_numbers(any(b.size == 1 for b in batches))[0]
         self._running = {name: (_buffers(m)[0].clone(), _buffers(m)[1].clone()) for name, m in self.norms.items()}
 
     @contextlib.contextmanager
@@ -134,7 +136,7 @@ class RunningStatistics:
                 for hook in hooks:
                     hook.remove()
         for name, pairs in seen.items():
-            found[name] = average(pairs, self.world)
+            found[name] = average(pairs, self.process_group)
 
     def follow(self, start: Mapping[str, Moments], now: Mapping[str, Moments]) -> None:
         """Moves running statistics as batch statistics moved from `start` to `now`."""

@@ -15,32 +15,32 @@ from fxgrow.statistics.consumer_moments import ConsumerMoments
 from fxgrow.statistics.width_moments import WidthMoments
 
 
-def sum_consumers(consumers: Mapping[str, ConsumerMoments], samples: float, world: ProcessGroup) -> float:
+def sum_consumers(consumers: Mapping[str, ConsumerMoments], samples: float, process_group: ProcessGroup) -> float:
     """E[V h^T], E|V|^2, M, G and counts before `finish`; returns the samples of all processes."""
-    if world.size == 1:
+    if process_group.size == 1:
         return samples
     counts = torch.tensor(
         [[samples, float(c.vv), c.samples, c.given, c.rows] for c in consumers.values()], dtype=torch.float64
     ).view(-1, 5)
-    world.sum_([counts, *(t for c in consumers.values() for t in (c.vh, c.m, c.g) if t is not None)])
+    process_group.sum_([counts, *(t for c in consumers.values() for t in (c.vh, c.m, c.g) if t is not None)])
     for c, (_, vv, seen, given, rows) in zip(consumers.values(), counts.tolist(), strict=True):
         c.vv, c.samples, c.given, c.rows = vv, int(seen), int(given), int(rows)
-    return world.total(samples)[0]
+    return process_group.sum_numbers(samples)[0]
 
 
-def sum_inputs(widths: Iterable[WidthMoments], samples: float, total: float, world: ProcessGroup) -> None:
+def sum_inputs(widths: Iterable[WidthMoments], samples: float, total: float, process_group: ProcessGroup) -> None:
     """S, or the few rows in its place, and counts; those rows make up a mean over this process's samples."""
     widths = list(widths)
-    if world.size == 1 or not widths:
+    if process_group.size == 1 or not widths:
         return
     counts = torch.tensor([[w.rows, w.samples, w.reads] for w in widths], dtype=torch.float64)
-    world.sum_([counts, *(w.s for w in widths if w.s is not None)])
+    process_group.sum_([counts, *(w.s for w in widths if w.s is not None)])
     for w, (rows, seen, reads) in zip(widths, counts.tolist(), strict=True):
         w.rows, w.samples, w.reads = int(rows), int(seen), reads
         if w.few:
-            w.few = [world.all_gather_rows(torch.cat(w.few) * (samples / total) ** 0.5)]
+            w.few = [process_group.all_gather_rows(torch.cat(w.few) * (samples / total) ** 0.5)]
 
 
-def sum_blocks(widths: Iterable[WidthMoments], world: ProcessGroup) -> None:
+def sum_blocks(widths: Iterable[WidthMoments], process_group: ProcessGroup) -> None:
     """E[b V^T]: of this process's samples, over all samples; then of all."""
-    world.sum_([block for w in widths for _, block in sorted(w.blocks.items())])
+    process_group.sum_([block for w in widths for _, block in sorted(w.blocks.items())])

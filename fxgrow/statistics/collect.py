@@ -180,7 +180,7 @@ class Statistics:
         for node in self.sources:
             self.memory.add_input(node, seen.inputs[node], self.keep[node])
 
-    def finish(self, generator: torch.Generator, world: ProcessGroup = SINGLE_PROCESS) -> None:
+    def finish(self, generator: torch.Generator, process_group: ProcessGroup = SINGLE_PROCESS) -> None:
         """Turns sums into means over all processes, but for N; sampled matrices come from what was remembered."""
         for c in self.consumers.values() if not self.exact else ():
             for p in c.uses:
@@ -189,17 +189,17 @@ class Statistics:
                     h, v = c.layer_input(inputs[p.source]), c.output_gradient(updates[p.node])
                     if self.complete:
                         c.add_products(h, v)
-                    drawn = c.add_rows(h, v, share * self.samples, generator, share, world.size)
+                    drawn = c.add_rows(h, v, share * self.samples, generator, share, process_group.size)
                     c.drawn.append(Drawn(p, span, keep, *drawn))
-        self.total = sum_consumers(self.consumers, self.samples, world)
+        self.total = sum_consumers(self.consumers, self.samples, process_group)
         for c in self.consumers.values():
             c.finish(self.total)
         alike = {name: None if self.exact else self._same_input(w) for name, w in self.widths.items()}
         own = [w for name, w in self.widths.items() if alike[name] is None]
         for w in own if not self.exact else ():
             for share, _, inputs, _ in self._groups(w.keep, [k.writes.source for k in w.links]):
-                w.add_rows(inputs, share * self.samples, generator, share, world.size)
-        sum_inputs(own, self.samples, self.total, world)
+                w.add_rows(inputs, share * self.samples, generator, share, process_group.size)
+        sum_inputs(own, self.samples, self.total, process_group)
         for name, w in self.widths.items():
             same = alike[name]
             if same is not None and same.m is not None:

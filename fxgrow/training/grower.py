@@ -136,8 +136,8 @@ class Grower:
         )  # fmt: skip
         inside, _ = unwrapped(model)
         self._around = TrainingState(optimizers_of(optimizer), ema, lists_of(parameters))
-        self._world = process_group_of(group_of(model) if process_group is None else process_group)
-        self._outlook = ModelMetrics(inside, dataloader, settings, world=self._world)
+        self._process_group = process_group_of(group_of(model) if process_group is None else process_group)
+        self._outlook = ModelMetrics(inside, dataloader, settings, process_group=self._process_group)
         if ema is not None and is_sharded(inside):
             raise FxgrowError("ema= of a sharded model (FSDP2) does not grow along: leave it out.")
         self._on_error = on_error
@@ -275,11 +275,11 @@ class Grower:
     def _ask(self, epoch_end: bool) -> bool:
         before = copy.deepcopy(self._memory)
         try:
-            with self._world.session(), self._whole():
-                seen = self._seen(epoch_end, self._world)
+            with self._process_group.session(), self._whole():
+                seen = self._seen(epoch_end, self._process_group)
                 self._readings, self._losses = [], deque(maxlen=REMEMBERED)
                 request = self.schedule.ask(seen, self._memory)
-                self._world.agree(f"growth at step {self.steps}: {request}")
+                self._process_group.assert_same(f"growth at step {self.steps}: {request}")
                 settings = None if request is None else self._outlook.wanted(request)
             if request is None:
                 return False
@@ -299,14 +299,14 @@ class Grower:
         step = self.schedule.next_step(self._seen(False, SINGLE_PROCESS), self._memory)
         return math.inf if step is None else max(step, self.steps + 1)
 
-    def _seen(self, epoch_end: bool, world: ProcessGroup) -> TrainingStatus:
+    def _seen(self, epoch_end: bool, process_group: ProcessGroup) -> TrainingStatus:
         return TrainingStatus(
             steps=self.steps,
             epochs=self.epochs,
             epoch_end=epoch_end,
             # the numbers are waited for only when the schedule is asked
-            readings=world.mean(self._readings),
-            losses=world.mean(_numbers(self._losses)),
+            readings=process_group.mean(self._readings),
+            losses=process_group.mean(_numbers(self._losses)),
             growths=self.history.growths,
             declines=self.history.declines,
             shares=self._outlook.shares,
@@ -334,7 +334,7 @@ class Grower:
             raise
         if grown.record.plan.units:
             change = ParameterChange(old, grown.model, grown.index)
-            with self._world.session():
+            with self._process_group.session():
                 follow = self._around.follow(change) if whole is None else whole.follow(self._around, change)
             if whole is not None:
                 follow()
@@ -355,7 +355,7 @@ class Grower:
 
     def _run(self, model: nn.Module, settings: Settings) -> GrowthResult:
         """The growth itself, on a copy, with all processes that train the model."""
-        return run(model, beside_training(self._outlook.source), settings, self._world)
+        return run(model, beside_training(self._outlook.source), settings, self._process_group)
 
     @contextlib.contextmanager
     def _whole(self) -> Iterator[None]:

@@ -35,14 +35,14 @@ class ModelMetrics:
         source: batches.
         settings: of growths.
         start: per cost, that of the network when it was first asked for.
-        world: the processes that train it. What is measured is measured by the first.
+        process_group: the processes that train it. What is measured is measured by the first.
     """
 
     model: nn.Module
     source: Source
     settings: Settings
     start: dict[str, float] = field(default_factory=dict)
-    world: ProcessGroup = SINGLE_PROCESS
+    process_group: ProcessGroup = SINGLE_PROCESS
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Per free width, its size and its step."""
@@ -50,7 +50,7 @@ class ModelMetrics:
 
     def spent(self, kind: str) -> tuple[float, float]:
         """How much the network has grown by since it was first asked for, and how much it was."""
-        now = self.world.first(lambda: float(self._cost(kind).total({})))
+        now = self.process_group.broadcast_from_rank0(lambda: float(self._cost(kind).total({})))
         start = self.start.setdefault(kind, now)
         return now - start, start
 
@@ -60,7 +60,7 @@ class ModelMetrics:
         with no_autocast(self.model):
             found = profile(
                 self._graph(), beside_training(self.source), s.loss_fn, samples or s.samples, "tiny",
-                memory_limit=s.memory_limit, progress=s.progress, seed=s.seed, process_group=self.world,
+                memory_limit=s.memory_limit, progress=s.progress, seed=s.seed, process_group=self.process_group,
             )  # fmt: skip
         return {name: b.bottleneck / b.desired if b.desired > 0 else 0.0 for name, b in found.items()}
 
@@ -76,7 +76,7 @@ class ModelMetrics:
         if request.limit is None:
             return s
         asked = {} if s.neurons is None else self._units(s.neurons)
-        now, then = self.world.first(lambda: self._now_and_then(request.cost, asked))
+        now, then = self.process_group.broadcast_from_rank0(lambda: self._now_and_then(request.cost, asked))
         if s.neurons is not None:
             return s if then - now <= request.limit else None
         if s.cost != request.cost and isinstance(s.budget, (int, float)):
