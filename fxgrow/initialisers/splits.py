@@ -12,7 +12,9 @@ ensures:  the loss of the widened graph as a differentiable function of the spli
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -149,6 +151,8 @@ class SplitGraph:
         values, _ = split_values(gm, structure, splits)
         self.graph = widened(gm, structure, self.additions, values, torch.Generator().manual_seed(0)).graph
         self.graph.eval()
+        #: in which the graph runs
+        self.mode: AbstractContextManager[Any] = nullcontext()
         # as the line search sees it: what training would normalise away is no gain
         self.norms = norms_of(self.graph) if data.first().size > 1 else {}
         for m in self.norms.values():
@@ -175,7 +179,8 @@ class SplitGraph:
         """The mean loss of a batch."""
         # the other kernels of attention have no second derivative
         with sdpa_kernel(SDPBackend.MATH):
-            output = forward(lambda *inputs: functional_call(self.graph, parameters, inputs), self.graph, batch)
+            with self.mode:
+                output = forward(lambda *inputs: functional_call(self.graph, parameters, inputs), self.graph, batch)
             return loss_of(output, batch, self.loss_fn)
 
     @torch.no_grad()

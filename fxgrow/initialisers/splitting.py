@@ -18,17 +18,16 @@ LeakyReLU, PReLU, hardtanh, hardsigmoid and threshold; kinks of other functions,
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from fxgrow.errors import ProfileError
-from fxgrow.graph.graph import compile_graph
 from fxgrow.initialisers.copies import why_no_copies
 from fxgrow.initialisers.registry import Setting, finder
 from fxgrow.initialisers.splits import SplitGraph, Splits, pack, unit_rows, unpack, writes_of
@@ -40,10 +39,9 @@ STEPS = 12
 #: half of the box that smoothes a kink, relative to the root mean square of what enters
 BOX = 0.5
 _KINKED = {
-    F.relu, F.relu_, F.relu6, F.leaky_relu, F.leaky_relu_, F.prelu, F.hardtanh, F.hardtanh_, F.hardsigmoid, F.threshold,
-    torch.relu, torch.relu_, torch.prelu, torch.threshold, "relu", "relu_", "prelu",
+    F.relu, F.relu6, F.leaky_relu, F.hardtanh, F.hardsigmoid, F.threshold, torch.relu, torch.relu_, torch.prelu,
+    torch.threshold, F.leaky_relu_, F.hardtanh_, Tensor.relu, Tensor.relu_, Tensor.prelu,
 }  # fmt: skip
-_KINKED_MODULES = (nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.PReLU, nn.Hardtanh, nn.Hardsigmoid, nn.Threshold)
 #: per width, one vector for every unit `[units, D]`
 Vectors = dict[str, Tensor]
 
@@ -86,7 +84,7 @@ class SplittingMatrix:
         zero = [(h, self.splits(name, self.delta[name])) for name, h in self.hiddens.items()]
         self.graph = SplitGraph(gm, structure, zero, setting.data, setting.loss_fn)
         self.parameters = self.graph.at(zero)
-        smooth(self.graph.graph)
+        self.graph.mode = SmoothKinks()
 
     def splits(self, name: str, delta: Tensor, gains: Tensor | None = None) -> Splits:
         """Every unit of a width split along its row of `delta`."""
@@ -169,45 +167,28 @@ def _unit(v: Tensor, least: Tensor | float) -> Tensor:
     return torch.where(length > least, v / length.clamp_min(torch.finfo(v.dtype).tiny), 0.0)
 
 
-def smooth(gm: fx.GraphModule) -> None:
-    """Gives piecewise linear functions a second derivative; values and slopes stay."""
-    for node in list(gm.graph.nodes):
-        f = _kinked(gm, node)
-        if f is not None:
-            kwargs = {key: value for key, value in node.kwargs.items() if key != "inplace"}
-            with gm.graph.inserting_before(node):
-                # a flag among the arguments says to work in place
-                args = tuple(a for a in node.args if not isinstance(a, bool))
-                smoothed = gm.graph.call_function(_smoothed(f), args, kwargs)
-            node.replace_all_uses_with(smoothed)
-            gm.graph.erase_node(node)
-    compile_graph(gm)
+class SmoothKinks(TorchFunctionMode):
+    """Piecewise linear functions that run in it have a second derivative; values and slopes stay."""
 
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func not in _KINKED:
+            return func(*args, **kwargs or {})
+        x, *rest = args
 
-def _kinked(gm: fx.GraphModule, node: fx.Node) -> Callable[..., Tensor] | None:
-    if node.op == "call_module" and isinstance(module := gm.get_submodule(str(node.target)), _KINKED_MODULES):
-        module = copy.copy(module)
-        module.inplace = False
-        return module
-    if node.op in ("call_function", "call_method") and node.target in _KINKED:
-        name = node.target if isinstance(node.target, str) else node.target.__name__
-        plain = name.removesuffix("_")
-        out: Callable[..., Tensor] = getattr(F, plain, None) or getattr(torch, plain)
-        return out
-    return None
-
-
-def _smoothed(f: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def smoothed(x: Tensor, *rest: Any, **more: Any) -> Tensor:
         def slope(t: Tensor) -> Tensor:
             t.requires_grad_()
             with torch.enable_grad():
-                (found,) = torch.autograd.grad(f(t, *rest, **more).sum(), t)
+                (found,) = torch.autograd.grad(apply(t).sum(), t)
             return found
+
+        def apply(t: Tensor) -> Tensor:
+            # some work in place
+            out: Tensor = func(t.clone(), *rest, **kwargs or {})
+            return out
 
         at = x.detach()
         half = BOX * at.square().mean().sqrt().clamp_min(torch.finfo(at.dtype).tiny)
-        bend = (slope(at + half) - slope(at - half)) / (2 * half)
-        return f(x, *rest, **more) + bend * (x - at).square() / 2
-
-    return smoothed
+        curvature = (slope(at + half) - slope(at - half)) / (2 * half)
+        return apply(x) + curvature * (x - at).square() / 2
