@@ -15,7 +15,7 @@ from fxgrow.errors import (
     RewriteError,
     ScheduleError,
 )
-from fxgrow.initialisers import Proposal, initialiser
+from fxgrow.initialisers.registry import Proposal, initialiser
 from fxgrow.onnx_export import export_onnx
 from fxgrow.ops import op
 from fxgrow.pipeline.explain import Explanation, explain

@@ -22,7 +22,7 @@ from fxgrow.data.loss import LossFn
 from fxgrow.data.progress import progress as bar
 from fxgrow.errors import ProfileError
 from fxgrow.graph.graph import lookup
-from fxgrow.initialisers import Initialiser, Proposal
+from fxgrow.initialisers.registry import Initialiser, Proposal
 from fxgrow.statistics.all_reduce import sum_blocks
 from fxgrow.statistics.collect import CACHE, CACHE_BYTES, Statistics
 from fxgrow.statistics.factorisation import bottleneck

@@ -1,7 +1,11 @@
-"""Ways to initialise new units, one file each; importing this package enters them into the table."""
+"""Ways to initialise new units, one file each; a line here enters the methods of a file into the table."""
 
-from fxgrow.initialisers import default, firefly, gradmax, net2wider, north, random, splitting, tiny, variance_transfer
-from fxgrow.initialisers.registry import Initialiser, Proposal, Written, find_initialiser, initialiser, writer
-
-__all__ = ["Initialiser", "Proposal", "Written", "find_initialiser", "initialiser", "writer"]
-__all__ += ["default", "firefly", "gradmax", "net2wider", "north", "random", "splitting", "tiny", "variance_transfer"]
+from fxgrow.initialisers import default as default
+from fxgrow.initialisers import firefly as firefly
+from fxgrow.initialisers import gradmax as gradmax
+from fxgrow.initialisers import net2wider as net2wider
+from fxgrow.initialisers import north as north
+from fxgrow.initialisers import random as random
+from fxgrow.initialisers import splitting as splitting
+from fxgrow.initialisers import tiny as tiny
+from fxgrow.initialisers import variance_transfer as variance_transfer

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -70,6 +71,7 @@ class Setting:
 Write = Callable[[fx.GraphModule, Structure, GrowableWidth, int, torch.Generator], Written]
 Find = Callable[[Setting], dict[str, Splits]]
 Propose = Callable[[WidthMoments, Mapping[str, ConsumerMoments], int], Proposal]
+Function = TypeVar("Function", bound=Callable[..., Any])
 
 
 @dataclass(frozen=True)
@@ -152,8 +154,19 @@ def find_initialiser(name: str) -> Initialiser:
         ProfileError: there is none.
     """
     if name not in _TABLE:
-        raise ProfileError(f"There is no method {name!r}; there are {', '.join(sorted(_TABLE))}.")
+        raise ProfileError(f"There is no method {name!r}; there are {', '.join(method_names())}.")
     return _TABLE[name]
+
+
+def method_names() -> list[str]:
+    """What `method=` may say, in alphabetical order."""
+    return sorted(_TABLE)
+
+
+def lists_methods(function: Function) -> Function:
+    """Puts the names of the library's methods in place of `{methods}` in a docstring."""
+    function.__doc__ = (function.__doc__ or "").replace("{methods}", ", ".join(method_names()))
+    return function
 
 
 def split_rows(alpha: Tensor, width: WidthMoments) -> dict[str, Tensor]:

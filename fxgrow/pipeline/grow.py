@@ -17,7 +17,7 @@ from fxgrow.data.random_state import random_state_kept
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup, process_group_of
 from fxgrow.errors import PlanError
 from fxgrow.graph.graph import copy_graph
-from fxgrow.initialisers import find_initialiser
+from fxgrow.initialisers.registry import find_initialiser, lists_methods
 from fxgrow.pipeline.growth_record import Growth, GrowthResult, Settings, keep_record
 from fxgrow.pipeline.line_search import GammaLine, held_batches, mean_loss, search
 from fxgrow.pipeline.plan import plan as make_plan
@@ -84,6 +84,7 @@ def grow(
 ) -> M: ...
 
 
+@lists_methods
 def grow(
     model: nn.Module,
     dataloader: Iterable[Any],
@@ -117,8 +118,8 @@ def grow(
         budget: what to add, a number of `cost` or a share such as `"+10%"`; None for `"+25%"`.
         neurons: instead of a budget: units for every width, or per width, then only the named ones are profiled; see
             `fxgrow.plan`.
-        method: the initialiser: `default`, `tiny`, `gradmax`, `net2wider`, `variance-transfer`, `north`,
-            `splitting`, `firefly`, `random`, `random-refit`, or one entered with `fxgrow.initialiser`.
+        method: the initialiser, one entered with `fxgrow.initialiser` or one of the library's:
+            {methods}.
         cost: of the budget: `parameters`, `multiply-adds` or `latency`; see `fxgrow.plan`.
         multiple: sizes to prefer, such as 8; see `fxgrow.plan`.
         samples: how many samples to use at most; None for 8192.

@@ -11,7 +11,7 @@ from fxgrow.data.batches import Data
 from fxgrow.data.loss import LossFn
 from fxgrow.data.random_state import random_state_kept
 from fxgrow.errors import ProfileError
-from fxgrow.initialisers import find_initialiser
+from fxgrow.initialisers.registry import find_initialiser
 from fxgrow.pipeline.profile import profiled
 from fxgrow.pipeline.profile_record import Profile
 from fxgrow.rewriting.batch_norm import has_batch_norm

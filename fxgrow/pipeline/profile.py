@@ -31,8 +31,7 @@ from fxgrow.data.random_state import random_state_kept
 from fxgrow.distributed import process_group_of
 from fxgrow.errors import PlanError, ProfileError
 from fxgrow.graph.unrolled_rnn import unroll_recurrent_layers
-from fxgrow.initialisers import Initialiser, Proposal, find_initialiser
-from fxgrow.initialisers.registry import Setting
+from fxgrow.initialisers.registry import Initialiser, Proposal, Setting, find_initialiser, lists_methods
 from fxgrow.pipeline.profile_record import Bottleneck, Profile
 from fxgrow.rewriting.axis_growth import require_free
 from fxgrow.rewriting.batch_norm import has_batch_norm
@@ -45,6 +44,7 @@ log = logging.getLogger("fxgrow")
 CALIBRATION = 256
 
 
+@lists_methods
 @random_state_kept()
 def profile(
     gm: nn.Module,
@@ -71,8 +71,8 @@ def profile(
         loss_fn: takes (output, targets), returns the mean over the batch or one value per sample. None: cross-entropy
             for integer targets, mean squared error for floating ones, the model's own `.loss` where it has one.
         samples: how many samples to use at most; None for 8192.
-        method: the initialiser: `default`, `tiny`, `gradmax`, `net2wider`, `variance-transfer`, `north`,
-            `splitting`, `firefly`, `random`, `random-refit`, or one entered with `fxgrow.initialiser`.
+        method: the initialiser, one entered with `fxgrow.initialiser` or one of the library's:
+            {methods}.
         positions: `"sampled"` estimates second moments from sampled positions; `"all"` uses every one, and one more
             forward pass, for exact figures.
         memory_limit: bytes that moments and remembered activations may take at once, or None: widths that do not fit

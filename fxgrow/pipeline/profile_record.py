@@ -14,7 +14,7 @@ from fxgrow.axes.records import Width
 from fxgrow.candidates.refit import Refit
 from fxgrow.candidates.widened import Candidates, candidates
 from fxgrow.errors import PlanError
-from fxgrow.initialisers import Initialiser, Proposal
+from fxgrow.initialisers.registry import Initialiser, Proposal
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -11,7 +11,7 @@ from fxgrow.analysis.widths import hidden
 from fxgrow.candidates.first_pass import Reader
 from fxgrow.candidates.memory_turns import turns
 from fxgrow.data.batches import Data
-from fxgrow.initialisers import find_initialiser
+from fxgrow.initialisers.registry import find_initialiser
 from fxgrow.statistics.collect import Statistics
 from models import MLP, DigitsResNet
 

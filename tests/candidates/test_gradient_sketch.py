@@ -15,7 +15,7 @@ from fxgrow.analysis.widths import hidden
 from fxgrow.candidates.first_pass import Reader, project
 from fxgrow.candidates.zero_unit_graph import ZeroUnitGraph, start
 from fxgrow.data.batches import Data
-from fxgrow.initialisers import find_initialiser
+from fxgrow.initialisers.registry import find_initialiser
 from fxgrow.statistics.collect import Statistics
 from models.decoder import Decoder
 

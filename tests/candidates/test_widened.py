@@ -9,7 +9,7 @@ import fxgrow
 from fxgrow.analysis.analyse import analyse
 from fxgrow.candidates.widened import candidates
 from fxgrow.graph.evaluate import outputs
-from fxgrow.initialisers import Proposal
+from fxgrow.initialisers.registry import Proposal
 
 
 def net() -> nn.Module:
