@@ -41,7 +41,7 @@ class Projection:
     #: the matrices are the first dimension of the weight, and each reads rows of its own (`fxgrow.ops.expert_routing`)
     experts: bool = False
     #: a transposed convolution: a dense layer at every position of its input, whose outputs are laid over each other
-    turned: bool = False
+    transposed: bool = False
 
 
 @dataclass

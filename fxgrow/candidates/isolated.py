@@ -21,12 +21,12 @@ from fxgrow.axes.structure import Projection, Structure
 from fxgrow.candidates.widened import put_rows
 from fxgrow.graph.graph import lookup
 from fxgrow.initialisers.registry import Proposal
-from fxgrow.ops import elementwise as pointwise
-from fxgrow.ops import normalization as norm
-from fxgrow.ops import pooling as pool
-from fxgrow.ops import reductions as reduce
-from fxgrow.ops import views as shape
+from fxgrow.ops.elementwise import elementwise, unary
+from fxgrow.ops.normalization import channel_norm_module
+from fxgrow.ops.pooling import POOLS, interpolate
+from fxgrow.ops.reductions import reduce
 from fxgrow.ops.registry import Rule, find_rule
+from fxgrow.ops.views import clone, flatten, identity
 from fxgrow.rewriting.batch_norm import can_be_identity
 from fxgrow.rewriting.parametrizations import spectral
 from fxgrow.rewriting.rewrite import Values
@@ -34,9 +34,9 @@ from fxgrow.statistics.batch_dimension import nodes_with_batch_second
 from fxgrow.statistics.consumer_moments import ConsumerMoments
 
 #: each unit apart, wherever the samples stand
-_POINTWISE: tuple[Rule, ...] = (pointwise.elementwise, pointwise.unary, shape.identity, shape.clone)
+_POINTWISE: tuple[Rule, ...] = (elementwise, unary, identity, clone)
 #: each channel of a map apart
-_OF_MAPS: tuple[Rule, ...] = (*pool.POOLS, pool.resize, reduce.reduce, shape.flatten)
+_OF_MAPS: tuple[Rule, ...] = (*POOLS, interpolate, reduce, flatten)
 
 
 @dataclass(frozen=True)
@@ -124,11 +124,11 @@ def _way(
 ) -> IsolatedPath | None:
     if not h.reads or any(p.weight not in consumers or consumers[p.weight].uses[0].experts for p in h.reads):
         return None
-    if any(len(resolve(p.reads)) != 1 or p.turned for p in h.reads):
+    if any(len(resolve(p.reads)) != 1 or p.transposed for p in h.reads):
         return None
     if any(spectral(gm, p.weight) for p in (*h.writes, *h.reads)):
         return None  # under such a norm new entries are not what was proposed
-    if not all(p.plain and p.groups == 1 and not p.turned and _own_weight(gm, p) for p in h.writes):
+    if not all(p.plain and p.groups == 1 and not p.transposed and _own_weight(gm, p) for p in h.writes):
         return None
     writers = {p.node for p in h.writes}
     maps = all(p.kernel for p in h.writes)
@@ -146,7 +146,7 @@ def _way(
             continue
         module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         rule = find_rule(node, module) if node.op.startswith("call_") else None
-        if rule is norm.channel_norm_module and can_be_identity(module):
+        if rule is channel_norm_module and can_be_identity(module):
             passed.add(node)
         elif rule not in rules or (module is not None and any(True for _ in module.parameters())):
             return None

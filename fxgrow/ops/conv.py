@@ -1,13 +1,13 @@
 """Convolutions and transposed convolutions, with any stride, padding, dilation and groups.
 
 A grouped convolution with g groups reads g equal blocks, so both of its axes are g copies of one variable: each group
-gains the same number of channels. A depthwise convolution (one input channel per group) carries a slice per unit and
+gains the same number of channels. A depthwise convolution (one input channel per group) has a slice per unit and
 follows its width.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn import functional as F
@@ -16,155 +16,117 @@ from fxgrow.axes.axes import Axis, Dims, Segment, UnitVar, axis_of, fixed, lengt
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.registry import op
 
+_CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+_CONV_TRANSPOSE = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+_DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
-def _spatial(value: Any, nd: int) -> tuple[int, ...]:
-    return (int(value),) * nd if isinstance(value, int) else tuple(int(v) for v in value)
+
+class _Arguments(NamedTuple):
+    """What a convolution is called with; the same for a function and for a module."""
+
+    x: Dims
+    weight: Dims
+    bias: Dims | None
+    groups: int
+    #: stride, padding and dilation
+    window: dict[str, Any]
+
+    @property
+    def spatial_dims(self) -> int:
+        return len(self.weight) - 2
+
+    @property
+    def channels(self) -> Axis:
+        return self.x[-self.spatial_dims - 1]
+
+    @property
+    def is_depthwise(self) -> bool:
+        return 1 < self.groups == length(self.channels)
 
 
-def _positions(ctx: Context, x: Dims, nd: int) -> None:
-    """Channels-last tensors can come in the wrong way round: the kernel then slides over the units."""
-    for axis in x[-nd:]:
+def _read(ctx: Context, names: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Arguments:
+    """Arguments of a call, `names` being the function's parameters, or attributes of a module."""
+    given = {**_DEFAULTS, **dict(zip(names, args, strict=False)), **kwargs}
+    if (m := ctx.module) is not None:
+        given |= {"weight": ctx.parameter("weight") or Dims(), "bias": ctx.parameter("bias"), "groups": m.groups}
+        # a string marks a window that does not slide over one zero-padded map, as padding="same" does
+        padding = m.padding if m.padding_mode == "zeros" else m.padding_mode
+        given |= {"stride": m.stride, "padding": padding, "dilation": m.dilation}
+    window = {name: given[name] for name in ("stride", "padding", "dilation")}
+    arguments = _Arguments(given["input"], given["weight"], given["bias"], given["groups"], window)
+    ctx.fix(arguments.weight[2:])
+    for axis in arguments.x[-arguments.spatial_dims :]:
+        # the units stand there where a channels-last tensor was not permuted
         ctx.pin(axis, "reduce", "a kernel slides over it")
+    return arguments
 
 
-def _blocks(ctx: Context, axis: Axis, groups: int) -> Axis:
-    """Makes `axis` be `groups` copies of one block, and returns the block."""
-    if length(axis) % groups:
-        raise Unsupported(f"{length(axis)} channels are not divisible by {groups} groups")
-    block = axis_of(UnitVar(length(axis) // groups))
-    ctx.same(axis, block * groups, "every group has the same number of channels")
-    return block
+def _equal_groups(ctx: Context, axis: Axis, groups: int) -> None:
+    """Makes `axis` be `groups` copies of one block."""
+    if groups > 1:
+        if length(axis) % groups:
+            raise Unsupported(f"{length(axis)} channels are not divisible by {groups} groups")
+        block = axis_of(UnitVar(length(axis) // groups))
+        ctx.same(axis, block * groups, "every group has the same number of channels")
 
 
-def _depthwise(
-    ctx: Context, channels: Axis, weight: Dims, bias: Dims | None, groups: int, groups_at: tuple[Any, ...]
-) -> Axis:
-    multiplier = length(weight[0]) // length(channels)
-    out = tuple(Segment(s.var, s.inner * multiplier, s.reason) for s in channels)
-    ctx.same(weight[0], out)
-    ctx.fix(weight[1:])
-    ctx.fill(weight, "random")
-    if bias is not None:
-        ctx.same(bias[0], out)
-        ctx.fill(bias, 0.0)
-    if groups_at:
-        ctx.size_argument(groups, channels, *groups_at)
-    ctx.attribute("groups", channels)
+def _depthwise(ctx: Context, a: _Arguments, multiplier: int) -> Axis:
+    """The output axis: `multiplier` entries for each input channel."""
+    out = tuple(Segment(s.var, s.inner * multiplier, s.reason) for s in a.channels)
+    ctx.fix(a.weight[1:2])
+    ctx.fill(a.weight, "random")
+    if a.bias is not None:
+        ctx.same(a.bias[0], out)
+    if ctx.module is None:
+        ctx.size_argument(a.groups, a.channels, "groups" if "groups" in ctx.node.kwargs else 6)
+    ctx.attribute("groups", a.channels)
     return out
 
 
-def _conv(
-    ctx: Context,
-    x: Dims,
-    weight: Dims,
-    bias: Dims | None,
-    groups: int,
-    groups_at: tuple[Any, ...],
-    window: dict[str, Any],
-) -> Dims:
-    nd = len(weight) - 2
-    channels = x[-nd - 1]
-    ctx.fix(weight[2:])
-    _positions(ctx, x, nd)
-    if 1 < groups == length(channels):
-        out = _depthwise(ctx, channels, weight, bias, groups, groups_at)
-    else:
-        out = weight[0]
-        ctx.same(channels, weight[1] * groups)
-        if groups > 1:
-            _blocks(ctx, out, groups)
-        kernel = tuple(length(a) for a in weight[2:])
-        spatial: dict[str, Any] = {k: _spatial(v, nd) for k, v in window.items() if not isinstance(v, str)}
-        slides = len(spatial) == len(window)
-        # groups that are not whole blocks of plain windows have no statistics
-        ctx.project(
-            weight, bias, out, kernel=kernel, plain=slides and groups == 1, groups=groups if slides else 0, **spatial
-        )
-    ctx.attribute("in_channels", channels)
+def _output(ctx: Context, a: _Arguments, out: Axis) -> Dims:
+    ctx.attribute("in_channels", a.channels)
     ctx.attribute("out_channels", out)
-    return Dims((*x[: -nd - 1], out, *(fixed(n) for n in ctx.shape[-nd:])))
+    n = a.spatial_dims
+    return Dims((*a.x[: -n - 1], out, *(fixed(size) for size in ctx.shape[-n:])))
 
 
-@op(F.conv1d, F.conv2d, F.conv3d)
-def conv(
-    ctx: Context,
-    input: Dims,
-    weight: Dims,
-    bias: Dims | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    dilation: Any = 1,
-    groups: int = 1,
-) -> Dims:
-    at: tuple[Any, ...] = ("groups",) if "groups" in ctx.node.kwargs else (6,)
-    window = {"stride": stride, "padding": padding, "dilation": dilation}
-    return _conv(ctx, input, weight, bias, groups, at, window)
+def _geometry(a: _Arguments) -> dict[str, Any]:
+    """Kernel, stride, padding and dilation, one number per spatial dimension; without those given as a string."""
+    n = a.spatial_dims
+    numbers = {k: v for k, v in a.window.items() if not isinstance(v, str)}
+    each = {k: (int(v),) * n if isinstance(v, int) else tuple(map(int, v)) for k, v in numbers.items()}
+    return {"kernel": tuple(map(length, a.weight[2:])), **each}
 
 
-@op(nn.Conv1d, nn.Conv2d, nn.Conv3d)
-def conv_module(ctx: Context, x: Dims) -> Dims:
-    m = ctx.module
-    # padding with anything but zeros is no sliding window of one map: a string marks it, as "same" does
-    padding = m.padding if m.padding_mode == "zeros" else m.padding_mode
-    window = {"stride": m.stride, "padding": padding, "dilation": m.dilation}
-    return _conv(ctx, x, ctx.parameter("weight") or Dims(), ctx.parameter("bias"), m.groups, (), window)
-
-
-def _transposed(
-    ctx: Context,
-    x: Dims,
-    weight: Dims,
-    bias: Dims | None,
-    groups: int,
-    groups_at: tuple[Any, ...],
-    window: dict[str, Any],
-) -> Dims:
-    nd = len(weight) - 2
-    channels = x[-nd - 1]
-    ctx.fix(weight[2:])
-    _positions(ctx, x, nd)
-    ctx.same(channels, weight[0])
-    if 1 < groups == length(channels):
-        multiplier = length(weight[1])
-        out = tuple(Segment(s.var, s.inner * multiplier, s.reason) for s in channels)
-        ctx.fix(weight[1:2])
-        ctx.fill(weight, "random")
-        if groups_at:
-            ctx.size_argument(groups, channels, *groups_at)
-        ctx.attribute("groups", channels)
-        if bias is not None:
-            ctx.same(bias[0], out)
+@op(F.conv1d, F.conv2d, F.conv3d, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+def conv(ctx: Context, *args: Any, **kwargs: Any) -> Dims:
+    a = _read(ctx, _CONV, args, kwargs)
+    if a.is_depthwise:
+        out = _depthwise(ctx, a, length(a.weight[0]) // length(a.channels))
+        ctx.same(a.weight[0], out)
+        ctx.fill(a.bias, 0.0)
     else:
-        if groups > 1:
-            _blocks(ctx, channels, groups)
-        out = weight[1] * groups
-        geometry: dict[str, Any] = {k: _spatial(v, nd) for k, v in window.items()}
-        kernel = tuple(length(a) for a in weight[2:])
-        ctx.project(weight, bias, out, out_dim=1, in_dim=0, kernel=kernel, plain=False, turned=groups == 1, **geometry)
-    ctx.attribute("in_channels", channels)
-    ctx.attribute("out_channels", out)
-    return Dims((*x[: -nd - 1], out, *(fixed(n) for n in ctx.shape[-nd:])))
+        out = a.weight[0]
+        ctx.same(a.channels, a.weight[1] * a.groups)
+        _equal_groups(ctx, out, a.groups)
+        slides = not any(isinstance(v, str) for v in a.window.values())
+        # statistics need groups that are whole blocks of plain windows
+        groups = a.groups if slides else 0
+        ctx.project(a.weight, a.bias, out, plain=slides and a.groups == 1, groups=groups, **_geometry(a))
+    return _output(ctx, a, out)
 
 
 @op(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
-def conv_transpose(
-    ctx: Context,
-    input: Dims,
-    weight: Dims,
-    bias: Dims | None = None,
-    stride: Any = 1,
-    padding: Any = 0,
-    output_padding: Any = 0,
-    groups: int = 1,
-    dilation: Any = 1,
-) -> Dims:
-    at: tuple[Any, ...] = ("groups",) if "groups" in ctx.node.kwargs else (6,)
-    window = {"stride": stride, "padding": padding, "dilation": dilation}
-    return _transposed(ctx, input, weight, bias, groups, at, window)
-
-
 @op(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
-def conv_transpose_module(ctx: Context, x: Dims, output_size: Any = None) -> Dims:
-    m = ctx.module
-    window = {"stride": m.stride, "padding": m.padding, "dilation": m.dilation}
-    return _transposed(ctx, x, ctx.parameter("weight") or Dims(), ctx.parameter("bias"), m.groups, (), window)
+def conv_transpose(ctx: Context, *args: Any, **kwargs: Any) -> Dims:
+    # a module may be called with `output_size` too, whose place is that of the weight here
+    a = _read(ctx, _CONV_TRANSPOSE, args, kwargs)
+    ctx.same(a.channels, a.weight[0])
+    if a.is_depthwise:
+        out = _depthwise(ctx, a, length(a.weight[1]))
+    else:
+        _equal_groups(ctx, a.channels, a.groups)
+        out = a.weight[1] * a.groups
+        transposed = a.groups == 1
+        ctx.project(a.weight, a.bias, out, out_dim=1, in_dim=0, plain=False, transposed=transposed, **_geometry(a))
+    return _output(ctx, a, out)

@@ -1,4 +1,7 @@
-"""RMSNorm and LayerNorm as people write them themselves, recognised by what they compute: one node, with its rule."""
+"""Norm modules that people write themselves, recognised by what they compute; each is one node of the graph.
+
+These are RMSNorm and LayerNorm over the last dimension, and global response normalisation (ConvNeXt V2).
+"""
 
 from __future__ import annotations
 
@@ -13,66 +16,109 @@ from torch import Tensor, nn
 from fxgrow.axes.axes import Dims
 from fxgrow.axes.structure import Constant
 from fxgrow.ops.context import Context
-from fxgrow.ops.normalization import over
+from fxgrow.ops.normalization import norm_over_last
 from fxgrow.ops.registry import recogniser
 
 _EPS = ("eps", "variance_epsilon", "epsilon")
 
 
 @dataclass(frozen=True)
-class Form:
-    """y = x / sqrt(mean(x^2) + eps) * (weight + offset), eps an attribute of that name; "layer": x less its mean."""
+class NormForm:
+    """Which norm a module computes.
 
-    eps: str
-    offset: float
+    Attributes:
+        kind: "rms": `x / sqrt(mean(x^2) + eps) * (weight + offset)`; "layer": the same of x less its mean; "response":
+            `x + weight * x * r / (mean(r) + eps) + bias`, r the L2 norm of each channel.
+        eps: name of the attribute.
+        offset: see above.
+        dim: of the channels.
+    """
+
     kind: str
+    eps: str
+    offset: float = 0.0
+    dim: int = -1
 
 
-_seen: WeakKeyDictionary[nn.Module, Form | None] = WeakKeyDictionary()
+_forms: WeakKeyDictionary[nn.Module, NormForm | None] = WeakKeyDictionary()
 
 
-def form(module: nn.Module) -> Form | None:
-    """Which norm a module computes, if any: looked up by its parts, proved by running it on random numbers."""
-    if module not in _seen:
-        _seen[module] = _form(module)
-    return _seen[module]
+def norm_form(module: nn.Module) -> NormForm | None:
+    """The norm that a module computes, if any."""
+    if module not in _forms:
+        _forms[module] = _recognise(module)
+    return _forms[module]
 
 
-def _form(module: nn.Module) -> Form | None:
+def _recognise(module: nn.Module) -> NormForm | None:
+    """Chooses the possible forms by the module's parts, then compares them with its output on random numbers."""
+    parameters = dict(module.named_parameters())
     names = [n for n in _EPS if isinstance(getattr(module, n, None), float)]
-    weight = module._parameters.get("weight")
-    if "norm" not in type(module).__name__.lower() or len(names) != 1 or len([*module.parameters()]) != 1:
+    if "norm" not in type(module).__name__.lower() or len(names) != 1 or any(p.dim() != 1 for p in parameters.values()):
         return None
-    if weight is None or weight.dim() != 1 or any(True for _ in (*module.children(), *module.buffers())):
+    if any(True for _ in (*module.children(), *module.buffers())):
         return None
+    if parameters.keys() == {"weight"}:
+        shape: tuple[int, ...] = (3, 2)
+        forms = [NormForm(kind, names[0], offset) for kind in ("rms", "layer") for offset in (0.0, 1.0)]
+    elif parameters.keys() == {"weight", "bias"} and not type(module).__module__.startswith("torch.nn."):
+        shape = (2, 3, 5)
+        forms = [NormForm("response", names[0], dim=dim) for dim in (3, 1)]
+    else:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(*shape, len(parameters["weight"]), generator=generator)
     try:
-        twin = copy.deepcopy(module).to("cpu", torch.float32)
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(3, 2, len(weight), generator=generator)
-        eps = 0.3  # large, so that it shows where it stands
-        setattr(twin, names[0], eps)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            twin.weight.copy_(torch.randn(len(weight), generator=generator))  # type: ignore[operator]
-            found = twin(x)
+        test_copy: Any = copy.deepcopy(module).to("cpu", torch.float32)
+        setattr(test_copy, names[0], 0.3)  # large, so that its place in the formula shows
+        for p in test_copy.parameters():
+            p.data = torch.randn(p.shape, generator=generator)
     except Exception:
-        # not a norm of one tensor
         return None
-    if not isinstance(found, Tensor) or found.shape != x.shape:
-        return None
-    w = twin.weight.detach()  # type: ignore[operator]
-    for kind, centred in (("rms", x), ("layer", x - x.mean(-1, keepdim=True))):
-        plain = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-        for offset in (0.0, 1.0):
-            if torch.allclose(found, plain * (w + offset), rtol=1e-4, atol=1e-5):
-                return Form(names[0], offset, kind)
-    return None
+    return next((form for form in forms if _computes(test_copy, form, x)), None)
 
 
-@recogniser(lambda module: form(module) is not None)
-def own_norm(ctx: Context, x: Dims) -> Dims:
-    found: Any = form(ctx.module)
-    eps = float(getattr(ctx.module, found.eps))
+def _computes(module: Any, form: NormForm, x: Tensor) -> bool:
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            out = module(x.movedim(-1, form.dim)).movedim(form.dim, -1)
+            return out.shape == x.shape and torch.allclose(out, _expected(module, form, x), rtol=1e-4, atol=1e-5)
+    except Exception:
+        # not a norm of one such tensor
+        return False
+
+
+def _expected(module: Any, form: NormForm, x: Tensor) -> Tensor:
+    eps = getattr(module, form.eps)
+    if form.kind == "response":
+        response = x.square().sum((1, 2), keepdim=True).sqrt()
+        y = x * response / (response.mean(3, keepdim=True) + eps)
+        return x + module.weight * y + module.bias  # type: ignore[no-any-return]
+    if form.kind == "layer":
+        x = x - x.mean(-1, keepdim=True)
+    return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (module.weight + form.offset)  # type: ignore[no-any-return]
+
+
+@recogniser(lambda module: norm_form(module) is not None)
+def custom_norm(ctx: Context, x: Dims) -> Dims:
+    form: Any = norm_form(ctx.module)
+    eps = float(getattr(ctx.module, form.eps))
+    if form.kind == "response":
+        return _response_norm(ctx, x, form, eps)
     shape = getattr(ctx.module, "normalized_shape", None)
     if isinstance(shape, (tuple, list)) and len(shape) == 1:
         ctx.structure.constants.append(Constant((str(ctx.node.target), ("normalized_shape", 0)), x[-1]))
-    return over(ctx, x, 1, found.kind, ctx.parameter("weight"), None, eps, eps_name=found.eps, offset=found.offset)
+    weight = ctx.parameter("weight")
+    return norm_over_last(ctx, x, 1, form.kind, weight, None, eps, eps_name=form.eps, offset=form.offset)
+
+
+def _response_norm(ctx: Context, x: Dims, form: NormForm, eps: float) -> Dims:
+    """New channels that are zero have no response, but count in the mean of the responses."""
+    weight, bias = ctx.parameter("weight"), ctx.parameter("bias")
+    for p in (weight, bias):
+        if p is not None:
+            ctx.same(p[0], x[form.dim])
+            ctx.fill(p, 0.0)
+    name = weight and weight.parameter
+    ctx.require_state("response", ctx.node.all_input_nodes[0], x[form.dim], weight=name, eps=eps, eps_name=form.eps)
+    return x

@@ -11,10 +11,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, length
-from fxgrow.ops import reductions as reduce
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.elementwise import broadcast
 from fxgrow.ops.expert_routing import routes
+from fxgrow.ops.reductions import einsum_of_activations, matmul_of_activations
 from fxgrow.ops.registry import op
 
 
@@ -51,18 +51,17 @@ def embedding_module(ctx: Context, index: Dims) -> Dims:
     return embedding(ctx, index, weight, None, ctx.module.max_norm)
 
 
-# the rule of `reduce` for two activations is entered when that file is imported, above: this one stands in front of it
 @op(torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm", "__matmul__")
 def matmul(ctx: Context, a: Dims, b: Dims) -> Dims:
     if b.parameter is not None and len(b) == 2 and len(a) >= 2:
         return _times(ctx, a, b, None, ctx.argument(0, "input", "mat1"))
     if b.parameter is not None and len(b) == 3 and len(a) == 3:
         return _each_times(ctx, a, b)
-    return reduce.matmul(ctx, a, b)
+    return matmul_of_activations(ctx, a, b)
 
 
 def _each_times(ctx: Context, x: Dims, weight: Dims) -> Dims:
-    """A weight for each of several, [groups, in, out]: experts that all tokens go to."""
+    """One weight per group, [groups, in, out]: experts that get all tokens."""
     ctx.pin(weight[0], "size", "one entry per group")
     batch = broadcast(ctx, Dims(x[:1]), Dims(weight[:1]))
     ctx.same(x[2], weight[1])
@@ -71,8 +70,8 @@ def _each_times(ctx: Context, x: Dims, weight: Dims) -> Dims:
 
 
 def _experts(ctx: Context, weight: Dims, out_dim: int, in_dim: int, source: Any) -> None:
-    found = routes(ctx.node)
-    groups = found.experts if found is not None else 0
+    routing = routes(ctx.node)
+    groups = routing.experts if routing is not None else 0
     ctx.project(weight, None, weight[out_dim], out_dim=out_dim, in_dim=in_dim, plain=False, experts=True, groups=groups)
     _reads_from(ctx, source)
 
@@ -103,7 +102,7 @@ def _times(ctx: Context, x: Dims, weight: Dims, bias: Dims | None, source: Any) 
 
 
 def _reads_from(ctx: Context, source: Any) -> None:
-    """What the weight just entered reads, where that is not the node's first argument."""
+    """Sets the source of the projection just entered, where that is not the node's first argument."""
     if not isinstance(source, torch.fx.Node):
         raise Unsupported("a product whose first factor is not computed in the graph")
     ctx.structure.projections[-1] = replace(ctx.structure.projections[-1], source=source)
@@ -111,7 +110,7 @@ def _reads_from(ctx: Context, source: Any) -> None:
 
 @op("torch.nn.functional.grouped_mm", "torch._grouped_mm")
 def grouped_mm(ctx: Context, mat_a: Dims, mat_b: Dims, **options: Any) -> Dims:
-    """One weight for each group of rows, [groups, in, out], stored like this or turned: the experts of a mixture."""
+    """One weight for each group of rows, [groups, in, out] or a transposed view of [groups, out, in]: experts."""
     if len(mat_a) != 2 or len(mat_b) != 3 or options.get("bias") is not None:
         raise Unsupported("grouped_mm of these dimensions, or with a bias")
     weight, in_dim, out_dim = mat_b, 1, 2
@@ -119,7 +118,7 @@ def grouped_mm(ctx: Context, mat_a: Dims, mat_b: Dims, **options: Any) -> Dims:
     if mat_b.parameter is None and getattr(stored, "target", None) == "transpose":
         weight, in_dim, out_dim = ctx.structure.outputs[stored.args[0]], 2, 1
         if not (weight[2] == mat_b[1] and weight[1] == mat_b[2]):
-            raise Unsupported("a weight that is turned about its experts")
+            raise Unsupported("expert weight transposed over the expert dimension")
     ctx.pin(weight[0], "size", "one entry per expert")
     ctx.same(mat_a[1], weight[in_dim])
     for axis in (weight[in_dim], weight[out_dim]):
@@ -129,9 +128,9 @@ def grouped_mm(ctx: Context, mat_a: Dims, mat_b: Dims, **options: Any) -> Dims:
 
 
 def _aligned(ctx: Context, axis: Axis, entries: int) -> None:
-    """The kernel wants rows of whole 16 bytes."""
+    """The kernel needs rows whose size is a multiple of 16 bytes."""
     if length(axis) % entries:
-        ctx.pin(axis, "size", f"its kernel wants a multiple of {entries}")
+        ctx.pin(axis, "size", f"its kernel needs a multiple of {entries}")
     else:
         ctx.same(axis, axis_of(UnitVar(length(axis) // entries), entries), f"grows by multiples of {entries}")
 
@@ -144,19 +143,19 @@ def einsum(ctx: Context, equation: str, *operands: Any) -> Dims:
     letters = terms.split(",")
     at = [i for i, t in enumerate(tensors) if t.parameter is not None and len(t) == 2]
     if len(at) != 1 or len(tensors) != 2 or len(letters) != 2 or not out:
-        return reduce.einsum(ctx, equation, *operands)
+        return einsum_of_activations(ctx, equation, *operands)
     weight, x = tensors[at[0]], tensors[1 - at[0]]
     term, given = letters[at[0]], letters[1 - at[0]]
     summed, made = set(term) - set(out), set(term) - set(given)
     simple = len(summed) == len(made) == 1 and summed | made == set(term) and "." not in term
     if not simple or any(len(set(word)) < len(word) for word in (term, given, out)):
-        return reduce.einsum(ctx, equation, *operands)
+        return einsum_of_activations(ctx, equation, *operands)
     (c,), (o,) = summed, made
     if {*given, o} - {c} != set(out):
-        return reduce.einsum(ctx, equation, *operands)  # something else is summed over
+        return einsum_of_activations(ctx, equation, *operands)  # something else is summed over
     axes = dict(_lettered(given, x))
     ctx.same(axes[c][0], weight[term.index(c)])
-    # features last, as in `F.linear`: only there the statistics know their way
+    # statistics need features last, as in `F.linear`
     plain = given == out[:-1] + c and out[-1] == o
     produced = weight[term.index(o)]
     ctx.project(weight, None, produced, out_dim=term.index(o), in_dim=term.index(c), plain=plain)
@@ -169,10 +168,10 @@ def einsum(ctx: Context, equation: str, *operands: Any) -> Dims:
 def _lettered(term: str, x: Dims) -> list[tuple[str, tuple[Any, ...]]]:
     """The axes of every letter; a dot takes as many as are left."""
     spare = len(x) - len(term) + 1
-    found: list[tuple[str, tuple[Any, ...]]] = []
+    axes: list[tuple[str, tuple[Any, ...]]] = []
     at = 0
     for letter in term:
         n = spare if letter == "." else 1
-        found.append((letter, tuple(x[at : at + n])))
+        axes.append((letter, tuple(x[at : at + n])))
         at += n
-    return found
+    return axes

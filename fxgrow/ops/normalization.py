@@ -91,7 +91,7 @@ def group_norm_module(ctx: Context, x: Dims) -> Dims:
     return x
 
 
-def over(
+def norm_over_last(
     ctx: Context,
     x: Dims,
     n: int,
@@ -145,7 +145,7 @@ def rms_norm(
 
 
 def _functional(ctx: Context, x: Dims, shape: Any, kind: str, weight: Any, bias: Any, eps: float | None) -> Dims:
-    out = over(ctx, x, len(shape), kind, weight, bias, eps)
+    out = norm_over_last(ctx, x, len(shape), kind, weight, bias, eps)
     for i, size in enumerate(shape):
         path: tuple[Any, ...] = ("normalized_shape",) if "normalized_shape" in ctx.node.kwargs else (1,)
         ctx.size_argument(size, x[len(x) - len(shape) + i], *path, i)
@@ -156,7 +156,7 @@ def _functional(ctx: Context, x: Dims, shape: Any, kind: str, weight: Any, bias:
 def layer_norm_module(ctx: Context, x: Dims) -> Dims:
     m = ctx.module
     kind = "layer" if isinstance(m, nn.LayerNorm) else "rms"
-    out = over(ctx, x, len(m.normalized_shape), kind, ctx.parameter("weight"), ctx.parameter("bias"), m.eps)
+    out = norm_over_last(ctx, x, len(m.normalized_shape), kind, ctx.parameter("weight"), ctx.parameter("bias"), m.eps)
     if len(m.normalized_shape) == 1:
         ctx.structure.constants.append(Constant((str(ctx.node.target), ("normalized_shape", 0)), x[-1]))
     return out

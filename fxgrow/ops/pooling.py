@@ -63,7 +63,7 @@ for _nd in RANKS:
 
 
 @op(F.interpolate, F.upsample, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
-def resize(ctx: Context, input: Dims, *args: Any, **kwargs: Any) -> Any:
+def interpolate(ctx: Context, input: Dims, *args: Any, **kwargs: Any) -> Any:
     return _positions(ctx, input, len(input) - 2)
 
 

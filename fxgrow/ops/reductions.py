@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from fxgrow.graph.graph import lookup
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.elementwise import broadcast
 from fxgrow.ops.registry import op
-from fxgrow.ops.rms_norm_pattern import written_rms
+from fxgrow.ops.rms_norm_pattern import match_rms_norm
 
 _REDUCE = "max min mean sum prod amax amin std var logsumexp median any all argmax argmin nansum nanmean".split()
 _ALONG = "softmax log_softmax softmin cumsum cumprod sort argsort flip roll".split()
@@ -47,20 +46,20 @@ def reduce(ctx: Context, input: Dims, dim: Any = None, *args: Any, **kwargs: Any
 
 def _normalises(ctx: Context, axis: Axis) -> bool:
     """Whether this is the mean of a norm that is written out; its invariant is entered then."""
-    found = written_rms(ctx.node) if ctx.node.target in ("mean", torch.mean) and not is_fixed(axis) else None
-    if found is None or ctx.value.dim() != found.source.meta["val"].dim():
+    match = match_rms_norm(ctx.node) if ctx.node.target in ("mean", torch.mean) and not is_fixed(axis) else None
+    if match is None or ctx.value.dim() != match.source.meta["val"].dim():
         return False
-    name = None if found.weight is None else str(found.weight.target)
+    name = None if match.weight is None else str(match.weight.target)
     ctx.structure.invariants.append(
         Invariant(
-            found.norm,
-            found.source,
+            match.norm,
+            match.source,
             axis,
             "rms",
             # the node of the weight comes later
             weight=None if name is None else ctx.dims_of(name, lookup(ctx.gm, name)).parameter,
-            eps=found.eps,
-            eps_at=(found.adds, found.position),
+            eps=match.eps,
+            eps_at=(match.add, match.position),
         )
     )
     return True
@@ -102,8 +101,8 @@ def _contract(ctx: Context, a: Axis, b: Axis, source: Any) -> None:
         ctx.require_state("product", source, a)
 
 
-@op(torch.matmul, torch.bmm, torch.mm, operator.matmul, "matmul", "bmm", "mm", "__matmul__")
-def matmul(ctx: Context, a: Dims, b: Dims) -> Dims:
+def matmul_of_activations(ctx: Context, a: Dims, b: Dims) -> Dims:
+    """Part of the rule for `matmul` in `ops/linear.py`: neither factor is a parameter."""
     if len(a) < 2 or len(b) < 2:
         raise Unsupported("product with a vector")
     _contract(ctx, a[-1], b[-2], ctx.argument(1, "other", "mat2"))
@@ -118,8 +117,8 @@ def baddbmm(ctx: Context, input: Dims, batch1: Dims, batch2: Dims, beta: Any = 1
     return broadcast(ctx, input, Dims((batch1[0], batch1[1], batch2[2])))
 
 
-@op(torch.einsum, "torch.functional.einsum")
-def einsum(ctx: Context, equation: str, *operands: Any) -> Dims:
+def einsum_of_activations(ctx: Context, equation: str, *operands: Any) -> Dims:
+    """Part of the rule for `einsum` in `ops/linear.py`: no operand is a weight."""
     tensors = list(operands[0]) if len(operands) == 1 and not isinstance(operands[0], Dims) else list(operands)
     if "." in equation or "->" not in equation:
         raise Unsupported(f"einsum {equation!r}: only explicit letters and an arrow are described")
@@ -141,26 +140,18 @@ def einsum(ctx: Context, equation: str, *operands: Any) -> Dims:
 
 
 @op(F.scaled_dot_product_attention)
-def attention(
-    ctx: Context,
-    query: Dims,
-    key: Dims,
-    value: Dims,
-    attn_mask: Any = None,
-    dropout_p: Any = 0.0,
-    is_causal: Any = False,
-    scale: float | None = None,
-    enable_gqa: Any = False,
+def scaled_dot_product(
+    ctx: Context, query: Dims, key: Dims, value: Dims, attn_mask: Any = None, *args: Any, **kwargs: Any
 ) -> Dims:
     _contract(ctx, query[-1], key[-1], ctx.argument(1, "key"))
-    if scale is None:
-        # the operator takes the root of the size that it finds: the old one stays
+    if kwargs.get("scale") is None:
+        # the default is the inverse root of the size, which would change: the old value is written into the call
         ctx.keep(length(query[-1]) ** -0.5, [query[-1]], "scale")
     ctx.pin(key[-2], "reduce", "attention is normalised over the keys")
     ctx.pin(query[-2], "reduce", "attention is normalised over the keys")
     mask = attn_mask if isinstance(attn_mask, Dims) else Dims()
     ctx.fix(mask[-2:])
-    if enable_gqa:
+    if kwargs.get("enable_gqa"):
         ctx.fix(mask)
         ctx.fix([query[-3], key[-3], value[-3]], "heads are shared in groups")
         return Dims((*query[:-1], value[-1]))

@@ -34,7 +34,7 @@ def size(ctx: Context, x: Any, which: Any = None, *default: Any) -> Any:
 
 
 @op(len)
-def count(ctx: Context, x: Any) -> int:
+def length_of(ctx: Context, x: Any) -> int:
     return SizeExpr.measure(x[0]) if isinstance(x, Dims) else len(x)
 
 

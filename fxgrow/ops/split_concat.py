@@ -15,22 +15,19 @@ from fxgrow.axes.size_expressions import SizeExpr
 from fxgrow.axes.structure import SizeCheck
 from fxgrow.graph.node_functions import in_mode
 from fxgrow.ops.context import Context, Unsupported
-from fxgrow.ops.elementwise import (
-    broadcast,
-)
+from fxgrow.ops.elementwise import broadcast
 from fxgrow.ops.registry import op
-from fxgrow.ops.views import flat
+from fxgrow.ops.views import unpack_sizes
 
 
 @op(F.glu, nn.GLU)
 def glu(ctx: Context, input: Dims, dim: int = -1) -> Dims:
-
     dim = int(ctx.module.dim) if ctx.module is not None else dim
-    half = halves(ctx, input[dim], 2)
+    half = equal_parts(ctx, input[dim], 2)
     return Dims(half if i == dim % len(input) else a for i, a in enumerate(input))
 
 
-def halves(ctx: Context, axis: Axis, n: int) -> Axis:
+def equal_parts(ctx: Context, axis: Axis, n: int) -> Axis:
     """`axis` in `n` equal blocks that stay equal: returns the block."""
     if length(axis) % n:
         raise Unsupported(f"{length(axis)} entries in {n} unequal parts", "size")
@@ -88,7 +85,7 @@ def chunk(ctx: Context, input: Dims, chunks: int, dim: int = 0) -> tuple[Dims, .
         return _with(input, dim, [fixed(n) for n in sizes])
     if len(set(sizes)) > 1 or len(sizes) != chunks:
         raise Unsupported("chunks of unequal size", "size")
-    return _with(input, dim, [halves(ctx, input[dim], len(sizes))] * len(sizes))
+    return _with(input, dim, [equal_parts(ctx, input[dim], len(sizes))] * len(sizes))
 
 
 @op("split", "split_with_sizes", torch.split, torch.split_with_sizes)
@@ -102,7 +99,7 @@ def split(ctx: Context, input: Dims, split_size: Any = None, dim: int = 0, **kwa
     elif isinstance(given, int):
         if len(set(sizes)) > 1:
             raise Unsupported("the last part is smaller", "size")
-        parts = [halves(ctx, input[dim], len(sizes))] * len(sizes)
+        parts = [equal_parts(ctx, input[dim], len(sizes))] * len(sizes)
         ctx.size_argument(given, parts[0], *path)
     else:
         # parts grow apart, unless what follows ties them: equal sizes may be equal by chance
@@ -134,7 +131,7 @@ def select(ctx: Context, input: Dims, dim: int, index: int) -> Dims:
 
 @op("repeat", "tile", torch.tile)
 def repeat(ctx: Context, input: Dims, *times: Any) -> Dims:
-    counts, _, _ = flat(times)
+    counts, _, _ = unpack_sizes(times)
     counts = [1] * (len(input) - len(counts)) + counts
     input = Dims((fixed(1),) * (len(counts) - len(input)) + tuple(input))
     return Dims(product(fixed(int(n)), a, ctx.reason("size", "repeated")) for n, a in zip(counts, input, strict=True))
@@ -191,7 +188,7 @@ def _slice(ctx: Context, axis: Axis, item: slice) -> Axis:
         and every in (None, 1)
         and 2 * n == length(axis)
     ):
-        part = halves(ctx, axis, 2)
+        part = equal_parts(ctx, axis, 2)
         ctx.followed.append(half)
         ctx.structure.checks.append(
             SizeCheck(half, part, ctx.reason("size", "a computed size does not follow the width"))

@@ -37,8 +37,8 @@ def _sizes(
         ctx.size_argument(size, axis, *path, start + i, infer=infer)
 
 
-def flat(sizes: Sequence[Any]) -> tuple[list[Any], tuple[Any, ...], int]:
-    """`view(2, 3)` and `view((2, 3))` alike: the sizes, the path to them and the index of the first."""
+def unpack_sizes(sizes: Sequence[Any]) -> tuple[list[Any], tuple[Any, ...], int]:
+    """Sizes given as `view(2, 3)` or `view((2, 3))`, the path to them, and the index of the first."""
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
         return list(sizes[0]), (1,), 0
     return list(sizes), (), 1
@@ -53,7 +53,7 @@ def reshape(ctx: Context, x: Dims, *sizes: Any, **kwargs: Any) -> Dims:
     elif sizes and isinstance(sizes[0], torch.dtype):
         raise Unsupported("view as another dtype")
     else:
-        given, path, start = flat(sizes)
+        given, path, start = unpack_sizes(sizes)
     out = regroup(ctx, x, ctx.shape, given)
     _sizes(ctx, given, out, path, start, infer=True)
     return out
@@ -161,7 +161,7 @@ def unsqueeze(ctx: Context, input: Dims, dim: int) -> Dims:
 
 @op("expand", "broadcast_to", torch.broadcast_to)
 def expand(ctx: Context, input: Dims, *sizes: Any) -> Dims:
-    given, path, start = flat(sizes)
+    given, path, start = unpack_sizes(sizes)
     lead = len(given) - len(input)
     out: list[Axis] = []
     for i, (size, n) in enumerate(zip(given, ctx.shape, strict=True)):

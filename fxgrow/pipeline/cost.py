@@ -79,7 +79,7 @@ class MultiplyAdds:
         #: axes that are multiplied, and how often
         self.terms: list[tuple[Sequence[Axis], float]] = []
         batch = next((v.shape[0] for v in _inputs(gm) if v.dim()), 1)
-        layers = {p.node: (p.weight, p.turned) for p in structure.projections if p.node.target is not F.embedding}
+        layers = {p.node: (p.weight, p.transposed) for p in structure.projections if p.node.target is not F.embedding}
         for node in gm.graph.nodes:
             module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
             if isinstance(module, _ConvNd):
@@ -87,9 +87,9 @@ class MultiplyAdds:
             if isinstance(module, nn.Embedding):
                 layers.pop(node, None)
             if node in layers:
-                name, turned = layers[node]
+                name, transposed = layers[node]
                 dims = structure.parameters[structure.aliases.get(id(lookup(gm, name)), name)]
-                at: Tensor = (node.all_input_nodes[0] if turned else node).meta["val"]
+                at: Tensor = (node.all_input_nodes[0] if transposed else node).meta["val"]
                 spatial = at.shape[2:] if len(dims) > 2 else at.shape[1:-1]
                 self.terms.append((dims, math.prod(spatial) * at.shape[0] / batch))
             elif node.target in _PRODUCTS:

@@ -186,7 +186,7 @@ def _from_proposals(
         update = profile.updates[name]
         bias = uses[name].bias
         # that of a transposed convolution is added once, not for each tap: it is no feature
-        if bias is not None and not uses[name].turned and lookup(profile.graph, bias).requires_grad:
+        if bias is not None and not uses[name].transposed and lookup(profile.graph, bias).requires_grad:
             values.delta[bias] = update[:, -1]
             update = update[:, :-1]
         values.delta[name] = like_weight(update, lookup(profile.graph, name), uses[name])

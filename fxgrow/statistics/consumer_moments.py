@@ -40,8 +40,8 @@ def rows_for(features: int) -> int:
 def uses_of(weight: str, projections: list[Projection]) -> list[Projection]:
     """Every use of a weight, if all of them read it alike; a weight that is also an embedding has no statistics."""
     uses = [p for p in projections if p.weight == weight]
-    one = {(p.out_dim, p.turned, p.groups) for p in uses}
-    return uses if len(one) == 1 and all(p.plain or p.turned or 1 < p.groups <= GROUPS for p in uses) else []
+    one = {(p.out_dim, p.transposed, p.groups) for p in uses}
+    return uses if len(one) == 1 and all(p.plain or p.transposed or 1 < p.groups <= GROUPS for p in uses) else []
 
 
 def consumers_of(weight: str, projections: list[Projection], output_side: bool = True) -> dict[str, ConsumerMoments]:
@@ -107,7 +107,7 @@ class ConsumerMoments:
         self.weight = uses[0].weight
         #: where the weight itself is stored [in, out]; here it is [out, in] throughout
         self.transposed = uses[0].in_dim < uses[0].out_dim
-        self.turned = window(uses[0]) if uses[0].turned else None
+        self.turned = window(uses[0]) if uses[0].transposed else None
         #: the bias of a transposed convolution is added once, not once for each tap
         self.bias = None if self.turned else _movable(uses[0])
         self.window = Window() if self.turned else window(uses[0])

@@ -98,7 +98,7 @@ def _link(
     structure: Structure,
     second: set[fx.Node],
 ) -> ConvPath | None:
-    if not (writes.plain and (reads.plain or reads.turned)) or any(
+    if not (writes.plain and (reads.plain or reads.transposed)) or any(
         n.target in _MIXES or _selects(n, var, structure) for n in path
     ):
         return None
@@ -114,7 +114,7 @@ def _link(
         if per_read != 1 or pool is None:
             return None
         # a transposed convolution reads one position at a time
-        consumer = Window((1,) * nd) if reads.turned else window(reads)
+        consumer = Window((1,) * nd) if reads.transposed else window(reads)
         return ConvPath(writes, reads, producer, consumer, pool, read if nd else ())
     if nd == 0 or reads.kernel:
         return None
@@ -174,7 +174,7 @@ def producer_map(x: Tensor, link: ConvPath) -> Tensor:
 
 def gradient_map(v: Tensor, link: ConvPath) -> Tensor:
     """What a consumer is asked for, at the positions of the link's consumer window."""
-    if link.reads.turned:
+    if link.reads.transposed:
         turned: Tensor = v.mT.unflatten(2, link.read_shape)
         return turned
     if link.reads.kernel or not link.writes.kernel:
