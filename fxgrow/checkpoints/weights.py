@@ -7,7 +7,6 @@ requires_grad), with the dtype and strides that it had.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from fxgrow.errors import FileError
-from fxgrow.graph.graph import named_tensors, unwrap
+from fxgrow.graph.graph import copy_module, named_tensors, same_kind, unwrap
 from fxgrow.rewriting.into_module import check_into, into_module
 from fxgrow.rewriting.replay import replayed, sizes_after
 from fxgrow.storage.recipe import Recipe, grown_inside, keep_recipe
@@ -97,7 +96,7 @@ def resized(
         raise FileError("This model has grown already. A recipe starts from a model as it was before it grew.")
     if into == "module" and not recipe.steps:
         given = _placed(model, recipe, weights) if weights is not None else {}
-        out = copy.deepcopy(model, {id(t): given[name] for name, t in named_tensors(model).items() if name in given})
+        out = copy_module(model, {id(t): given[name] for name, t in named_tensors(model).items() if name in given})
         keep_recipe(out, recipe)
     else:
         # of another model nothing else is worth saying; what only the graph's root has will be seen there
@@ -172,7 +171,7 @@ def _placed(model: nn.Module, recipe: Recipe, weights: Weights) -> dict[str, Ten
                 raise FileError(f"{name!r} is on the meta device. Build the fresh model on a real one.")
             t = found[name]
             new = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=old.device).copy_(t)
-            made[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+            made[id(old)] = same_kind(new, old)
         out[name] = made[id(old)]
     return out
 

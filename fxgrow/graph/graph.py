@@ -74,6 +74,17 @@ def copy_graph(gm: fx.GraphModule, replaced: Mapping[int, Tensor] | None = None)
     return out
 
 
+def copy_module(model: nn.Module, replaced: Mapping[int, Tensor]) -> nn.Module:
+    """A deep copy without the record of earlier growth; see `copy_graph`."""
+    if isinstance(model, fx.GraphModule):
+        return copy_graph(model, replaced)
+    memo: dict[int, Any] = dict(replaced)
+    meta = vars(model).get("meta")
+    if isinstance(meta, dict) and meta.keys() <= {"fxgrow"}:
+        memo[id(meta)] = {}
+    return copy.deepcopy(model, memo)
+
+
 def compile_graph(gm: fx.GraphModule) -> None:
     """Checks an edited graph and makes it the code of its module."""
     lint(gm)
@@ -128,6 +139,11 @@ def _runs(positions: Tensor) -> list[tuple[int, int, int]]:
     breaks = (positions.diff() != 1).nonzero().flatten() + 1
     edges = [0, *breaks.tolist(), len(positions)]
     return [(int(positions[a]), a, b - a) for a, b in zip(edges, edges[1:], strict=False) if b > a]
+
+
+def same_kind(value: Tensor, old: Tensor) -> Tensor:
+    """Returns a tensor as a parameter where `old` is one."""
+    return nn.Parameter(value, old.requires_grad) if isinstance(old, nn.Parameter) else value
 
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:

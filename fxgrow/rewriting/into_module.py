@@ -11,7 +11,6 @@ only if the code then traces to the grown graph.
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import itertools
 import operator
@@ -25,9 +24,9 @@ from torch.utils import _pytree as pytree
 
 from fxgrow.errors import CaptureError, PlanError
 from fxgrow.graph.evaluate import TOLERANCE
-from fxgrow.graph.graph import caller
+from fxgrow.graph.graph import caller, copy_module, named_tensors
+from fxgrow.rewriting.transplant import transplant
 from fxgrow.tracing.capture import capture
-from fxgrow.tracing.opaque_functions import OpaqueFunction
 
 #: more ways than this to explain the changed sizes by attributes are not tried
 TRIES = 16
@@ -106,47 +105,16 @@ def into_module(
 
 
 def _filled_copy(model: nn.Module, gm: fx.GraphModule, grown: fx.GraphModule) -> nn.Module:
-    """The model's deep copy with the graph's tensors and the attributes of its modules."""
-    ours, theirs = _tensors(gm), _tensors(grown)
-    memo: dict[int, Any] = {id(tensor): theirs[name] for name, tensor in ours.items() if name in theirs}
-    meta = vars(model).get("meta")
-    if isinstance(meta, dict) and meta.keys() <= {"fxgrow"}:
-        memo[id(meta)] = {}  # the record of an earlier growth belongs to that one
+    """Copies the model with the grown graph's tensors and the attributes of its modules."""
+    new = named_tensors(grown)
     try:
-        out = copy.deepcopy(model, memo)
+        out = copy_module(model, {id(tensor): new[name] for name, tensor in named_tensors(gm).items() if name in new})
     except Exception as error:
         raise PlanError(f"{type(model).__name__} cannot be copied: {error}. {_ADVICE}.") from error
-    for path, new in grown.named_modules():
-        if not path or isinstance(new, OpaqueFunction):  # what stands for a function is no part of the model
-            continue
-        before = gm.get_submodule(path)
-        if type(before) is not type(new):
-            out.set_submodule(path, new)
-            continue
-        twin = out.get_submodule(path)
-        twin._parameters.update(new._parameters)
-        twin._buffers.update(new._buffers)
-        for name, value in vars(new).items():
-            if _is_plain(value) and name in vars(before) and vars(before)[name] != value:
-                setattr(twin, name, value)
-    # the graph's root has more buffers than the model's: constants of its code
-    out._parameters.update({name: grown._parameters[name] for name in out._parameters})
-    out._buffers.update({name: grown._buffers[name] for name in out._buffers})
+    transplant(out, grown, gm)
     if not hasattr(out, "meta"):
         out.meta = {}  # type: ignore[assignment]
     return out
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
-
-
-def _is_plain(value: Any) -> bool:
-    """Numbers, strings and tuples of them: what describes a layer (`in_features`, `normalized_shape`)."""
-    return isinstance(value, (int, float, str)) or (type(value) is tuple and all(_is_plain(v) for v in value))
 
 
 def _changed_literals(gm: fx.GraphModule, grown: fx.GraphModule) -> Iterator[_Literal]:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxgrow.errors import FileError, RewriteError
-from fxgrow.graph.graph import caller, compile_graph, copy_graph, named_tensors
+from fxgrow.graph.graph import caller, compile_graph, copy_graph, named_tensors, same_kind
+from fxgrow.rewriting.transplant import changed_attributes
 from fxgrow.rewriting.verify import check_shapes
 from fxgrow.storage.example_inputs import Example
 from fxgrow.storage.plain_tree import is_plain
@@ -49,12 +50,9 @@ def change(before: fx.GraphModule, after: fx.GraphModule, units: Mapping[str, in
     ours, theirs = named_tensors(before), named_tensors(after)
     sizes = {name: _grown(old, theirs[name]) for name, old in ours.items() if old.shape != theirs[name].shape}
     attributes = []
-    for path, module in after.named_modules():
-        old = vars(before.get_submodule(path)) if path else {}
+    for path, module in list(after.named_modules())[1:]:
         attributes += [
-            ChangedAttribute(path, name, old[name], value)
-            for name, value in vars(module).items()
-            if name in old and name != "training" and is_plain(value) and is_plain(old[name]) and old[name] != value
+            ChangedAttribute(path, *change) for change in changed_attributes(before.get_submodule(path), module)
         ]
     node_map = {node.name: node for node in after.graph.nodes}
     numbers, erased = [], []
@@ -87,7 +85,7 @@ def replayed(gm: fx.GraphModule, recipe: Recipe, given: Mapping[str, Tensor] | N
             replaced[id(t)] = given[name]
         elif shape != t.shape and id(t) not in replaced:
             zeros = torch.zeros(shape, dtype=t.dtype, device=t.device)
-            replaced[id(t)] = nn.Parameter(zeros, t.requires_grad) if isinstance(t, nn.Parameter) else zeros
+            replaced[id(t)] = same_kind(zeros, t)
     out = copy_graph(gm, replaced)
     for step in recipe.steps:
         _set_attributes(out, step)

@@ -16,13 +16,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from fxgrow.analysis.analyse import analyse
 from fxgrow.analysis.widths import hidden
 from fxgrow.axes.axes import Axis, Dims, UnitVar, length, resolve
 from fxgrow.axes.structure import Projection, Structure
-from fxgrow.graph.graph import compile_graph, copy_graph, lookup, put
+from fxgrow.graph.graph import compile_graph, copy_graph, lookup, put, same_kind
 from fxgrow.rewriting.axis_growth import Extended, extend, units_of
 from fxgrow.rewriting.copied_units import CopiedUnits, apply_copies
 from fxgrow.rewriting.initial_state import (
@@ -109,7 +109,7 @@ def widened(
     replaced: dict[int, Tensor] = {}
     for name, new in filled.items():
         old = lookup(gm, name)
-        replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
+        replaced[id(old)] = same_kind(new, old)
     grown = copy_graph(gm, replaced)
     node_map = dict(zip(gm.graph.nodes, grown.graph.nodes, strict=True))
     _write_constants(grown, structure, grow, node_map)

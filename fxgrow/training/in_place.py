@@ -11,13 +11,14 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import Optimizer
 
 from fxgrow.checkpoints.weights import resized
 from fxgrow.errors import FileError, FxgrowError
 from fxgrow.graph.graph import unwrap
 from fxgrow.pipeline.growth_record import keep_record
+from fxgrow.rewriting.transplant import transplant
 from fxgrow.storage.recipe import Recipe, keep_recipe
 from fxgrow.training.grower import Grower
 from fxgrow.training.schedule import Schedule
@@ -25,25 +26,8 @@ from fxgrow.transfer.wrappers import unwrapped
 
 
 def adopt(model: nn.Module, grown: nn.Module) -> None:
-    """Makes a model what `grown` is, a copy of it with other sizes: parameters, buffers, attributes that are sizes.
-
-    Args:
-        model: changed in place.
-        grown: of the same class; its parameters are the model's afterwards, the very same objects.
-    """
-    for path, new in grown.named_modules():
-        old = model.get_submodule(path)
-        if type(old) is not type(new):
-            model.set_submodule(path, new)
-            continue
-        old._parameters.update(new._parameters)
-        old._buffers.update(new._buffers)
-        mine = vars(old)
-        if isinstance(new, nn.RNNBase):  # has its weights in a list too
-            mine.update({name: vars(new)[name] for name in ("_flat_weights", "_flat_weight_refs")})
-        for name, value in vars(new).items():
-            if name != "training" and name in mine and _is_plain(value) and mine[name] != value:
-                mine[name] = value
+    """Makes a model what `grown`, a copy of it with other sizes, is: same parameters, buffers, sizes and recipe."""
+    transplant(model, grown)
     keep_recipe(model, Recipe.of(grown))
 
 
@@ -156,12 +140,3 @@ def _hand_over(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> None:
             if id(p) in names:
                 optimizer.state.pop(p, None)
         group["params"][:] = [theirs[names[id(p)]] if id(p) in names else p for p in group["params"]]
-
-
-def _is_plain(value: Any) -> bool:
-    """Numbers, strings and sequences of them: what describes a layer."""
-    if isinstance(value, Tensor):
-        return False
-    return isinstance(value, (int, float, str)) or (
-        isinstance(value, (tuple, list)) and all(_is_plain(v) for v in value)
-    )
