@@ -40,7 +40,7 @@ def guard(value: Any, expected: Any, message: str) -> None:
     Raises:
         CaptureError: the value differs.
     """
-    if value != expected:
+    if (bool(value) if type(expected) is bool else value) != expected:
         raise CaptureError(
             f"This graph was captured for inputs where {message} gives {expected!r}, but here it gives "
             f"{value!r}. Capture the model again with example inputs like these."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import random
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ from fxgrow.graph.purity import is_pure
 from fxgrow.ops.registry import recognised
 from fxgrow.storage.recipe import Recipe, keep_recipe
 from fxgrow.tracing.follow import Follower
+from fxgrow.tracing.input_sizes import keep_input_sizes
 from fxgrow.tracing.opaque import OpaqueFallback
 from fxgrow.tracing.tracer import ValueTracer
 from fxgrow.tracing.train_eval import guard_modes, merge_modes
@@ -142,6 +144,17 @@ def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]],
         if small <= leaves:
             break
         leaves |= small
+
+    def retrace(changed: dict[str, Any], flipped: frozenset[str] = frozenset()) -> tuple[ValueTracer, bool]:
+        again = ValueTracer(changed, call, leaves, flipped, obstacles.reasons)
+        try:
+            with _untouched(model), obstacles.in_the_way():
+                again.record(model)
+        except CaptureError:
+            return again, False
+        return again, True
+
+    keep_input_sizes(tracer, retrace)
     agree = False
     if tracer.branches:
         with _untouched(model), obstacles.in_the_way():
@@ -152,6 +165,7 @@ def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]],
         try:
             with _untouched(model), obstacles.in_the_way():
                 other.record(model)
+            keep_input_sizes(other, functools.partial(retrace, flipped=other.flipped))
             _prune(other.graph)
             merged = merge_modes(tracer, other)
         except CaptureError:

@@ -74,6 +74,8 @@ class ValueTracer(fx.Tracer):
         self._flags: dict[fx.Node, frozenset[str]] = {}  # numbers that depend on a `training` flag
         self._guessed: set[fx.Node] = set()  # what depends on data: empty tensors, and all that is no tensor
         self._guards: dict[tuple[str, str], fx.Node] = {}
+        #: guards on numbers that the code asked for, and what it made of each
+        self.numbers: dict[fx.Node, Callable[[Any], Any]] = {}
         self._asked: dict[tuple[int, CodeType, int], tuple[tuple[str, str], fx.Node]] = {}
         self._grad_modes: list[tuple[bool, fx.Node]] = []
 
@@ -337,6 +339,8 @@ class ValueTracer(fx.Tracer):
             line = source(user.f_code.co_filename, user.f_lineno) if user is not None else ""
             condition = f"`{line}` in {self._where()}"
             self._guards[key] = self.create_node("call_function", guard, (node, expected, condition), {})
+            if convert is not bool:
+                self.numbers[self._guards[key]] = convert if convert is not hash else _as_it_is
             if asked_by is not None:
                 self._asked[id(asked_by), asked_by.f_code, asked_by.f_lasti] = (key, self._guards[key])
         return value
@@ -372,6 +376,10 @@ class ValueTracer(fx.Tracer):
     def _where(self) -> str:
         frame = user_frame(sys._getframe(1))
         return self._module() + (f" at {frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "")
+
+
+def _as_it_is(value: Any) -> Any:
+    return value
 
 
 def _cuda_devices() -> list[int]:

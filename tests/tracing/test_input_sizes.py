@@ -1,0 +1,108 @@
+"""Numbers that Python code made of the inputs' sizes are nodes of the graph, or guarded with the line."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxgrow
+
+
+class Net(nn.Module):
+    """A convolution, `join` on its output, a linear layer."""
+
+    def __init__(self, join: Callable[[Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        self.join, self.conv, self.out = join, nn.Conv2d(3, 8, 3), nn.Linear(8 * 36, 4)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.out(self.join(self.conv(x).relu(), x))
+
+
+def by_key(h: Tensor, x: Tensor) -> Tensor:
+    scales = {n: float(n) for n in (x.shape[0],)}
+    return (h * scales[x.shape[0]]).flatten(1)
+
+
+SYMBOLIC: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "len": lambda h, x: h.view(len(h), -1),
+    "len of the input": lambda h, x: h.view(len(x), -1),
+    "int": lambda h, x: h.reshape(int(x.shape[0]), -1),
+    "int of a quotient": lambda h, x: h.view(int(x.numel() / (3 * 64)), -1),
+    "tuple of ints": lambda h, x: h.view(tuple(int(s) for s in h.shape)).flatten(1),
+    "product of a list": lambda h, x: h.view(math.prod([int(h.shape[0]), 1]), -1),
+    "twice and half": lambda h, x: torch.cat([h, h]).view(2 * len(h), -1)[: len(h)],
+    "keyword": lambda h, x: torch.reshape(h, shape=(len(h), -1)),
+    "a size as a float": lambda h, x: (h / float(x.shape[0])).flatten(1),
+    "a key": by_key,
+    "truth of a size": lambda h, x: h.flatten(1) if x.shape[0] else h,
+    "truth of a shape": lambda h, x: h.flatten(1) if x.shape else h,
+}
+
+
+@pytest.mark.parametrize("join", SYMBOLIC.values(), ids=SYMBOLIC)
+@pytest.mark.parametrize("batch", [1, 2, 5, 12])
+def test_other_batch_sizes(join: Callable[[Tensor, Tensor], Any], batch: int) -> None:
+    net = Net(join)
+    gm = fxgrow.capture(net, (torch.randn(4, 3, 8, 8),))
+    x = torch.randn(batch, 3, 8, 8)
+    assert torch.equal(gm(x), net(x))
+    assert [w.pinned for w in fxgrow.widths(gm)][0] is None
+
+
+def test_what_is_computed_of_a_size_in_other_ways_is_guarded_with_its_line() -> None:
+    gm = fxgrow.capture(Net(lambda h, x: (h * (len(x) % 3)).flatten(1)), (torch.randn(4, 3, 8, 8),))
+    assert torch.equal(gm(torch.ones(4, 3, 8, 8)), gm(torch.ones(4, 3, 8, 8)))
+    with pytest.raises(fxgrow.CaptureError, match=r"len\(x\) % 3"):
+        gm(torch.randn(5, 3, 8, 8))
+
+
+def test_a_loop_over_the_batch_is_guarded_with_its_line() -> None:
+    gm = fxgrow.capture(
+        Net(lambda h, x: torch.stack([h[i].flatten() for i in range(len(h))])), (torch.randn(2, 3, 8, 8),)
+    )
+    with pytest.raises(fxgrow.CaptureError, match=r"for i in range\(len\(h\)\)"):
+        gm(torch.randn(3, 3, 8, 8))
+
+
+class Lengths(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.out = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        positions = torch.arange(int(x.shape[1])).to(x) / len(x[0])
+        return self.out(self.embed(x) * positions[:, None].expand(int(x.size(1)), 8))
+
+
+@pytest.mark.parametrize("shape", [(2, 5), (3, 5), (2, 9), (1, 4)])
+def test_other_lengths(shape: tuple[int, int]) -> None:
+    net = Lengths()
+    gm = fxgrow.capture(net, (torch.randn(2, 5, 6),))
+    x = torch.randn(*shape, 6)
+    assert torch.equal(gm(x), net(x))
+
+
+def test_a_size_that_a_layer_fixes_is_guarded_where_it_enters() -> None:
+    net = Net(lambda h, x: h.view(-1, int(h.shape[1]) * int(h.shape[2]) * int(h.shape[3])))
+    gm = fxgrow.capture(net, (torch.randn(4, 3, 8, 8),))
+    x = torch.randn(2, 3, 8, 8)
+    assert torch.equal(gm(x), net(x))
+    with pytest.raises(fxgrow.CaptureError):
+        gm(torch.randn(2, 3, 9, 8))
+    wider = fxgrow.widen(net, (x,), {"conv": 1})
+    assert torch.allclose(wider(x), net(x), atol=1e-6)
+
+
+def test_a_constant_that_depends_on_the_batch_is_guarded() -> None:
+    def join(h: Tensor, x: Tensor) -> Tensor:
+        return (h * torch.frombuffer(bytearray(range(1, len(x) + 1)), dtype=torch.uint8).view(-1, 1, 1, 1)).flatten(1)
+
+    gm = fxgrow.capture(Net(join), (torch.randn(2, 3, 8, 8),))
+    with pytest.raises(fxgrow.CaptureError):
+        gm(torch.randn(3, 3, 8, 8))
