@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import random
+import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
@@ -148,7 +150,7 @@ def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]],
     def retrace(changed: dict[str, Any], flipped: frozenset[str] = frozenset()) -> tuple[ValueTracer, bool]:
         again = ValueTracer(changed, call, leaves, flipped, obstacles.reasons)
         try:
-            with _untouched(model), obstacles.in_the_way():
+            with _untouched(model), obstacles.in_the_way(), _without_log_of_failures():
                 again.record(model)
         except CaptureError:
             return again, False
@@ -267,6 +269,22 @@ def _without_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def _without_log_of_failures() -> Iterator[None]:
+    """Fake tensors log every failure as an error; here it only says that the model does not take a size."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    thread = threading.get_ident()
+
+    def other_thread(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    log.addFilter(other_thread)
+    try:
+        yield
+    finally:
+        log.removeFilter(other_thread)
 
 
 def _drop_caches(model: nn.Module) -> None:

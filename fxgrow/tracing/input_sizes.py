@@ -75,20 +75,20 @@ def keep_input_sizes(tracer: ValueTracer, retrace: Retrace) -> None:
         if any(group.batch for group in these):
             continue  # its guard says so
         for group in these:
-            _bind(tracer.graph, group, str(question.args[2]))
+            _bind(tracer.graph, group, question)
         tracer.graph.erase_node(question)
 
 
-def _bind(graph: fx.Graph, group: Group, message: str) -> None:
-    """Guards the dimensions of a group on the inputs themselves."""
-    for node in list(graph.find_nodes(op="placeholder")):
+def _bind(graph: fx.Graph, group: Group, question: fx.Node) -> None:
+    """Guards the dimensions of a group on the inputs themselves, in the place of a question about a number."""
+    for node in graph.find_nodes(op="placeholder"):
         value = node.meta["val"]
         for d in group.dims(value) if isinstance(value, Tensor) else ():
-            with graph.inserting_after(graph.find_nodes(op="placeholder")[-1]):
+            with graph.inserting_before(question):
                 size = graph.call_method("size", (node, d))
+                refusal = graph.call_function(guard, (size, group.size, f"the size from which {question.args[2]}"))
             set_value(size, group.size)
-            with graph.inserting_after(size):
-                set_value(graph.call_function(guard, (size, group.size, f"the size from which {message}")), None)
+            set_value(refusal, None)
 
 
 def _groups(inputs: Mapping[str, Any]) -> list[Group]:
