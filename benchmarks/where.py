@@ -37,7 +37,6 @@ import fxgrow
 from benchmarks._where import MARKS, SUBJECTS, Subject, Trained
 from benchmarks.one_step import loss_of
 from examples.data import VARIABLE, Split
-from fxgrow.analysis.analyse import analyse
 from fxgrow.pipeline.cost import Parameters
 
 #: units by which each width grows alone
@@ -86,7 +85,7 @@ def scores(trained: Trained) -> dict[str, dict[str, float]]:
     """Per score, its value for each width."""
     profile, refit = trained.profile, trained.profile.refit
     assert refit is not None
-    count = Parameters(trained.gm, analyse(trained.gm))
+    count = Parameters(trained.profile.analysed)
     added = {w: count.total({w: UNITS}) - count.total({}) for w in profile}
     marginal = {w: refit.marginal(w, UNITS) for w in profile}
     return {
@@ -134,7 +133,7 @@ def allocations(trained: Trained) -> Row:
 
 def uniform(trained: Trained, parameters: int) -> dict[str, int]:
     """One ratio for all widths, the one whose parameters come nearest."""
-    count = Parameters(trained.gm, analyse(trained.gm))
+    count = Parameters(trained.profile.analysed)
     most = {w: (b.width.size, trained.profile.proposed[w]) for w, b in trained.profile.items()}
 
     def at(ratio: float) -> dict[str, int]:

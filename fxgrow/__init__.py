@@ -1,6 +1,6 @@
 """fxgrow: makes any PyTorch network wider where it needs it, while it learns."""
 
-from fxgrow.analysis.widths import widths
+from fxgrow.analysis.analyse import widths
 from fxgrow.axes.records import Reason, Width
 from fxgrow.checkpoints.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from fxgrow.checkpoints.model_file import load, resize, save

@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 import fxgrow
 from benchmarks.coverage.subjects import Inputs, Subject
 from fxgrow.analysis.analyse import analyse
-from fxgrow.analysis.widths import hidden
 from fxgrow.axes.axes import resolve
 from fxgrow.axes.structure import Structure
 from fxgrow.graph.graph import copy_graph, lookup
@@ -150,8 +149,8 @@ def _opaque(gm: fx.GraphModule) -> dict[str, int]:
 
 def _shares(gm: fx.GraphModule) -> Findings:
     """Parameters in layers with at least one free width, and the others by what pins them."""
-    structure = analyse(gm)
-    free = {h.var for h in hidden(structure) if h.width.pinned is None}
+    analysed = analyse(gm)
+    structure, free = analysed.structure, {w.var for w in analysed.free_widths}
     owners: dict[str, bool] = defaultdict(bool)
     for name, dims in structure.parameters.items():
         owners[name.rpartition(".")[0]] |= any(s.var in free for axis in dims for s in resolve(axis))

@@ -1,271 +1,75 @@
-"""Runs a graph on axes instead of tensors (abstract interpretation): who must change together, and what cannot.
-
-requires: a captured graph, `node.meta["val"]` on every node.
-ensures:  every parameter axis of an understood operator is unified; what an unknown operator touches is pinned.
-"""
+"""A captured graph with the axes of its tensors and its widths: made once, passed on to all later stages."""
 
 from __future__ import annotations
 
-import math
-import operator
-from fractions import Fraction
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
-import fxgrow.ops  # noqa: F401  (enters the rules)
-from fxgrow.analysis.expert_copies import copy_experts
-from fxgrow.analysis.initial_state import compensate
-from fxgrow.axes.axes import Axis, Dims, UnitVar, axes_in, fixed, is_fixed, length, multiplicity, pin, resolve, unify
-from fxgrow.axes.records import Reason
-from fxgrow.axes.size_expressions import SizeExpr, measured
-from fxgrow.axes.structure import SizeCheck, Structure
-from fxgrow.graph.graph import lookup
-from fxgrow.graph.node_functions import guard
-from fxgrow.graph.node_meta import KEY
-from fxgrow.ops.context import Context, Unsupported
-from fxgrow.ops.infer_rule import infer_rule
-from fxgrow.ops.registry import find_rule
+from fxgrow.analysis.axis_propagation import propagate_axes
+from fxgrow.analysis.widths import GrowableWidth, find_widths
+from fxgrow.axes.records import Width
+from fxgrow.axes.structure import Structure
+from fxgrow.errors import PlanError
 
 
-def analyse(gm: fx.GraphModule) -> Structure:
-    """Evaluates every node of `gm` on axes."""
-    structure = Structure()
-    env: dict[fx.Node, Any] = structure.outputs
-    for node in gm.graph.nodes:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-        context = Context(structure, gm, node)
-        env[node] = _evaluate(context, args, kwargs)
-    for check in structure.checks:
-        _check(structure, check)
-    _pin_frozen(gm, structure)
-    compensate(gm, structure)
-    copy_experts(gm, structure)
-    return structure
+@dataclass(frozen=True, eq=False)
+class AnalysedGraph:
+    """What the later stages know about a graph.
+
+    Attributes:
+        gm: the captured graph.
+        structure: its axes, projections and constants.
+        widths: by name, in execution order of their first producers.
+    """
+
+    gm: fx.GraphModule
+    structure: Structure
+    widths: Mapping[str, GrowableWidth]
+
+    @property
+    def free_widths(self) -> list[GrowableWidth]:
+        """The widths that can change."""
+        return [w for w in self.widths.values() if w.width.pinned is None]
+
+    def free_width(self, name: str) -> GrowableWidth:
+        """The width of that name.
+
+        Raises:
+            PlanError: there is none, or it is pinned.
+        """
+        if name not in self.widths:
+            free = [w.name for w in self.free_widths]
+            raise PlanError(
+                f"There is no width named {name!r}. Widths are named after their first producer; free ones here: "
+                f"{', '.join(free[:8]) or 'none'}{' ...' if len(free) > 8 else ''}."
+            )
+        pinned = self.widths[name].width.pinned
+        if pinned is not None:
+            raise PlanError(f"Width {name!r} cannot change: {pinned}.")
+        return self.widths[name]
 
 
-def _evaluate(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    node = ctx.node
-    if node.op == "placeholder":
-        return _fixed(ctx.value, ctx.reason("input", "a dimension of the model's input"))
-    if node.op == "get_attr":
-        name = str(node.target)
-        # by the real tensor, not its fake value: tied parameters are one object
-        return ctx.dims_of(name, lookup(ctx.gm, name)) if _is_state(ctx.gm, node) else _fixed(ctx.value)
-    if node.op == "output":
-        for axis in axes_in(args):
-            pin(axis, ctx.reason("output", "a dimension of the model's output"))
-        _pin_sizes(args, ctx.reason("output", "its size is returned by the model"))
-        return args
-    if node.target is guard:
-        _pin_sizes(args, ctx.reason("branch", "the model's code branches on this size"))
-        return None
-    if KEY in node.meta:
-        why = ctx.reason("opaque", f"the model's code cannot be followed there: {node.meta[KEY]}")
-        _pin_all(ctx, args, kwargs, why)
-        return _fixed(ctx.value, why)
-    if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(ctx.value)):
-        return _number(ctx, args, kwargs)
-    if all(is_fixed(a) for a in axes_in((args, kwargs))) and not any(measured((args, kwargs))) and not _writes(ctx):
-        reasons = [s.reason for a in axes_in((args, kwargs)) for s in a if s.reason]
-        # what was computed from an input is no input any more, but an unknown operator stays the reason
-        return _fixed(ctx.value, next((r for r in reasons if r.code != "input"), None))
-    return _apply(ctx, args, kwargs)
+def analyse(gm: fx.GraphModule) -> AnalysedGraph:
+    """Runs a captured graph on axes and lists its widths."""
+    structure = propagate_axes(gm)
+    return AnalysedGraph(gm, structure, find_widths(structure))
 
 
-def _apply(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    rule = find_rule(ctx.node, ctx.module)
-    what = _name(ctx)
-    try:
-        if ctx.node.kwargs.get("out") is not None:
-            raise Unsupported(f"{what} writes its result into out=")
-        if _changes_a_parameter(ctx, args):
-            raise Unsupported(f"{what} changes a parameter in place")
-        out = infer_rule(ctx, what, args, kwargs) if rule is None else rule(ctx, *args, **kwargs)
-        _agree(ctx, out)
-    except (Unsupported, TypeError, IndexError, KeyError, ValueError) as refusal:
-        code = refusal.code if isinstance(refusal, Unsupported) else "operator"
-        text = str(refusal) if isinstance(refusal, Unsupported) else f"{what}: {refusal}"
-        why = ctx.reason(code, text)
-        _pin_all(ctx, args, kwargs, why)
-        return _fixed(ctx.value, why)
-    for size in measured((args, kwargs)):
-        if not any(size is f for f in ctx.followed):
-            _pin_sizes([size], ctx.reason("size", "its size is used as a number"))
-    # what an operator returns is no parameter any more, even where it has the same axes
-    return Dims(out) if any(out is a for a in args) else out
+def widths(gm: fx.GraphModule) -> list[Width]:
+    """The hidden dimensions of a captured graph, in execution order of their first producers.
 
+    Args:
+        gm: a graph from `fxgrow.capture`.
 
-def _changes_a_parameter(ctx: Context, args: tuple[Any, ...]) -> bool:
-    """New entries are chosen for the parameter as it is stored, not for what the graph makes of it."""
-    name = getattr(ctx.node.target, "__name__", str(ctx.node.target))
-    if not args or not isinstance(args[0], Dims) or args[0].parameter is None:
-        return False
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
-    return in_place and isinstance(lookup(ctx.gm, args[0].parameter), torch.nn.Parameter)
+    Returns:
+        One `Width` per hidden dimension; those that cannot change carry a `Reason` in `pinned`.
 
-
-def _pin_all(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any], why: Reason) -> None:
-    """Pins whatever an operator that is not understood can see."""
-    for axis in axes_in((args, kwargs)):
-        pin(axis, why)
-    _pin_sizes((args, kwargs), why)
-    if ctx.module is not None:
-        for name, tensor in [*ctx.module.named_parameters(), *ctx.module.named_buffers()]:
-            for axis in ctx.dims_of(f"{ctx.node.target}.{name}", tensor):
-                pin(axis, why)
-
-
-def _pin_sizes(value: Any, why: Reason) -> None:
-    for size in measured(value):
-        for axis in size.axes:
-            pin(axis, why)
-
-
-def _agree(ctx: Context, out: Any) -> None:
-    """A rule is believed only if its axes have the lengths of the real output."""
-    expected = [tuple(v.shape) for v in pytree.tree_leaves(ctx.value) if isinstance(v, torch.Tensor)]
-    found = [
-        tuple(length(a) for a in d)
-        for d in pytree.tree_leaves(out, is_leaf=lambda x: isinstance(x, Dims))
-        if isinstance(d, Dims)
-    ]
-    if expected != found:
-        raise Unsupported(f"{_name(ctx)}: the rule gives shapes {found}, the operator {expected}")
-
-
-def _number(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Shape arithmetic, evaluated; a result that cannot be followed back to its axes becomes an opaque size."""
-    node = ctx.node
-    tensors = list(axes_in((args, kwargs)))
-    out = ctx.value
-    known = False  # whether every size in `out` is followed
-    try:
-        if tensors:
-            rule = find_rule(node, ctx.module)
-            out, known = (out, False) if rule is None else (rule(ctx, *args, **kwargs), True)
-            if out is None and rule is None:
-                # it is called for what it does, and that is not described
-                _pin_all(ctx, args, kwargs, ctx.reason("operator", f"{_name(ctx)} is not described by any rule"))
-        elif node.target is operator.getitem:
-            out, known = args[0][args[1]], not any(measured(args[1]))
-        elif node.target in _LINEAR:
-            out = node.target(*args, **kwargs)
-            known = any(measured(out))
-        elif node.target == "numel":
-            out = math.prod(args[0])
-            known = any(measured(out))
-    except Unsupported as refusal:
-        _pin_all(ctx, args, kwargs, ctx.reason(refusal.code, str(refusal)))
-    except (TypeError, IndexError, ValueError):
-        out, known = ctx.value, False
-    sources = [(c, a) for s in measured((args, kwargs)) for c, a in s.terms]
-    if not sources and node.target not in _RANK:
-        sources = [(Fraction(1), a) for a in tensors if not is_fixed(a)]
-    if known or not sources:
-        return out
-    if isinstance(out, float) and _of_widths_alone(node, sources):
-        # such as 1/sqrt(d): what was computed with it stays when it does
-        ctx.keep(out, [axis for _, axis in sources])
-        return out
-    if any(isinstance(leaf, float) for leaf in pytree.tree_leaves(out)):
-        # it would change what is computed, and nothing says how
-        for _, axis in sources:
-            pin(axis, ctx.reason("size", "its size is used as a number"))
-    return pytree.tree_map_only(int, lambda n: SizeExpr.make(int(n), Fraction(0), sources, opaque=True), out)
-
-
-def _of_widths_alone(node: fx.Node, sources: list[tuple[Fraction, Axis]]) -> bool:
-    """Whether a number comes from one size that only a width gives: other sizes may change from call to call."""
-    whole = len(sources) == 1 and all(s.var is not None for s in resolve(sources[0][1]))
-    return whole and len(node.all_input_nodes) == 1
-
-
-_IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"})
-#: what these say of a tensor does not depend on its sizes
-_RANK = frozenset(
-    {"dim", "ndimension", "is_floating_point", "is_complex", "get_device", "element_size", "is_contiguous"}
-)
-#: what `SizeExpr` can do; of anything else (min, max, %) only the value is known
-_LINEAR = frozenset(
-    {
-        operator.add, operator.sub, operator.mul, operator.floordiv, operator.neg,
-        operator.iadd, operator.isub, operator.imul, operator.ifloordiv, sum, math.prod,
-    }
-)  # fmt: skip
-
-
-def _check(structure: Structure, check: SizeCheck) -> None:
-    """A computed size must be the same linear form as the axis it is used for."""
-    expected = _entries(check.axis), {v: Fraction(m) for v, m in multiplicity(check.axis).items()}
-    form = check.size.form()
-    if form is not None and _settled(form) == _settled(expected):
-        return
-    axes = (*check.size.axes, check.axis)
-    if check.where is not None:
-        # the length of a width is a number that no input changes
-        if _is_width(check.axis):
-            structure.replaced.append((*check.where, axes, check.axis))
-            return
-        # one size of a view can be inferred, whatever the others are
-        others = (node for node, _, _, axis in structure.replaced if axis is None)
-        if check.infer and all(node is not check.where[0] for node in others):
-            structure.replaced.append((*check.where, axes, None))
-            return
-    # else what it measures must grow with the axis
-    if check.size.measures_one and not any(is_fixed(a) for a in axes):
-        unify(check.axis, check.size.axes[0], check.why)
-        return
-    for a in axes:
-        pin(a, check.why)
-
-
-def _is_width(axis: Axis) -> bool:
-    segments = resolve(axis)
-    return len(segments) == 1 and segments[0].var is not None and segments[0].inner == 1
-
-
-def _settled(form: tuple[Fraction, dict[UnitVar, Fraction]]) -> tuple[Fraction, dict[UnitVar, Fraction]]:
-    """A linear form in which what is pinned by now is a number."""
-    const, coefficients = form
-    const += sum(c * v.size for v, c in coefficients.items() if v.pinned is not None)
-    return const, {v: c for v, c in coefficients.items() if v.pinned is None}
-
-
-def _entries(axis: Axis) -> Fraction:
-    return Fraction(sum(s.inner for s in resolve(axis) if s.var is None))
-
-
-def _pin_frozen(gm: fx.GraphModule, structure: Structure) -> None:
-    """A frozen weight cannot learn what new units would need, and may not be changed."""
-    for p in structure.projections:
-        with torch.enable_grad():  # a weight may be computed
-            weight = lookup(gm, p.weight)
-        if not weight.requires_grad:
-            why = Reason("frozen", p.node.name, f"{p.weight} is frozen (requires_grad=False)")
-            pin(p.writes, why)
-            pin(p.reads, why)
-
-
-def _is_state(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """A parameter or buffer, as opposed to `training` flags and submodules."""
-    module, _, leaf = str(node.target).rpartition(".")
-    owner = gm.get_submodule(module)
-    return leaf in owner._parameters or leaf in owner._buffers
-
-
-def _writes(ctx: Context) -> bool:
-    """Whether this node may own weights that start a new axis."""
-    return ctx.module is not None and next(ctx.module.parameters(), None) is not None
-
-
-def _name(ctx: Context) -> str:
-    if ctx.module is not None:
-        return type(ctx.module).__name__
-    return ctx.node.target if isinstance(ctx.node.target, str) else getattr(ctx.node.target, "__name__", "?")
-
-
-def _fixed(value: Any, why: Reason | None = None) -> Any:
-    return pytree.tree_map_only(torch.Tensor, lambda t: Dims(fixed(n, why) for n in t.shape), value)
+    Example:
+        >>> import torch, fxgrow
+        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+        >>> [(w.name, w.size, w.pinned is None) for w in fxgrow.widths(fxgrow.capture(net, (torch.zeros(1, 4),)))]
+        [('0', 8, True), ('2', 2, False)]
+    """
+    return [w.width for w in analyse(gm).widths.values()]

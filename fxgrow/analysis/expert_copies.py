@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxgrow.analysis.initial_state import COPY, Compensation
+from fxgrow.analysis.initial_state import COPY, InitialState
 from fxgrow.axes.axes import Axis, Dims, UnitVar, axes_in, axis_of, multiplicity, resolve, variables
 from fxgrow.axes.structure import Constant, Projection, Structure
 from fxgrow.graph.evaluate import TOLERANCE
@@ -33,18 +33,12 @@ def copy_experts(gm: fx.GraphModule, structure: Structure) -> None:
     products = [n for n in gm.graph.nodes if n.target in SORTED]
     numbers = {r.experts for n in products if (r := routes(n)) is not None}
     for gate in [p for p in structure.projections if numbers and not p.experts]:
-        var = _one(gate.writes)
+        var = _one(gate.output_axis)
         if var is None or var.pinned is None or var.size not in numbers:
             continue
         trial = _Trial(gm, structure, gate, var)
         if trial.succeeds():
             _enter(structure, trial)
-
-
-def grows_by_copies(structure: Structure, var: UnitVar) -> bool:
-    """Whether this is such a width."""
-    made_up_for = structure.compensations.get(var)
-    return made_up_for is not None and made_up_for.kind == COPY
 
 
 def _enter(structure: Structure, trial: _Trial) -> None:
@@ -68,7 +62,7 @@ def _enter(structure: Structure, trial: _Trial) -> None:
         for d, axis in enumerate(dims)
         if every in multiplicity(axis)
     }
-    structure.compensations[every] = Compensation(COPY, writers=writers)
+    structure.initial_states[every] = InitialState(COPY, writers=writers)
 
 
 def _one(axis: Axis) -> UnitVar | None:

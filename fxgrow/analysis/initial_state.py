@@ -51,7 +51,7 @@ _DEPTHWISE = frozenset("Conv1d Conv2d Conv3d conv1d conv2d conv3d".split())
 
 
 @dataclass
-class Compensation:
+class InitialState:
     """How the new units of one width start.
 
     Attributes:
@@ -74,8 +74,8 @@ class Compensation:
     scaled: set[str] = field(default_factory=set)
 
 
-def compensate(gm: fx.GraphModule, structure: Structure) -> None:
-    """Fills `structure.compensations` for every variable with an invariant; pins those that cannot meet theirs."""
+def find_initial_states(gm: fx.GraphModule, structure: Structure) -> None:
+    """Fills `structure.initial_states` for every variable with an invariant; pins those that cannot meet theirs."""
     invariants: dict[UnitVar, list[Invariant]] = {}
     for d in structure.invariants:
         counts = multiplicity(d.axis)
@@ -93,19 +93,13 @@ def compensate(gm: fx.GraphModule, structure: Structure) -> None:
             if isinstance(outcome, Reason):
                 var.pinned = outcome
             else:
-                structure.compensations[var] = outcome
+                structure.initial_states[var] = outcome
 
 
 def _single(axis: Axis) -> bool:
     """Whether an axis is one entry for each unit of one variable."""
     segments = resolve(axis)
     return len(segments) == 1 and segments[0].var is not None and segments[0].inner == 1
-
-
-def starts_at_zero(structure: Structure, var: UnitVar) -> bool:
-    """Whether new units of a variable can send nothing on at first: a profile finds no signal in them."""
-    c = structure.compensations.get(var)
-    return c is not None and (bool(c.norms) or not any(var in variables(p.reads) for p in structure.projections))
 
 
 def _carriers(structure: Structure, wanted: Mapping[UnitVar, object]) -> dict[UnitVar, list[fx.Node]]:
@@ -148,13 +142,13 @@ class _StatePropagation:
         self.kind = MEAN if "layer" in kinds else SPLIT if "length" in kinds else ZERO
         self.mixed = len(kinds) > 1 and kinds != {"length", "product"}
         self.post = False  # whether norms with one weight for all units hand the mean on
-        self.result = Compensation(self.kind, norms=list(self.norms.values()), products=self.products)
+        self.result = InitialState(self.kind, norms=list(self.norms.values()), products=self.products)
         self.writes = {p.node: p for p in structure.projections if var in variables(p.out)}
         self.projections = {p.node for p in structure.projections}
         self.state: dict[fx.Node, str] = {}
         self.written: dict[fx.Node, list[tuple[str, int]]] = {}
 
-    def run(self) -> Compensation | Reason:
+    def run(self) -> InitialState | Reason:
         if self.mixed:
             d = self.invariants[0]
             return Reason("norm", d.node.name, "one width is normalised in different ways, or also summed over")
@@ -165,7 +159,7 @@ class _StatePropagation:
             except _Refused as refusal:
                 if not self.post and any(self._is_uniform(d) for d in self.norms.values()):
                     self.post = True
-                    self.result = Compensation(self.kind, norms=self.result.norms)
+                    self.result = InitialState(self.kind, norms=self.result.norms)
                     return self.run()
                 return Reason("norm", node.name, str(refusal))
         for d in self.products:
@@ -349,11 +343,11 @@ class _StatePropagation:
             return str(node.args[1])
         return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
 
-    def _readers(self) -> Compensation | Reason:
+    def _readers(self) -> InitialState | Reason:
         """Weights that only ever read zeros may have any columns; one that also writes the width must."""
         seen: dict[tuple[str, int], set[str]] = {}
         for p in self.structure.projections:
-            if self.var in variables(p.reads):
+            if self.var in variables(p.input_axis):
                 seen.setdefault((p.weight, p.in_dim), set()).add(self.state.get(p.source, ANY))
         if self.kind == SPLIT and seen:
             return Reason("norm", self.invariants[0].node.name, "divided by its length, and read by other weights too")

@@ -3,78 +3,90 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
-from torch import fx
-
-from fxgrow.analysis.analyse import analyse
+from fxgrow.analysis.initial_state import COPY, InitialState
 from fxgrow.axes.axes import UnitVar, multiplicity, variables
 from fxgrow.axes.records import Reason, Width
 from fxgrow.axes.structure import Projection, Structure
 from fxgrow.graph.node_meta import OWNER
 
 
-@dataclass
+@dataclass(frozen=True, eq=False)
 class GrowableWidth:
-    """A width together with what the later stages need of the graph's structure."""
+    """A width together with what the later stages need of the graph's structure.
+
+    Attributes:
+        width: the public record.
+        var: the variable of its units.
+        producers: uses of weights that write it.
+        consumers: uses of weights that read it.
+        initial_state: how its new units must start, where a norm or a product asks for it.
+    """
 
     width: Width
     var: UnitVar
-    writes: list[Projection] = field(default_factory=list)
-    reads: list[Projection] = field(default_factory=list)
+    producers: tuple[Projection, ...]
+    consumers: tuple[Projection, ...]
+    initial_state: InitialState | None = None
+
+    @property
+    def name(self) -> str:
+        return self.width.name
+
+    @property
+    def step(self) -> int:
+        return self.width.step
+
+    @property
+    def starts_at_zero(self) -> bool:
+        """Whether new units can send nothing on at first: a profile finds no signal in them."""
+        return self.initial_state is not None and (bool(self.initial_state.norms) or not self.consumers)
+
+    @property
+    def grows_by_copies(self) -> bool:
+        """Whether its units are the experts of a mixture, which grows by copies of all of them."""
+        return self.initial_state is not None and self.initial_state.kind == COPY
 
 
-def widths(gm: fx.GraphModule) -> list[Width]:
-    """The hidden dimensions of a captured graph, in execution order of their first producers.
-
-    Args:
-        gm: a graph from `fxgrow.capture`.
-
-    Returns:
-        One `Width` per hidden dimension; those that cannot change carry a `Reason` in `pinned`.
-
-    Example:
-        >>> import torch, fxgrow
-        >>> net = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
-        >>> [(w.name, w.size, w.pinned is None) for w in fxgrow.widths(fxgrow.capture(net, (torch.zeros(1, 4),)))]
-        [('0', 8, True), ('2', 2, False)]
-    """
-    return [h.width for h in hidden(analyse(gm))]
-
-
-def hidden(structure: Structure) -> list[GrowableWidth]:
+def find_widths(structure: Structure) -> dict[str, GrowableWidth]:
     """Every unbound variable that some weight writes, as a width."""
-    found: dict[UnitVar, GrowableWidth] = {}
-    readers: dict[UnitVar, list[Projection]] = {}
+    producers: dict[UnitVar, list[Projection]] = {}
+    consumers: dict[UnitVar, list[Projection]] = {}
     for p in structure.projections:
-        for var in variables(p.reads):
-            readers.setdefault(var, []).append(p)
-        for var in variables(p.writes):
-            found.setdefault(var, GrowableWidth(Width("", 0, (), (), ()), var)).writes.append(p)
-    carried = _carried(structure)
-    names: Counter[str] = Counter(layer(h.writes[0]) for h in found.values())
+        for var in variables(p.input_axis):
+            consumers.setdefault(var, []).append(p)
+        for var in variables(p.output_axis):
+            producers.setdefault(var, []).append(p)
+    carriers = _carriers(structure)
+    layers: Counter[str] = Counter(layer(uses[0]) for uses in producers.values())
     numbers: Counter[str] = Counter()
-    for var, h in found.items():
-        h.reads = readers.get(var, [])
-        name = layer(h.writes[0])
-        if names[name] > 1:
+    widths = {}
+    for var, writes in producers.items():
+        reads = consumers.get(var, [])
+        name = layer(writes[0])
+        if layers[name] > 1:
             # a producer whose output is split: its parts by number, a name that growth does not change
             numbers[name] += 1
             name = f"{name}[{numbers[name] - 1}]"
-        step = multiplicity(h.writes[0].out)[var]
+        step = multiplicity(writes[0].out)[var]
+        initial_state = structure.initial_states.get(var)
         pinned = var.pinned
-        if pinned is None and not h.reads and var not in structure.compensations:
-            pinned = Reason("output", h.writes[0].node.name, "no weight reads it")
-        h.width = Width(
+        if pinned is None and not reads and initial_state is None:
+            pinned = Reason("output", writes[0].node.name, "no weight reads it")
+        weights = {name for p in (*writes, *reads) for name in (p.weight, p.bias)}
+        width = Width(
             name=name,
             size=var.size * step,
-            producers=_unique(layer(p) for p in h.writes),
-            followers=_followers(carried[var], h),
-            consumers=_unique(layer(p) for p in h.reads),
+            producers=_unique(layer(p) for p in writes),
+            followers=_unique(n.rpartition(".")[0] or n for n in carriers[var] if n not in weights),
+            consumers=_unique(layer(p) for p in reads),
             step=step,
             pinned=pinned,
         )
-    return list(found.values())
+        widths[name] = GrowableWidth(width, var, tuple(writes), tuple(reads), initial_state)
+    return widths
 
 
 def layer(p: Projection) -> str:
@@ -87,19 +99,14 @@ def layer(p: Projection) -> str:
     return module if module and leaf == "weight" else p.weight
 
 
-def _carried(structure: Structure) -> dict[UnitVar, list[str]]:
-    """The parameters that each width appears in."""
-    carried: dict[UnitVar, list[str]] = {}
+def _carriers(structure: Structure) -> dict[UnitVar, list[str]]:
+    """The parameters that have each variable among their axes."""
+    carriers: dict[UnitVar, list[str]] = {}
     for name, dims in structure.parameters.items():
         for var in variables(*dims):
-            carried.setdefault(var, []).append(name)
-    return carried
+            carriers.setdefault(var, []).append(name)
+    return carriers
 
 
-def _followers(carried: list[str], h: GrowableWidth) -> tuple[str, ...]:
-    weights = {p.weight for p in (*h.writes, *h.reads)} | {p.bias for p in (*h.writes, *h.reads)}
-    return _unique(name.rpartition(".")[0] or name for name in carried if name not in weights)
-
-
-def _unique(names: object) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(names))  # type: ignore[call-overload]
+def _unique(names: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(names))

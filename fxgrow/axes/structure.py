@@ -25,10 +25,10 @@ class Projection:
     bias: str | None
     out_dim: int
     in_dim: int
-    writes: Axis
-    reads: Axis
-    #: the axis of the node's output: `writes`, or as many copies of it as a transposed convolution has groups; of gates
-    #: that of the state they make, which has one entry for each unit
+    output_axis: Axis
+    input_axis: Axis
+    #: the axis of the node's output: `output_axis`, or as many copies of it as a transposed convolution has groups; of
+    #: gates that of the state they make, which has one entry for each unit
     out: Axis
     kernel: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()
@@ -104,6 +104,6 @@ class Structure:
     aliases: dict[int, str] = field(default_factory=dict)
     invariants: list[Invariant] = field(default_factory=list)
     #: per variable with a demand, how its new units start (`fxgrow.analysis.initial_state`)
-    compensations: dict[UnitVar, Any] = field(default_factory=dict)
+    initial_states: dict[UnitVar, Any] = field(default_factory=dict)
     #: numbers computed from sizes, and the arguments that hold them, which stay as they are when an axis grows
     kept: list[tuple[fx.Node, str | None, float, tuple[Axis, ...]]] = field(default_factory=list)

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, fx
 
+from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
-from fxgrow.axes.structure import Structure
 from fxgrow.candidates.gradient_sketch import sketch
 from fxgrow.candidates.isolated import IsolatedPath, apart
 from fxgrow.candidates.isolated_refit import HeldOutCache
@@ -69,8 +69,7 @@ class Reader:
         keep: means, so that those of other data can be added.
     """
 
-    gm: fx.GraphModule
-    structure: Structure
+    analysed: AnalysedGraph
     method: Initialiser
     data: Data
     loss_fn: LossFn | None
@@ -87,7 +86,7 @@ class Reader:
             ProfileError: a width has no room on its own.
         """
         out = Measured()
-        found = turns(hiddens, self.gm, self.limit)
+        found = turns(hiddens, self.analysed.gm, self.limit)
         for own in found:
             self._measure(own, additions, out, self.method.refit and not self.exact and len(found) == 1)
         return out
@@ -98,7 +97,7 @@ class Reader:
         """The same from moments of several parts of the data."""
         out = Measured(samples=sum(part.samples for part in parts), loss=sum(part.loss for part in parts))
         stats = self._statistics(hiddens)
-        crosses = merged(parts, stats, next(self.gm.parameters()).device)
+        crosses = merged(parts, stats, next(self.analysed.gm.parameters()).device)
         updates, psi = project(stats)
         if self.method.project and self.method.moments:
             subtract(stats, crosses, updates)
@@ -108,7 +107,7 @@ class Reader:
     def _statistics(self, hiddens: Sequence[GrowableWidth]) -> Statistics:
         method = self.method
         return Statistics(
-            self.structure,
+            self.analysed,
             hiddens,
             exact=self.exact,
             link=method.moments,
@@ -125,8 +124,8 @@ class Reader:
     ) -> None:
         method, stats = self.method, self._statistics(hiddens)
         if tried:
-            linked = [h for h in hiddens if h.width.name in stats.widths]
-            out.ways, out.stats = apart(self.gm, self.structure, linked, stats.consumers), stats
+            linked = [h for h in hiddens if h.name in stats.widths]
+            out.ways, out.stats = apart(self.analysed, linked, stats.consumers), stats
             stats.remember(way.hidden for way in out.ways.values())
         out.loss = self.collect(stats, out.held)
         process_group = self.data.process_group
@@ -152,21 +151,21 @@ class Reader:
         out: Measured,
     ) -> None:
         method, process_group = self.method, self.data.process_group
-        wanted = {h.width.name: additions[h.width.name] for h in hiddens}
+        wanted = {h.name: additions[h.name] for h in hiddens}
         out.proposals |= process_group.broadcast_from_rank0(lambda: self._proposals(stats, wanted))
         for name in wanted:
             found = stats.widths.get(name)
             out.positions[name] = 0 if found is None else found.rows
         if method.sketch:
-            rest = [h for h in hiddens if h.width.name not in stats.widths]
+            rest = [h for h in hiddens if h.name not in stats.widths]
             out.proposals |= sketch(
-                self.gm, self.structure, rest, stats.consumers, updates, self.data, self.loss_fn, wanted, method.refit,
+                self.analysed, rest, stats.consumers, updates, self.data, self.loss_fn, wanted, method.refit,
                 self.generator,
             )  # fmt: skip
         for h in hiddens:
-            read = {p.weight for p in h.reads}
+            read = {p.weight for p in h.consumers}
             own = [psi[key] for key, c in stats.consumers.items() if c.weight in read]
-            out.asked[h.width.name] = sum(p for p, _ in own), sum(v for _, v in own)
+            out.asked[h.name] = sum(p for p, _ in own), sum(v for _, v in own)
         out.updates |= updates
 
     def _proposals(self, stats: Statistics, wanted: Mapping[str, int]) -> dict[str, Proposal]:
@@ -205,12 +204,12 @@ class Reader:
                 returned.clear()
 
         forward_backward(
-            self.gm,
+            self.analysed.gm,
             bar(batches(), "profiling", self.data.batches, self.show),
             self.loss_fn,
             sources=stats.sources,
             targets=stats.reads,
-            weights={n: lookup(self.gm, n) for n in stats.weights},
+            weights={n: lookup(self.analysed.gm, n) for n in stats.weights},
             wanted=lambda: not (apart or stats.complete),
             reader=read,
             done=done,
@@ -244,7 +243,7 @@ class Reader:
                 crossed.add(seen.inputs)
 
         forward_backward(
-            self.gm,
+            self.analysed.gm,
             self.data.fitting(self.method.refit),
             self.loss_fn,
             sources=stats.sources,

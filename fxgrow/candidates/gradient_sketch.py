@@ -15,8 +15,8 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
-from fxgrow.axes.structure import Structure
 from fxgrow.candidates.zero_unit_graph import Group, Producer, WidthSketch, ZeroUnitGraph, incoming, start
 from fxgrow.data.batches import Data
 from fxgrow.data.loss import LossFn
@@ -33,8 +33,7 @@ CONTEXTS, COPIES = 8, 2
 
 
 def sketch(
-    gm: fx.GraphModule,
-    structure: Structure,
+    analysed: AnalysedGraph,
     hiddens: Sequence[GrowableWidth],
     consumers: Mapping[str, ConsumerMoments],
     updates: Mapping[str, Tensor],
@@ -47,8 +46,7 @@ def sketch(
     """Incoming weights for widths without links.
 
     Args:
-        gm: the graph.
-        structure: its structure.
+        analysed: the graph.
         hiddens: the widths.
         consumers: moments of the weights that read them.
         updates: what the existing weights can express, dW* per consumer.
@@ -62,33 +60,34 @@ def sketch(
         Per width whose units have a slope at zero: at most that many units, best first.
     """
     process_group = data.process_group
-    sketches = [start(h, structure) for h in hiddens if _possible(h, consumers)]
+    sketches = [start(h, analysed) for h in hiddens if _possible(h, consumers)]
     if not sketches:
         return {}
-    copy = ZeroUnitGraph(gm, structure, consumers, updates, sketches, generator, process_group)
+    copy = ZeroUnitGraph(analysed, consumers, updates, sketches, generator, process_group)
     first = data.first()
     copy.run([first], loss_fn)
     sketches = [s for s in sketches if copy.silent[s.name] and _keep_steep(s) and copy.reads_slots(s)]
     if not sketches:
         return {}
     for s in sketches:
-        _size(s, additions[s.name] // s.hidden.width.step, consumers, generator)
-    copy = ZeroUnitGraph(gm, structure, consumers, updates, sketches, generator, process_group)
+        _size(s, additions[s.name] // s.hidden.step, consumers, generator)
+    copy = ZeroUnitGraph(analysed, consumers, updates, sketches, generator, process_group)
     copy.run(data.fitting(hold), loss_fn)
     for s in sketches:
         s.groups = process_group.broadcast_from_rank0(partial(_groups, s))
-    copy = ZeroUnitGraph(gm, structure, consumers, updates, sketches, generator, process_group)
+    copy = ZeroUnitGraph(analysed, consumers, updates, sketches, generator, process_group)
     copy.probe(data.fitting(hold), loss_fn)
     return process_group.broadcast_from_rank0(
-        lambda: {s.name: _solve(gm, s, additions[s.name] // s.hidden.width.step) for s in sketches}
+        lambda: {s.name: _solve(analysed.gm, s, additions[s.name] // s.hidden.step) for s in sketches}
     )
 
 
 def _possible(h: GrowableWidth, consumers: Mapping[str, ConsumerMoments]) -> bool:
-    written = {p.weight for p in h.writes}
+    written = {p.weight for p in h.producers}
     # of a recurrence what it reads of itself was there a step before
-    apart = all(p.weight not in written or p.source.target is before for p in h.reads)
-    return apart and bool(h.reads) and all(p.plain for p in h.writes) and all(p.weight in consumers for p in h.reads)
+    apart = all(p.weight not in written or p.source.target is before for p in h.consumers)
+    known = bool(h.consumers) and all(p.weight in consumers for p in h.consumers)
+    return apart and known and all(p.plain for p in h.producers)
 
 
 def _keep_steep(s: WidthSketch) -> bool:
@@ -107,7 +106,7 @@ def _keep_steep(s: WidthSketch) -> bool:
 def _size(s: WidthSketch, wanted: int, consumers: Mapping[str, ConsumerMoments], generator: torch.Generator) -> None:
     """How many candidates, and like which old units."""
     if all(p.steep.all() for p in s.producers.values()):
-        outputs = sum(consumers[w].vh.shape[0] for w in {p.weight for p in s.hidden.reads})
+        outputs = sum(consumers[w].vh.shape[0] for w in {p.weight for p in s.hidden.consumers})
         s.atoms = min(2 * wanted + 4, outputs)
         return
     units = s.hidden.var.size

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.func import functional_call
 
+from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.axes.axes import Dims, UnitVar, multiplicity, resolve
-from fxgrow.axes.structure import Projection, Structure
+from fxgrow.axes.structure import Projection
 from fxgrow.candidates.widened import put_rows
 from fxgrow.graph.graph import lookup
 from fxgrow.initialisers.registry import Proposal
@@ -57,17 +58,17 @@ class IsolatedPath:
     @property
     def sources(self) -> list[fx.Node]:
         """What the producers read."""
-        return list(dict.fromkeys(p.source for p in self.hidden.writes))
+        return list(dict.fromkeys(p.source for p in self.hidden.producers))
 
     @torch.no_grad()
     def put_out(self, proposal: Proposal, inputs: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
         """New channels at every source of a consumer, for the inputs of the producers. In eval mode."""
         values = Values()
-        for p in self.hidden.writes:
+        for p in self.hidden.producers:
             put_rows(self.gm, p, "", proposal.alpha[p.weight], values)
         entries = {name: next(iter(own.values())) for name, own in values.new.items()}
         known: dict[fx.Node, Any] = {}
-        writes = {p.node: p.source for p in self.hidden.writes}
+        writes = {p.node: p.source for p in self.hidden.producers}
 
         def value(n: fx.Node) -> Any:
             name = str(n.target)
@@ -80,7 +81,7 @@ class IsolatedPath:
             # a producer may read old units of its own width
             own = value if read is None else lambda n, read=read: inputs[n] if n is read else value(n)
             known[node] = self._run(node, own, entries)
-        return {p.source: known[p.source] for p in self.hidden.reads}
+        return {p.source: known[p.source] for p in self.hidden.consumers}
 
     def _run(self, node: fx.Node, value: Any, entries: Mapping[str, Tensor]) -> Any:
         if node in self.passed:
@@ -99,13 +100,13 @@ class IsolatedPath:
 
 
 def apart(
-    gm: fx.GraphModule, structure: Structure, hiddens: Iterable[GrowableWidth], consumers: Mapping[str, ConsumerMoments]
+    analysed: AnalysedGraph, hiddens: Iterable[GrowableWidth], consumers: Mapping[str, ConsumerMoments]
 ) -> dict[str, IsolatedPath]:
     """The widths of which new units can be run by themselves; with one that cannot go all that share a consumer."""
     hiddens = list(hiddens)
-    second = nodes_with_batch_second(gm.graph)
-    found = {h.width.name: way for h in hiddens if (way := _way(gm, structure, h, consumers, second)) is not None}
-    readers = {h.width.name: {p.weight for p in h.reads} for h in hiddens}
+    second = nodes_with_batch_second(analysed.gm.graph)
+    found = {h.name: way for h in hiddens if (way := _way(analysed, h, consumers, second)) is not None}
+    readers = {h.name: {p.weight for p in h.consumers} for h in hiddens}
     while True:
         lost = {w for name, own in readers.items() if name not in found for w in own}
         gone = [name for name in found if readers[name] & lost]
@@ -116,26 +117,26 @@ def apart(
 
 
 def _way(
-    gm: fx.GraphModule,
-    structure: Structure,
+    analysed: AnalysedGraph,
     h: GrowableWidth,
     consumers: Mapping[str, ConsumerMoments],
     second: set[fx.Node],
 ) -> IsolatedPath | None:
-    if not h.reads or any(p.weight not in consumers or consumers[p.weight].uses[0].experts for p in h.reads):
+    gm = analysed.gm
+    if not h.consumers or any(p.weight not in consumers or consumers[p.weight].uses[0].experts for p in h.consumers):
         return None
-    if any(len(resolve(p.reads)) != 1 or p.transposed for p in h.reads):
+    if any(len(resolve(p.input_axis)) != 1 or p.transposed for p in h.consumers):
         return None
-    if any(spectral(gm, p.weight) for p in (*h.writes, *h.reads)):
+    if any(spectral(gm, p.weight) for p in (*h.producers, *h.consumers)):
         return None  # under such a norm new entries are not what was proposed
-    if not all(p.plain and p.groups == 1 and not p.transposed and _own_weight(gm, p) for p in h.writes):
+    if not all(p.plain and p.groups == 1 and not p.transposed and _own_weight(gm, p) for p in h.producers):
         return None
-    writers = {p.node for p in h.writes}
-    maps = all(p.kernel for p in h.writes)
+    writers = {p.node for p in h.producers}
+    maps = all(p.kernel for p in h.producers)
     rules = (*_POINTWISE, *_OF_MAPS) if maps else _POINTWISE
     nodes: set[fx.Node] = set()
     passed: set[fx.Node] = set()
-    queue = [p.source for p in h.reads]
+    queue = [p.source for p in h.consumers]
     for node in queue:
         if node in nodes:
             continue
@@ -151,7 +152,7 @@ def _way(
         elif rule not in rules or (module is not None and any(True for _ in module.parameters())):
             return None
         for n in node.all_input_nodes:
-            if _carries(structure, n, h.var):
+            if _carries(analysed, n, h.var):
                 queue.append(n)
             else:
                 return None
@@ -169,6 +170,6 @@ def _own_weight(gm: fx.GraphModule, p: Projection) -> bool:
     return all(n.op == "get_attr" and str(n.target) in (p.weight, p.bias) for n in others)
 
 
-def _carries(structure: Structure, node: fx.Node, var: UnitVar) -> bool:
-    dims = structure.outputs.get(node)
+def _carries(analysed: AnalysedGraph, node: fx.Node, var: UnitVar) -> bool:
+    dims = analysed.structure.outputs.get(node)
     return isinstance(dims, Dims) and any(var in multiplicity(a) for a in dims)

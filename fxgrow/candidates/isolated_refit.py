@@ -76,7 +76,7 @@ class IsolatedRefit:
         #: by consumer, the width that it reads
         self.reads: dict[str, str] = {}
         for name, way in self.ways.items():
-            for p in way.hidden.reads:
+            for p in way.hidden.consumers:
                 self.reads[p.weight] = name
         #: what new units put out for batches that are remembered whole
         self.known: dict[tuple[str, Span], Values] = {}

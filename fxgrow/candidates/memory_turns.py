@@ -31,7 +31,7 @@ def turns(hiddens: Sequence[GrowableWidth], gm: fx.GraphModule, limit: int | Non
         alone = sum(needs.values())
         if alone > 0.75 * limit:
             raise ProfileError(
-                f"The moments of width {h.width.name!r} take {alone / 2**20:,.0f} MiB, more than three quarters of "
+                f"The moments of width {h.name!r} take {alone / 2**20:,.0f} MiB, more than three quarters of "
                 f"memory_limit={limit:,} bytes: raise it to at least {math.ceil(alone / 0.75):,}, or leave the width "
                 "out with widths=."
             )
@@ -53,9 +53,9 @@ def _bytes(h: GrowableWidth, gm: fx.GraphModule) -> dict[str, int]:
         return many, weight.numel() // (many * outputs) + 1, outputs, accumulation_dtype(weight).itemsize
 
     found = {}
-    features, size = sum(sides(p)[1] for p in h.writes), max((sides(p)[3] for p in h.writes), default=4)
-    for p in h.reads:
+    features, size = sum(sides(p)[1] for p in h.producers), max((sides(p)[3] for p in h.producers), default=4)
+    for p in h.consumers:
         many, inputs, outputs, own = sides(p)
         found[p.weight] = many * (COPIES * (inputs**2 + outputs**2) + 2 * inputs * outputs) * own
-        found[f"{p.weight} after {h.width.name}"] = 2 * features * math.prod(p.kernel) * many * outputs * own
-    return found | {h.width.name: COPIES * features**2 * size}
+        found[f"{p.weight} after {h.name}"] = 2 * features * math.prod(p.kernel) * many * outputs * own
+    return found | {h.name: COPIES * features**2 * size}

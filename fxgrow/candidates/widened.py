@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxgrow.analysis.widths import GrowableWidth, hidden
-from fxgrow.axes.structure import Projection, Structure
+from fxgrow.analysis.analyse import AnalysedGraph
+from fxgrow.analysis.widths import GrowableWidth
+from fxgrow.axes.structure import Projection
 from fxgrow.graph.evaluate import eval_mode
 from fxgrow.graph.graph import lookup
 from fxgrow.initialisers.registry import Proposal
@@ -46,30 +47,28 @@ class Candidates:
 
 
 def candidates(
-    gm: fx.GraphModule,
-    structure: Structure,
+    analysed: AnalysedGraph,
     proposals: Mapping[str, Proposal],
     additions: Mapping[str, int],
     inputs: Sequence[Any],
     generator: torch.Generator,
 ) -> Candidates:
-    """Widens a copy of `gm` by the proposed units, padded with random ones, and makes its BatchNorms transparent.
+    """Widens a copy of a graph by the proposed units, padded with random ones, and makes its BatchNorms transparent.
 
     Args:
-        gm: the original.
-        structure: its structure.
+        analysed: the original.
         proposals: per width; fewer units than asked for are padded.
         additions: units per width.
         inputs: placeholder values to measure what enters the norms.
         generator: draws the random rows.
     """
-    found = {h.width.name: h for h in hidden(structure)}
-    where = places(structure, additions)
+    gm, structure = analysed.gm, analysed.structure
+    where = places(analysed, additions)
     values = Values(new_units_see_each_other=False)
     for name in additions:
-        _rows(gm, found[name], proposals[name], where, values, generator)
-        _pass_on(gm, structure, name, proposals[name], where, values)
-    wide = widened(gm, structure, additions, values, generator)
+        _rows(gm, analysed.widths[name], proposals[name], where, values, generator)
+        _pass_on(analysed, name, proposals[name], where, values)
+    wide = widened(analysed, additions, values, generator)
     graph = wide.graph
     transparent = IdentityBatchNorm(graph, where)
     if transparent.channels:
@@ -83,7 +82,7 @@ def candidates(
                 slices.setdefault(parameter, {})[name, dim] = _slice(lookup(graph, parameter), dim, positions, new)
     node_map = wide.node_map
     projections = [replace(p, node=node_map[p.node], source=node_map[p.source]) for p in structure.projections]
-    atoms = {name: k // found[name].width.step for name, k in additions.items()}
+    atoms = {name: k // analysed.widths[name].step for name, k in additions.items()}
     return Candidates(graph, projections, dict(additions), atoms, where, slices)
 
 
@@ -102,7 +101,7 @@ def _slice(tensor: Tensor, dim: int, positions: Tensor, new: Mapping[tuple[str, 
 def padded(gm: fx.GraphModule, h: GrowableWidth, proposal: Proposal, k: int, generator: torch.Generator) -> Proposal:
     """The proposal with k incoming rows for every producer: random ones (Kaiming) fill up, or are all there are."""
     alpha: dict[str, Tensor] = {}
-    for p in h.writes:
+    for p in h.producers:
         if p.weight in alpha:
             continue
         weight, biased = lookup(gm, p.weight), p.bias is not None
@@ -122,11 +121,11 @@ def _rows(
     """Proposed incoming weights as slices of the producers' weights and biases; random ones fill up."""
     if not proposal.alpha:
         return
-    proposed = {p.weight: p for p in h.writes if p.weight in proposal.alpha}.values()
+    proposed = {p.weight: p for p in h.producers if p.weight in proposal.alpha}.values()
     for p in proposed:
-        k = len(where[p.weight][h.width.name, p.out_dim])
-        rows = padded(gm, replace(h, writes=[p]), proposal, k, generator).alpha[p.weight]
-        put_rows(gm, p, h.width.name, rows, values)
+        k = len(where[p.weight][h.name, p.out_dim])
+        rows = padded(gm, replace(h, producers=(p,)), proposal, k, generator).alpha[p.weight]
+        put_rows(gm, p, h.name, rows, values)
 
 
 def put_rows(gm: fx.GraphModule, use: Projection, name: str, rows: Tensor, values: Values) -> None:
@@ -139,14 +138,12 @@ def put_rows(gm: fx.GraphModule, use: Projection, name: str, rows: Tensor, value
         values.new.setdefault(use.bias, {})[name, 0] = rows[:, -1]
 
 
-def _pass_on(
-    gm: fx.GraphModule, structure: Structure, name: str, proposal: Proposal, where: Places, values: Values
-) -> None:
+def _pass_on(analysed: AnalysedGraph, name: str, proposal: Proposal, where: Places, values: Values) -> None:
     """New slices of depthwise kernels are a delta: the proposal assumed that they pass their unit on."""
-    for parameter, fill in structure.fills.items():
+    for parameter, fill in analysed.structure.fills.items():
         positions = where.get(parameter, {}).get((name, 0))
         if fill == "random" and positions is not None and proposal.alpha:
-            shape = lookup(gm, parameter).shape[1:]
+            shape = lookup(analysed.gm, parameter).shape[1:]
             delta = torch.zeros(len(positions), math.prod(shape))
             centre = 0
             for n in shape[1:]:

@@ -16,9 +16,10 @@ from functools import partial
 import torch
 from torch import Tensor, fx
 
+from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.axes.axes import resolve, unit_entries
-from fxgrow.axes.structure import Projection, Structure
+from fxgrow.axes.structure import Projection
 from fxgrow.candidates.widened import put_rows
 from fxgrow.data.batches import Batch
 from fxgrow.data.loss import LossFn
@@ -69,7 +70,7 @@ class WidthSketch:
 
     @property
     def name(self) -> str:
-        return self.hidden.width.name
+        return self.hidden.name
 
     @property
     def steep(self) -> list[Producer]:
@@ -102,11 +103,11 @@ class Group:
     second: Tensor
 
 
-def start(h: GrowableWidth, structure: Structure) -> WidthSketch:
+def start(h: GrowableWidth, analysed: AnalysedGraph) -> WidthSketch:
     """A width of which nothing is known yet: one candidate, zero in all that it is made of."""
     producers = {}
-    for p in h.writes:
-        axis = resolve(structure.parameters[p.weight][p.out_dim])
+    for p in h.producers:
+        axis = resolve(analysed.structure.parameters[p.weight][p.out_dim])
         own = [s.inner for s in axis if s.var is h.var]
         segment = torch.arange(len(own)).repeat_interleave(torch.tensor(own))
         producers[p.weight] = Producer(
@@ -120,8 +121,7 @@ class ZeroUnitGraph:
 
     def __init__(
         self,
-        gm: fx.GraphModule,
-        structure: Structure,
+        analysed: AnalysedGraph,
         consumers: Mapping[str, ConsumerMoments],
         updates: Mapping[str, Tensor],
         sketches: Sequence[WidthSketch],
@@ -130,15 +130,16 @@ class ZeroUnitGraph:
     ) -> None:
         self.sketches, self.consumers, self.updates = sketches, consumers, updates
         self.generator, self.process_group = generator, process_group
-        additions = {s.name: s.atoms * s.hidden.width.step for s in sketches}
-        self.where = places(structure, additions)
+        additions = {s.name: s.atoms * s.hidden.step for s in sketches}
+        self.where = places(analysed, additions)
         values = Values(new_units_see_each_other=False)
         for s in sketches:
-            self._incoming(gm, s, values)
-            self._outgoing(gm, s, values)
-        wide = widened(gm, structure, additions, values, generator)
+            self._incoming(analysed.gm, s, values)
+            self._outgoing(analysed.gm, s, values)
+        wide = widened(analysed, additions, values, generator)
         self.graph, node_map = wide.graph, wide.node_map
-        self.uses = [replace(p, node=node_map[p.node], source=node_map[p.source]) for p in structure.projections]
+        projections = analysed.structure.projections
+        self.uses = [replace(p, node=node_map[p.node], source=node_map[p.source]) for p in projections]
         #: whether all that a width's readers saw of its new units was zero
         self.silent = {s.name: True for s in sketches}
 
@@ -153,7 +154,7 @@ class ZeroUnitGraph:
             p.slope, p.s, p.rows, p.features = None, None, 0, rows.shape[1]
 
     def _outgoing(self, gm: fx.GraphModule, s: WidthSketch, values: Values) -> None:
-        for p in {p.weight: p for p in s.hidden.reads}.values():
+        for p in {p.weight: p for p in s.hidden.consumers}.values():
             weight = lookup(gm, p.weight)
             n = len(self.where[p.weight][s.name, p.in_dim])
             shape = [n if d == p.in_dim else size for d, size in enumerate(weight.shape)]
@@ -173,7 +174,7 @@ class ZeroUnitGraph:
         written = {p.use.weight: [u for u in self.uses if u.weight == p.use.weight] for _, p in producers}
         readers: dict[fx.Node, list[tuple[WidthSketch, Projection]]] = {}
         for s in self.sketches:
-            reads = {p.weight for p in s.hidden.reads}
+            reads = {p.weight for p in s.hidden.consumers}
             for u in self.uses:
                 if u.weight in reads:
                     readers.setdefault(u.source, []).append((s, u))
@@ -212,12 +213,12 @@ class ZeroUnitGraph:
 
     def reads_slots(self, s: WidthSketch) -> bool:
         """Whether what a reader takes of a unit comes apart into its slots."""
-        p = s.hidden.reads[0]
+        p = s.hidden.consumers[0]
         return len(self.where[p.weight][s.name, p.in_dim]) // s.atoms % int(s.slots.sum()) == 0
 
     def probe(self, batches: Iterable[Batch], loss_fn: LossFn | None) -> None:
         """What units with the groups' bases for incoming weights put out where they are read."""
-        reads = {s.name: next(u for u in self.uses if u.weight == s.hidden.reads[0].weight) for s in self.sketches}
+        reads = {s.name: next(u for u in self.uses if u.weight == s.hidden.consumers[0].weight) for s in self.sketches}
         rows = dict.fromkeys(reads, 0)
 
         def done(batch: Batch, seen: BatchRecord) -> None:

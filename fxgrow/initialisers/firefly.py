@@ -38,12 +38,11 @@ STEPS, RATE = 12, 0.25
 @finder("firefly", nothing="no split and no new unit lowers the loss to first order")
 def firefly(setting: Setting) -> dict[str, Splits]:
     """_Candidates that lower the loss, best first."""
-    gm, structure = setting.gm, setting.structure
-    defined = [h for h in setting.hiddens if why_no_copies(gm, structure, h) is None]
+    defined = [h for h in setting.hiddens if why_no_copies(setting.analysed, h) is None]
     if not defined:
         return {}
     found = [_Candidates(setting, h) for h in defined]
-    graph = SplitGraph(gm, structure, _splits(found), setting.data, setting.loss_fn)
+    graph = SplitGraph(setting.analysed, _splits(found), setting.data, setting.loss_fn)
     with torch.enable_grad():
         for batch in itertools.islice(itertools.cycle(graph.batches()), STEPS):
             slopes = _slopes(graph.loss(graph.at(_splits(found)), batch), found)
@@ -87,16 +86,16 @@ class _Candidates:
     """Of one width: deltas `[units, D]`, incoming `[k, D]` and outgoing weights `[k, D']` of new units.
 
     Args:
-        setting: graph, structure, how many new units and random numbers.
+        setting: graph, how many new units and random numbers.
         h: the width.
     """
 
     def __init__(self, setting: Setting, h: GrowableWidth) -> None:
-        gm, structure = setting.gm, setting.structure
-        k, size, generator = setting.additions[h.width.name], h.var.size, setting.generator
+        analysed = setting.analysed
+        k, size, generator = setting.additions[h.name], h.var.size, setting.generator
         self.hidden = h
-        self.rows = {name: unit_rows(gm, structure, h, name, dim) for name, dim in writes_of(h, gm).items()}
-        self.columns = {name: unit_rows(gm, structure, h, name, p.in_dim) for name, p in reads_of(h).items()}
+        self.rows = {name: unit_rows(analysed, h, name, dim) for name, dim in writes_of(h, analysed.gm).items()}
+        self.columns = {name: unit_rows(analysed, h, name, p.in_dim) for name, p in reads_of(h).items()}
         into, out = pack(self.rows), pack(self.columns)
         self.length = float(into.norm(dim=1).mean())
         self.eps = EPS * self.length, EPS * float(out.norm(dim=1).mean())

@@ -9,10 +9,9 @@ the copies tells them apart; here the shares are drawn at random, which tells th
 from __future__ import annotations
 
 import torch
-from torch import fx
 
+from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
-from fxgrow.axes.structure import Structure
 from fxgrow.initialisers.copies import check_copies
 from fxgrow.initialisers.registry import Written, writer
 from fxgrow.rewriting.copied_units import CopiedUnits
@@ -22,11 +21,9 @@ MOST = 3.0
 
 
 @writer("net2wider")
-def net2wider(
-    gm: fx.GraphModule, structure: Structure, h: GrowableWidth, k: int, generator: torch.Generator
-) -> Written:
+def net2wider(analysed: AnalysedGraph, h: GrowableWidth, k: int, generator: torch.Generator) -> Written:
     """Copies for `k` units."""
-    check_copies(gm, structure, h, "net2wider")
+    check_copies(analysed, h, "net2wider")
     size = h.var.size
     units = torch.randint(size, (k,), generator=generator)
     parts = 1 + (MOST - 1) * torch.rand(size + k, generator=generator, dtype=torch.float64)

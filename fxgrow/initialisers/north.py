@@ -49,7 +49,7 @@ def _square(s: Tensor, alpha: Tensor) -> Tensor:
 def _existing(width: WidthMoments) -> Tensor:
     """Rows of all producers in the basis of b, `[P, units]`; a producer's own rows are zero in the others' part."""
     columns = []
-    for p in {p.weight: p for p in width.hidden.writes}.values():
+    for p in {p.weight: p for p in width.hidden.producers}.values():
         gm = p.node.graph.owning_module
         start, stop = width.spans[p.weight]
         if gm is None:

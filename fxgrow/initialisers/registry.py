@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
+from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
-from fxgrow.axes.structure import Structure
 from fxgrow.data.batches import Data
 from fxgrow.data.loss import LossFn
 from fxgrow.errors import ProfileError
@@ -58,8 +58,7 @@ class Written:
 class Setting:
     """What a finder looks for units in: `additions` per width of `hiddens`, in steps of the width."""
 
-    gm: fx.GraphModule
-    structure: Structure
+    analysed: AnalysedGraph
     hiddens: Sequence[GrowableWidth]
     additions: Mapping[str, int]
     data: Data
@@ -67,8 +66,8 @@ class Setting:
     generator: torch.Generator
 
 
-#: graph, its structure, the width, how many units, random numbers
-Write = Callable[[fx.GraphModule, Structure, GrowableWidth, int, torch.Generator], Written]
+#: the graph, the width, how many units, random numbers
+Write = Callable[[AnalysedGraph, GrowableWidth, int, torch.Generator], Written]
 Find = Callable[[Setting], dict[str, Splits]]
 Propose = Callable[[WidthMoments, Mapping[str, ConsumerMoments], int], Proposal]
 Function = TypeVar("Function", bound=Callable[..., Any])

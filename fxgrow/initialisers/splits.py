@@ -21,9 +21,10 @@ from torch import Tensor, fx
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.axes.axes import unit_entries
-from fxgrow.axes.structure import Projection, Structure
+from fxgrow.axes.structure import Projection
 from fxgrow.data.batches import Batch, Data
 from fxgrow.data.loss import LossFn, loss_of
 from fxgrow.graph.graph import lookup
@@ -73,30 +74,30 @@ class Splits:
 
 def writes_of(h: GrowableWidth, gm: fx.GraphModule) -> dict[str, int]:
     """Trained parameters that write a width, and along which dimension."""
-    found = {p.weight: p.out_dim for p in h.writes} | {p.bias: 0 for p in h.writes if p.bias is not None}
+    found = {p.weight: p.out_dim for p in h.producers} | {p.bias: 0 for p in h.producers if p.bias is not None}
     return {name: dim for name, dim in found.items() if lookup(gm, name).requires_grad}
 
 
 def reads_of(h: GrowableWidth) -> dict[str, Projection]:
-    return {p.weight: p for p in h.reads}
+    return {p.weight: p for p in h.consumers}
 
 
-def unit_rows(gm: fx.GraphModule, structure: Structure, h: GrowableWidth, name: str, dim: int) -> Tensor:
+def unit_rows(analysed: AnalysedGraph, h: GrowableWidth, name: str, dim: int) -> Tensor:
     """A parameter's old entries unit by unit, `[units, entries, ...]`."""
-    old = lookup(gm, name).detach().movedim(dim, 0)
-    return old[unit_entries(structure.parameters[name][dim], h.var).to(old.device)]
+    old = lookup(analysed.gm, name).detach().movedim(dim, 0)
+    return old[unit_entries(analysed.structure.parameters[name][dim], h.var).to(old.device)]
 
 
 def split_values(
-    gm: fx.GraphModule, structure: Structure, splits: Sequence[tuple[GrowableWidth, Splits]]
+    analysed: AnalysedGraph, splits: Sequence[tuple[GrowableWidth, Splits]]
 ) -> tuple[Values, tuple[tuple[str, str, int], ...]]:
     """Values for `rewrite` at gamma = 1, and which of the new ones are outgoing."""
-    values = Values(new_units_see_each_other=False)
+    gm, structure, values = analysed.gm, analysed.structure, Values(new_units_see_each_other=False)
     outgoing = []
     for h, s in splits:
         count = torch.zeros(h.var.size, dtype=torch.float64).index_add_(0, s.origin, (~s.fresh).double())
         old = 1 / (1 + count)
-        values.copies[h.width.name] = CopiedUnits(s.origin, torch.cat([old, torch.where(s.fresh, 0.0, old[s.origin])]))
+        values.copies[h.name] = CopiedUnits(s.origin, torch.cat([old, torch.where(s.fresh, 0.0, old[s.origin])]))
         for name, dim in writes_of(h, gm).items():
             weight, t = lookup(gm, name), s.rows[name]
             own = s.fresh.to(t.device)
@@ -105,13 +106,13 @@ def split_values(
             values.delta[name] = values.delta[name] + delta if name in values.delta else delta
             if bool(own.any()):
                 rows = torch.where(own.view(-1, *[1] * (t.dim() - 1)), t, 0.0)
-                values.new.setdefault(name, {})[h.width.name, dim] = rows.flatten(0, 1).movedim(0, dim)
+                values.new.setdefault(name, {})[h.name, dim] = rows.flatten(0, 1).movedim(0, dim)
         for name, t in s.columns.items():
             dim = reads_of(h)[name].in_dim
-            values.new.setdefault(name, {})[h.width.name, dim] = t.flatten(0, 1).movedim(0, dim)
-            outgoing.append((name, h.width.name, dim))
+            values.new.setdefault(name, {})[h.name, dim] = t.flatten(0, 1).movedim(0, dim)
+            outgoing.append((name, h.name, dim))
         for name, t in s.buffers.items():
-            values.new.setdefault(name, {})[h.width.name, 0] = t.flatten(0, 1)
+            values.new.setdefault(name, {})[h.name, 0] = t.flatten(0, 1)
     return values, tuple(outgoing)
 
 
@@ -131,8 +132,7 @@ class SplitGraph:
     """The loss of a graph with split units, as a function of how they are split.
 
     Args:
-        gm: the graph; it is left as it is.
-        structure: its structure.
+        analysed: the graph; it is left as it is.
         splits: per width, units of the kind that will be asked about.
         data: its fitting batches are read.
         loss_fn: see `fxgrow.profile`.
@@ -140,16 +140,15 @@ class SplitGraph:
 
     def __init__(
         self,
-        gm: fx.GraphModule,
-        structure: Structure,
+        analysed: AnalysedGraph,
         splits: Sequence[tuple[GrowableWidth, Splits]],
         data: Data,
         loss_fn: LossFn | None,
     ) -> None:
-        self.gm, self.structure, self.data, self.loss_fn = gm, structure, data, loss_fn
-        self.additions = {h.width.name: len(s.origin) * h.width.step for h, s in splits}
-        values, _ = split_values(gm, structure, splits)
-        self.graph = widened(gm, structure, self.additions, values, torch.Generator().manual_seed(0)).graph
+        self.analysed, self.data, self.loss_fn = analysed, data, loss_fn
+        self.additions = {h.name: len(s.origin) * h.step for h, s in splits}
+        values, _ = split_values(analysed, splits)
+        self.graph = widened(analysed, self.additions, values, torch.Generator().manual_seed(0)).graph
         self.graph.eval()
         #: in which the graph runs
         self.mode: AbstractContextManager[Any] = nullcontext()
@@ -171,8 +170,8 @@ class SplitGraph:
 
     def at(self, splits: Sequence[tuple[GrowableWidth, Splits]]) -> dict[str, Tensor]:
         """The parameters with these splits; gradients flow to what the splits are made of."""
-        values, _ = split_values(self.gm, self.structure, splits)
-        filled, _ = entries(self.gm, self.structure, self.additions, values, torch.Generator().manual_seed(0))
+        values, _ = split_values(self.analysed, splits)
+        filled, _ = entries(self.analysed, self.additions, values, torch.Generator().manual_seed(0))
         return filled
 
     def loss(self, parameters: dict[str, Tensor], batch: Batch) -> Tensor:
@@ -202,10 +201,10 @@ class SplitGraph:
         for name, found in seen.items():
             for key, t in zip(("running_mean", "running_var"), average(found), strict=True):
                 buffer = f"{name}.{key}"
-                for var, at in extend(self.structure.parameters[buffer][0], grow).new.items():
+                for var, at in extend(self.analysed.structure.parameters[buffer][0], grow).new.items():
                     i = next(i for i, (h, _) in enumerate(splits) if h.var is var)
                     h, s = splits[i]
-                    old = unit_rows(self.gm, self.structure, h, buffer, 0)[s.origin.to(t.device)]
+                    old = unit_rows(self.analysed, h, buffer, 0)[s.origin.to(t.device)]
                     own = t[at.to(t.device)].view(old.shape).to(old)
                     out[i][buffer] = torch.where(s.fresh.to(t.device)[:, None], own, old)
         return out

@@ -72,17 +72,17 @@ class SplittingMatrix:
 
     def __init__(self, setting: Setting) -> None:
         """Widens a copy of the graph by a copy of every unit."""
-        gm, structure = setting.gm, setting.structure
-        self.hiddens = {h.width.name: h for h in setting.hiddens if why_no_copies(gm, structure, h) is None}
+        analysed = setting.analysed
+        self.hiddens = {h.name: h for h in setting.hiddens if why_no_copies(analysed, h) is None}
         self.like = {
-            name: {w: unit_rows(gm, structure, h, w, dim) for w, dim in writes_of(h, gm).items()}
+            name: {w: unit_rows(analysed, h, w, dim) for w, dim in writes_of(h, analysed.gm).items()}
             for name, h in self.hiddens.items()
         }
         #: mean loss, from the last product
         self.loss = 0.0
         self.delta = {name: torch.zeros_like(pack(t), requires_grad=True) for name, t in self.like.items()}
         zero = [(h, self.splits(name, self.delta[name])) for name, h in self.hiddens.items()]
-        self.graph = SplitGraph(gm, structure, zero, setting.data, setting.loss_fn)
+        self.graph = SplitGraph(analysed, zero, setting.data, setting.loss_fn)
         self.parameters = self.graph.at(zero)
         self.graph.mode = SmoothKinks()
 

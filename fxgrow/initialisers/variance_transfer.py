@@ -11,35 +11,32 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import fx
 
+from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
-from fxgrow.axes.structure import Structure
 from fxgrow.errors import PlanError
 from fxgrow.initialisers.copies import check_copies, places, rows_of
 from fxgrow.initialisers.registry import Written, writer
 
 
 @writer("variance-transfer")
-def variance_transfer(
-    gm: fx.GraphModule, structure: Structure, h: GrowableWidth, k: int, generator: torch.Generator
-) -> Written:
+def variance_transfer(analysed: AnalysedGraph, h: GrowableWidth, k: int, generator: torch.Generator) -> Written:
     """New entries for `k` units, an even number."""
     if k % 2:
         raise PlanError(
-            f"method='variance-transfer' adds units in pairs: {k} more at width {h.width.name!r}, give an even number "
-            f"of its steps ({h.width.step})."
+            f"method='variance-transfer' adds units in pairs: {k} more at width {h.name!r}, give an even number "
+            f"of its steps ({h.step})."
         )
-    check_copies(gm, structure, h, "variance-transfer")
+    check_copies(analysed, h, "variance-transfer")
     # what follows on the way is that of one old unit for both of a pair
     units = torch.randint(h.var.size, (k // 2,), generator=generator).repeat_interleave(2)
-    reads = {(p.weight, p.in_dim): p.out_dim for p in h.reads}
-    writes = {(p.weight, p.out_dim) for p in h.writes}
-    biases = {(p.bias, 0) for p in h.writes}
-    experts = {p.weight for p in (*h.writes, *h.reads) if p.experts}
+    reads = {(p.weight, p.in_dim): p.out_dim for p in h.consumers}
+    writes = {(p.weight, p.out_dim) for p in h.producers}
+    biases = {(p.bias, 0) for p in h.producers}
+    experts = {p.weight for p in (*h.producers, *h.consumers) if p.experts}
     out = Written()
-    for name, dim, entries in places(structure, h):
-        rows = rows_of(gm, name, dim, entries, units)
+    for name, dim, entries in places(analysed, h):
+        rows = rows_of(analysed.gm, name, dim, entries, units)
         split = rows.unflatten(dim, (k // 2, 2, -1))
         if (name, dim) in writes or (name, dim) in reads:
             fan = (

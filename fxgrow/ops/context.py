@@ -149,8 +149,8 @@ class Context:
                 bias=None if bias is None else bias.parameter or bias.part_of,
                 out_dim=out_dim,
                 in_dim=in_dim,
-                writes=self.structure.parameters[name][out_dim],
-                reads=weight[in_dim],
+                output_axis=self.structure.parameters[name][out_dim],
+                input_axis=weight[in_dim],
                 out=out if units is None else units,
                 **window,
             )

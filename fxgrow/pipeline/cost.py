@@ -14,9 +14,8 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
-from fxgrow.analysis.widths import hidden
+from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.axes.axes import Axis, Dims, UnitVar, length, multiplicity
-from fxgrow.axes.structure import Structure
 from fxgrow.errors import PlanError
 from fxgrow.graph.evaluate import eval_mode
 from fxgrow.graph.graph import lookup
@@ -41,8 +40,8 @@ class Cost(Protocol):
 class GrownLengths:
     """Lengths of axes after growth."""
 
-    def __init__(self, structure: Structure) -> None:
-        self.vars: dict[str, tuple[UnitVar, int]] = {h.width.name: (h.var, h.width.step) for h in hidden(structure)}
+    def __init__(self, analysed: AnalysedGraph) -> None:
+        self.vars: dict[str, tuple[UnitVar, int]] = {n: (w.var, w.step) for n, w in analysed.widths.items()}
 
     def __call__(self, units: Mapping[str, int]) -> Mapping[UnitVar, int]:
         return {self.vars[name][0]: k // self.vars[name][1] for name, k in units.items()}
@@ -57,9 +56,11 @@ class Parameters:
 
     unit = "parameters"
 
-    def __init__(self, gm: fx.GraphModule, structure: Structure) -> None:
-        self.axes = [dims for name, dims in structure.parameters.items() if isinstance(lookup(gm, name), nn.Parameter)]
-        self.grown = GrownLengths(structure)
+    def __init__(self, analysed: AnalysedGraph) -> None:
+        gm = analysed.gm
+        parameters = analysed.structure.parameters
+        self.axes = [dims for name, dims in parameters.items() if isinstance(lookup(gm, name), nn.Parameter)]
+        self.grown = GrownLengths(analysed)
         inside = sum(_product(dims, {}) for dims in self.axes)
         self.outside = sum(p.numel() for p in gm.parameters()) - inside
 
@@ -74,8 +75,9 @@ class MultiplyAdds:
 
     unit = "multiply-adds"
 
-    def __init__(self, gm: fx.GraphModule, structure: Structure) -> None:
-        self.grown = GrownLengths(structure)
+    def __init__(self, analysed: AnalysedGraph) -> None:
+        gm, structure = analysed.gm, analysed.structure
+        self.grown = GrownLengths(analysed)
         #: axes that are multiplied, and how often
         self.terms: list[tuple[Sequence[Axis], float]] = []
         batch = next((v.shape[0] for v in _inputs(gm) if v.dim()), 1)
@@ -116,14 +118,13 @@ class Latency:
 
     unit = "seconds"
 
-    def __init__(self, gm: fx.GraphModule, structure: Structure, names: Sequence[str]) -> None:
-        found = {h.width.name: h.width for h in hidden(structure)}
-        sums = MultiplyAdds(gm, structure)
+    def __init__(self, analysed: AnalysedGraph, names: Sequence[str]) -> None:
+        gm, sums = analysed.gm, MultiplyAdds(analysed)
         inputs = gm.meta["example_inputs"]
         self.base = _seconds(gm, inputs)
         self.slopes: dict[str, float] = {}
         for name in names:
-            w = found[name]
+            w = analysed.widths[name].width
             k = max(1, round(PROBE * w.size / w.step)) * w.step
             wide, _ = rewrite(gm, {name: k}, generator=torch.Generator().manual_seed(0))
             before, after = _seconds(gm, inputs), _seconds(wide, inputs)
@@ -135,18 +136,18 @@ class Latency:
         return self.base + sum(self.slopes.get(name, 0.0) * k for name, k in units.items())
 
 
-def cost_of(kind: str, gm: fx.GraphModule, structure: Structure, names: Sequence[str]) -> Cost:
+def cost_of(kind: str, analysed: AnalysedGraph, names: Sequence[str]) -> Cost:
     """The cost of that name.
 
     Raises:
         PlanError: there is none.
     """
     if kind == "parameters":
-        return Parameters(gm, structure)
+        return Parameters(analysed)
     if kind == "multiply-adds":
-        return MultiplyAdds(gm, structure)
+        return MultiplyAdds(analysed)
     if kind == "latency":
-        return Latency(gm, structure, names)
+        return Latency(analysed, names)
     raise PlanError(f"cost={kind!r}: choose 'parameters', 'multiply-adds' or 'latency'.")
 
 

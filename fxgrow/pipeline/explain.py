@@ -13,11 +13,9 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxgrow.analysis.analyse import analyse
-from fxgrow.analysis.widths import hidden
+from fxgrow.analysis.analyse import AnalysedGraph, analyse
 from fxgrow.axes.axes import multiplicity
 from fxgrow.axes.records import Width
-from fxgrow.axes.structure import Structure
 from fxgrow.graph.graph import lookup
 from fxgrow.graph.node_meta import KEY
 from fxgrow.report.table import Column, count, few, table
@@ -99,13 +97,13 @@ def explain(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
         2                2  a dimension of the model's output, at node output
     """
     gm = capture(model, () if example_inputs is None else example_inputs)
-    structure = analyse(gm)
-    widths = tuple(h.width for h in hidden(structure))
+    analysed = analyse(gm)
+    widths = tuple(w.width for w in analysed.widths.values())
     return Explanation(
         model=gm.meta.get("name") or type(model).__name__,
         widths=widths,
         parameters=sum(p.numel() for p in gm.parameters()),
-        reachable=_reachable(gm, structure),
+        reachable=_reachable(analysed),
         places=_places(gm, widths),
         opaque=_opaque(gm),
     )
@@ -145,12 +143,12 @@ def _opaque_table(modules: tuple[OpaqueModule, ...], total: int) -> str:
     return table(columns, rows)
 
 
-def _reachable(gm: fx.GraphModule, structure: Structure) -> int:
+def _reachable(analysed: AnalysedGraph) -> int:
     """Parameters that have a free width among their axes."""
-    free = {h.var for h in hidden(structure) if h.width.pinned is None}
+    gm, free = analysed.gm, {w.var for w in analysed.free_widths}
     return sum(
         lookup(gm, name).numel()
-        for name, dims in structure.parameters.items()
+        for name, dims in analysed.structure.parameters.items()
         if isinstance(lookup(gm, name), nn.Parameter) and any(v in free for axis in dims for v in multiplicity(axis))
     )
 

@@ -7,9 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fxgrow.analysis.initial_state import starts_at_zero
-from fxgrow.analysis.widths import GrowableWidth, hidden
-from fxgrow.axes.structure import Structure
+from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.graph.graph import lookup
 from fxgrow.initialisers.splits import Splits, split_values
 from fxgrow.pipeline.profile_record import Profile
@@ -18,13 +16,12 @@ from fxgrow.rewriting.rewrite import Values
 from fxgrow.statistics.consumer_moments import like_weight
 
 
-def fill_plan(
-    profile: Profile, structure: Structure, units: dict[str, int], update_existing: bool, parameters: tuple[int, int]
-) -> Plan:
+def fill_plan(profile: Profile, units: dict[str, int], update_existing: bool, parameters: tuple[int, int]) -> Plan:
+    analysed = profile.analysed
     if profile.method.write is not None:
-        return _written(profile, structure, units, parameters)
+        return _written(profile, units, parameters)
     if profile.method.find is not None:
-        return _split(profile, structure, units, parameters)
+        return _split(profile, units, parameters)
     found, refit = profile.candidates(), profile.refit
     order = {
         name: refit.evidence[name].order[:k] if refit is not None and name in refit.evidence else torch.arange(k)
@@ -33,8 +30,8 @@ def fill_plan(
     values = Values(new_units_see_each_other=False)
     incoming: list[tuple[str, str, int]] = []
     outgoing: list[tuple[str, str, int]] = []
-    produces = {(p.weight, p.out_dim) for p in structure.projections}
-    produces |= {(p.bias, 0) for p in structure.projections if p.bias is not None}
+    produces = {(p.weight, p.out_dim) for p in analysed.structure.projections}
+    produces |= {(p.bias, 0) for p in analysed.structure.projections if p.bias is not None}
     for name, slices in found.values.items():
         for (width, dim), t in slices.items():
             if width in units:
@@ -44,12 +41,12 @@ def fill_plan(
     terms, scale = (0.0, 0.0), 1.0
     predicted: dict[str, float] = {}
     if refit is not None:
-        terms, predicted = _from_refit(profile, structure, order, update_existing, values, outgoing)
+        terms, predicted = _from_refit(profile, order, update_existing, values, outgoing)
         slope, curvature = terms
         scale = profile.method.share * slope / curvature if slope > 0 and curvature > 0 else 0.0
     else:
-        _from_proposals(profile, structure, units, update_existing, values, outgoing)
-    followed = any(h.width.followers for h in hidden(structure) if h.width.name in units)
+        _from_proposals(profile, units, update_existing, values, outgoing)
+    followed = any(analysed.widths[name].width.followers for name in units)
     return Plan(
         units=units,
         method=profile.method.name,
@@ -65,15 +62,15 @@ def fill_plan(
     )
 
 
-def _written(profile: Profile, structure: Structure, units: dict[str, int], parameters: tuple[int, int]) -> Plan:
+def _written(profile: Profile, units: dict[str, int], parameters: tuple[int, int]) -> Plan:
     """A plan of a method that writes every entry itself."""
     values = Values(new_units_see_each_other=False)
     generator = torch.Generator().manual_seed(profile.seed)
-    for h in hidden(structure):
-        name = h.width.name
+    for h in profile.analysed.widths.values():
+        name = h.name
         if name not in units or profile.method.write is None:
             continue
-        written = profile.method.write(profile.graph, structure, h, units[name] // h.width.step, generator)
+        written = profile.method.write(profile.analysed, h, units[name] // h.step, generator)
         for (parameter, dim), t in written.new.items():
             values.new.setdefault(parameter, {})[name, dim] = t
         if written.copies is not None:
@@ -81,17 +78,17 @@ def _written(profile: Profile, structure: Structure, units: dict[str, int], para
     return Plan(units, profile.method.name, parameters=parameters, values=values)
 
 
-def _split(profile: Profile, structure: Structure, units: dict[str, int], parameters: tuple[int, int]) -> Plan:
+def _split(profile: Profile, units: dict[str, int], parameters: tuple[int, int]) -> Plan:
     """A plan of units that start as old ones."""
     chosen: list[tuple[GrowableWidth, Splits]] = []
-    for h in hidden(structure):
-        if h.width.name in units and (found := profile.proposals[h.width.name].splits) is not None:
-            chosen.append((h, found.take(torch.arange(units[h.width.name] // h.width.step))))
-    values, outgoing = split_values(profile.graph, structure, chosen)
+    for h in profile.analysed.widths.values():
+        if h.name in units and (found := profile.proposals[h.name].splits) is not None:
+            chosen.append((h, found.take(torch.arange(units[h.name] // h.step))))
+    values, outgoing = split_values(profile.analysed, chosen)
     return Plan(
         units,
         profile.method.name,
-        predicted={h.width.name: float(s.gains.sum()) for h, s in chosen},
+        predicted={h.name: float(s.gains.sum()) for h, s in chosen},
         parameters=parameters,
         values=values,
         outgoing=outgoing,
@@ -107,7 +104,6 @@ def _pick(t: Tensor, dim: int, chosen: Tensor, candidates: int) -> Tensor:
 
 def _from_refit(
     profile: Profile,
-    structure: Structure,
     order: Mapping[str, Tensor],
     update_existing: bool,
     values: Values,
@@ -123,7 +119,7 @@ def _from_refit(
         return (0.0, 0.0), {}
     terms = []
     # what reads a new unit that is zero at first needs columns that are not
-    mute = {h.width.name for h in hidden(structure) if starts_at_zero(structure, h.var)}
+    mute = {name for name, w in profile.analysed.widths.items() if w.starts_at_zero}
     for r in refit.readouts.values():
         name = r.weight
         chosen = {w: u for w, u in order.items() if w in r.new}
@@ -163,14 +159,13 @@ def _below(above: Tensor | None, t: Tensor) -> Tensor:
 
 def _from_proposals(
     profile: Profile,
-    structure: Structure,
     units: Mapping[str, int],
     update_existing: bool,
     values: Values,
     outgoing: list[tuple[str, str, int]],
 ) -> None:
     touched: set[str] = set()
-    uses = {p.weight: p for p in structure.projections}
+    uses = {p.weight: p for p in profile.analysed.structure.projections}
     for width, k in units.items():
         for name, omega in profile.proposals[width].omega.items():
             weight = lookup(profile.graph, name)

@@ -10,14 +10,11 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-from fxgrow.analysis.analyse import analyse
-from fxgrow.analysis.widths import hidden
 from fxgrow.errors import PlanError, SmallBudgetError
 from fxgrow.initialisers.copies import check_copies
 from fxgrow.pipeline.cost import Cost, Parameters, cost_of
 from fxgrow.pipeline.fill_plan import fill_plan
 from fxgrow.pipeline.profile_record import Bottleneck, Profile
-from fxgrow.rewriting.axis_growth import require_free
 from fxgrow.rewriting.plan import Plan
 
 #: the budget when none is given
@@ -70,13 +67,12 @@ def plan(
         raise PlanError("Give a budget or a number of neurons, not both.")
     if not isinstance(multiple, int) or multiple < 1:
         raise PlanError(f"multiple={multiple!r}: give a positive number, 1 for any size.")
-    structure = analyse(profile.graph)
-    count = Parameters(profile.graph, structure)
+    count = Parameters(profile.analysed)
     if neurons is not None:
         asked = _as_asked(profile, neurons)
         units = {name: min(k, profile[name].significant) for name, k in asked.items()} if _finds(profile) else asked
     else:
-        price = cost_of(cost, profile.graph, structure, [n for n, b in profile.items() if b.significant])
+        price = cost_of(cost, profile.analysed, [n for n, b in profile.items() if b.significant])
         limit = _parse(DEFAULT_BUDGET if budget is None else budget, price)
         units = asked = _allocate(profile, price, limit, multiple)
     if not any(units.values()):
@@ -84,7 +80,7 @@ def plan(
         return Plan({}, profile.method.name, parameters=(total, total), reason=profile.method.nothing)
     less = [f"{units[name]} of {k} units at {name}" for name, k in asked.items() if units[name] < k]
     units = {name: k for name, k in units.items() if k}
-    found = fill_plan(profile, structure, units, update_existing, (count.total({}), count.total(units)))
+    found = fill_plan(profile, units, update_existing, (count.total({}), count.total(units)))
     return replace(found, reason=f"{', '.join(less)}: beyond them, {profile.method.nothing}") if less else found
 
 
@@ -94,10 +90,9 @@ def _finds(profile: Profile) -> bool:
 
 
 def _as_asked(profile: Profile, neurons: int | Mapping[str, int]) -> dict[str, int]:
-    structure = analyse(profile.graph)
-    every = {h.width.name: h for h in hidden(structure)}
+    analysed = profile.analysed
     if isinstance(neurons, Mapping):
-        wanted = {name: (k, require_free(every, name).width.step) for name, k in neurons.items()}
+        wanted = {name: (k, analysed.free_width(name).step) for name, k in neurons.items()}
         missing = [name for name in wanted if name not in profile]
         if missing:
             raise PlanError(f"Width {missing[0]!r} was not profiled; profiled: {', '.join(profile)}.")
@@ -106,7 +101,7 @@ def _as_asked(profile: Profile, neurons: int | Mapping[str, int]) -> dict[str, i
         wanted = {name: (math.ceil(neurons / step) * step, step) for name, step in steps.items()}
     for name, (k, step) in wanted.items():
         if _finds(profile) and profile.proposals[name].splits is None:
-            check_copies(profile.graph, structure, every[name], profile.method.name)
+            check_copies(analysed, analysed.widths[name], profile.method.name)
         if k <= 0 or k % step:
             raise PlanError(f"{k} units for width {name!r}: give a positive multiple of its step {step}.")
         have = profile.proposed[name]

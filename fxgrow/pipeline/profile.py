@@ -7,6 +7,7 @@ ensures:  per free width a `Bottleneck`, also at `node.meta["fxgrow"]` of its fi
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -15,12 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from fxgrow.analysis.analyse import analyse
-from fxgrow.analysis.expert_copies import grows_by_copies
-from fxgrow.analysis.initial_state import starts_at_zero
-from fxgrow.analysis.widths import GrowableWidth, hidden
+from fxgrow.analysis.analyse import AnalysedGraph, analyse
+from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.axes.records import Width
-from fxgrow.axes.structure import Structure
 from fxgrow.candidates.first_pass import Measured, Reader
 from fxgrow.candidates.isolated_refit import IsolatedRefit
 from fxgrow.candidates.refit import Refit, run_refit
@@ -33,7 +31,6 @@ from fxgrow.errors import PlanError, ProfileError
 from fxgrow.graph.unrolled_rnn import unroll_recurrent_layers
 from fxgrow.initialisers.registry import Initialiser, Proposal, Setting, find_initialiser, lists_methods
 from fxgrow.pipeline.profile_record import Bottleneck, Profile
-from fxgrow.rewriting.axis_growth import require_free
 from fxgrow.rewriting.batch_norm import has_batch_norm
 from fxgrow.rewriting.parametrizations import remove_parametrizations
 from fxgrow.statistics.mergeable import Moments, fingerprint
@@ -151,29 +148,25 @@ def profiled(
         first = data.first()
         check_device(first, gm)
         gm = capture(gm, first.inputs)
-    asked, original = gm, remove_parametrizations(gm)
-    structure = analyse(original)
-    every = hidden(structure)
-    chosen = _chosen(structure, every, widths, units if isinstance(units, Mapping) else {})
-    first_producers = {h.width.name: h.writes[0].node.name for h in chosen}
-    gm = unroll_recurrent_layers(original)
-    if gm is not original:
-        structure = analyse(gm)
-        by_name = {h.width.name: h for h in hidden(structure)}
-        chosen = [by_name[h.width.name] for h in chosen]
+    asked, original = gm, analyse(remove_parametrizations(gm))
+    chosen = _chosen(original, widths, units if isinstance(units, Mapping) else {})
+    first_producers = {h.name: h.producers[0].node.name for h in chosen}
+    gm = unroll_recurrent_layers(original.gm)
+    analysed = original if gm is original.gm else analyse(gm)
+    chosen = [analysed.widths[h.name] for h in chosen]
     exact = positions == "all"
     generator = torch.Generator().manual_seed(seed)
-    additions = {h.width.name: _how_many(h.width, units) for h in chosen}
+    additions = {h.name: _how_many(h.width, units) for h in chosen}
     show = progress and process_group.rank == 0
     reader = Reader(
-        gm, structure, initialiser, data, loss_fn, exact, generator, show, memory_limit, keep_moments or bool(parts)
+        analysed, initialiser, data, loss_fn, exact, generator, show, memory_limit, keep_moments or bool(parts)
     )
     measured = reader.merge(parts, chosen, additions) if parts else reader.measure(chosen, additions)
     proposals, samples, loss = measured.proposals, measured.samples, measured.loss
     if initialiser.find is not None:
-        wanted = [h for h in chosen if not isinstance(units, Mapping) or h.width.name in units]
-        steps = {h.width.name: additions[h.width.name] // h.width.step for h in wanted}
-        found_splits = initialiser.find(Setting(gm, structure, wanted, steps, data, loss_fn, generator))
+        wanted = [h for h in chosen if not isinstance(units, Mapping) or h.name in units]
+        steps = {h.name: additions[h.name] // h.step for h in wanted}
+        found_splits = initialiser.find(Setting(analysed, wanted, steps, data, loss_fn, generator))
         proposals |= {name: Proposal(splits=s) for name, s in found_splits.items()}
         additions = {name: k if name in found_splits else 0 for name, k in additions.items()}
     calibration = _calibration(gm, data, initialiser.refit)
@@ -181,27 +174,26 @@ def profiled(
     if initialiser.refit:
         refit, rest = Refit(), [name for name in additions if name not in measured.ways]
         if measured.stats is not None and measured.ways:
-            own = [h for h in chosen if h.width.name in measured.ways]
-            atoms = {h.width.name: additions[h.width.name] // h.width.step for h in own}
+            own = [h for h in chosen if h.name in measured.ways]
+            atoms = {h.name: additions[h.name] // h.step for h in own}
             for h in own:
-                name = h.width.name
+                name = h.name
                 proposals[name] = padded(gm, h, proposals[name], additions[name], generator)
             refit = IsolatedRefit(measured.ways, proposals, atoms, measured.stats, measured.held, data, loss_fn).run()
         if rest:
-            found = candidates(gm, structure, proposals, additions, calibration, generator)
+            found = candidates(analysed, proposals, additions, calibration, generator)
             refit.join(run_refit(found, data, loss_fn, generator, rest))
     if refit is not None and data.batches != 1:
         samples, loss = samples + refit.samples, loss + refit.loss
     bottlenecks = {
-        h.width.name: _bottleneck(h, measured, proposals[h.width.name], refit, additions[h.width.name], samples)
-        for h in chosen
+        h.name: _bottleneck(h, measured, proposals[h.name], refit, additions[h.name], samples) for h in chosen
     }
     node_map = {n.name: n for n in asked.graph.nodes}
     for h in chosen:
-        node_map[first_producers[h.width.name]].meta["fxgrow"] = bottlenecks[h.width.name]
-    return Profile(
-        gm=original,
-        widths=tuple(h.width for h in every),
+        node_map[first_producers[h.name]].meta["fxgrow"] = bottlenecks[h.name]
+    made = Profile(
+        gm=original.gm,
+        widths=tuple(w.width for w in original.widths.values()),
         bottlenecks=bottlenecks,
         method=initialiser,
         loss=loss / max(1, samples),
@@ -215,34 +207,32 @@ def profiled(
         refit=refit,
         moments=_kept(asked, measured, initialiser, positions, chosen) if keep_moments else None,
     )
+    vars(made)["analysed"] = original  # what its cached property would find again
+    return made
 
 
 def _kept(
     gm: nn.Module, measured: Measured, method: Initialiser, positions: str, chosen: Sequence[GrowableWidth]
 ) -> Moments:
-    names = tuple(h.width.name for h in chosen)
+    names = tuple(h.name for h in chosen)
     # the first reading's: a refit adds the samples that it was tested on
     return Moments(measured.samples, measured.loss, method.name, positions, names, fingerprint(gm), measured.kept)
 
 
-def _chosen(
-    structure: Structure, every: Sequence[GrowableWidth], names: Sequence[str] | None, wanted: Mapping[str, int]
-) -> list[GrowableWidth]:
+def _chosen(analysed: AnalysedGraph, names: Sequence[str] | None, wanted: Mapping[str, int]) -> list[GrowableWidth]:
     asked = {*(names or ()), *wanted}
-    for h in every:
-        if h.width.name in asked and grows_by_copies(structure, h.var):
+    for h in analysed.widths.values():
+        if h.name in asked and h.grows_by_copies:
             raise PlanError(
-                f"Width {h.width.name!r} grows by copies of all experts, of which the data say nothing: call "
-                f"fxgrow.widen with {{{h.width.name!r}: {h.width.step}}} first, and grow its result."
+                f"Width {h.name!r} grows by copies of all experts, of which the data say nothing: call "
+                f"fxgrow.widen with {{{h.name!r}: {h.step}}} first, and grow its result."
             )
     if names is not None:
-        by_name = {h.width.name: h for h in every}
-        return [require_free(by_name, n) for n in names]
-    free = [
-        h for h in every if h.width.pinned is None and (h.width.name in wanted or not starts_at_zero(structure, h.var))
-    ]
+        return [analysed.free_width(n) for n in names]
+    free = [h for h in analysed.free_widths if h.name in wanted or not h.starts_at_zero]
     if not free:
-        pinned = "; ".join(f"{h.width.name}: {h.width.pinned}" for h in every[:6]) or "there are no hidden layers"
+        some = itertools.islice(analysed.widths.values(), 6)
+        pinned = "; ".join(f"{h.name}: {h.width.pinned}" for h in some) or "there are no hidden layers"
         raise ProfileError(
             f"No width of this model can grow ({pinned}). A width needs a layer that writes it and one that reads it, "
             "both trainable, with only described operators between."
@@ -284,22 +274,22 @@ def _calibration(gm: fx.GraphModule, data: Data, hold: bool) -> list[Any]:
 def _bottleneck(
     h: GrowableWidth, measured: Measured, proposal: Proposal, refit: Refit | None, k: int, samples: int
 ) -> Bottleneck:
-    name = h.width.name
+    name = h.name
     psi, desired = measured.asked[name]
     values = tuple(float(v) for v in proposal.values)
     gains, significant = tuple(v * v for v in values[:k]), min(k, len(values)) if proposal.alpha else k
     worth = 0.0
     if proposal.splits is not None:
         gains = tuple(proposal.splits.gains.tolist())
-        significant = min(k, len(gains) * h.width.step)
+        significant = min(k, len(gains) * h.step)
     elif refit is not None and refit.of(name):
         evidence = refit.evidence[name]
-        total = refit.marginal(name, k // h.width.step)
+        total = refit.marginal(name, k // h.step)
         shares = evidence.shares.clamp_min(0)
         gains = tuple(float(g) for g in (total * shares / shares.sum().clamp_min(1e-30)).sort(descending=True).values)
-        significant = evidence.significant * h.width.step
+        significant = evidence.significant * h.step
         # of an eighth of the width
-        worth = refit.joint(name, max(1, math.ceil(h.width.size / 8) // h.width.step)) * psi**0.5
+        worth = refit.joint(name, max(1, math.ceil(h.width.size / 8) // h.step)) * psi**0.5
     elif refit is not None:
         gains, significant = (), 0
     return Bottleneck(
@@ -308,7 +298,7 @@ def _bottleneck(
         desired=desired,
         gains=gains,
         singular_values=values,
-        significant=significant // h.width.step * h.width.step,
+        significant=significant // h.step * h.step,
         samples=samples,
         positions=measured.positions[name],
         worth=worth,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
-from fxgrow.analysis.analyse import analyse
+from fxgrow.analysis.analyse import AnalysedGraph, analyse
 from fxgrow.axes.records import Width
 from fxgrow.candidates.refit import Refit
 from fxgrow.candidates.widened import Candidates, candidates
@@ -104,12 +105,17 @@ class Profile(Mapping[str, Bottleneck]):
             raise PlanError("This profile is the record of a growth: profile the grown network again.")
         return self.gm
 
+    @cached_property
+    def analysed(self) -> AnalysedGraph:
+        """The graph that was profiled, with its widths."""
+        return analyse(self.graph)
+
     def candidates(self) -> Candidates:
         """The network with all proposed units, as the refit left it, or made now where nothing has needed it yet."""
         if self.found is not None:
             return self.found
         generator = torch.Generator().manual_seed(self.seed)
-        return candidates(self.graph, analyse(self.graph), self.proposals, self.proposed, self.calibration, generator)
+        return candidates(self.analysed, self.proposals, self.proposed, self.calibration, generator)
 
     @classmethod
     def merge(

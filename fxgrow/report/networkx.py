@@ -8,7 +8,6 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from fxgrow.analysis.analyse import analyse
-from fxgrow.analysis.widths import hidden
 from fxgrow.axes.axes import Axis, Dims, variables
 
 if TYPE_CHECKING:
@@ -49,9 +48,9 @@ def to_networkx(gm: fx.GraphModule) -> nx.DiGraph:
     """
     import networkx as nx
 
-    structure = analyse(gm)
-    found = hidden(structure)
-    names = {h.var: h.width.name for h in found}
+    analysed = analyse(gm)
+    structure, found = analysed.structure, analysed.widths.values()
+    names = {h.var: h.name for h in found}
 
     def carried(*axes: Axis) -> tuple[str, ...]:
         return tuple(names[v] for v in variables(*axes) if v in names)
@@ -59,10 +58,10 @@ def to_networkx(gm: fx.GraphModule) -> nx.DiGraph:
     produces: dict[fx.Node, tuple[str, ...]] = {}
     consumes: dict[fx.Node, tuple[str, ...]] = {}
     for p in structure.projections:
-        produces[p.node] = carried(p.writes)
-        consumes[p.node] = carried(p.reads)
+        produces[p.node] = carried(p.output_axis)
+        consumes[p.node] = carried(p.input_axis)
 
-    graph: nx.DiGraph = nx.DiGraph(widths={h.width.name: h.width for h in found})
+    graph: nx.DiGraph = nx.DiGraph(widths={h.name: h.width for h in found})
     for node in gm.graph.nodes:
         value = node.meta.get("val")
         dims = pytree.tree_leaves(structure.outputs.get(node), is_leaf=lambda x: isinstance(x, Dims))

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fxgrow.analysis.widths import GrowableWidth, hidden
+from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.axes.axes import Axis, UnitVar, resolve
-from fxgrow.axes.structure import Structure
 from fxgrow.errors import PlanError
 
 #: positions of new entries per parameter, by width and dimension, in the order of the units
@@ -27,32 +26,23 @@ class Extended:
     new: dict[UnitVar, Tensor]
 
 
-def units_of(found: Mapping[str, GrowableWidth], additions: Mapping[str, int]) -> dict[UnitVar, int]:
+def units_of(analysed: AnalysedGraph, additions: Mapping[str, int]) -> dict[UnitVar, int]:
+    """Steps that each variable grows by.
+
+    Raises:
+        PlanError: a width is unknown or pinned, or the units do not fit its step.
+    """
     grow: dict[UnitVar, int] = {}
     for name, k in additions.items():
-        h = require_free(found, name)
-        if k < 0 or k % h.width.step:
+        h = analysed.free_width(name)
+        if k < 0 or k % h.step:
             raise PlanError(
-                f"{k} units for width {name!r}: it grows by positive multiples of its step {h.width.step}; "
-                f"try {max(h.width.step, math.ceil(max(k, 1) / h.width.step) * h.width.step)}."
+                f"{k} units for width {name!r}: it grows by positive multiples of its step {h.step}; "
+                f"try {max(h.step, math.ceil(max(k, 1) / h.step) * h.step)}."
             )
         if k:
-            grow[h.var] = k // h.width.step
+            grow[h.var] = k // h.step
     return grow
-
-
-def require_free(found: Mapping[str, GrowableWidth], name: str) -> GrowableWidth:
-    """The width of that name, or an error that says what there is, or why it is pinned."""
-    if name not in found:
-        free = [n for n, h in found.items() if h.width.pinned is None]
-        raise PlanError(
-            f"There is no width named {name!r}. Widths are named after their first producer; free ones here: "
-            f"{', '.join(free[:8]) or 'none'}{' ...' if len(free) > 8 else ''}."
-        )
-    h = found[name]
-    if h.width.pinned is not None:
-        raise PlanError(f"Width {name!r} cannot change: {h.width.pinned}.")
-    return h
 
 
 def extend(axis: Axis, grow: Mapping[UnitVar, int]) -> Extended:
@@ -72,13 +62,12 @@ def extend(axis: Axis, grow: Mapping[UnitVar, int]) -> Extended:
     return Extended(at, torch.tensor(old, dtype=torch.long), positions)
 
 
-def places(structure: Structure, additions: Mapping[str, int]) -> Places:
+def places(analysed: AnalysedGraph, additions: Mapping[str, int]) -> Places:
     """Where each parameter of the graph, rewritten with `additions`, holds the new entries of each width."""
-    found = {h.width.name: h for h in hidden(structure)}
-    names = {h.var: name for name, h in found.items()}
-    grow = units_of(found, additions)
+    names = {w.var: name for name, w in analysed.widths.items()}
+    grow = units_of(analysed, additions)
     out: Places = {}
-    for parameter, dims in structure.parameters.items():
+    for parameter, dims in analysed.structure.parameters.items():
         for dim, axis in enumerate(dims):
             for var, positions in extend(axis, grow).new.items():
                 out.setdefault(parameter, {})[names[var], dim] = positions

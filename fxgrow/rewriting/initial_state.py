@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from fxgrow.analysis.initial_state import COPY, MEAN, SPLIT, ZERO, Compensation
+from fxgrow.analysis.initial_state import COPY, MEAN, SPLIT, ZERO, InitialState
 from fxgrow.axes.axes import Dims, UnitVar, multiplicity, unit_entries
 from fxgrow.axes.structure import Structure
 from fxgrow.graph.evaluate import eval_mode
@@ -20,9 +20,9 @@ from fxgrow.graph.graph import lookup
 _EPS = {F.layer_norm: 4, F.rms_norm: 3}
 
 
-def growing(structure: Structure, grow: Mapping[UnitVar, int]) -> dict[UnitVar, Compensation]:
+def growing(structure: Structure, grow: Mapping[UnitVar, int]) -> dict[UnitVar, InitialState]:
     """What is made up for when these variables grow."""
-    return {var: c for var, c in structure.compensations.items() if grow.get(var)}
+    return {var: c for var, c in structure.initial_states.items() if grow.get(var)}
 
 
 def rescaled(old: Tensor, name: str, structure: Structure, grow: Mapping[UnitVar, int]) -> Tensor:
@@ -52,7 +52,7 @@ def apply_initial_entries(
     grow: Mapping[UnitVar, int],
     scale_of: Mapping[str, Tensor],
 ) -> None:
-    """New entries of a parameter that writes a compensated width: the mean of the old ones, zero, parts or copies.
+    """New entries of a parameter that writes such a width: the mean of the old ones, zero, parts or copies.
 
     Args:
         new: the widened parameter, complete but for these entries.

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from fxgrow.analysis.analyse import analyse
-from fxgrow.analysis.widths import hidden
+from fxgrow.analysis.analyse import AnalysedGraph, analyse
 from fxgrow.axes.axes import Axis, Dims, UnitVar, length, resolve
 from fxgrow.axes.structure import Projection, Structure
 from fxgrow.graph.graph import compile_graph, copy_graph, lookup, put, same_kind
@@ -74,7 +73,7 @@ def rewrite(
         RewriteError: the result does not run, or has other shapes than its axes.
     """
     plain = remove_parametrizations(gm)
-    wide = widened(plain, analyse(plain), additions, values, generator)
+    wide = widened(analyse(plain), additions, values, generator)
     check_shapes(wide.graph, wide.lengths)
     return (wide.graph, wide.index) if plain is gm else restore_parametrizations(wide.graph, wide.index)
 
@@ -97,15 +96,15 @@ class Wide:
 
 
 def widened(
-    gm: fx.GraphModule,
-    structure: Structure,
+    analysed: AnalysedGraph,
     additions: Mapping[str, int],
     values: Values | None = None,
     generator: torch.Generator | None = None,
 ) -> Wide:
     """`rewrite` without its check, for who runs the copy on data at once; its nodes keep the old shapes' metadata."""
-    grow = units_of({h.width.name: h for h in hidden(structure)}, additions)
-    filled, index = entries(gm, structure, additions, values or Values(), generator)
+    gm, structure = analysed.gm, analysed.structure
+    grow = units_of(analysed, additions)
+    filled, index = entries(analysed, additions, values or Values(), generator)
     replaced: dict[int, Tensor] = {}
     for name, new in filled.items():
         old = lookup(gm, name)
@@ -121,8 +120,7 @@ def widened(
 
 
 def entries(
-    gm: fx.GraphModule,
-    structure: Structure,
+    analysed: AnalysedGraph,
     additions: Mapping[str, int],
     values: Values,
     generator: torch.Generator | None = None,
@@ -131,12 +129,12 @@ def entries(
 
     Gradients flow back to what `values` gives.
     """
-    found = {h.width.name: h for h in hidden(structure)}
-    grow = units_of(found, additions)
-    names = {h.var: name for name, h in found.items()}
+    gm, structure = analysed.gm, analysed.structure
+    grow = units_of(analysed, additions)
+    names = {w.var: name for name, w in analysed.widths.items()}
     out: dict[str, Tensor] = {}
     index: dict[str, tuple[Tensor | None, ...]] = {}
-    scales = {n: lookup(gm, n).detach() for c in structure.compensations.values() for n in c.scales.values()}
+    scales = {n: lookup(gm, n).detach() for c in structure.initial_states.values() for n in c.scales.values()}
     for name, dims in structure.parameters.items():
         old = lookup(gm, name)
         plan = [extend(axis, grow) for axis in dims]
@@ -174,7 +172,7 @@ def _fill(
         _random(new, out_dim, list(plan[out_dim].new.values()), _fan_in(new, uses[0] if uses else None), generator)
     for p in uses:
         # whoever read the width before must not see the new units
-        free = {var for var, c in structure.compensations.items() if (p.weight, p.in_dim) in c.free}
+        free = {var for var, c in structure.initial_states.items() if (p.weight, p.in_dim) in c.free}
         _random(new, p.in_dim, [i for v, i in plan[p.in_dim].new.items() if v in free], _fan_in(new, p), generator)
         _zero(new, plan, p.in_dim, p.out_dim, new_units_see_each_other=not values.new_units_see_each_other, free=free)
     for (width, dim), given in values.new.get(name, {}).items():

@@ -14,8 +14,9 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import Tensor, fx
 
+from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
-from fxgrow.axes.structure import Projection, Structure
+from fxgrow.axes.structure import Projection
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
 from fxgrow.statistics.activation_cache import ActivationCache, Span
 from fxgrow.statistics.all_reduce import sum_consumers, sum_inputs
@@ -40,7 +41,7 @@ class Statistics:
     """All consumers and widths of one profile, filled batch by batch.
 
     Args:
-        structure: of the graph.
+        analysed: the graph.
         hiddens: the widths to measure.
         exact: every matrix from every position.
         link: collect S and N at all.
@@ -53,7 +54,7 @@ class Statistics:
 
     def __init__(
         self,
-        structure: Structure,
+        analysed: AnalysedGraph,
         hiddens: Iterable[GrowableWidth],
         *,
         exact: bool,
@@ -71,12 +72,12 @@ class Statistics:
         self.consumers: dict[str, ConsumerMoments] = {}
         self.widths: dict[str, WidthMoments] = {}
         for h in hiddens:
-            for p in h.reads:
+            for p in h.consumers:
                 if all(c.weight != p.weight for c in self.consumers.values()):
-                    self.consumers |= consumers_of(p.weight, structure.projections, output_side)
-            found = links(h, structure) if link else None
+                    self.consumers |= consumers_of(p.weight, analysed.structure.projections, output_side)
+            found = links(h, analysed) if link else None
             if found is not None and all(k.reads.weight in self.consumers for k in found):
-                w = self.widths[h.width.name] = WidthMoments(h, found, spans_of(h, structure))
+                w = self.widths[h.name] = WidthMoments(h, found, spans_of(h, analysed))
                 most = rows_for(w.features)
                 w.wanted = most if rows is None else min(most, max(FEW_ROWS, math.ceil(rows * w.features)))
         self.reads = reads_of(self.consumers)
@@ -109,8 +110,8 @@ class Statistics:
     def remember(self, hiddens: Iterable[GrowableWidth]) -> None:
         """New units of these widths will be tried by themselves: on what is remembered, if it has room."""
         hiddens = list(hiddens)
-        reads = [p for h in hiddens for p in h.reads]
-        self.whole = {p.source for h in hiddens for p in h.writes}, {p.node for p in reads}
+        reads = [p for h in hiddens for p in h.consumers]
+        self.whole = {p.source for h in hiddens for p in h.producers}, {p.node for p in reads}
         self.held = self.whole[0] | {p.source for p in reads}
 
     # -- during a pass

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
+from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.axes.axes import Axis, Dims, UnitVar, multiplicity, resolve
 from fxgrow.axes.structure import Projection, Structure
@@ -52,21 +53,21 @@ def window(p: Projection) -> Window:
     return Window(p.kernel, p.stride, p.dilation, p.padding)
 
 
-def links(h: GrowableWidth, structure: Structure) -> list[ConvPath] | None:
+def links(h: GrowableWidth, analysed: AnalysedGraph) -> list[ConvPath] | None:
     """A link for every producer that comes before a consumer; None where one of them has no normal form."""
     out: list[ConvPath] = []
-    second = nodes_with_batch_second(h.writes[0].node.graph) if h.writes else set()
-    for writes in h.writes:
+    structure, second = analysed.structure, nodes_with_batch_second(analysed.gm.graph)
+    for writes in h.producers:
         reachable = _downstream(writes.node, h.var, structure)
-        for reads in h.reads:
+        for reads in h.consumers:
             if reads.source not in reachable:
                 continue
-            link = _link(writes, reads, h.var, h.width.step, reachable[reads.source], structure, second)
+            link = _link(writes, reads, h.var, h.step, reachable[reads.source], structure, second)
             if link is None:
                 return None
             out.append(link)
     consumers = {link.reads.node for link in out}
-    return out if out and all(r.node in consumers for r in h.reads) else None
+    return out if out and all(r.node in consumers for r in h.consumers) else None
 
 
 def _downstream(start: fx.Node, var: UnitVar, structure: Structure) -> dict[fx.Node, list[fx.Node]]:
@@ -102,8 +103,8 @@ def _link(
         n.target in _MIXES or _selects(n, var, structure) for n in path
     ):
         return None
-    per_read = _entries(reads.reads, var, step)
-    if _entries(writes.writes, var, step) != 1 or per_read is None:
+    per_read = _entries(reads.input_axis, var, step)
+    if _entries(writes.output_axis, var, step) != 1 or per_read is None:
         return None
     nd = len(writes.kernel)
     written = _positions(writes.node, nd, second)

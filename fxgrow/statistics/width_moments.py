@@ -10,9 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx
 
+from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.axes.axes import length
-from fxgrow.axes.structure import Structure
 from fxgrow.statistics.consumer_moments import some_rows
 from fxgrow.statistics.cross_moment import coverage, cross_moment, patch_rows
 from fxgrow.statistics.factorisation import Factor, factor
@@ -219,12 +219,12 @@ class WidthMoments:
         return torch.cat(parts, 1), weight, False
 
 
-def spans_of(h: GrowableWidth, structure: Structure) -> dict[str, tuple[int, int]]:
+def spans_of(h: GrowableWidth, analysed: AnalysedGraph) -> dict[str, tuple[int, int]]:
     spans: dict[str, tuple[int, int]] = {}
     at = 0
-    for p in h.writes:
+    for p in h.producers:
         if p.weight not in spans:
-            own = structure.parameters[p.weight]
+            own = analysed.structure.parameters[p.weight]
             size = math.prod(length(a) for d, a in enumerate(own) if d != p.out_dim) + (p.bias is not None)
             spans[p.weight] = (at, at + size)
             at += size

@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from fxgrow.analysis.analyse import analyse
-from fxgrow.analysis.widths import widths
+from fxgrow.analysis.analyse import analyse, widths
 from fxgrow.data.batches import Data
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
 from fxgrow.errors import PlanError, ScheduleError
@@ -107,7 +106,7 @@ class ModelMetrics:
         gm = remove_parametrizations(self._graph())
         # a latency is measured for the widths that may be asked for
         free = [w.name for w in widths(gm) if w.pinned is None] if self.settings.neurons is not None else []
-        return cost_of(kind, gm, analyse(gm), free)
+        return cost_of(kind, analyse(gm), free)
 
 
 def _share(budget: Any) -> float:

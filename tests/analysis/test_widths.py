@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import fxgrow
-from fxgrow.analysis.widths import widths
+from fxgrow.analysis.analyse import widths
 from fxgrow.axes.axes import Dims
 from fxgrow.axes.records import Width
 from fxgrow.ops.context import Context

@@ -7,7 +7,6 @@ import torch
 
 import fxgrow
 from fxgrow.analysis.analyse import analyse
-from fxgrow.analysis.widths import hidden
 from fxgrow.candidates.first_pass import Reader
 from fxgrow.candidates.memory_turns import turns
 from fxgrow.data.batches import Data
@@ -54,15 +53,15 @@ def test_turns_change_nothing_but_the_number_of_readings(method: str) -> None:
 def test_matrices_of_a_turn_fit() -> None:
     model, batches = DigitsResNet(0.5).double(), data(1, 8, 8)
     gm = fxgrow.capture(model, (batches[0][0],))
-    structure = analyse(gm)
-    every = [h for h in hidden(structure) if h.width.pinned is None]
+    analysed = analyse(gm)
+    every = analysed.free_widths
     assert turns(every, gm, None) == [every]
     limit = 2_000_000
     groups = turns(every, gm, limit)
     assert 1 < len(groups) and [h for own in groups for h in own] == every
-    reader = Reader(gm, structure, find_initialiser("default"), Data(batches), None, True, torch.Generator())
+    reader = Reader(analysed, find_initialiser("default"), Data(batches), None, True, torch.Generator())
     for own in groups:
-        stats = Statistics(structure, own, exact=True, output_side=True)
+        stats = Statistics(analysed, own, exact=True, output_side=True)
         reader.collect(stats)
         stats.finish(torch.Generator())
         moments = [t for w in stats.widths.values() for t in (w.s, *w.blocks.values())]

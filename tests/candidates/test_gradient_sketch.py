@@ -11,7 +11,6 @@ from torch import nn
 
 import fxgrow
 from fxgrow.analysis.analyse import analyse
-from fxgrow.analysis.widths import hidden
 from fxgrow.candidates.first_pass import Reader, project
 from fxgrow.candidates.zero_unit_graph import ZeroUnitGraph, start
 from fxgrow.data.batches import Data
@@ -50,18 +49,18 @@ def batches(count: int = 3) -> list:
 def sketched(net, data, name, atoms, contexts=()):
     """The copy after a pass, and the width's sketch."""
     gm = fxgrow.capture(net, (data[0][0],))
-    structure = analyse(gm)
-    h = next(h for h in hidden(structure) if h.width.name == name)
-    stats = Statistics(structure, [h], exact=True, output_side=True)
+    analysed = analyse(gm)
+    h = analysed.widths[name]
+    stats = Statistics(analysed, [h], exact=True, output_side=True)
     loader = Data(data)
-    Reader(gm, structure, find_initialiser("tiny"), loader, None, True, torch.Generator()).collect(stats)
+    Reader(analysed, find_initialiser("tiny"), loader, None, True, torch.Generator()).collect(stats)
     stats.finish(torch.Generator())
     updates, _ = project(stats)
-    s = start(h, structure)
+    s = start(h, analysed)
     s.atoms, s.contexts = atoms, list(contexts)
     if contexts:
         s.producers["q.weight"].steep[:] = s.producers["k.weight"].steep[:] = False
-    copy = ZeroUnitGraph(gm, structure, stats.consumers, updates, [s], torch.Generator().manual_seed(1))
+    copy = ZeroUnitGraph(analysed, stats.consumers, updates, [s], torch.Generator().manual_seed(1))
     copy.run(loader, None)
     return copy, s, updates
 

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 import fxgrow
 from fxgrow.analysis.analyse import analyse
-from fxgrow.analysis.widths import hidden
 from fxgrow.candidates import first_pass as _measure
 from fxgrow.candidates.isolated import apart
 from fxgrow.candidates.widened import candidates, padded
@@ -128,12 +127,12 @@ def test_only_units_that_go_their_own_way_run_by_themselves() -> None:
     """A norm over the width needs the whole network; an activation and a factor do not."""
     model = Mixing().double()
     gm = fxgrow.capture(model, (torch.randn(2, 6).double(),))
-    structure = analyse(gm)
-    hiddens = [h for h in hidden(structure) if h.width.pinned is None]
-    assert {h.width.name for h in hiddens} == {"first", "second", "third"}
-    weights = {p.weight for h in hiddens for p in h.reads}
-    consumers = {n: c for w in weights for n, c in consumers_of(w, structure.projections).items()}
-    assert set(apart(gm, structure, hiddens, consumers)) == {"second", "third"}
+    analysed = analyse(gm)
+    hiddens = analysed.free_widths
+    assert {h.name for h in hiddens} == {"first", "second", "third"}
+    weights = {p.weight for h in hiddens for p in h.consumers}
+    consumers = {n: c for w in weights for n, c in consumers_of(w, analysed.structure.projections).items()}
+    assert set(apart(analysed, hiddens, consumers)) == {"second", "third"}
 
 
 @pytest.mark.parametrize("case", ["mlp", "convolutions", "stream"])
@@ -142,14 +141,14 @@ def test_new_channels_are_those_of_the_widened_network(case: str) -> None:
     torch.manual_seed(0)
     x = data()[0][0]
     gm = fxgrow.capture(randomised(make()), (x,))
-    structure, generator = analyse(gm), torch.Generator().manual_seed(0)
-    hiddens = [h for h in hidden(structure) if h.width.pinned is None]
-    weights = {p.weight for h in hiddens for p in h.reads}
-    consumers = {n: c for w in weights for n, c in consumers_of(w, structure.projections).items()}
-    ways = apart(gm, structure, hiddens, consumers)
+    analysed, generator = analyse(gm), torch.Generator().manual_seed(0)
+    hiddens = analysed.free_widths
+    weights = {p.weight for h in hiddens for p in h.consumers}
+    consumers = {n: c for w in weights for n, c in consumers_of(w, analysed.structure.projections).items()}
+    ways = apart(analysed, hiddens, consumers)
     assert len(ways) == len(hiddens)
-    proposals = {h.width.name: padded(gm, h, Proposal(), 3, generator) for h in hiddens}
-    found = candidates(gm, structure, proposals, dict.fromkeys(ways, 3), [x], generator)
+    proposals = {h.name: padded(gm, h, Proposal(), 3, generator) for h in hiddens}
+    found = candidates(analysed, proposals, dict.fromkeys(ways, 3), [x], generator)
 
     def values(graph: fxgrow.GraphModule) -> dict[str, Tensor]:
         class Keep(torch.fx.Interpreter):
@@ -167,7 +166,7 @@ def test_new_channels_are_those_of_the_widened_network(case: str) -> None:
     for name, way in ways.items():
         with eval_mode(gm):
             z = way.put_out(proposals[name], {n: old[n.name] for n in way.sources})
-        for p in way.hidden.reads:
+        for p in way.hidden.consumers:
             entries = found.places[p.weight][name, p.in_dim]
             torch.testing.assert_close(z[p.source], new[p.source.name].index_select(1, entries))
 

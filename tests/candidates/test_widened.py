@@ -32,7 +32,7 @@ def build(k: int = 3):
     gm = fxgrow.capture(model.eval(), (x,))
     rows = torch.randn(2, 2 * 9 + 1).double()
     proposals = {"0": Proposal({"0.weight": rows}), "5": Proposal()}
-    found = candidates(gm, analyse(gm), proposals, {"0": k, "5": 2}, [x], torch.Generator().manual_seed(0))
+    found = candidates(analyse(gm), proposals, {"0": k, "5": 2}, [x], torch.Generator().manual_seed(0))
     return gm, found, rows, x
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fxgrow.analysis.widths import widths
+from fxgrow.analysis.analyse import widths
 from fxgrow.rewriting.rewrite import rewrite
 from fxgrow.tracing.capture import capture
 from tests.rewriting.test_rewrite import close

@@ -8,8 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from fxgrow.analysis.analyse import analyse
-from fxgrow.analysis.widths import widths
+from fxgrow.analysis.analyse import analyse, widths
 from fxgrow.graph.graph import copy_graph
 from fxgrow.rewriting.rewrite import rewrite
 from fxgrow.tracing.capture import capture
@@ -60,7 +59,7 @@ def values(module: nn.Module, x: Tensor, training: bool) -> Tensor:
 
 def new_incoming(gm: fx.GraphModule, index: dict[str, tuple[Tensor | None, ...]]) -> Iterator[tuple[str, Tensor]]:
     """Weights of layers that have new rows, with the mask of these rows."""
-    for name in dict.fromkeys(p.weight for p in analyse(gm).projections):
+    for name in dict.fromkeys(p.weight for p in analyse(gm).structure.projections):
         places = index.get(name, (None,))[0]
         if places is not None:
             mask = torch.ones(len(gm.get_parameter(name)), dtype=torch.bool)

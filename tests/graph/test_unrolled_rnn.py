@@ -12,7 +12,6 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fxgrow
 from fxgrow.analysis.analyse import analyse
-from fxgrow.analysis.widths import hidden
 from fxgrow.candidates.zero_unit_graph import ZeroUnitGraph, start
 from fxgrow.data.batches import Data
 from fxgrow.graph.graph import lookup
@@ -196,7 +195,7 @@ def test_the_steps_are_the_same_function_and_have_the_same_widths(kind: str, for
     steps = unroll_recurrent_layers(gm)
     assert steps is not gm and not any(n.op == "call_module" and n.target == "r" for n in steps.graph.nodes)
     torch.testing.assert_close(steps(x), net(x), rtol=1e-12, atol=1e-14)
-    assert [h.width for h in hidden(analyse(steps))] == fxgrow.widths(gm)
+    assert [h.width for h in analyse(steps).widths.values()] == fxgrow.widths(gm)
     assert steps.r is net.r
 
 
@@ -289,20 +288,21 @@ def test_silent_units_see_what_the_weights_cannot_express(batch_first: bool) -> 
     net, batches = Net("rnn", batch_first=batch_first).double(), data()
     expected, inputs = by_hand(net, batches)
     graph = unroll_recurrent_layers(fxgrow.capture(net, (batches[0][0],)))
-    structure = analyse(graph)
-    h = next(h for h in hidden(structure) if h.width.name == "r")
+    analysed = analyse(graph)
+    h = analysed.widths["r"]
     profile = fxgrow.profile(net, batches, F.mse_loss, positions="all", method="tiny", progress=False)
-    consumers = {p.weight: c for p in h.reads for c in consumers_of(p.weight, structure.projections, False).values()}
-    s = start(h, structure)
+    uses = analysed.structure.projections
+    consumers = {p.weight: c for p in h.consumers for c in consumers_of(p.weight, uses, False).values()}
+    s = start(h, analysed)
     s.atoms = 3
-    copy = ZeroUnitGraph(graph, structure, consumers, profile.updates, [s], torch.Generator().manual_seed(1))
+    copy = ZeroUnitGraph(analysed, consumers, profile.updates, [s], torch.Generator().manual_seed(1))
     copy.run(Data(batches), F.mse_loss)
     rest = {}
     for name in ("r.weight_hh_l0", "out.weight"):
         g = expected[name]
         rest[name] = torch.stack(g.v) - torch.stack(g.h) @ moments(g, 48)[0].T
         rest[name] = rest[name].unflatten(0, (48, STEPS))
-    omega = {p.weight: lookup(copy.graph, p.weight)[: len(rest[p.weight][0, 0]), UNITS:].detach() for p in h.reads}
+    omega = {p.weight: lookup(copy.graph, p.weight)[: len(rest[p.weight][0, 0]), UNITS:].detach() for p in h.consumers}
     later = F.pad(rest["r.weight_hh_l0"] @ omega["r.weight_hh_l0"], (0, 0, 0, 1))[:, 1:]
     asked = (later + rest["out.weight"] @ omega["out.weight"]).flatten(0, 1)
     for name in ("ih", "hh"):

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 import fxgrow
 from fxgrow.analysis.analyse import analyse
-from fxgrow.analysis.widths import hidden
 from fxgrow.data.batches import Data
 from fxgrow.initialisers import firefly as firefly_module
 from fxgrow.initialisers.registry import Setting
@@ -59,10 +58,10 @@ def fitting(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 
 def setting(net: nn.Module, batches: list[tuple[Tensor, Tensor]], *names: str) -> Setting:
     gm = fxgrow.capture(net, (batches[0][0],))
-    structure = analyse(gm)
-    hiddens = [h for h in hidden(structure) if h.width.name in names]
+    analysed = analyse(gm)
+    hiddens = [h for name, h in analysed.widths.items() if name in names]
     units = dict.fromkeys(names, 1)
-    return Setting(gm, structure, hiddens, units, Data(batches), None, torch.Generator().manual_seed(0))
+    return Setting(analysed, hiddens, units, Data(batches), None, torch.Generator().manual_seed(0))
 
 
 def dense(matrix: SplittingMatrix, name: str) -> Tensor:

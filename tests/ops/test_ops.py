@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxgrow.analysis.widths import widths
+from fxgrow.analysis.analyse import widths
 from fxgrow.rewriting.rewrite import rewrite
 from fxgrow.tracing.capture import capture
 from tests.ops.cases import CASES, Case

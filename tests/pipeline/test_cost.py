@@ -41,8 +41,8 @@ def test_costs_are_those_of_the_grown_network() -> None:
     torch.manual_seed(0)
     net, x = Net().eval(), torch.randn(2, 2, 6, 6)
     gm = fxgrow.capture(net, (x,))
-    structure = analyse(gm)
-    sums, parameters = MultiplyAdds(gm, structure), Parameters(gm, structure)
+    analysed = analyse(gm)
+    sums, parameters = MultiplyAdds(analysed), Parameters(analysed)
     units = {w.name: 2 * w.step for w in fxgrow.widths(gm) if w.pinned is None}
     assert units.keys() >= {"stem", "grouped", "up", "q", "v", "mlp"}
     for added in ({}, units, *({name: k} for name, k in units.items())):
@@ -80,7 +80,7 @@ def test_a_budget_in_multiply_adds_is_kept() -> None:
 def test_a_budget_in_seconds_is_kept_as_far_as_widths_add_up() -> None:
     net = mlp()
     gm = fxgrow.capture(net, (data()[0][0],))
-    latency = Latency(gm, analyse(gm), ["0", "2"])
+    latency = Latency(analyse(gm), ["0", "2"])
     assert latency.base > 0 and latency.total({"0": 4}) > latency.base
     assert latency.total({"0": 4, "2": 2}) == pytest.approx(
         latency.base + latency.slopes["0"] * 4 + latency.slopes["2"] * 2

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from fxgrow.analysis.widths import widths
+from fxgrow.analysis.analyse import widths
 from fxgrow.errors import PlanError, RewriteError
 from fxgrow.rewriting.rewrite import Values, rewrite
 from fxgrow.rewriting.verify import check_function, check_shapes
