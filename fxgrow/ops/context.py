@@ -1,4 +1,4 @@
-"""What a rule sees of the call it describes, and what it can say about it."""
+"""The context in which a rule is called: what it can ask about its node and what it can say."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ from fxgrow.graph.parametrizations import computed_by, norm_of
 
 
 class Unsupported(Exception):
-    """A rule's refusal: what flows in is pinned with this code and message, and stays as it is."""
+    """Raised by a rule that does not cover a call: everything that flows in is pinned with this code and message."""
 
     def __init__(self, message: str, code: str = "operator") -> None:
-        """`code` is one of those of `Reason`."""
+        """`code` is one of the codes of `Reason`."""
         super().__init__(message)
         self.code = code
 
 
 class Context:
-    """What a rule may ask and say about the node it describes."""
+    """A node, as its rule sees it."""
 
     def __init__(self, structure: Structure, gm: fx.GraphModule, node: fx.Node) -> None:
-        """What is said about `node` is entered in `structure`."""
+        """Everything said about `node` is entered in `structure`."""
         self.structure = structure
         self.gm = gm
         self.node = node
         self.module: Any = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         self.value: Any = node.meta.get("val")
-        #: sizes that the rule said what they are the length of; any other pins what it measures
+        #: sizes that the rule assigned to an axis; any other size pins the axes that it measures
         self.followed: list[SizeExpr] = []
 
     # -- asking
@@ -47,11 +47,11 @@ class Context:
 
     @property
     def values(self) -> list[torch.Tensor]:
-        """The output's tensors, where there are several."""
+        """The output's tensors, for an operator with several."""
         return list(self.value)
 
     def argument(self, position: int, *names: str) -> Any:
-        """The raw argument of the node at a position, or under one of these names."""
+        """The node's argument at a position, or by one of these names."""
         args, kwargs = self.node.args, self.node.kwargs
         return args[position] if len(args) > position else next(kwargs[n] for n in names if n in kwargs)
 
@@ -67,12 +67,12 @@ class Context:
         full = f"{self.node.target}.{name}"
         if name in self.module._parameters or name in self.module._buffers:
             return self.dims_of(full, tensor)
-        # computed anew each time: no object to know it by
+        # a parametrized tensor is computed at each access, so it is known by its name
         new = Dims.of((axis_of(UnitVar(n)) for n in tensor.shape), full)
         dims = self.structure.parameters.setdefault(full, new)
         norm = norm_of(self.module)
         if hasattr(norm, "_u") and len(norm._u) + 1 >= len(norm._v):
-            self.pin(dims[norm.dim], "norm", "spectral_norm: the rows leave no direction for new ones")
+            self.pin(dims[norm.dim], "norm", "spectral_norm: no direction orthogonal to the existing rows is left")
         elif norm is None:
             by = computed_by(self.module, name)
             for axis in dims:
@@ -80,7 +80,7 @@ class Context:
         return dims
 
     def dims_of(self, name: str, tensor: torch.Tensor) -> Dims:
-        """One `Dims` per stored tensor, so that tied and shared parameters share their axes."""
+        """The axes of a stored tensor; tied and shared parameters share them."""
         name = self.structure.aliases.setdefault(id(tensor), name)
         if name not in self.structure.parameters:
             self.structure.parameters[name] = Dims.of((axis_of(UnitVar(n)) for n in tensor.shape), name)
@@ -89,32 +89,32 @@ class Context:
     # -- saying
 
     def same(self, a: Axis, b: Axis, message: str = "must keep the same number of entries") -> None:
-        """Two axes that always have the same units."""
+        """Says that two axes always have the same units."""
         if length(a) != length(b):
             raise Unsupported(f"expected {length(b)} entries, found {length(a)}")
         unify(a, b, self.reason("size", message))
 
     def pin(self, axis: Axis, code: str, message: str) -> Axis:
-        """An axis that cannot change here; returns it."""
+        """Says that an axis cannot change here, and returns it."""
         pin(axis, self.reason(code, message))
         return axis
 
     def fix(self, axes: Sequence[Axis], message: str = "is a fixed size") -> None:
-        """Axes that cannot change here, because a size is fixed."""
+        """Says that axes cannot change here, because a size is fixed."""
         for axis in axes:
             self.pin(axis, "size", message)
 
     def fill(self, parameter: Dims | None, value: float | str) -> None:
-        """New entries of a follower's parameter: a number, "random", or (where nothing is said) "mean" of the old."""
+        """Sets how new entries of a parameter start: a number, "random", or (the default) "mean" of the old entries."""
         if parameter is not None and parameter.parameter is not None:
             self.structure.fills[parameter.parameter] = value
 
     def require_state(self, kind: str, source: fx.Node, axis: Axis, **norm: Any) -> None:
-        """New units of `axis` must arrive from `source` in the state that this node needs; see `Invariant`."""
+        """Says that new units of `axis` must come from `source` in the state that this node needs; see `Invariant`."""
         self.structure.invariants.append(Invariant(self.node, source, axis, kind, **norm))
 
     def keep(self, value: float, axes: Sequence[Axis], keyword: str | None = None) -> None:
-        """A number that the sizes of `axes` gave: this node's result, or one of its keyword arguments."""
+        """Keeps a number computed from the sizes of `axes`: this node's result, or one of its keyword arguments."""
         self.structure.kept.append((self.node, keyword, value, tuple(axes)))
 
     def project(
@@ -128,9 +128,9 @@ class Context:
         units: Axis | None = None,
         **window: Any,
     ) -> None:
-        """This node's weight writes axis `out` (its `out_dim`) and reads its `in_dim`.
+        """Says that this node's weight produces axis `out` (dimension `out_dim`) and consumes its dimension `in_dim`.
 
-        `units`: what `out` is made of, where it has several entries for each unit (gates).
+        `units`: the axis of the units, where `out` has several entries for each (gates).
         """
         if bias is not None:
             self.same(bias[0], out)
@@ -138,7 +138,7 @@ class Context:
         if name is None and out_dim == 0:
             name = weight.part_of
         if any(p is not None and p.parameter is None and p.part_of is not None for p in (weight, bias)):
-            window["plain"] = False  # statistics are those of whole parameters
+            window["plain"] = False  # statistics are per parameter, not per part of one
         if name is None:
             raise Unsupported("the weight is computed in the graph, not a parameter")
         self.structure.projections.append(
@@ -157,18 +157,18 @@ class Context:
         )
 
     def attribute(self, name: str, axis: Axis) -> None:
-        """An attribute of the module that is the length of `axis` (`in_features`, `groups`)."""
+        """Says that an attribute of the module is the length of `axis` (`in_features`, `groups`)."""
         if isinstance(getattr(self.module, name, None), int):
             self.structure.constants.append(Constant((str(self.node.target), (name,)), axis))
 
     def size_argument(self, value: Any, axis: Axis, *path: Any, infer: bool = False) -> None:
-        """An argument (at `path` in the node's args or kwargs) that must be the length of `axis`.
+        """Says that an argument (at `path` in the node's args or kwargs) is the length of `axis`.
 
-        A literal is rewritten when the axis grows; a computed size is checked to follow by itself, or becomes a
-        literal, or, with `infer`, the -1 that a view infers.
+        A literal is rewritten when the axis grows. A computed size is checked to follow by itself; otherwise it becomes
+        a literal, or, with `infer`, -1.
         """
         why = self.reason("size", "a computed size does not follow the width")
-        # a shape that is computed as a whole, or by a rule that does not say where, has no place for either
+        # a shape that one node computes, or a rule that gives no path, leaves nothing to replace
         where = None if not path or isinstance(_at(self.node, path[:-1]), fx.Node) else (self.node, path)
         if isinstance(value, SizeExpr):
             self.followed.append(value)

@@ -26,7 +26,7 @@ def broadcast(ctx: Context, *tensors: Dims) -> Dims:
                 ctx.same(axis, longest, "added or multiplied with an axis that does not change")
             elif not is_fixed(axis):
                 ctx.pin(axis, "broadcast", f"one unit is repeated over {length(longest)} entries")
-        # a fixed axis of the same length carries no units: prefer one that does
+        # a fixed axis of the same length has no units: prefer one that has
         out.append(next((a for a in axes if length(a) == length(longest) and not is_fixed(a)), longest))
     return Dims(out)
 
@@ -57,11 +57,11 @@ BINARY_NAMES = (
 
 def _forms(names: list[str]) -> list[Any]:
     """A name's method, in-place method, torch function and functional form."""
-    found: list[Any] = []
+    forms: list[Any] = []
     for name in names:
         for form in (name, name.rstrip("_") + "_"):
-            found += [form, *(getattr(space, form, None) for space in (torch, F, operator))]
-    return [f for f in found if f is not None]
+            forms += [form, *(getattr(space, form, None) for space in (torch, F, operator))]
+    return [f for f in forms if f is not None]
 
 
 UNARY_MODULES = [

@@ -1,9 +1,9 @@
-"""Running an operator on made-up tensors, to see whether the units of an axis pass through it one by one.
+"""Tests on random tensors whether an operator is equivariant to selecting units along an axis.
 
-An operator does so if it commutes with choosing units: for any list of units (some left out, some twice, in any order,
-more or fewer of them) the output for the chosen units is the output's entries of those units. Elementwise operators do
-along every axis, a cumulative sum over time along channels, a transposition into another dimension. Softmax, sorting
-and mean subtraction along the axis do not: some choice changes what is left.
+It is if it commutes with `index_select`: for any list of units (some left out, some repeated, in any order) the output
+for the selected units is the selection of the output. Elementwise operators are equivariant along every axis, a
+cumulative sum over time along channels, a transposition with the units in another dimension of its output. Softmax,
+sorting and mean subtraction along the axis are not: some selection changes the remaining entries.
 """
 
 from __future__ import annotations
@@ -27,27 +27,28 @@ from fxgrow.ops.random_test_inputs import (
     SPREADS,
     Layout,
     index_selections,
-    levels,
     random_values,
     separate_units,
+    unit_levels,
 )
 
-#: outputs agree within this share of the largest entry of their unit: operators may compute in float32
+#: relative tolerance to the largest entry of a unit: operators may compute in float32
 TOLERANCE = 1e-6
-#: up to so many elements all kinds of made-up values are tried, beyond only some
+#: with more elements than this only some kinds of random values are tried
 MANY = 1 << 18
-#: ways in which the axes of several tensors may belong together that are tried
-WAYS = 32
+#: at most this many combinations of axes of several tensors are tried
+COMBINATIONS = 32
+#: an axis of an input: (tensor, dimension)
 InputDim = tuple[int, int]
 
 
 class NotEquivariant(Exception):
-    """What was seen when the operator ran; it is not unit by unit."""
+    """The operator is not equivariant; the message says how that showed."""
 
 
 @dataclass(frozen=True)
 class AxisMap:
-    """Units that pass: the input axes (tensor, dimension) they stand in together, and where they come out."""
+    """The input axes that hold the same units, and the output axes in which these units come out."""
 
     inputs: tuple[InputDim, ...]
     layout: Layout
@@ -56,60 +57,62 @@ class AxisMap:
 
 @dataclass(frozen=True)
 class InferredRule:
-    """What a trial found: the passages, and per axis without one the reason."""
+    """The result of a test: maps of axes, and for each axis without a map the reason."""
 
-    passages: tuple[AxisMap, ...]
+    axis_maps: tuple[AxisMap, ...]
     refused: tuple[tuple[InputDim, str], ...]
 
 
 Call = Callable[[list[Tensor]], object]
+#: per output, the dimension that holds the units, and their possible layouts in it
+OutputLayouts = dict[int, tuple[int, list[Layout]]]
 
 
 class EquivarianceTest:
-    """One operator with tensors of these shapes and dtypes."""
+    """Tests one operator on tensors of these shapes and dtypes."""
 
     def __init__(self, calls: Sequence[Call], shapes: Sequence[tuple[int, ...]], dtypes: Sequence[torch.dtype]) -> None:
-        """`calls`: the operator in every mode the graph may run it in; floating point is tried in float64."""
+        """`calls`: the operator in each mode (train, eval) in which the graph may run it; floats are float64."""
         self.calls, self.shapes, self.dtypes = calls, shapes, dtypes
         self.generator = torch.Generator().manual_seed(0)
-        #: whether it draws random numbers: it starts from one seed each time, so noise that all units share is no harm
+        #: whether it draws random numbers; each run has the same seed, so noise that all units share is fine
         self.random = False
         large = sum(math.prod(shape) for shape in shapes) > MANY
         self.kinds: tuple[int, ...] = FEW_KINDS if large else KINDS
 
-    def judge(self, axes: Sequence[tuple[InputDim, int]]) -> InferredRule:
-        """Looks for a passage of every axis in question; each comes with the entries that its units have there.
+    def infer(self, axes: Sequence[tuple[InputDim, int]]) -> InferredRule:
+        """Looks for a map of every axis in `axes`, which are given with the number of entries per unit.
 
         Raises:
             NotEquivariant: the operator is random, writes into its inputs, or does not run at all.
         """
-        with _as_before():
-            outputs = [self._steady(call) for call in self.calls]
+        with _isolated():
+            outputs = [self._deterministic_output(call) for call in self.calls]
             lengths = {n for leaves in outputs for t in leaves if isinstance(t, Tensor) for n in t.shape}
-            passages: list[AxisMap] = []
+            maps: list[AxisMap] = []
             refused: list[tuple[InputDim, str]] = []
             for place, inner in axes:
-                if any(place in p.inputs for p in passages):
+                if any(place in m.inputs for m in maps):
                     continue
                 try:
-                    passages.append(self._axis_map(place, inner, lengths))
+                    maps.append(self._axis_map(place, inner, lengths))
                 except NotEquivariant as why:
                     refused.append((place, str(why)))
-            taken = [where for p in passages for where, _ in p.outputs]
-            if len(set(taken)) < len(taken):
-                raise NotEquivariant("it joins the units of several dimensions in one")
-            if len(passages) > 1:
-                self._agree(passages)
-        return InferredRule(tuple(passages), tuple(refused))
+            output_dims = [where for m in maps for where, _ in m.outputs]
+            if len(set(output_dims)) < len(output_dims):
+                raise NotEquivariant("its output dimension mixes several input dimensions")
+            if len(maps) > 1:
+                self._check_together(maps)
+        return InferredRule(tuple(maps), tuple(refused))
 
-    def _steady(self, call: Call) -> list[object]:
-        """The output at the shapes as given; the same twice, with nothing else changed."""
+    def _deterministic_output(self, call: Call) -> list[object]:
+        """The output at the given shapes; raises unless it is the same twice and the inputs are unchanged."""
         tensors = self._runnable(call)
         first, given = _run(call, tensors)
         second, _ = _run(call, tensors)
-        drawn = torch.get_rng_state()
+        state = torch.get_rng_state()
         torch.default_generator.manual_seed(0)
-        self.random = self.random or not torch.equal(drawn, torch.get_rng_state())
+        self.random = self.random or not torch.equal(state, torch.get_rng_state())
         if not all(_same(a, b, None) for a, b in zip(tensors, given, strict=True)):
             raise NotEquivariant("it writes into its input")
         if not _all_same(first, second, {}):
@@ -117,7 +120,7 @@ class EquivarianceTest:
         return first
 
     def _runnable(self, call: Call) -> list[Tensor]:
-        """Some values on which it runs; kinds of values that it does not take are left out from here on."""
+        """Values on which it runs; kinds of values on which it fails are left out from here on."""
         runs: dict[int, list[Tensor]] = {}
         failure: Exception | None = None
         for kind in self.kinds:
@@ -129,95 +132,96 @@ class EquivarianceTest:
                 failure = failure or error
         self.kinds = tuple(runs)
         if not runs:
-            raise NotEquivariant(f"it does not run on made-up values ({_first_line(failure)})") from failure
+            raise NotEquivariant(f"it does not run on random values ({_first_line(failure)})") from failure
         return runs[self.kinds[-1]]
 
     def _axis_map(self, place: InputDim, inner: int, lengths: set[int]) -> AxisMap:
         n = self.shapes[place[0]][place[1]]
+        """Tries layouts and combinations of inputs until one is equivariant."""
         mixes: NotEquivariant | None = None
         fails: NotEquivariant | None = None
         for layout in _layouts(n, inner, lengths):
-            for inputs in self._together(place, n):
+            for inputs in self._combinations(place, n):
                 try:
-                    return AxisMap(inputs, layout, self._try(inputs, layout))
+                    return AxisMap(inputs, layout, self._output_dims(inputs, layout))
                 except NotEquivariant as why:
                     mixes = mixes or (
-                        NotEquivariant("it is random, with other noise for every unit") if self.random else why
+                        NotEquivariant("it is random, with different noise for each unit") if self.random else why
                     )
                 except Exception as error:
                     text = f"it does not run with another number of entries in dimension {place[1]}"
                     fails = fails or NotEquivariant(f"{text} ({_first_line(error)})")
         raise mixes or fails or NotEquivariant("nothing was tried")
 
-    def _together(self, place: InputDim, n: int) -> Iterator[tuple[InputDim, ...]]:
-        """The axis alone, then with axes of the same length of the other tensors, aligned ones first."""
+    def _combinations(self, place: InputDim, n: int) -> Iterator[tuple[InputDim, ...]]:
+        """The axis alone, then with equally long axes of the other tensors, those aligned from the right first."""
         from_right = len(self.shapes[place[0]]) - place[1]
         options: list[list[InputDim | None]] = []
         for i, shape in enumerate(self.shapes):
             if i != place[0]:
                 equal = [(i, d) for d, length in enumerate(shape) if length == n]
                 options.append([None, *sorted(equal, key=lambda p: len(self.shapes[p[0]]) - p[1] != from_right)])
-        ways = itertools.islice(itertools.product(*options), WAYS)
-        for way in sorted(ways, key=lambda w: sum(p is not None for p in w)):
-            yield (place, *(p for p in way if p is not None))
+        combinations = itertools.islice(itertools.product(*options), COMBINATIONS)
+        for others in sorted(combinations, key=lambda c: sum(p is not None for p in c)):
+            yield (place, *(p for p in others if p is not None))
 
-    def _try(self, inputs: tuple[InputDim, ...], layout: Layout) -> tuple[tuple[InputDim, Layout], ...]:
-        """Where the units of these axes come out, if they pass.
+    def _output_dims(self, inputs: tuple[InputDim, ...], layout: Layout) -> tuple[tuple[InputDim, Layout], ...]:
+        """The output axes in which the units of these input axes come out.
 
         Raises:
-            NotEquivariant: they do not.
+            NotEquivariant: the operator mixes them.
         """
         units = self.shapes[inputs[0][0]][inputs[0][1]] // layout.entries
-        out: dict[int, tuple[int, list[Layout]]] | None = None
-        seen = False
+        out: OutputLayouts | None = None
+        finite = False
         for call, kind in itertools.product(self.calls, self.kinds):
-            more, whole = max(units + 2, MIN_UNITS), AxisMap(inputs, layout, ())
-            tensors = self._values(self._extended([(whole, more)]), kind)
+            more, axes = max(units + 2, MIN_UNITS), AxisMap(inputs, layout, ())
+            tensors = self._values(self._resized_shapes([(axes, more)]), kind)
             level = torch.linspace(-1, 1, more, dtype=torch.float64)[torch.randperm(more, generator=self.generator)]
             for i, d in inputs:
                 tensors[i] = separate_units(tensors[i], d, layout, level, kind)
             base, _ = _run(call, tensors)
-            seen = seen or _says_something(base)
-            order = levels(tensors[inputs[0][0]], inputs[0][1], layout, more, sizes=kind in SPREADS)
-            for chosen in index_selections(order, units, 12 if kind in SPREADS else 2, self.generator):
-                part, _ = _run(call, _select(tensors, [(whole, chosen, more)]))
-                found = _carrying(base, part, more, len(chosen))
+            finite = finite or _mostly_finite(base)
+            levels = unit_levels(tensors[inputs[0][0]], inputs[0][1], layout, more, magnitude=kind in SPREADS)
+            for chosen in index_selections(levels, units, 12 if kind in SPREADS else 2, self.generator):
+                part, _ = _run(call, _select(tensors, [(axes, chosen, more)]))
+                candidates = _candidate_layouts(base, part, more, len(chosen))
                 if out is None:
-                    out = found or {}
-                elif found is not None and _dimensions(found) != _dimensions(out):
-                    raise NotEquivariant("its output has other sizes for other values")
-                out = _narrow(out, base, part, chosen, more, inputs[0][1])
-        if not seen or out is None:
-            raise NotEquivariant("nothing but NaN comes out of made-up values")
+                    out = candidates or {}
+                elif candidates is not None and _dimensions(candidates) != _dimensions(out):
+                    raise NotEquivariant("the sizes of its output depend on values")
+                out = _matching_layouts(out, base, part, (chosen, more), inputs[0][1])
+        if not finite or out is None:
+            raise NotEquivariant("its output is NaN or infinite on random values")
         return tuple(((leaf, dim), layouts[0]) for leaf, (dim, layouts) in out.items())
 
-    def _agree(self, passages: Sequence[AxisMap]) -> None:
-        """Several widths at once: what holds for each alone must hold for all of them together."""
+    def _check_together(self, maps: Sequence[AxisMap]) -> None:
+        """Checks the maps again with units selected along all axes at once."""
         for call, kind in itertools.product(self.calls, self.kinds[:2]):
-            sizes = [self.shapes[p.inputs[0][0]][p.inputs[0][1]] // p.layout.entries for p in passages]
+            sizes = [self.shapes[m.inputs[0][0]][m.inputs[0][1]] // m.layout.entries for m in maps]
             more = [n + 2 for n in sizes]
-            tensors = self._values(self._extended(list(zip(passages, more, strict=True))), kind)
+            tensors = self._values(self._resized_shapes(list(zip(maps, more, strict=True))), kind)
             chosen = [torch.randint(m, (n + 1,), generator=self.generator) for n, m in zip(sizes, more, strict=True)]
             try:
                 base, _ = _run(call, tensors)
-                part, _ = _run(call, _select(tensors, list(zip(passages, chosen, more, strict=True))))
+                part, _ = _run(call, _select(tensors, list(zip(maps, chosen, more, strict=True))))
             except Exception as error:
                 text = f"it does not run when several dimensions change at once ({_first_line(error)})"
                 raise NotEquivariant(text) from error
             where: dict[int, int] = {}
-            for p, c, m in zip(passages, chosen, more, strict=True):
-                for (leaf, dim), layout in p.outputs:
-                    base[leaf] = base[leaf].index_select(dim, layout.positions(c, m))  # type: ignore[attr-defined]
+            for axis_map, indices, units in zip(maps, chosen, more, strict=True):
+                for (leaf, dim), layout in axis_map.outputs:
+                    base[leaf] = base[leaf].index_select(dim, layout.positions(indices, units))  # type: ignore[attr-defined]
                     where[leaf] = dim
             if not _all_same(base, part, where):
                 raise NotEquivariant("it mixes units when several dimensions change at once")
 
-    def _extended(self, grow: Sequence[tuple[AxisMap, int]]) -> list[tuple[int, ...]]:
-        """The shapes with another number of units in some axes."""
+    def _resized_shapes(self, sizes: Sequence[tuple[AxisMap, int]]) -> list[tuple[int, ...]]:
+        """The shapes with other numbers of units in some axes."""
         shapes = [list(shape) for shape in self.shapes]
-        for passage, units in grow:
-            for i, d in passage.inputs:
-                shapes[i][d] = units * passage.layout.entries
+        for axis_map, units in sizes:
+            for i, d in axis_map.inputs:
+                shapes[i][d] = units * axis_map.layout.entries
         return [tuple(shape) for shape in shapes]
 
     def _values(self, shapes: Sequence[tuple[int, ...]], kind: int) -> list[Tensor]:
@@ -225,30 +229,28 @@ class EquivarianceTest:
 
 
 def _layouts(n: int, inner: int, lengths: set[int]) -> list[Layout]:
-    """Entry by entry; then in the units that are known; then as the output's sizes suggest (`glu`, `pixel_shuffle`)."""
-    found = [Layout()]
+    """One entry per unit; then `inner` per unit; then what the output's sizes suggest (`glu`, `pixel_shuffle`)."""
+    layouts = [Layout()]
     ratios = sorted({2, 3, 4, *(n // m for m in lengths if m > 1 and n % m == 0 and 1 < n // m <= 16)})
-    found += [Layout(1, inner)] if inner > 1 else []
-    found += [layout for r in ratios for layout in (Layout(r, 1), Layout(1, r))]
-    return [k for k in dict.fromkeys(found) if n % k.entries == 0 and n // k.entries > 1]
+    layouts += [Layout(1, inner)] if inner > 1 else []
+    layouts += [layout for r in ratios for layout in (Layout(r, 1), Layout(1, r))]
+    return [k for k in dict.fromkeys(layouts) if n % k.entries == 0 and n // k.entries > 1]
 
 
 def _select(tensors: Sequence[Tensor], choices: Sequence[tuple[AxisMap, Tensor, int]]) -> list[Tensor]:
     out = list(tensors)
-    for passage, chosen, units in choices:
-        for i, d in passage.inputs:
-            out[i] = out[i].index_select(d, passage.layout.positions(chosen, units))
+    for axis_map, chosen, units in choices:
+        for i, d in axis_map.inputs:
+            out[i] = out[i].index_select(d, axis_map.layout.positions(chosen, units))
     return out
 
 
-def _carrying(
-    base: list[object], part: list[object], units: int, chosen: int
-) -> dict[int, tuple[int, list[Layout]]] | None:
-    """Per output the dimension whose length follows the number of units, and how they may lie in it.
+def _candidate_layouts(base: list[object], part: list[object], units: int, chosen: int) -> OutputLayouts | None:
+    """Per output the dimension whose length follows the number of units, and their possible layouts in it.
 
-    None where the number is the same and nothing can be seen.
+    None where `units == chosen`, so that no length changes.
     """
-    found: dict[int, tuple[int, list[Layout]]] = {}
+    candidates: OutputLayouts = {}
     if len(base) != len(part):
         raise NotEquivariant("the number of its outputs depends on a size")
     if units == chosen:
@@ -265,38 +267,33 @@ def _carrying(
         if len(changed) > 1 or not each or (a.shape[changed[0]], b.shape[changed[0]]) != (each * units, each * chosen):
             raise NotEquivariant("the sizes of its output do not follow the number of units")
         inners = [i for i in range(each, 0, -1) if each % i == 0]
-        found[leaf] = (changed[0], [Layout(each // i, i) for i in inners])
-    return found
+        candidates[leaf] = (changed[0], [Layout(each // i, i) for i in inners])
+    return candidates
 
 
-def _dimensions(found: dict[int, tuple[int, list[Layout]]]) -> dict[int, int]:
-    return {leaf: dim for leaf, (dim, _) in found.items()}
+def _dimensions(layouts: OutputLayouts) -> dict[int, int]:
+    return {leaf: dim for leaf, (dim, _) in layouts.items()}
 
 
-def _narrow(
-    out: dict[int, tuple[int, list[Layout]]],
-    base: list[object],
-    part: list[object],
-    chosen: Tensor,
-    units: int,
-    dim: int,
-) -> dict[int, tuple[int, list[Layout]]]:
-    """Keeps the layouts under which the output for the chosen units is what it was."""
-    left = dict(out)
+def _matching_layouts(
+    out: OutputLayouts, base: list[object], part: list[object], selection: tuple[Tensor, int], dim: int
+) -> OutputLayouts:
+    """Keeps the layouts under which `part`, the output for the selected units, is the selection of `base`."""
+    matching = dict(out)
     for leaf, (a, b) in enumerate(zip(base, part, strict=True)):
         if leaf not in out:
             fits = _same(a, b, None)
         else:
             axis, layouts = out[leaf]
-            kept = [k for k in layouts if _same(_picked(a, axis, k, chosen, units), b, axis)]
-            left[leaf] = (axis, kept)
+            kept = [k for k in layouts if _same(_selected(a, axis, k, *selection), b, axis)]
+            matching[leaf] = (axis, kept)
             fits = bool(kept)
         if not fits:
             raise NotEquivariant(f"it mixes the units of dimension {dim}")
-    return left
+    return matching
 
 
-def _picked(a: object, axis: int, layout: Layout, chosen: Tensor, units: int) -> object:
+def _selected(a: object, axis: int, layout: Layout, chosen: Tensor, units: int) -> object:
     if not isinstance(a, Tensor):
         return a
     return a.index_select(axis, layout.positions(chosen, units))
@@ -316,7 +313,7 @@ def _all_same(a: Sequence[object], b: Sequence[object], where: dict[int, int]) -
 
 
 def _same(a: object, b: object, dim: int | None) -> bool:
-    """Equal up to rounding, which is measured by the largest entry of each unit along `dim`."""
+    """Whether two outputs are equal up to rounding, relative to the largest entry of each unit along `dim`."""
     if not isinstance(a, Tensor) or not isinstance(b, Tensor):
         return type(a) is type(b) and bool(a == b)
     if a.shape != b.shape or a.dtype != b.dtype:
@@ -332,8 +329,8 @@ def _same(a: object, b: object, dim: int | None) -> bool:
     return bool((near | (a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _says_something(leaves: Sequence[object]) -> bool:
-    """Whether most of an output is a number."""
+def _mostly_finite(leaves: Sequence[object]) -> bool:
+    """Whether at least half of each output is finite."""
     return all(bool(t.isfinite().double().mean() >= 0.5) for t in leaves if isinstance(t, Tensor) and t.numel())
 
 
@@ -342,8 +339,8 @@ def _first_line(error: BaseException | None) -> str:
 
 
 @contextlib.contextmanager
-def _as_before() -> Iterator[None]:
-    """Runs without gradients and warnings, on the CPU; the random generators are given back as they were."""
+def _isolated() -> Iterator[None]:
+    """Runs without gradients and warnings, on the CPU, and restores the random generators."""
     state = random.getstate()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():

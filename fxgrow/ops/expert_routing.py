@@ -1,8 +1,8 @@
-"""Experts: a weight of several matrices, `[experts, ...]`, each for rows of its own, and which tokens those rows are.
+"""Mixtures of experts: weights `[experts, ...]` with one matrix per expert, and which tokens each expert gets.
 
-Rows come stacked, `[experts, tokens, features]`, or as one list that is sorted by expert. What a pass sees of them is
-laid out alike, `[samples, experts * tokens, features]`, with zeros where a token does not go to an expert: zeros add
-nothing to a second moment, and each expert then has samples and positions like any other layer.
+Rows come stacked, `[experts, tokens, features]`, or as one list sorted by expert. For statistics both are laid out as
+`[samples, experts * tokens, features]`, zero where a token does not go to an expert: zeros add nothing to a second
+moment, and each expert then has samples and positions like any other layer.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _CASTS = frozenset({"to", "float", "double", "half", "bfloat16", "type", "contig
 
 @dataclass(frozen=True)
 class Routes:
-    """Whose rows a product of experts reads and writes.
+    """Which expert each row of a product belongs to.
 
     Attributes:
         experts: how many.
-        ends: of a sorted list: the node that says where each expert's rows end.
-        tokens: of a sorted list: the node that lists all tokens.
-        index: of a sorted list: the node that says which of them each row is.
+        ends: for a sorted list, the node with the index at which each expert's rows end.
+        tokens: for a sorted list, the node with all tokens.
+        index: for a sorted list, the node with the token index of each row.
     """
 
     experts: int
@@ -42,11 +42,11 @@ class Routes:
     index: fx.Node | None = None
 
     def nodes(self) -> list[fx.Node]:
-        """What must be known before rows can be laid out."""
+        """Nodes whose values `by_sample` needs."""
         return [n for n in (self.ends, self.tokens, self.index) if n is not None]
 
     def by_sample(self, rows: Tensor, known: Mapping[fx.Node, Tensor], samples: int) -> Tensor:
-        """`[samples, experts * positions, features]`; tokens that samples do not share out evenly are padded.
+        """Rows as `[samples, experts * positions, features]`, padded where the tokens do not divide evenly.
 
         Raises:
             ProfileError: a token goes to the same expert twice.
@@ -61,39 +61,39 @@ class Routes:
     def _stacked(self, rows: Tensor, ends: Tensor, tokens: int, index: Tensor) -> Tensor:
         number = torch.arange(len(rows), device=rows.device, dtype=ends.dtype)
         expert = torch.searchsorted(ends, number, right=True)
-        own = expert < self.experts  # rows behind the last end belong to nobody
-        places = (expert * tokens + index)[own]
-        if len(places.unique()) < len(places):
+        valid = expert < self.experts  # rows after the last end belong to no expert
+        positions = (expert * tokens + index)[valid]
+        if len(positions.unique()) < len(positions):
             raise ProfileError("A mixture sends a token to the same expert twice: its widths cannot be profiled.")
         out: Tensor = rows.new_zeros(self.experts * tokens, rows.shape[1])
-        out.index_copy_(0, places, rows[own])
+        out.index_copy_(0, positions, rows[valid])
         return out.view(self.experts, tokens, -1)
 
 
 def routes(node: fx.Node) -> Routes | None:
-    """Whose rows this product of experts reads, if that can be followed in the graph; None for any other node."""
+    """The routes of a product of experts, if the graph shows them; None for any other node."""
     x, weight = (*node.args[:2], None, None)[:2]
     if not isinstance(x, fx.Node) or not isinstance(weight, fx.Node) or not _is_product(node):
         return None
     shape = tuple(node.meta["val"].shape)
-    # the rows are laid out for all that read them
+    # every reader gets the rows in the new layout
     if any(isinstance(u.meta.get("val"), Tensor) and not (_is_product(u) and u.args[0] is x) for u in x.users):
         return None
     if len(shape) == 3:
         return Routes(shape[0]) if x.meta["val"].shape[0] == shape[0] else None
     ends = _ends(node)
-    found = None if ends is None else _gathered(x, ends, {})
-    return found and Routes(weight.meta["val"].shape[0], ends, *found)
+    gathered = None if ends is None else _gathered(x, ends, {})
+    return gathered and Routes(weight.meta["val"].shape[0], ends, *gathered)
 
 
 def all_routes(gm: fx.GraphModule) -> dict[fx.Node, Routes]:
-    """The routes of every product of experts, and of what it reads."""
-    found: dict[fx.Node, Routes] = {}
+    """The routes of every product of experts, and of its input."""
+    by_node: dict[fx.Node, Routes] = {}
     for node in gm.graph.nodes:
         r = routes(node)
         if r is not None:
-            found[node] = found[node.args[0]] = r
-    return found
+            by_node[node] = by_node[node.args[0]] = r
+    return by_node
 
 
 def _is_product(node: fx.Node) -> bool:
@@ -107,26 +107,26 @@ def _is_product(node: fx.Node) -> bool:
 
 
 def _ends(node: fx.Node) -> fx.Node | None:
-    """What says where the rows of each expert end."""
+    """The node with the index at which the rows of each expert end."""
     ends = node.kwargs.get("offs", (*node.args, None)[2])
     return ends if isinstance(ends, fx.Node) else None
 
 
-#: a list of tokens, and which of them each row is
+#: the node with all tokens, and the node with the token index of each row
 _Gathered = tuple[fx.Node, fx.Node]
 
 
 def _gathered(node: fx.Node, ends: fx.Node, known: dict[fx.Node, _Gathered | None]) -> _Gathered | None:
-    """Where the rows were picked, if all that was done to them since was done row by row."""
+    """Where the rows were gathered, if everything since then works row by row."""
     if node in known:
         return known[node]
     known[node] = None
     if _picks_rows(node):
         known[node] = (node.args[0], node.args[1])  # type: ignore[assignment]
     elif node.target in SORTED or _row_by_row(node):
-        own = [node.all_input_nodes[0]] if node.target in SORTED else _with_rows(node)
+        inputs = [node.all_input_nodes[0]] if node.target in SORTED else _with_rows(node)
         same = node.target not in SORTED or _ends(node) is ends
-        origins = {_gathered(n, ends, known) for n in own} if same else set()
+        origins = {_gathered(n, ends, known) for n in inputs} if same else set()
         known[node] = origins.pop() if len(origins) == 1 else None
     return known[node]
 
@@ -134,9 +134,9 @@ def _gathered(node: fx.Node, ends: fx.Node, known: dict[fx.Node, _Gathered | Non
 def _picks_rows(node: fx.Node) -> bool:
     if node.target is not operator.getitem or not isinstance(index := node.args[1], fx.Node):
         return False
-    which, whole = index.meta.get("val"), node.all_input_nodes[0].meta.get("val")
-    integers = isinstance(which, Tensor) and which.dim() == 1 and which.dtype in (torch.int64, torch.int32)
-    return integers and isinstance(whole, Tensor) and whole.dim() == 2
+    rows, tokens = index.meta.get("val"), node.all_input_nodes[0].meta.get("val")
+    integers = isinstance(rows, Tensor) and rows.dim() == 1 and rows.dtype in (torch.int64, torch.int32)
+    return integers and isinstance(tokens, Tensor) and tokens.dim() == 2
 
 
 def _row_by_row(node: fx.Node) -> bool:
@@ -154,16 +154,16 @@ def _row_by_row(node: fx.Node) -> bool:
 
 
 def _cuts_columns(index: Any) -> bool:
-    whole = (Ellipsis, slice(None, None, None))
-    return isinstance(index, tuple) and len(index) == 2 and index[0] in whole and isinstance(index[1], slice)
+    every_row = (Ellipsis, slice(None, None, None))
+    return isinstance(index, tuple) and len(index) == 2 and index[0] in every_row and isinstance(index[1], slice)
 
 
 def _with_rows(node: fx.Node) -> list[fx.Node]:
-    """Inputs that have a row for each of the rows; what is one for all of them is left out."""
-    found = []
+    """Inputs with one row per token; those that are shared by all rows are left out."""
+    inputs = []
     for n in node.all_input_nodes:
         value = n.meta.get("val")
         one = value[0] if isinstance(value, (tuple, list)) and value else value
         if isinstance(one, Tensor) and one.dim() == 2 and len(one) > 1:
-            found.append(n)
-    return found
+            inputs.append(n)
+    return inputs

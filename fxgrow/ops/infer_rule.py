@@ -1,8 +1,8 @@
-"""Operators that nobody listed: tried on made-up tensors, and believed as far as every trial agrees.
+"""Infers a rule for an operator that has none, by an equivariance test on random tensors.
 
 requires: a node without a rule whose operator owns no parameters: a function, a method or a plain module.
-ensures:  an axis whose units pass through the operator one by one is followed to where they come out; any other axis is
-          pinned with what was seen. A verdict is remembered for the operator with arguments of these shapes.
+ensures:  an axis along which the operator is equivariant to selecting units is followed to the output; any other axis
+          is pinned with the reason. Rules are cached by operator and the shapes of its arguments.
 """
 
 from __future__ import annotations
@@ -23,15 +23,16 @@ from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.equivariance_test import Call, EquivarianceTest, InferredRule, InputDim, NotEquivariant
 from fxgrow.ops.random_test_inputs import Layout
 
-#: an operator of torch is tried at small sizes if its tensors have more entries than this ...
+#: an operator of torch is tested at smaller sizes if its tensors have more entries than this ...
 SMALL = 1 << 16
-#: ... and no operator is tried on tensors of more than this, nor code from elsewhere on as much, or on as many tensors
+#: ... and on at most this many; other functions on at most `OTHER` entries and `ARGUMENTS` tensors
 LARGE = 1 << 22
 OTHER, ARGUMENTS = 1 << 18, 4
-#: numbers up to this are dimensions or factors; a larger one may be a size, and the sizes beside the width stay
+#: integer arguments up to this are dimensions or factors; a larger one may be a size
 _LITERAL = 4
-_REMEMBERED = 4096
-_verdicts: dict[Any, InferredRule | str] = {}
+_CACHE_SIZE = 4096
+#: a string says why there is no rule
+_rules: dict[Any, InferredRule | str] = {}
 _kept: dict[Any, bool] = {}
 
 
@@ -41,11 +42,11 @@ def infer_rule(ctx: Context, what: str, args: tuple[Any, ...], kwargs: dict[str,
     Args:
         ctx: of its node.
         what: its name for messages.
-        args: with axes in the place of tensors, as for a rule.
+        args: with axes in place of tensors, as for a rule.
         kwargs: likewise.
 
     Raises:
-        Unsupported: it was not tried, or nothing of it is known after all trials.
+        Unsupported: it cannot be tested, or the test failed.
     """
     unknown = f"{what} is not described by any rule"
     owns = ctx.module is not None and any(True for _ in (*ctx.module.parameters(), *ctx.module.buffers()))
@@ -55,20 +56,20 @@ def infer_rule(ctx: Context, what: str, args: tuple[Any, ...], kwargs: dict[str,
     for d in dims:
         for axis in d:
             if length(axis) == 1 and not is_fixed(axis):
-                ctx.pin(axis, "broadcast", "one unit may be repeated by an operator that is not described")
+                ctx.pin(axis, "broadcast", "one unit may be repeated by an operator that no rule describes")
     axes = [
         ((i, k), math.gcd(*(s.inner for s in resolve(axis))))
         for i, d in enumerate(dims)
         for k, axis in enumerate(d)
         if length(axis) > 1 and not is_fixed(axis)
     ]
-    verdict = _verdict(ctx, tensors, axes)
-    if isinstance(verdict, str):
-        raise Unsupported(f"{unknown}, and {verdict}")
-    for (i, k), message in verdict.refused:
+    rule = _cached_rule(ctx, tensors, axes)
+    if isinstance(rule, str):
+        raise Unsupported(f"{unknown}, and {rule}")
+    for (i, k), message in rule.refused:
         ctx.pin(dims[i][k], "operator", f"{unknown}, and {message}")
-    why = ctx.reason("operator", f"{unknown}, and {verdict.refused[0][1]}") if verdict.refused else None
-    return _follow(ctx, verdict, dims, why)
+    why = ctx.reason("operator", f"{unknown}, and {rule.refused[0][1]}") if rule.refused else None
+    return _output_axes(ctx, rule, dims, why)
 
 
 def _tensors(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Dims]]:
@@ -78,12 +79,12 @@ def _tensors(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tup
     dims = [d for d in axes if isinstance(d, Dims)]
     tensors = [v for v in values if isinstance(v, Tensor)]
     if [tuple(t.shape) for t in tensors] != [tuple(map(length, d)) for d in dims]:
-        raise Unsupported("an operator without a rule gets arguments that are no plain tensors")
+        raise Unsupported("an operator without a rule has arguments that are not plain tensors")
     return tensors, dims
 
 
 def _values(node: fx.Node, training: bool | None = None) -> tuple[Any, Any]:
-    """Arguments with the nodes' values (those of another mode, if one is given), in plain containers."""
+    """Arguments with the nodes' values (those of train or eval mode, if `training` is given), in plain containers."""
 
     def value(arg: Any) -> Any:
         if isinstance(arg, fx.Node):
@@ -101,22 +102,22 @@ def _plain(arg: Any, value: Callable[[Any], Any]) -> Any:
     return [value(v) for v in arg] if isinstance(arg, list) else arg
 
 
-def _verdict(ctx: Context, tensors: list[Tensor], axes: list[tuple[InputDim, int]]) -> InferredRule | str:
-    """From memory, or by trial; a string says why nothing can be believed."""
+def _cached_rule(ctx: Context, tensors: list[Tensor], axes: list[tuple[InputDim, int]]) -> InferredRule | str:
+    """The rule from the cache or from a test; a string says why there is none."""
     shapes = [tuple(t.shape) for t in tensors]
     dtypes = [t.dtype for t in tensors]
     key = _key(ctx, shapes, dtypes, axes)
-    if key is not None and key in _verdicts:
-        return _verdicts[key]
-    verdict = _judge(ctx, shapes, dtypes, axes)
+    if key is not None and key in _rules:
+        return _rules[key]
+    rule = _test(ctx, shapes, dtypes, axes)
     if key is not None:
-        if len(_verdicts) >= _REMEMBERED:
-            _verdicts.clear()
-        _verdicts[key] = verdict
-    return verdict
+        if len(_rules) >= _CACHE_SIZE:
+            _rules.clear()
+        _rules[key] = rule
+    return rule
 
 
-def _judge(
+def _test(
     ctx: Context, shapes: list[tuple[int, ...]], dtypes: list[torch.dtype], axes: list[tuple[InputDim, int]]
 ) -> InferredRule | str:
     calls = list(_calls(ctx))
@@ -124,70 +125,69 @@ def _judge(
     if size > SMALL and _is_torch(ctx) and all(inner == 1 for _, inner in axes):
         wanted = {shapes[i][d] for (i, d), _ in axes} if _sizes_among(ctx.node) else None
         try:
-            verdict = EquivarianceTest(calls, _shrunk(shapes, wanted), dtypes).judge(axes)
-            if not verdict.refused:
-                return verdict
+            rule = EquivarianceTest(calls, _smaller_shapes(shapes, wanted), dtypes).infer(axes)
+            if not rule.refused:
+                return rule
         except NotEquivariant:
             pass  # it may need the real sizes
     if size > (LARGE if _is_torch(ctx) else OTHER):
-        return "its tensors are too large to try it"
+        return "its tensors are too large to test it"
     if len(shapes) > ARGUMENTS and not _is_torch(ctx):
-        return "it takes too many tensors to try it"
+        return "it takes too many tensors to test it"
     try:
-        return EquivarianceTest(calls, shapes, dtypes).judge(axes)
+        return EquivarianceTest(calls, shapes, dtypes).infer(axes)
     except NotEquivariant as why:
         return str(why)
 
 
-def _follow(ctx: Context, verdict: InferredRule, dims: list[Dims], why: Reason | None) -> Any:
-    """Unifies what belongs together and builds the output's axes; `why` fixes those that no units come out in."""
+def _output_axes(ctx: Context, rule: InferredRule, dims: list[Dims], why: Reason | None) -> Any:
+    """Unifies input axes that hold the same units and builds the output's axes; `why` fixes those without units."""
     leaves, tree = pytree.tree_flatten(ctx.value)
     out = [[fixed(n, why) for n in v.shape] if isinstance(v, Tensor) else v for v in leaves]
-    for passage in verdict.passages:
-        first, *others = (dims[i][d] for i, d in passage.inputs)
+    for axis_map in rule.axis_maps:
+        first, *others = (dims[i][d] for i, d in axis_map.inputs)
         for other in others:
             ctx.same(other, first, "goes into an operator together with an axis that does not change")
         unit: Axis | None = None
-        if passage.layout != Layout():
-            unit = axis_of(UnitVar(length(first) // passage.layout.entries))
-            ctx.same(first, _laid(unit, passage.layout), "the operator takes several entries together")
-        for (leaf, d), layout in passage.outputs:
+        if axis_map.layout != Layout():
+            unit = axis_of(UnitVar(length(first) // axis_map.layout.entries))
+            ctx.same(first, _laid_out(unit, axis_map.layout), "the operator takes several entries together")
+        for (leaf, d), layout in axis_map.outputs:
             axis = next((a for a in (first, *others) if not is_fixed(a)), first) if unit is None else unit
-            out[leaf][d] = _laid(axis, layout)
+            out[leaf][d] = _laid_out(axis, layout)
     return pytree.tree_unflatten([Dims(o) if isinstance(o, list) else o for o in out], tree)
 
 
-def _laid(axis: Axis, layout: Layout) -> Axis:
+def _laid_out(axis: Axis, layout: Layout) -> Axis:
     if layout == Layout():
         return axis
     return tuple(Segment(s.var, s.inner * layout.inner, s.reason) for s in resolve(axis)) * layout.copies
 
 
 def keeps_units(module: nn.Module, shape: tuple[int, ...], dim: int) -> bool:
-    """Whether the units of a dimension pass through a plain module where they are, as through an activation."""
+    """Whether a plain module is equivariant along a dimension and keeps it in place, as an activation does."""
     key = _module_key(module)
     if key is None or (key, shape, dim) not in _kept:
-        found = _keeps_units(module, shape, dim)
+        kept = _keeps_units(module, shape, dim)
         if key is None:
-            return found
-        _kept[key, shape, dim] = found
+            return kept
+        _kept[key, shape, dim] = kept
     return _kept[key, shape, dim]
 
 
 def _keeps_units(module: nn.Module, shape: tuple[int, ...], dim: int) -> bool:
     modes = [copy.deepcopy(module).train(training) for training in (False, True)]
-    # a copy: what it does in place is seen by nobody else
+    # a copy, since it may work in place
     calls = [lambda tensors, mode=mode: mode.forward(tensors[0].clone()) for mode in modes]
     try:
-        trial = EquivarianceTest(calls, [shape], [torch.float64])
-        (passage,) = trial.judge([((0, dim), 1)]).passages
+        (axis_map,) = EquivarianceTest(calls, [shape], [torch.float64]).infer([((0, dim), 1)]).axis_maps
     except (NotEquivariant, ValueError):
         return False
-    return passage.layout == Layout() and passage.outputs == (((0, dim), Layout()),)
+    return axis_map.layout == Layout() and axis_map.outputs == (((0, dim), Layout()),)
 
 
 def _calls(ctx: Context) -> Iterator[Call]:
-    """The operator in every mode: what depends on a `training` flag is tried both ways."""
+    """The operator in every mode: one that depends on a `training` flag is tested with both values."""
     node = ctx.node
     if ctx.module is not None:
         for training in (False, True):
@@ -229,7 +229,7 @@ def _switch(node: fx.Node, training: bool) -> Any:
 
 
 def _is_torch(ctx: Context) -> bool:
-    """Operators of torch do not decide by the size of a dimension what they compute; a user's function may."""
+    """Whether it is torch's operator: those do not branch on the size of a dimension, a user's function may."""
     if ctx.node.op == "call_method":
         return True
     home = type(ctx.module).__module__ if ctx.module is not None else getattr(ctx.node.target, "__module__", "")
@@ -237,21 +237,21 @@ def _is_torch(ctx: Context) -> bool:
 
 
 def _sizes_among(node: fx.Node) -> bool:
-    """Whether a number among the arguments may be the size of something."""
+    """Whether an integer argument may be a size."""
     numbers = [v for v in pytree.tree_leaves(_values(node)) if isinstance(v, int) and not isinstance(v, bool)]
     computed = any(isinstance(n.meta["val"], int) for n in node.all_input_nodes)
     return computed or any(abs(n) > _LITERAL for n in numbers) or node.op == "call_module"
 
 
-def _shrunk(shapes: list[tuple[int, ...]], only: set[int] | None) -> list[tuple[int, ...]]:
-    """Small sizes in the place of long ones (of these, if given): equal where they were equal, different elsewhere."""
+def _smaller_shapes(shapes: list[tuple[int, ...]], only: set[int] | None) -> list[tuple[int, ...]]:
+    """Replaces large sizes (only those in `only`, if given) by small ones; equal sizes stay equal, others differ."""
     long = sorted({n for shape in shapes for n in shape if n > _LITERAL and (only is None or n in only)})
     small = {n: min(n, _LITERAL + 1 + i) for i, n in enumerate(long)}
     return [tuple(small.get(n, n) for n in shape) for shape in shapes]
 
 
 def _key(ctx: Context, shapes: Any, dtypes: Any, axes: Any) -> Any:
-    """Equal keys mean equal verdicts; None where that cannot be told."""
+    """A cache key; None where the operator has state or arguments that cannot be compared."""
     target: Any = ctx.node.target
     if ctx.module is not None:
         target = _module_key(ctx.module)
@@ -269,13 +269,13 @@ def _key(ctx: Context, shapes: Any, dtypes: Any, axes: Any) -> Any:
 
 
 def _module_key(module: nn.Module) -> Any:
-    """Class and settings; None where a module keeps more than numbers."""
-    own = {k: v for k, v in vars(module).items() if k not in vars(_EMPTY)}
+    """Class and settings; None for a module with other attributes than numbers and strings."""
+    settings = {k: v for k, v in vars(module).items() if k not in vars(_EMPTY)}
     simple = (int, float, str, bool, type(None), torch.dtype)
-    values = [v for value in own.values() for v in (value if isinstance(value, tuple) else (value,))]
+    values = [v for value in settings.values() for v in (value if isinstance(value, tuple) else (value,))]
     if module._modules or module._buffers or not all(isinstance(v, simple) for v in values):
         return None
-    return type(module), tuple((k, type(v), v) for k, v in sorted(own.items()))
+    return type(module), tuple((k, type(v), v) for k, v in sorted(settings.items()))
 
 
 _EMPTY = nn.Module()

@@ -1,4 +1,4 @@
-"""Normalisations. Per-channel norms follow a width; norms over a group of units grow by whole groups or pin it."""
+"""Normalisation. Per-channel norms follow a width; GroupNorm grows by groups; norms over units need an invariant."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def _follow(ctx: Context, axis: Axis, parameters: dict[str, Dims | None]) -> Non
             ctx.fill(p, IDENTITY[name])
 
 
-def _normalised(ctx: Context, *axes: Axis) -> None:
+def _pin_normalised(ctx: Context, *axes: Axis) -> None:
     for axis in axes:
         ctx.pin(axis, "norm", "normalised over the whole axis: new units would change the statistics of the old ones")
 
@@ -41,7 +41,7 @@ def channel_norm(
     *args: Any,
     **kwargs: Any,
 ) -> Dims:
-    _normalised(ctx, input[0], *input[2:])
+    _pin_normalised(ctx, input[0], *input[2:])
     _follow(ctx, input[1], dict(zip(IDENTITY, (weight, bias, running_mean, running_var), strict=True)))
     return input
 
@@ -58,7 +58,7 @@ def channel_norm_module(ctx: Context, x: Dims) -> Dims:
 
 @op("timm.layers.norm_act.BatchNormAct2d")
 def channel_norm_and_activation(ctx: Context, x: Dims) -> Dims:
-    """A batch norm that applies its own activation and dropout."""
+    """A batch norm with an activation and dropout inside."""
     for part in (ctx.module.drop, ctx.module.act):
         if any(True for _ in part.parameters()) or not keeps_units(part, (2, 4, 3, 3), 1):
             raise Unsupported(f"{type(ctx.module).__name__} with {type(part).__name__} inside", "norm")
@@ -66,8 +66,8 @@ def channel_norm_and_activation(ctx: Context, x: Dims) -> Dims:
 
 
 def _grouped(ctx: Context, x: Dims, groups: int, weight: Dims | None, bias: Dims | None) -> Axis:
-    """Whole groups: the axis is `groups` units of `channels / groups` entries. Returns the axis of groups."""
-    _normalised(ctx, *x[2:])
+    """Makes the channels `groups` units of `channels / groups` entries, and returns the axis of groups."""
+    _pin_normalised(ctx, *x[2:])
     unit = axis_of(UnitVar(groups))
     ctx.same(x[1], tuple(s._replace(inner=length(x[1]) // groups) for s in unit), "grows by whole groups")
     _follow(ctx, x[1], {"weight": weight, "bias": bias})
@@ -101,12 +101,11 @@ def norm_over_last(
     eps: float | None,
     **form: Any,
 ) -> Dims:
-    """Over the last `n` axes. One that grows alone is made up for: new units start so that the statistics stay."""
-    named = [p for p in (weight, bias) if p is not None and p.parameter is not None]
-    whole = [p for p in (weight, bias) if p is not None and p.parameter is None]
-    if n != 1 or whole:
-        _normalised(ctx, *x[len(x) - n :])
-        for p in (*named, *whole):
+    """A norm over the last `n` axes; a single one may grow where its new units keep the statistics (`Invariant`)."""
+    affine = [p for p in (weight, bias) if p is not None]
+    if n != 1 or any(p.parameter is None for p in affine):
+        _pin_normalised(ctx, *x[len(x) - n :])
+        for p in affine:
             ctx.fix(p)
         return x
     _follow(ctx, x[-1], {"weight": weight, "bias": bias})
@@ -164,14 +163,14 @@ def layer_norm_module(ctx: Context, x: Dims) -> Dims:
 
 @op(nn.LocalResponseNorm, nn.CrossMapLRN2d, F.local_response_norm)
 def local_response_norm(ctx: Context, x: Dims, *args: Any, **kwargs: Any) -> Dims:
-    _normalised(ctx, *x[1:])
+    _pin_normalised(ctx, *x[1:])
     return x
 
 
 @op(F.normalize)
 def normalize(ctx: Context, input: Dims, p: Any = 2.0, dim: int = 1, *args: Any, **kwargs: Any) -> Dims:
     if p != 2 or is_fixed(input[dim]):
-        _normalised(ctx, input[dim])
+        _pin_normalised(ctx, input[dim])
     else:
         ctx.require_state("length", ctx.node.args[0], input[dim])  # type: ignore[arg-type]
     return input

@@ -14,7 +14,7 @@ from fxgrow.ops.context import Context
 from fxgrow.ops.registry import Rule, op
 
 RANKS = (1, 2, 3)
-#: by the number of dimensions that hold positions: the last ones
+#: by number of spatial dimensions
 MODULES = {
     nd: [
         getattr(nn, f"{name}{nd}d")
@@ -38,7 +38,7 @@ FUNCTIONS = {
 
 
 def _positions(ctx: Context, input: Dims, nd: int) -> Any:
-    """Channels stand in front of the positions; a pool that returns indices gives the same axes twice."""
+    """The last `nd` axes are positions, the channels come before; a pool with indices has two outputs alike."""
     for axis in input[-nd:]:
         ctx.pin(axis, "reduce", "neighbouring entries are pooled, padded or resized")
     return pytree.tree_map_only(
@@ -46,7 +46,7 @@ def _positions(ctx: Context, input: Dims, nd: int) -> Any:
     )
 
 
-#: the rules of pools, by their number of spatial dimensions
+#: the rules of pools, one per number of spatial dimensions
 POOLS: list[Rule] = []
 
 

@@ -1,4 +1,4 @@
-"""Made-up values to try an operator on, and choices of units, by which it shows whether it looks at all of them."""
+"""Random inputs for `fxgrow.ops.equivariance_test`, and selections of units that show where units interact."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: kinds of values; operators have domains, and code may decide by signs and sizes
+#: kinds of values; operators have domains, and code may branch on signs and magnitudes
 KINDS = tuple(range(7))
-#: those that say most, for large tensors
+#: the most informative ones, for large tensors
 FEW_KINDS = (1, 5, 6)
-#: at least so many units are made up: with two or three some coincidence would pass for a law
+#: smallest number of units in a test: with two or three, an operator may look equivariant by coincidence
 MIN_UNITS = 12
 #: standard deviations of the kinds of values that may be negative
 _SCALES = {1: 30.0, 3: 2.0, 4: 0.3, 5: 1.0, 6: 1.0}
-#: of some kinds the units differ in size, from e^-s to e^s
+#: kinds whose units differ in magnitude, from e^-s to e^s
 SPREADS = {5: 13.0, 6: 6.0}
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How the units of an axis lie: `copies` times all units in order, each of `inner` neighbouring entries."""
+    """How the units of an axis are laid out: `copies` times all units in order, each as `inner` consecutive entries."""
 
     copies: int = 1
     inner: int = 1
@@ -32,13 +32,13 @@ class Layout:
         return self.copies * self.inner
 
     def positions(self, chosen: Tensor, units: int) -> Tensor:
-        """Where the entries of the chosen units lie in an axis of so many units."""
+        """Positions of the entries of the chosen units, in an axis of `units` units."""
         block = (chosen[:, None] * self.inner + torch.arange(self.inner)).flatten()
         return torch.cat([block + copy * units * self.inner for copy in range(self.copies)])
 
 
 def random_values(shape: tuple[int, ...], dtype: torch.dtype, kind: int, generator: torch.Generator) -> Tensor:
-    """Values of one kind: probabilities, large, at least one, whole numbers, small, and for units of all sizes."""
+    """Values of one kind: probabilities, large, at least one, integers, small, and two for units of all magnitudes."""
     if dtype == torch.bool:
         return torch.rand(shape, generator=generator) < 0.5
     if not (dtype.is_floating_point or dtype.is_complex):
@@ -56,9 +56,9 @@ def random_values(shape: tuple[int, ...], dtype: torch.dtype, kind: int, generat
 
 
 def separate_units(x: Tensor, dim: int, layout: Layout, level: Tensor, kind: int) -> Tensor:
-    """Units unlike each other in sign or, of the last kinds, in size: by their `level` between -1 and 1.
+    """Shifts each unit, or scales it (kinds in `SPREADS`), by its `level` between -1 and 1.
 
-    No sum or maximum over some units is like that over others, so that a decision on it is seen.
+    Sums and maxima over different selections of units then differ clearly, so that a branch on them shows.
     """
     if kind not in _SCALES or not x.is_floating_point():
         return x
@@ -67,20 +67,20 @@ def separate_units(x: Tensor, dim: int, layout: Layout, level: Tensor, kind: int
     return x * (SPREADS[kind] * along).exp() if kind in SPREADS else x + 4 * _SCALES[kind] * along
 
 
-def levels(x: Tensor, dim: int, layout: Layout, units: int, sizes: bool) -> Tensor:
-    """The mean (or the mean size) of every unit, by which the highest and the lowest are chosen."""
+def unit_levels(x: Tensor, dim: int, layout: Layout, units: int, magnitude: bool) -> Tensor:
+    """The mean (or the mean magnitude) of every unit, `[units]`."""
     values = x.real if x.is_complex() else x
-    values = values.double().abs() if sizes else values.double()
+    values = values.double().abs() if magnitude else values.double()
     other = [d for d in range(x.dim()) if d != dim]
     means = values.mean(other) if other else values
     return means.reshape(layout.copies, units, layout.inner).mean((0, 2))
 
 
 def index_selections(levels: Tensor, units: int, steps: int, generator: torch.Generator) -> list[Tensor]:
-    """Units to choose.
+    """Indices of units to select.
 
-    The first ones as if others had been added behind them, all in another order, one more than there were, the highest
-    alone, and the lowest, more in each of so many steps: a decision on a sum or a maximum comes out differently.
+    The first `units` ones; all in random order; `units + 1` random ones; the highest by `levels`; and the lowest, more
+    of them in each of `steps` steps, so that a branch on a sum or a maximum takes both sides.
     """
     order = levels.argsort()
     parts = sorted({max(1, len(order) * i // (steps + 1)) for i in range(1, steps + 1)})

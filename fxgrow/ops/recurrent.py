@@ -1,4 +1,4 @@
-"""Recurrent layers: one hidden width for all layers, directions and gates, read again at the next step."""
+"""Recurrent layers: one hidden width for all layers, directions and gates, consumed again at the next step."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _cell(ctx: Context, name: str, reads: Axis, hidden: Axis, gates: int) -> Non
         weight = ctx.parameter(f"weight_{kind}_{name}") or Dims()
         ctx.same(weight[0], hidden * gates)
         ctx.same(weight[1], source)
-        # what enters a gate is hidden in the kernel: `graph/unrolled_rnn.py` shows it
+        # inputs of the gates are inside of the kernel; `graph/unrolled_rnn.py` makes them nodes
         ctx.project(weight, ctx.parameter(f"bias_{kind}_{name}"), hidden * gates, units=hidden, plain=False)
 
 
@@ -74,8 +74,8 @@ def _steps(ctx: Context, given: Dims, echo: Dims, weight: Dims, bias: Any, h: An
 @op(before)
 def _before(ctx: Context, hidden: Dims, h: Any, echo: Dims, weight: Dims, bias: Dims | None, *how: Any) -> Dims:
     ctx.project(weight, bias, echo[-1], units=hidden[-1])
-    own = ctx.structure.projections
-    own[-1] = replace(own[-1], node=ctx.argument(2, "echo"), source=ctx.node)
+    projections = ctx.structure.projections
+    projections[-1] = replace(projections[-1], node=ctx.argument(2, "echo"), source=ctx.node)
     return Dims(hidden)
 
 

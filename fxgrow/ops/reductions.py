@@ -1,4 +1,4 @@
-"""Reductions, contractions and orderings along axes: what is summed over cannot change, the other axes pass."""
+"""Reductions, contractions and sorting: the axis that is reduced cannot change, the other axes pass."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def reduce(ctx: Context, input: Dims, dim: Any = None, *args: Any, **kwargs: Any
 
 
 def _normalises(ctx: Context, axis: Axis) -> bool:
-    """Whether this is the mean of a norm that is written out; its invariant is entered then."""
+    """Whether this is the mean of an RMSNorm; its invariant is then entered."""
     match = match_rms_norm(ctx.node) if ctx.node.target in ("mean", torch.mean) and not is_fixed(axis) else None
     if match is None or ctx.value.dim() != match.source.meta["val"].dim():
         return False
@@ -56,7 +56,7 @@ def _normalises(ctx: Context, axis: Axis) -> bool:
             match.source,
             axis,
             "rms",
-            # the node of the weight comes later
+            # the node of the weight comes later in the graph
             weight=None if name is None else ctx.dims_of(name, lookup(ctx.gm, name)).parameter,
             eps=match.eps,
             eps_at=(match.add, match.position),
@@ -71,7 +71,7 @@ def norm(ctx: Context, input: Dims, p: Any = 2, dim: Any = None, *args: Any, **k
 
 
 def _dimensions(dim: Any, rank: int) -> set[int]:
-    """The dimensions an argument names; None and () are all of them."""
+    """The dimensions that an argument names; None and () mean all."""
     dims = [dim] if isinstance(dim, int) else list(dim or range(rank))
     return {d % rank for d in dims}
 
@@ -95,7 +95,7 @@ def softmax2d(ctx: Context, x: Dims) -> Dims:
 
 
 def _contract(ctx: Context, a: Axis, b: Axis, source: Any) -> None:
-    """Summed over in a product of two activations: stays when the second one's new units are zero."""
+    """An axis summed over in a product of two activations; the sum stays if new units of the second are zero."""
     ctx.same(a, b)
     if not is_fixed(a):
         ctx.require_state("product", source, a)

@@ -1,9 +1,9 @@
-"""The one place that knows operators: a table from targets to rules, and what a rule may say.
+"""The table of operators: from modules, functions and methods to rules.
 
-A rule is called with a `Context` and the node's arguments, tensors replaced by their `Dims`, sizes by `SizeExpr`. It
-returns the `Dims` of the output and says, through the context, which axes must agree, which weights write or read a
-width, and which constants of the graph hold a size. That is all that widths, statistics and surgery know of an
-operator. What a rule does not say pins: a size it was given and did not follow, a weight computed in the graph.
+A rule is called with a `Context` and the node's arguments, tensors replaced by their `Dims` and sizes by `SizeExpr`. It
+returns the `Dims` of the output and says, through the context, which axes must agree, which weights produce or consume
+a width, and which constants of the graph hold a size. Nothing else in the library asks for an operator's type. Whatever
+a rule does not mention is pinned: a size that it does not follow, a weight computed in the graph.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def op(*targets: Any) -> Callable[[R], R]:
     """Enters a rule for module types, functions, method names (`"view"`) or dotted names of functions.
 
     Args:
-        targets: what the rule describes. A dotted name (`"timm.layers.drop.DropPath"`) avoids an import.
+        targets: what the rule describes; a dotted name (`"timm.layers.drop.DropPath"`) needs no import.
 
     Returns:
-        A decorator that leaves the rule unchanged.
+        A decorator that returns the rule unchanged.
     """
 
     def enter(rule: R) -> R:
@@ -38,7 +38,7 @@ def op(*targets: Any) -> Callable[[R], R]:
 
 
 def recogniser(test: Callable[[nn.Module], bool]) -> Callable[[R], R]:
-    """Enters a rule for modules that `test` recognises, of whatever class; such a module stays one node."""
+    """Enters a rule for modules of any class that `test` recognises; such a module is one node of the graph."""
 
     def enter(rule: R) -> R:
         _RECOGNISED.append((test, rule))
@@ -48,21 +48,22 @@ def recogniser(test: Callable[[nn.Module], bool]) -> Callable[[R], R]:
 
 
 def recognised(module: nn.Module) -> Rule | None:
-    """The rule of a module that is known by what it does."""
+    """The rule of a module that a recogniser knows by what it computes."""
     return next((rule for test, rule in _RECOGNISED if test(module)), None)
 
 
 def is_described(target: Any) -> bool:
-    """Whether `target` itself has a rule: a user's own layer, entered with `@op`, stays one node."""
+    """Whether `target` itself has a rule; a layer class entered with `@op` is one node of the graph."""
     return target in _RULES
 
 
 def find_rule(node: fx.Node, module: nn.Module | None) -> Rule | None:
+    """The rule of a node; `module` is what a `call_module` node calls."""
     if module is not None:
-        # a subclass that computes the same follows its parent's rule
-        kinds = type(module).__mro__
-        rule = next((_RULES[k] for k in kinds if k in _RULES and k.forward is kinds[0].forward), None)  # type: ignore[attr-defined]
-        return rule or _RULES.get(f"{kinds[0].__module__}.{kinds[0].__qualname__}") or recognised(module)
+        # a subclass with the same forward has the rule of its parent
+        cls: Any = type(module)
+        rule = next((_RULES[c] for c in cls.__mro__ if c in _RULES and c.forward is cls.forward), None)
+        return rule or _RULES.get(f"{cls.__module__}.{cls.__qualname__}") or recognised(module)
     if node.op == "call_method":
         return _RULES.get(node.target)
     return _RULES.get(node.target) or _RULES.get(

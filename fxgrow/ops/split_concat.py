@@ -1,4 +1,4 @@
-"""Joining, splitting and indexing: parts of an axis that grow apart or together, or cannot."""
+"""Concatenation, splitting and indexing: parts of an axis grow separately, together or not at all."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def glu(ctx: Context, input: Dims, dim: int = -1) -> Dims:
 
 
 def equal_parts(ctx: Context, axis: Axis, n: int) -> Axis:
-    """`axis` in `n` equal blocks that stay equal: returns the block."""
+    """Makes `axis` be `n` equal blocks, and returns the block."""
     if length(axis) % n:
         raise Unsupported(f"{length(axis)} entries in {n} unequal parts", "size")
     if is_fixed(axis):
@@ -54,7 +54,7 @@ def cat(ctx: Context, tensors: Sequence[Dims], dim: int = 0, axis: int | None = 
 def choose(ctx: Context, training: Any, if_training: Any, if_eval: Any) -> Dims:
     """One of two tensors, by the module's mode."""
     if not (isinstance(if_training, Dims) and isinstance(if_eval, Dims)) or len(if_training) != len(if_eval):
-        raise Unsupported("it is one thing in train and another in eval mode")
+        raise Unsupported("its value has a different form in train and eval mode")
     for a, b in zip(if_training, if_eval, strict=True):
         ctx.same(a, b)
     return if_training
@@ -72,10 +72,10 @@ def stack(ctx: Context, tensors: Sequence[Dims], dim: int = 0) -> Dims:
 
 def _with(x: Dims, dim: int, parts: Sequence[Axis]) -> tuple[Dims, ...]:
     dim %= len(x)
-    found = tuple(Dims(part if i == dim else a for i, a in enumerate(x)) for part in parts)
-    for part in found:
-        part.part_of = x.parameter if dim == 0 else None
-    return found
+    outputs = tuple(Dims(part if i == dim else a for i, a in enumerate(x)) for part in parts)
+    for out in outputs:
+        out.part_of = x.parameter if dim == 0 else None
+    return outputs
 
 
 @op("chunk", torch.chunk)
@@ -102,7 +102,7 @@ def split(ctx: Context, input: Dims, split_size: Any = None, dim: int = 0, **kwa
         parts = [equal_parts(ctx, input[dim], len(sizes))] * len(sizes)
         ctx.size_argument(given, parts[0], *path)
     else:
-        # parts grow apart, unless what follows ties them: equal sizes may be equal by chance
+        # parts grow separately unless later nodes tie them: equal sizes may be a coincidence
         parts = [axis_of(UnitVar(n)) for n in sizes]
         ctx.same(input[dim], sum(parts, ()), "split into parts")
         for i, (size, part) in enumerate(zip(given, parts, strict=True)):
@@ -112,20 +112,20 @@ def split(ctx: Context, input: Dims, split_size: Any = None, dim: int = 0, **kwa
 
 @op("unbind", torch.unbind)
 def unbind(ctx: Context, input: Dims, dim: int = 0) -> tuple[Dims, ...]:
-    ctx.fix([input[dim]], "taken apart entry by entry")
+    ctx.fix([input[dim]], "unbound entry by entry")
     out = Dims(a for i, a in enumerate(input) if i != dim % len(input))
     return (out,) * len(ctx.values)
 
 
 @op("narrow", torch.narrow)
 def narrow(ctx: Context, input: Dims, dim: int, start: int, length: int) -> Dims:
-    ctx.fix([input[dim]], "a part of it is cut out")
+    ctx.fix([input[dim]], "a part of it is sliced out")
     return Dims(fixed(n) if i == dim % len(input) else a for (i, a), n in zip(enumerate(input), ctx.shape, strict=True))
 
 
 @op("select", torch.select)
 def select(ctx: Context, input: Dims, dim: int, index: int) -> Dims:
-    ctx.fix([input[dim]], "one entry is picked out")
+    ctx.fix([input[dim]], "one entry is selected")
     return Dims(a for i, a in enumerate(input) if i != dim % len(input))
 
 
@@ -140,7 +140,7 @@ def repeat(ctx: Context, input: Dims, *times: Any) -> Dims:
 @op("repeat_interleave", torch.repeat_interleave)
 def repeat_interleave(ctx: Context, input: Dims, repeats: Any, dim: int | None = None, **kwargs: Any) -> Dims:
     if dim is None or type(repeats) is not int:
-        raise Unsupported("entries repeated in a number that is computed, or all of them in one row")
+        raise Unsupported("repeat_interleave with computed repeats, or without a dimension")
     out = list(input)
     out[dim] = product(input[dim], fixed(repeats), ctx.reason("size", "repeated"))
     return Dims(out)
@@ -165,12 +165,12 @@ def getitem(ctx: Context, x: Any, index: Any) -> Any:
         elif isinstance(item, slice):
             out.append(_slice(ctx, rest.pop(0), item))
         else:
-            ctx.fix([rest.pop(0)], "one entry is picked out")
+            ctx.fix([rest.pop(0)], "one entry is selected")
     return Dims((*out, *rest))
 
 
 def _slice(ctx: Context, axis: Axis, item: slice) -> Axis:
-    # only what is written as the whole axis stays the whole axis: `[:8]` and `[-8:]` of 8 entries do not
+    # `[:]` is the axis itself; `[:8]` and `[-8:]` of 8 entries are not
     if item.start in (None, 0) and item.stop is None and item.step in (None, 1):
         return axis
     n = len(range(*item.indices(length(axis))))
@@ -194,28 +194,27 @@ def _slice(ctx: Context, axis: Axis, item: slice) -> Axis:
             SizeCheck(half, part, ctx.reason("size", "a computed size does not follow the width"))
         )
         return part
-    ctx.fix([axis], "a part of it is cut out")
+    ctx.fix([axis], "a part of it is sliced out")
     return fixed(n, ctx.reason("size", "a part of a width"))
 
 
 def _gather(ctx: Context, x: Dims, items: list[Any]) -> Dims:
-    """Indexing with a tensor: allowed along fixed axes when one index tensor stands alone."""
+    """Indexing with one tensor, along an axis that is then fixed."""
     tensors = [k for k, i in enumerate(items) if isinstance(i, Dims)]
-    whole = all(isinstance(i, Dims) or i == slice(None) for i in items)
-    if len(tensors) != 1 or not whole:
-        raise Unsupported("indexing with several tensors, or with tensors and numbers at once")
+    if len(tensors) != 1 or not all(isinstance(i, Dims) or i == slice(None) for i in items):
+        raise Unsupported("indexing with several tensors, or with tensors and numbers")
     at = tensors[0]
     ctx.fix([x[at]], "indexed with a tensor")
-    # a mask of several dimensions takes more than one: its shape is not the real one, and is refused
+    # a mask of several dimensions gives a wrong shape here, which is then refused
     return Dims((*x[:at], *items[at], *x[at + 1 :]))
 
 
 @op(operator.setitem, "__setitem__")
 def setitem(ctx: Context, x: Dims, index: Any, value: Any) -> None:
-    """Writes whole axes or fixed parts of `x`, or where a mask of the same axes says."""
+    """Writes into whole axes or fixed parts of `x`, or under a mask over its axes."""
     if isinstance(index, Dims):
         if ctx.node.args[1].meta["val"].dtype != torch.bool or isinstance(value, Dims):  # type: ignore[union-attr]
-            raise Unsupported("writes at positions that a tensor holds")
+            raise Unsupported("writes at positions given by a tensor")
         broadcast(ctx, Dims(x[: len(index)]), index)
         return
     part = getitem(ctx, x, index)

@@ -1,4 +1,4 @@
-"""Views and permutations; sizes are rewritten by the axis they mean."""
+"""Views and permutations; size arguments are rewritten by the axis that they measure."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def clone(ctx: Context, x: Dims, *args: Any, **kwargs: Any) -> Dims:
 @op("contiguous", "detach", "requires_grad_", "to", "type", "type_as", "float", "double", "half", "bfloat16")
 @op("bool", "long", "int", "cpu", "cuda", "data", torch.detach)
 def identity(ctx: Context, x: Dims, *args: Any, **kwargs: Any) -> Dims:
-    # `F.linear(x, self.weight.to(x.dtype))` still reads the parameter
+    # `F.linear(x, self.weight.to(x.dtype))` still uses the parameter
     return Dims.of(x, x.parameter)
 
 
@@ -82,7 +82,6 @@ def regroup(ctx: Context, x: Dims, shape: Sequence[int], sizes: Sequence[Any]) -
                 right, b = right * shape[b], b + 1
             else:
                 raise Unsupported("sizes do not match")
-        # dimensions of size 1 join the block in front of them only where nothing else takes them
         merged = fixed(1)
         for axis in x[i:a]:
             merged = product(merged, axis, ctx.reason("size", "two widths flattened into one"))
@@ -92,7 +91,7 @@ def regroup(ctx: Context, x: Dims, shape: Sequence[int], sizes: Sequence[Any]) -
 
 
 def _spread(ctx: Context, axis: Axis, shape: Sequence[int], sizes: Sequence[Any]) -> list[Axis]:
-    """One axis viewed as several dimensions: one of them carries the units, the others are fixed."""
+    """The dimensions of an axis that is viewed as several: one has the units, the others are fixed."""
     big = [k for k, n in enumerate(shape) if n > 1]
     if is_fixed(axis):
         reason = next((s.reason for s in axis if s.reason), None)
@@ -108,7 +107,7 @@ def _spread(ctx: Context, axis: Axis, shape: Sequence[int], sizes: Sequence[Any]
 
 
 def _growing(axis: Axis, shape: Sequence[int], sizes: Sequence[Any], big: list[int]) -> int:
-    """Which dimension the units are in: where flattening put them, else the computed size, else the last."""
+    """Which dimension has the units: where flattening put them, else one with a computed size, else the last."""
     inner = math.gcd(*(s.inner for s in resolve(axis)))
     if inner > 1:
         for k in big:
@@ -148,7 +147,7 @@ def unflatten(ctx: Context, input: Dims, dim: int = 0, sizes: Any = ()) -> Dims:
 def squeeze(ctx: Context, input: Dims, dim: Any = None) -> Dims:
     dims = range(len(input)) if dim is None else [dim] if isinstance(dim, int) else dim
     gone = {d % len(input) for d in dims if length(input[d]) == 1}
-    ctx.fix([input[d] for d in gone], "squeezed away, so it stays 1")
+    ctx.fix([input[d] for d in gone], "squeezed, so its size stays 1")
     return Dims(a for i, a in enumerate(input) if i not in gone)
 
 
@@ -168,7 +167,7 @@ def expand(ctx: Context, input: Dims, *sizes: Any) -> Dims:
         axis = input[i - lead] if i >= lead else fixed(1)
         if length(axis) != n:
             ctx.fix([axis], "one entry is repeated")
-            # repeated over another width: the size says over which, and is checked below
+            # repeated over another width: the size tells which, and is checked below
             axis = size.axes[0] if isinstance(size, SizeExpr) and length(size.axes[0]) == n else fixed(n)
         out.append(axis)
     _sizes(ctx, given, out, path, start)
@@ -206,5 +205,5 @@ def movedim(ctx: Context, input: Dims, source: Any, destination: Any) -> Dims:
 
 
 def _order(rank: int, move: Any) -> list[int]:
-    """Where each dimension comes from, by moving a tensor whose sizes are their numbers."""
+    """Where each dimension comes from, found by moving a tensor whose sizes number its dimensions."""
     return [n - 2 for n in move(torch.empty(tuple(range(2, rank + 2)), device="meta")).shape]

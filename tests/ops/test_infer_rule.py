@@ -1,4 +1,4 @@
-"""Operators that nobody listed: widths pass through what keeps their units apart, and through nothing else."""
+"""Operators without a rule: widths pass where the operator is equivariant to selecting units, and nowhere else."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fxgrow
-from fxgrow.ops import infer_rule as probe
+from fxgrow.ops import infer_rule
 from fxgrow.ops.registry import find_rule
 from tests.ops.table import Net
 
@@ -191,7 +191,7 @@ REFUSED: dict[str, tuple[Use, str]] = {
 
 @pytest.fixture(autouse=True)
 def _fresh() -> None:
-    probe._verdicts.clear()
+    infer_rule._rules.clear()
 
 
 def network(use: Use, channels: int = 8) -> nn.Module:
@@ -243,7 +243,7 @@ def test_one_width_may_pass_where_another_is_refused() -> None:
 
 
 def test_large_tensors() -> None:
-    """An operator of torch is tried at small sizes; a user's function never, since its code may ask for the size."""
+    """An operator of torch is tested at small sizes; a user's function never, since its code may ask for the size."""
     x = torch.randn(1, 3, 96, 96, dtype=torch.float64)
     by_torch = fxgrow.widths(fxgrow.capture(network(lambda m, a, b: torch.logaddexp(a, b)), (x,)))
     assert by_torch[0].pinned is None
@@ -251,16 +251,16 @@ def test_large_tensors() -> None:
     assert by_user[0].pinned is not None and "mixes the units" in by_user[0].pinned.message
     huge = torch.randn(64, 3, 96, 96, dtype=torch.float64)
     refused = fxgrow.widths(fxgrow.capture(network(lambda m, a, b: gate(a, b)), (huge,)))
-    assert refused[0].pinned is not None and "too large to try" in refused[0].pinned.message
+    assert refused[0].pinned is not None and "too large to test" in refused[0].pinned.message
 
 
-def test_a_verdict_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    trials = []
-    judge = probe._judge
-    monkeypatch.setattr(probe, "_judge", lambda *a: trials.append(1) or judge(*a))
+def test_an_inferred_rule_is_cached(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = []
+    test = infer_rule._test
+    monkeypatch.setattr(infer_rule, "_test", lambda *a: runs.append(1) or test(*a))
     gm = fxgrow.capture(network(lambda m, a, b: gate(a, b)), (torch.randn(2, 3, 6, 6, dtype=torch.float64),))
     first, second = fxgrow.widths(gm), fxgrow.widths(gm)
-    assert len(trials) == 1 and first == second and first[0].pinned is None
+    assert len(runs) == 1 and first == second and first[0].pinned is None
 
 
 def test_nothing_changes_for_anybody_else() -> None:
@@ -288,7 +288,7 @@ class Bumps(nn.Module):
 
 
 @pytest.mark.parametrize(("over", "passes"), [(2, True), (1, False)])
-def test_plain_modules_are_tried_too(over: int, passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_modules_are_tested_too(over: int, passes: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fxgrow.tracing.tracer.is_layer", lambda cls: cls is Bumps or issubclass(cls, nn.Conv2d))
     model = Net(
         lambda m, x: m.out(m.f(m.a(x))),
