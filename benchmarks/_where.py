@@ -15,9 +15,8 @@ import fxgrow
 from benchmarks.one_step import CONTEXT, Batches, characters, draw, evaluate, loss_of, text, train
 from examples.data import VARIABLE, Split, cifar10, digits, fashion_mnist
 from fxgrow.data.batches import Data
-from fxgrow.distributed import SINGLE_PROCESS
-from fxgrow.pipeline.grow import _apply_best
-from fxgrow.pipeline.line_search import held_batches
+from fxgrow.pipeline.grow import apply_best
+from fxgrow.pipeline.line_search import HeldOut
 from fxgrow.transfer.optimizer_state import repoint
 from models import GPT, MLP
 
@@ -111,7 +110,7 @@ class Trained:
         self.profiled = self.batches(PROFILED)
         self.gm = fxgrow.capture(self.net, (self.profiled[0][0],))
         self.profile = fxgrow.profile(self.gm, self.profiled, loss_of, widths=subject.widths, seed=seed, progress=False)
-        self.held = held_batches(Data(self.profiled))
+        self.held_out = HeldOut.of(Data(self.profiled), loss_of)
 
     def batches(self, count: int) -> Batches:
         """So many more, never seen in this order."""
@@ -125,11 +124,9 @@ class Trained:
         optimizer.param_groups[0]["lr"] = FURTHER
         if plan is None:
             return old, optimizer, None
-        graph, outcome = _apply_best(
-            self.gm, plan, self.profile.record(), self.held, loss_of, True, True, SINGLE_PROCESS
-        )
-        repoint(optimizer, old, graph, outcome.index)
-        return graph, optimizer, outcome.record
+        grown = apply_best(self.gm, plan, self.profile.record(), self.held_out, forced=True, follow=True)
+        repoint(optimizer, old, grown.model, grown.index)
+        return grown.model, optimizer, grown.record
 
     def gradient_norms(self) -> dict[str, float]:
         """Of the weights that write each width."""

@@ -1,22 +1,26 @@
-"""The records of a growth: what it was asked for, what it did, and what it hands over."""
+"""The records of a growth: what was done, and what it hands over."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 from torch import fx, nn
 
 from fxgrow.axes.records import Reason
-from fxgrow.data.loss import LossFn
 from fxgrow.pipeline.line_search import Search
 from fxgrow.pipeline.profile_record import Profile
 from fxgrow.rewriting.plan import Plan
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+
+M = TypeVar("M", bound=nn.Module)
+#: for each parameter and buffer that grew, the new positions of its old entries per dimension (None: unchanged)
+Index = Mapping[str, tuple[torch.Tensor | None, ...]]
 
 
 def keep_record(grown: nn.Module, growth: Any) -> None:
@@ -64,34 +68,15 @@ class Growth:
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What `grow` takes besides the model, the data and the optimiser; see there."""
-
-    loss_fn: LossFn | None = None
-    example_inputs: tuple[Any, ...] | dict[str, Any] | None = None
-    budget: str | float | None = None
-    neurons: int | Mapping[str, int] | None = None
-    method: str = "default"
-    cost: str = "parameters"
-    multiple: int = 1
-    samples: int | None = None
-    memory_limit: int | None = None
-    update_existing: bool = True
-    progress: bool = True
-    seed: int = 0
-    into: Literal["graph", "module"] = "graph"
-
-
-@dataclass(frozen=True)
-class GrowthResult:
+class GrowthResult(Generic[M]):
     """What a growth made, before anything around the model knows of it.
 
     Attributes:
         model: the wider copy.
-        index: for each parameter and buffer that grew, the new positions of its old entries per dimension.
+        index: where old entries are now.
         record: what was done, and why.
     """
 
-    model: nn.Module
-    index: Mapping[str, tuple[torch.Tensor | None, ...]]
+    model: M
+    index: Index
     record: Growth

@@ -13,6 +13,7 @@ from fxgrow.data.batches import Batch, Data
 from fxgrow.data.loss import LossFn, loss_of
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
 from fxgrow.graph.evaluate import eval_mode
+from fxgrow.graph.graph import copy_graph
 from fxgrow.rewriting.axis_growth import places
 from fxgrow.rewriting.batch_norm import Moments, RunningStatistics
 from fxgrow.rewriting.plan import Plan
@@ -55,15 +56,52 @@ class Search:
         return {"eval": self.eval_losses[at], "train": self.losses[at]}
 
 
-class GammaLine:
-    """A grown graph that moves along gamma, and the held-back batches it is measured on."""
+@dataclass(frozen=True)
+class HeldOut:
+    """Held-out batches and the loss on them."""
 
-    def __init__(
-        self, gm: fx.GraphModule, plan: Plan, batches: Sequence[Batch], process_group: ProcessGroup = SINGLE_PROCESS
-    ) -> None:
-        self.original, self.plan, self.batches, self.process_group = gm, plan, batches, process_group
+    batches: Sequence[Batch]
+    loss_fn: LossFn | None
+    process_group: ProcessGroup = SINGLE_PROCESS
+
+    @classmethod
+    def of(cls, data: Data, loss_fn: LossFn | None) -> HeldOut:
+        """Held-out batches of some data, as many as hold `SEARCH_SAMPLES`."""
+        batches: list[Batch] = []
+        size = 0
+        for batch in data.held_back():
+            batches.append(batch)
+            size += batch.size
+            if size * data.process_group.size >= SEARCH_SAMPLES:
+                break
+        return cls(batches, loss_fn, data.process_group)
+
+    @torch.no_grad()
+    def mean_loss(self, graph: fx.GraphModule) -> float:
+        """Mean loss over the samples of all processes, in the graph's mode."""
+        total = 0.0
+        for b in self.batches:
+            total += float(loss_of(forward(graph, graph, b), b, self.loss_fn)) * b.size
+        total, size = self.process_group.sum_numbers(total, sum(b.size for b in self.batches))
+        return total / max(1, size)
+
+    def losses(self, gm: fx.GraphModule) -> dict[str, float]:
+        """In eval and in train mode, of a copy (BatchNorm's statistics move)."""
+        copy = copy_graph(gm)
+        losses = {"eval": self.mean_loss(copy.eval())}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            losses["train"] = self.mean_loss(copy.train())
+        return losses
+
+
+class GammaLine:
+    """A grown graph that moves along gamma, and the held-out batches it is measured on."""
+
+    def __init__(self, gm: fx.GraphModule, plan: Plan, held_out: HeldOut) -> None:
+        self.original, self.plan, self.held_out = gm, plan, held_out
         self.graph, self.index = self._rewritten(0.0)
-        self.norms = RunningStatistics(self.graph, batches, process_group)
+        self.norms = RunningStatistics(self.graph, held_out.batches, held_out.process_group)
         whole = dict(self._rewritten(1.0)[0].named_parameters())
         # new entries and updates of old ones move at one rate, unless incoming weights share gamma
         units = dict(self._rewritten(1.0, update=False)[0].named_parameters()) if plan.symmetric else whole
@@ -101,34 +139,7 @@ class GammaLine:
         return replace(self.plan, values=replace(values, new=new, delta=delta))
 
 
-def held_batches(data: Data) -> list[Batch]:
-    """Held-back batches for the line search, all of a single batch."""
-    held: list[Batch] = []
-    size = 0
-    for batch in data.held_back():
-        held.append(batch)
-        size += batch.size
-        if size * data.process_group.size >= SEARCH_SAMPLES:
-            break
-    return held
-
-
-def mean_loss(
-    graph: fx.GraphModule,
-    batches: Sequence[Batch],
-    loss_fn: LossFn | None,
-    process_group: ProcessGroup = SINGLE_PROCESS,
-) -> float:
-    """Mean loss over the samples of all processes, in the graph's mode."""
-    total = 0.0
-    with torch.no_grad():
-        for b in batches:
-            total += float(loss_of(forward(graph, graph, b), b, loss_fn)) * b.size
-    total, size = process_group.sum_numbers(total, sum(b.size for b in batches))
-    return total / max(1, size)
-
-
-def search(line: GammaLine, loss_fn: LossFn | None, share: float = 1.0, follow: bool = True) -> Search:
+def search(line: GammaLine, share: float = 1.0, follow: bool = True) -> Search:
     """Starts at the plan's scale, moves by factors of `STRIDE` while the loss falls, then closes in on the best.
 
     With the running statistics of BatchNorm the loss would credit a step for what training normalises away at once: the
@@ -139,25 +150,24 @@ def search(line: GammaLine, loss_fn: LossFn | None, share: float = 1.0, follow: 
 
     Args:
         line: the graph that moves; left at the gamma to apply, with the running statistics there.
-        loss_fn: see `fxgrow.profile`.
         share: the part of the best gamma to apply.
         follow: running statistics move as batch statistics do.
     """
-    norms, batches, process_group = line.norms, line.batches, line.process_group
+    norms, mean_loss = line.norms, line.held_out.mean_loss
     start: dict[str, Moments] = {}
     losses: dict[float, tuple[float, float]] = {}
 
     def see(gamma: float) -> None:
         graph = line.move(gamma)
         with norms.batch_statistics() as moments:
-            train = mean_loss(graph, batches, loss_fn, process_group)
+            train = mean_loss(graph)
         if gamma == 0.0:
             start.update(moments)
         if follow:
             norms.follow(start, moments)
         if norms.live:
             with eval_mode(graph):
-                losses[gamma] = train, mean_loss(graph, batches, loss_fn, process_group)
+                losses[gamma] = train, mean_loss(graph)
         else:
             losses[gamma] = train, train
 

@@ -15,7 +15,7 @@ from fxgrow.data.batches import Data
 from fxgrow.data.loss import LossFn
 from fxgrow.data.random_state import random_state_kept
 from fxgrow.errors import PlanError
-from fxgrow.pipeline.line_search import GammaLine, held_batches, search
+from fxgrow.pipeline.line_search import GammaLine, HeldOut, search
 from fxgrow.pipeline.plan import plan
 from fxgrow.pipeline.profile_record import Profile
 
@@ -86,8 +86,8 @@ def try_widths(
     """
     if not isinstance(units, int) or units <= 0:
         raise PlanError(f"units={units!r}: give a positive number.")
-    held = held_batches(Data(dataloader, samples))
-    found = {}
+    held_out = HeldOut.of(Data(dataloader, samples), loss_fn)
+    tried = {}
     for name, b in profile.items():
         k = min(math.ceil(units / b.width.step) * b.width.step, profile.proposed[name])
         decided = plan(profile, neurons={name: k})
@@ -96,8 +96,7 @@ def try_widths(
                 f"Units by {profile.method.name!r} change nothing at first, so there is nothing to try: profile with "
                 "method='default'."
             )
-        line = GammaLine(profile.graph, decided, held)
-        result = search(line, loss_fn)
+        result = search(GammaLine(profile.graph, decided, held_out))
         before, after = decided.parameters
-        found[name] = Tried(k, after - before, result.best, result.losses[0] - min(result.losses))
-    return dict(sorted(found.items(), key=lambda item: -item[1].per_parameter))
+        tried[name] = Tried(k, after - before, result.best, result.losses[0] - min(result.losses))
+    return dict(sorted(tried.items(), key=lambda item: -item[1].per_parameter))

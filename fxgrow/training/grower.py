@@ -9,18 +9,17 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxgrow.data.loss import LossFn
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup, process_group_of
 from fxgrow.errors import FxgrowError, PlanError, ScheduleError, SmallBudgetError
 from fxgrow.pipeline.grow import run
-from fxgrow.pipeline.growth_record import Growth, GrowthResult, Settings, keep_record
+from fxgrow.pipeline.growth_record import Growth, GrowthResult, keep_record
+from fxgrow.pipeline.options import GrowOptions, Options, takes_options, with_defaults
 from fxgrow.rewriting.into_module import check_into
 from fxgrow.training.data_source import Source, beside_training, check_source
 from fxgrow.training.history import History, event
@@ -31,6 +30,9 @@ from fxgrow.transfer.fsdp import UnshardedModel
 from fxgrow.transfer.parameters import ParameterChange
 from fxgrow.transfer.transfer import TrainingState, lists_of, optimizers_of
 from fxgrow.transfer.wrappers import check_compiled_in_place, group_of, unwrapped
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 log = logging.getLogger("fxgrow")
 #: called after a growth with the model before, the model after, and the new positions of old entries
@@ -56,9 +58,7 @@ class Grower:
         dataloader: batches for growth, read anew each time (see `fxgrow.profile`): a DataLoader, a list, or a function
             that returns one. The loop's own loader may be used: its running iterator, order and random numbers stay as
             they are.
-        loss_fn: see `fxgrow.grow`, as are `example_inputs`, `budget`, `neurons`, `method`, `cost`, `multiple`,
-            `samples`, `memory_limit`, `update_existing`, `progress` and `into`.
-        seed: of all random choices; growth number n uses `seed + n`.
+        into: see `fxgrow.grow`.
         lr_scheduler: checked to belong to the optimiser; one, or several.
         ema: an average of the weights that grows along: `torch.optim.swa_utils.AveragedModel`, which stays the same
             object, or a plain copy of the model, which the loop must then read as `grower.ema`.
@@ -68,6 +68,8 @@ class Grower:
         process_group: the processes that train copies of the model, each with its own part of the data; None for those
             of DistributedDataParallel or FSDP2 (`fully_shard`) where the model is in one. Every process makes the same
             calls; growth is then of the data of all, and the same on all.
+        options: see `fxgrow.grow`: `loss_fn`, `example_inputs`, `budget`, `neurons`, `method`, `cost`, `multiple`,
+            `samples`, `memory_limit`, `update_existing`, `progress` and `seed` (growth number n uses `seed + n`).
 
     Attributes:
         model: the model to train now, wrapped as the one that was given.
@@ -100,6 +102,7 @@ class Grower:
         [(8, {'0': 2}), (16, {'0': 2})]
     """
 
+    @takes_options(progress=False)
     def __init__(
         self,
         model: nn.Module,
@@ -107,33 +110,19 @@ class Grower:
         schedule: Schedule,
         *,
         dataloader: Source,
-        loss_fn: LossFn | None = None,
-        example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
-        budget: str | float | None = None,
-        neurons: int | Mapping[str, int] | None = None,
-        method: str = "default",
-        cost: str = "parameters",
-        multiple: int = 1,
-        samples: int | None = None,
-        memory_limit: int | None = None,
-        update_existing: bool = True,
-        progress: bool = False,
-        seed: int = 0,
         into: Literal["graph", "module"] = "graph",
         lr_scheduler: Any = None,
         ema: nn.Module | None = None,
         parameters: Sequence[list[Tensor]] | list[Tensor] = (),
         on_error: Literal["raise", "skip"] = "raise",
         process_group: Any = None,
+        **options: Unpack[Options],
     ) -> None:
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.steps = self.epochs = 0
         self.history = History()
         self.growth: Growth | None = None
-        settings = Settings(
-            loss_fn, example_inputs, budget, neurons, method, cost, multiple, samples, memory_limit, update_existing,
-            progress, seed, into,
-        )  # fmt: skip
+        settings = with_defaults({"progress": False, **options, "into": into})
         inside, _ = unwrapped(model)
         self._around = TrainingState(optimizers_of(optimizer), ema, lists_of(parameters))
         self._process_group = process_group_of(group_of(model) if process_group is None else process_group)
@@ -149,7 +138,7 @@ class Grower:
             raise ScheduleError(f"schedule is a {type(schedule).__name__}: give one such as fxgrow.Every(epochs=2).")
         if on_error not in ("raise", "skip"):
             raise FxgrowError(f"on_error={on_error!r}: choose 'raise' or 'skip'.")
-        if budget is not None and neurons is not None:
+        if settings["budget"] is not None and settings["neurons"] is not None:
             raise PlanError("Give a budget or a number of neurons, not both.")
         check_into(into, inside)
         check_compiled_in_place(inside)
@@ -208,9 +197,9 @@ class Grower:
         Raises:
             FxgrowError: the growth failed; everything is as it was before.
         """
-        settings = self._outlook.settings
+        settings = self._outlook.options
         if neurons is not None or budget is not None:
-            settings = replace(settings, neurons=neurons, budget=budget)
+            settings = {**settings, "neurons": neurons, "budget": budget}
         return self._grow(settings, reason)
 
     def parameters(self) -> Iterator[nn.Parameter]:
@@ -316,9 +305,9 @@ class Grower:
 
     # -- growing
 
-    def _grow(self, settings: Settings, reason: str) -> bool:
+    def _grow(self, settings: GrowOptions, reason: str) -> bool:
         start = time.perf_counter()
-        settings = replace(settings, seed=settings.seed + len(self.history))
+        settings = {**settings, "seed": settings["seed"] + len(self.history)}
         inside, wrap = unwrapped(self.model)
         whole = UnshardedModel.of(inside) if is_sharded(inside) else None
         old = inside if whole is None else whole.model
@@ -353,7 +342,7 @@ class Grower:
             callback(old, grown.model, grown.index)
         return True
 
-    def _run(self, model: nn.Module, settings: Settings) -> GrowthResult:
+    def _run(self, model: nn.Module, settings: GrowOptions) -> GrowthResult[nn.Module]:
         """The growth itself, on a copy, with all processes that train the model."""
         return run(model, beside_training(self._outlook.source), settings, self._process_group)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from fxgrow.data.batches import Data
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
 from fxgrow.errors import PlanError, ScheduleError
 from fxgrow.pipeline.cost import Cost, cost_of
-from fxgrow.pipeline.growth_record import Settings
+from fxgrow.pipeline.options import GrowOptions
 from fxgrow.pipeline.plan import DEFAULT_BUDGET
 from fxgrow.pipeline.profile import profile
 from fxgrow.rewriting.parametrizations import remove_parametrizations
@@ -32,14 +32,14 @@ class ModelMetrics:
     Attributes:
         model: as it is now, without what wraps it.
         source: batches.
-        settings: of growths.
+        options: of growths.
         start: per cost, that of the network when it was first asked for.
         process_group: the processes that train it. What is measured is measured by the first.
     """
 
     model: nn.Module
     source: Source
-    settings: Settings
+    options: GrowOptions
     start: dict[str, float] = field(default_factory=dict)
     process_group: ProcessGroup = SINGLE_PROCESS
 
@@ -55,37 +55,45 @@ class ModelMetrics:
 
     def shares(self, samples: int | None) -> dict[str, float]:
         """Per width, Psi / E|V|^2, from one pass forward and backward."""
-        s = self.settings
+        options = self.options
         with no_autocast(self.model):
             found = profile(
-                self._graph(), beside_training(self.source), s.loss_fn, samples or s.samples, "tiny",
-                memory_limit=s.memory_limit, progress=s.progress, seed=s.seed, process_group=self.process_group,
-            )  # fmt: skip
+                self._graph(),
+                beside_training(self.source),
+                options["loss_fn"],
+                samples or options["samples"],
+                "tiny",
+                memory_limit=options["memory_limit"],
+                progress=options["progress"],
+                seed=options["seed"],
+                process_group=self.process_group,
+            )
         return {name: b.bottleneck / b.desired if b.desired > 0 else 0.0 for name, b in found.items()}
 
-    def wanted(self, request: Request) -> Settings | None:
+    def wanted(self, request: Request) -> GrowOptions | None:
         """What to grow by, within the schedule's limit; None where the units that are asked for do not fit in.
 
         Raises:
             ScheduleError: the budget and the limit are in different costs.
         """
-        s = self.settings
+        options = self.options
         if request.neurons is not None:
-            s = replace(s, neurons=request.neurons, budget=None)
+            options = {**options, "neurons": request.neurons, "budget": None}
         if request.limit is None:
-            return s
-        asked = {} if s.neurons is None else self._units(s.neurons)
-        now, then = self.process_group.broadcast_from_rank0(lambda: self._now_and_then(request.cost, asked))
-        if s.neurons is not None:
-            return s if then - now <= request.limit else None
-        if s.cost != request.cost and isinstance(s.budget, (int, float)):
+            return options
+        neurons, budget, cost = options["neurons"], options["budget"], options["cost"]
+        units = {} if neurons is None else self._units(neurons)
+        now, then = self.process_group.broadcast_from_rank0(lambda: self._now_and_then(request.cost, units))
+        if neurons is not None:
+            return options if then - now <= request.limit else None
+        if cost != request.cost and isinstance(budget, (int, float)):
             raise ScheduleError(
-                f"budget={s.budget!r} is a number of {s.cost}, the schedule's total one of {request.cost}: give a "
-                "share, or the same cost."
+                f"budget={budget!r} is a number of {cost}, the schedule's total one of {request.cost}: give a share, "
+                "or the same cost."
             )
-        own = s.budget if isinstance(s.budget, (int, float)) else _share(s.budget) * now
-        most = min(own, request.limit)
-        return replace(s, cost=request.cost, budget=most if request.cost == "latency" else max(1, math.floor(most)))
+        most = min(budget if isinstance(budget, (int, float)) else _share(budget) * now, request.limit)
+        most = most if request.cost == "latency" else max(1, math.floor(most))
+        return {**options, "cost": request.cost, "budget": most}
 
     def _now_and_then(self, kind: str, units: Mapping[str, int]) -> tuple[float, float]:
         cost = self._cost(kind)
@@ -97,15 +105,15 @@ class ModelMetrics:
         return {name: math.ceil(k / steps[name]) * steps[name] for name, k in asked.items() if name in steps}
 
     def _graph(self) -> fx.GraphModule:
-        inputs = self.settings.example_inputs
+        inputs = self.options["example_inputs"]
         if inputs is None:
-            inputs = Data(beside_training(self.source), self.settings.samples).first().inputs
+            inputs = Data(beside_training(self.source), self.options["samples"]).first().inputs
         return capture(self.model, inputs)
 
     def _cost(self, kind: str) -> Cost:
         gm = remove_parametrizations(self._graph())
         # a latency is measured for the widths that may be asked for
-        free = [w.name for w in widths(gm) if w.pinned is None] if self.settings.neurons is not None else []
+        free = [w.name for w in widths(gm) if w.pinned is None] if self.options["neurons"] is not None else []
         return cost_of(kind, analyse(gm), free)
 
 

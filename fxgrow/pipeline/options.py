@@ -1,0 +1,95 @@
+"""The options of `grow` and `Grower`: names, types and defaults in one place."""
+
+from __future__ import annotations
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypedDict, TypeVar
+
+import torch
+
+from fxgrow.data.loss import LossFn
+
+F = TypeVar("F", bound=Callable[..., object])
+
+
+class Options(TypedDict, total=False):
+    """What `fxgrow.grow` and `fxgrow.Grower` both take by keyword, explained in `fxgrow.grow`."""
+
+    loss_fn: LossFn | None
+    example_inputs: tuple[Any, ...] | dict[str, Any] | None
+    budget: str | float | None
+    neurons: int | Mapping[str, int] | None
+    method: str
+    cost: str
+    multiple: int
+    samples: int | None
+    memory_limit: int | None
+    update_existing: bool
+    progress: bool
+    seed: int
+
+
+class GrowOptions(Options, total=False):
+    """What `fxgrow.grow` takes besides: an optimiser that a Grower has anyway, and the kind of its result."""
+
+    optimizer: torch.optim.Optimizer | None
+    into: Literal["graph", "module"]
+
+
+#: of every option, in the order in which signatures show them
+DEFAULTS: GrowOptions = {
+    "loss_fn": None,
+    "example_inputs": None,
+    "budget": None,
+    "neurons": None,
+    "method": "default",
+    "cost": "parameters",
+    "multiple": 1,
+    "samples": None,
+    "memory_limit": None,
+    "optimizer": None,
+    "update_existing": True,
+    "progress": True,
+    "seed": 0,
+    "into": "graph",
+}
+
+
+def with_defaults(options: Mapping[str, Any]) -> GrowOptions:
+    """All options: those that are not given have their defaults.
+
+    Raises:
+        TypeError: a name is unknown.
+    """
+    unknown = [name for name in options if name not in DEFAULTS]
+    if unknown:
+        raise TypeError(f"unexpected keyword argument {unknown[0]!r}; options are {', '.join(DEFAULTS)}")
+    return typing.cast(GrowOptions, {**DEFAULTS, **options})
+
+
+def takes_options(**other_defaults: object) -> Callable[[F], F]:
+    """Shows the options in the signature of a function with `**options`, for `help` and editors.
+
+    Args:
+        other_defaults: of options that have another default in this function.
+    """
+    types = typing.get_type_hints(GrowOptions)
+
+    def with_signature(function: F) -> F:
+        signature = inspect.signature(function)
+        given = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        required = [p for p in given if p.kind is not p.KEYWORD_ONLY or p.default is p.empty]
+        options = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=other_defaults.get(name, default), annotation=types[name]
+            )
+            for name, default in DEFAULTS.items()
+            if name not in signature.parameters
+        ]
+        rest = [p for p in given if p not in required]
+        function.__signature__ = signature.replace(parameters=[*required, *options, *rest])  # type: ignore[attr-defined]
+        return function
+
+    return with_signature
