@@ -27,7 +27,7 @@ from fxgrow.training.schedule import Schedule, ScheduleState, TrainingStatus
 from fxgrow.training.schedule_inputs import ModelMetrics, no_autocast
 from fxgrow.transfer.device_mesh import is_sharded
 from fxgrow.transfer.fsdp import UnshardedModel
-from fxgrow.transfer.parameters import ParameterChange
+from fxgrow.transfer.parameter_change import ParameterChange
 from fxgrow.transfer.transfer import TrainingState, lists_of, optimizers_of
 from fxgrow.transfer.wrappers import check_compiled_in_place, group_of, unwrapped
 
@@ -124,7 +124,7 @@ class Grower:
         self.growth: Growth | None = None
         settings = with_defaults({"progress": False, **options, "into": into})
         inside, _ = unwrapped(model)
-        self._around = TrainingState(optimizers_of(optimizer), ema, lists_of(parameters))
+        self._training_state = TrainingState(optimizers_of(optimizer), ema, lists_of(parameters))
         self._process_group = process_group_of(group_of(model) if process_group is None else process_group)
         self._outlook = ModelMetrics(inside, dataloader, settings, process_group=self._process_group)
         if ema is not None and is_sharded(inside):
@@ -143,13 +143,13 @@ class Grower:
         check_into(into, inside)
         check_compiled_in_place(inside)
         check_source(dataloader)
-        self._around.check(inside, lr_scheduler)
+        self._training_state.check(inside, lr_scheduler)
         self._ask_at = self._next()
 
     @property
     def ema(self) -> nn.Module | None:
         """The average of the weights now."""
-        return self._around.ema
+        return self._training_state.ema
 
     # -- what the loop calls
 
@@ -324,12 +324,16 @@ class Grower:
         if grown.record.plan.units:
             change = ParameterChange(old, grown.model, grown.index)
             with self._process_group.session():
-                follow = self._around.follow(change) if whole is None else whole.follow(self._around, change)
+                assign = (
+                    self._training_state.prepare(change)
+                    if whole is None
+                    else whole.prepare(self._training_state, change)
+                )
             if whole is not None:
-                follow()
+                assign()
             model = wrap(grown.model)
             if whole is None:
-                follow()
+                assign()
             self.model, self._outlook.model = model, grown.model
             keep_record(grown.model, grown.record)
         self.growth = grown.record

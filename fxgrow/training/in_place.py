@@ -86,7 +86,7 @@ class GrowerInPlace(Grower):
             raise FxgrowError("An average of the weights cannot be resized: load the checkpoint, then make it.")
         with as_written(inside):
             new = resized(self._fresh, recipe, into="module")
-        for optimizer in self._around.optimizers:
+        for optimizer in self._training_state.optimizers:
             _hand_over(optimizer, inside, new)
         adopt(inside, new)
 

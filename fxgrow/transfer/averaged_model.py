@@ -12,8 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from fxgrow.errors import FxgrowError
 from fxgrow.graph.graph import copy_module, named_tensors, same_kind
-from fxgrow.transfer.optimizer_state import spread
-from fxgrow.transfer.parameters import Assign, ParameterChange
+from fxgrow.transfer.parameter_change import Assign, ParameterChange, spread
 from fxgrow.transfer.wrappers import unwrapped
 
 

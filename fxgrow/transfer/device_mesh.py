@@ -1,4 +1,4 @@
-"""Which models FSDP2 has sharded, and over which processes."""
+"""Tells which models FSDP2 has sharded, and over which processes."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def reshard(model: nn.Module) -> None:
-    """Between a forward and a backward pass, or after one without the other, some parameters are whole: no longer."""
+    """Frees parameters that FSDP2 has gathered, as after a forward pass without a backward one."""
     for module in model.modules():
         if hasattr(module, "_get_fsdp_state"):
             cast(Any, module).reshard()
 
 
 def group_of_mesh(model: nn.Module) -> Any:
-    """The processes that hold a part of the model.
+    """Returns the process group that the model is sharded over.
 
     Raises:
-        FxgrowError: parameters are on several meshes, or split up in another way too (tensor parallel).
+        FxgrowError: parameters are on several meshes, or sharded in another way too (tensor parallelism).
     """
     reshard(model)
     meshes: list[Any] = []
@@ -37,7 +37,7 @@ def group_of_mesh(model: nn.Module) -> Any:
         shards = [q for q in getattr(p, "placements", ()) if q.is_shard()]
         if len(shards) > 1:
             raise FxgrowError(
-                f"{name!r} is sharded along {len(shards)} dimensions of its mesh: growth knows FSDP2 alone, without "
+                f"{name!r} is sharded along {len(shards)} dimensions of its mesh: growth supports FSDP2 only, without "
                 "tensor parallelism."
             )
     if len(meshes) != 1:

@@ -1,17 +1,17 @@
-"""Models that `torch.distributed.fsdp.fully_shard` has sharded (FSDP2): whole on every process to grow, sharded again.
+"""Models that `torch.distributed.fsdp.fully_shard` has sharded (FSDP2): gathered to grow, then sharded again.
 
 requires: parameters that are sharded by FSDP2 alone, on one mesh of all its processes.
 ensures:  the grown model is sharded on the same mesh, along the same dimensions and with the same policies; so is the
           optimiser's state.
 
-How a module was sharded is read from the state that FSDP2 keeps with it, which is private to torch: what is not found
-there is refused.
+How a module was sharded is read from the state that FSDP2 keeps with it. That state is private to torch: growth is
+refused where it cannot be read.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from fxgrow.errors import FxgrowError
 from fxgrow.transfer.device_mesh import reshard
 from fxgrow.transfer.module_hooks import called
-from fxgrow.transfer.parameters import ParameterChange
+from fxgrow.transfer.parameter_change import Assign, ParameterChange
 from fxgrow.transfer.transfer import TrainingState
 
 #: what `fully_shard` leaves in a module's attributes
@@ -40,71 +40,62 @@ class Sharding:
 
 @dataclass
 class UnshardedModel:
-    """A sharded model, whole on this process.
+    """A sharded model with all of its parameters on this process.
 
     Attributes:
         sharded: the original.
         model: a plain copy with full parameters and their gradients.
-        shardings: how to shard another one, inner modules first.
+        shardings: how to shard the grown one, inner modules first.
     """
 
     sharded: nn.Module
     model: nn.Module
     shardings: list[Sharding]
-    #: plain parameters by the sharded ones' ids, and the sharded ones to keep those ids theirs
+    #: full parameters by id of the sharded ones, which `sharded` keeps alive
     plain: dict[int, nn.Parameter] = field(default_factory=dict)
 
     @classmethod
     def of(cls, sharded: nn.Module) -> UnshardedModel:
-        """Gathers; every process of the group must call it."""
+        """Gathers all parameters; every process of the group must call it."""
         reshard(sharded)
         plain = {id(p): _full_parameter(p) for p in sharded.parameters()}
         return cls(sharded, _plain_copy(sharded, plain), _shardings(sharded), plain)
 
-    def follow(self, around: TrainingState, change: ParameterChange) -> Callable[[], nn.Module]:
-        """Prepares everything around the model, and returns what shards the new model and changes all of it."""
-        optimizers = [self._whole_optimizer(o) for o in around.optimizers]
-        lists = [[self.plain.get(id(t), t) for t in held] for held in around.lists]
-        whole = TrainingState(optimizers, None, lists)
-        whole.follow(change)()
+    def prepare(self, state: TrainingState, change: ParameterChange) -> Assign:
+        """Prepares the change of all that holds parameters; `assign` also shards the new model."""
+        optimizers = [self._full_optimizer(optimizer) for optimizer in state.optimizers]
+        lists = [[self.plain.get(id(t), t) for t in tensors] for tensors in state.lists]
+        TrainingState(optimizers, None, lists).prepare(change)()
         placements = self._placements(change.new)
 
-        def assign() -> nn.Module:
-            names = {id(p): name for name, p in change.new.named_parameters()}
-            kept = {name: p for name, p in change.new.named_parameters()}
+        def assign() -> None:
+            full = dict(change.new.named_parameters())
             self._shard(change.new, placements)
-            now = dict(change.new.named_parameters())
-            sharded = {i: now[name] for i, name in names.items()}
-            for i, p in sharded.items():
-                gradient = kept[names[i]].grad
-                p.grad = None if gradient is None else _like(gradient, p)
-            for mine, full in zip(around.optimizers, optimizers, strict=True):
-                for group, other in zip(mine.param_groups, full.param_groups, strict=True):
-                    group["params"][:] = [sharded.get(id(p), p) for p in other["params"]]
-                state = {sharded.get(id(p), p): _sharded_state(s, p, sharded) for p, s in full.state.items()}
-                mine.state.clear()
-                mine.state.update(state)
-            for held, whole_ones in zip(around.lists, lists, strict=True):
-                held[:] = [sharded.get(id(t), t) for t in whole_ones]
-            return change.new
+            sharded = {id(full[name]): p for name, p in change.new.named_parameters()}
+            for name, p in change.new.named_parameters():
+                gradient = full[name].grad
+                p.grad = None if gradient is None else _shard_like(gradient, p)
+            for optimizer, full_optimizer in zip(state.optimizers, optimizers, strict=True):
+                _shard_optimizer(optimizer, full_optimizer, sharded)
+            for tensors, full_tensors in zip(state.lists, lists, strict=True):
+                tensors[:] = [sharded.get(id(t), t) for t in full_tensors]
 
         return assign
 
-    def _whole_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """A twin of the optimiser that owns the plain parameters, with its state in full."""
-        twin = copy.copy(optimizer)
-        twin.param_groups = [
+    def _full_optimizer(self, optimizer: Optimizer) -> Optimizer:
+        """A copy of the optimiser that owns the plain parameters, with its state in full."""
+        full = copy.copy(optimizer)
+        full.param_groups = [
             {**group, "params": [self.plain.get(id(p), p) for p in group["params"]]} for group in optimizer.param_groups
         ]
-        twin.state = copy.copy(optimizer.state)
-        twin.state.clear()
+        full.state = copy.copy(optimizer.state)
+        full.state.clear()
         for p, entries in optimizer.state.items():
-            full = {key: _full(value) for key, value in entries.items()}
-            twin.state[self.plain.get(id(p), p)] = full
-        return twin
+            full.state[self.plain.get(id(p), p)] = {key: _full(value) for key, value in entries.items()}
+        return full
 
     def _placements(self, new: nn.Module) -> dict[int, Any]:
-        """By id of a new parameter, how the one of its name was placed; None where it was not sharded."""
+        """By id of a new parameter, the placements of the old one of its name; None where it was not sharded."""
         old = dict(self.sharded.named_parameters(remove_duplicate=False))
         return {
             id(p): getattr(old.get(name), "placements", None)
@@ -114,34 +105,42 @@ class UnshardedModel:
     def _shard(self, new: nn.Module, placements: Mapping[int, Any]) -> None:
         from torch.distributed.fsdp import fully_shard
 
-        own = called(new)
-        left = {p for p in new.parameters() if placements.get(id(p)) is None}
+        with_hooks = called(new)
+        ignored = {p for p in new.parameters() if placements.get(id(p)) is None}
         modules = dict(new.named_modules())
 
-        def place(p: nn.Parameter) -> Any:
-            found = placements.get(id(p)) or ()
-            return next((q for q in found if q.is_shard()), None)
+        def placement(p: nn.Parameter) -> Any:
+            return next((q for q in placements.get(id(p)) or () if q.is_shard()), None)
 
         done: set[str] = set()
         for sharding in self.shardings:
-            # a module that the graph does not call has no hooks that run: those inside that it calls take its place
-            names = [n for name in sharding.names for n in _called_below(name, own, modules) if n not in done]
+            # a module that the graph does not call runs no hooks: the called modules inside it take its place
+            names = [n for name in sharding.names for n in _called_below(name, with_hooks, modules) if n not in done]
             if not names:
                 continue
             done.update(names)
-            found = [modules[n] for n in names]
-            options = {**sharding.options, "shard_placement_fn": place}
-            if left:
-                options["ignored_params"] = left
-            fully_shard(found if len(found) > 1 else found[0], **options)
+            group = [modules[name] for name in names]
+            options = {**sharding.options, "shard_placement_fn": placement}
+            if ignored:
+                options["ignored_params"] = ignored
+            fully_shard(group if len(group) > 1 else group[0], **options)
 
 
-def _called_below(name: str, own: set[str], modules: Mapping[str, nn.Module]) -> Iterator[str]:
-    if name in own:
+def _called_below(name: str, called_names: set[str], modules: Mapping[str, nn.Module]) -> Iterator[str]:
+    if name in called_names:
         yield name
     elif name in modules:
         for child, _ in modules[name].named_children():
-            yield from _called_below(f"{name}.{child}", own, modules)
+            yield from _called_below(f"{name}.{child}", called_names, modules)
+
+
+def _shard_optimizer(optimizer: Optimizer, full: Optimizer, sharded: Mapping[int, nn.Parameter]) -> None:
+    """Gives an optimiser the groups and the state of its full copy, for the sharded parameters."""
+    for group, full_group in zip(optimizer.param_groups, full.param_groups, strict=True):
+        group["params"][:] = [sharded.get(id(p), p) for p in full_group["params"]]
+    state = {sharded.get(id(p), p): _sharded_state(entries, p, sharded) for p, entries in full.state.items()}
+    optimizer.state.clear()
+    optimizer.state.update(state)
 
 
 def _full(value: Any) -> Any:
@@ -154,14 +153,14 @@ def _full_parameter(p: nn.Parameter) -> nn.Parameter:
     return out
 
 
-def _like(value: Tensor, p: nn.Parameter) -> Tensor:
-    """A full tensor as a parameter is, sharded or not."""
+def _shard_like(value: Tensor, p: nn.Parameter) -> Tensor:
+    """Shards a full tensor as a parameter is; it stays whole where that is."""
     if not hasattr(p, "device_mesh"):
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    like: Any = p
-    return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=None)
+    sharded: Any = p
+    return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
 def _sharded_state(entries: Mapping[str, Any], p: Tensor, sharded: Mapping[int, nn.Parameter]) -> dict[str, Any]:
@@ -169,24 +168,24 @@ def _sharded_state(entries: Mapping[str, Any], p: Tensor, sharded: Mapping[int, 
     if target is None:
         return dict(entries)
     return {
-        key: _like(v, target) if isinstance(v, Tensor) and v.shape == target.shape and v.dim() else v
+        key: _shard_like(v, target) if isinstance(v, Tensor) and v.shape == target.shape and v.dim() else v
         for key, v in entries.items()
     }
 
 
 def _shardings(model: nn.Module) -> list[Sharding]:
-    """How the parts of a model were sharded, the innermost first.
+    """Reads how the parts of a model were sharded, the innermost first.
 
     Raises:
         FxgrowError: this torch keeps that in another way.
     """
     names = {id(m): name for name, m in model.named_modules()}
-    found: dict[int, Sharding] = {}
+    shardings: dict[int, Sharding] = {}
     for module in model.modules():
         if not hasattr(module, "_get_fsdp_state"):
             continue
         state = cast(Any, module)._get_fsdp_state()
-        if id(state) in found:
+        if id(state) in shardings:
             continue
         try:
             groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
@@ -194,44 +193,45 @@ def _shardings(model: nn.Module) -> list[Sharding]:
             options: dict[str, Any] = {"mp_policy": state._mp_policy}
             if group is not None:
                 after, mesh = group.post_forward_mesh_info, group.mesh_info
-                again = False if after is None else True if after is mesh else after.shard_mesh_size
-                options |= {"mesh": mesh.mesh, "offload_policy": group.offload_policy, "reshard_after_forward": again}
+                reshard_after = False if after is None else True if after is mesh else after.shard_mesh_size
+                options |= {"mesh": mesh.mesh, "offload_policy": group.offload_policy}
+                options["reshard_after_forward"] = reshard_after
             if state._auto_reshard_after_forward:
                 options.pop("reshard_after_forward", None)
-            own = [names[id(m)] for m in state._modules]
+            group_names = [names[id(m)] for m in state._modules]
         except AttributeError as error:
             raise FxgrowError(
                 f"How this model was sharded cannot be read back from torch {torch.__version__} ({error}): grow it "
                 "before fully_shard."
             ) from error
-        found[id(state)] = Sharding(own, options)
-    meshes = [s.options["mesh"] for s in found.values() if "mesh" in s.options]
-    for sharding in found.values():
+        shardings[id(state)] = Sharding(group_names, options)
+    meshes = [s.options["mesh"] for s in shardings.values() if "mesh" in s.options]
+    for sharding in shardings.values():
         sharding.options.setdefault("mesh", meshes[0])
-    return sorted(found.values(), key=lambda s: -max(name.count(".") + bool(name) for name in s.names))
+    return sorted(shardings.values(), key=lambda s: -max(name.count(".") + bool(name) for name in s.names))
 
 
 def _plain_copy(model: nn.Module, parameters: Mapping[int, nn.Parameter]) -> nn.Module:
-    """A copy with these parameters in which nothing is left of FSDP2; the user's hooks stay the same objects."""
+    """Copies a model with these parameters and without FSDP2; the user's hooks stay the same objects."""
     memo: dict[int, Any] = dict(parameters)
     shards = [m for m in model.modules() if hasattr(m, "_get_fsdp_state")]
     for module in shards:
         memo[id(module)] = _blank(type(module).__bases__[-1])
     for module in shards:
-        twin, record = memo[id(module)], None
-        state = {key: v for key, v in vars(module).items() if not key.startswith(_MARKS)}
+        plain, record = memo[id(module)], None
+        state = {key: value for key, value in vars(module).items() if not key.startswith(_MARKS)}
         hooks = {kind: type(state[kind])() for kind in _HOOKS}
         for kind in _HOOKS:
-            hooks[kind].update({k: h for k, h in state.pop(kind).items() if not _is_fsdp(h)})
+            hooks[kind].update({key: hook for key, hook in state.pop(kind).items() if not _is_fsdp(hook)})
         if isinstance(module, fx.GraphModule):
-            # the record of an earlier growth is the model's
+            # the record of an earlier growth is not copied
             record = module.meta.get("fxgrow")
-            state["meta"] = {key: v for key, v in module.meta.items() if key != "fxgrow"}
-        twin.__dict__.update(copy.deepcopy(state, memo) | hooks)
-        if isinstance(twin, fx.GraphModule):
-            twin.graph = twin.__dict__["_graph"]
+            state["meta"] = {key: value for key, value in module.meta.items() if key != "fxgrow"}
+        plain.__dict__.update(copy.deepcopy(state, memo) | hooks)
+        if isinstance(plain, fx.GraphModule):
+            plain.graph = plain.__dict__["_graph"]
             if record is not None:
-                twin.meta["fxgrow"] = record
+                plain.meta["fxgrow"] = record
     out: nn.Module = memo[id(model)] if id(model) in memo else copy.deepcopy(model, memo)
     for module in out.modules():
         for mark in _MARKS[1:]:

@@ -1,7 +1,7 @@
 """Hooks that users registered on modules: kept where the module is still called, else reported.
 
-A copied module has a copy of its hooks, and of the objects whose methods they are. The user's own objects must go on to
-hear from the model, so the hooks themselves are put back; a method of one of the model's own modules stays the copy's.
+Copying a module copies its hooks too, and the objects whose methods they are. The user's objects must still be called,
+so the original hooks are put back. Only a hook that is a method of one of the model's modules stays the copy's.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import fx, nn
 
-from fxgrow.transfer.parameters import Assign, ParameterChange
+from fxgrow.transfer.parameter_change import Assign, ParameterChange
 
 log = logging.getLogger("fxgrow")
 _KINDS = {
@@ -21,20 +21,20 @@ _KINDS = {
     "_backward_pre_hooks": "backward pre-hook",
     "_backward_hooks": "backward hook",
 }
-#: what says how a hook is called, by its key
+#: how a hook is called, by its key
 _FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
 def module_hooks(change: ParameterChange) -> Assign:
-    """The user's hooks, on the modules that have the old ones' places."""
+    """Prepares the user's hooks on the modules of the old names."""
     after, before = called(change.new), called(change.old)
-    own = {id(module) for module in change.old.modules()}
-    found = [(name, old, change.new.get_submodule(name)) for name, old in _hooked(change.old)]
+    modules = {id(module) for module in change.old.modules()}
+    hooked = [(name, old, change.new.get_submodule(name)) for name, old in _hooked(change.old)]
 
     def assign() -> None:
-        for name, old, new in found:
+        for name, old, new in hooked:
             if name in after:
-                _keep(old, new, own)
+                _keep(old, new, modules)
             else:
                 if name in before:
                     _report(name, old)
@@ -51,7 +51,7 @@ def _hooked(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def called(model: nn.Module) -> set[str]:
-    """Names of the modules whose call runs their hooks: in a graph, those that stand for a node, and the graph."""
+    """Returns names of the modules whose hooks run: in a graph, the graph itself and those that a node calls."""
     if isinstance(model, fx.GraphModule) and "example_inputs" in model.meta:
         nodes = model.graph.find_nodes(op="call_module")
         inside = {f"{node.target}.{name}" for node in nodes for name, _ in _below(model, str(node.target))}
@@ -63,12 +63,13 @@ def _below(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     return ((path, module) for path, module in model.get_submodule(name).named_modules() if path)
 
 
-def _keep(old: nn.Module, new: nn.Module, own: set[int]) -> None:
+def _keep(old: nn.Module, new: nn.Module, modules: set[int]) -> None:
+    """Puts the original hooks on a new module; `modules` are ids of the old model's."""
     for kind in _KINDS:
         hooks: dict[int, Any] = getattr(old, kind)
         if not hooks:
             continue
-        if not any(id(getattr(hook, "__self__", None)) in own for hook in hooks.values()):
+        if not any(id(getattr(hook, "__self__", None)) in modules for hook in hooks.values()):
             # the dict itself, so that the user's handles still remove what is in it
             setattr(new, kind, hooks)
             continue
@@ -76,10 +77,10 @@ def _keep(old: nn.Module, new: nn.Module, own: set[int]) -> None:
         copies = dict(kept)
         kept.clear()
         for key, hook in hooks.items():
-            kept[key] = copies.get(key, hook) if id(getattr(hook, "__self__", None)) in own else hook
+            kept[key] = copies.get(key, hook) if id(getattr(hook, "__self__", None)) in modules else hook
     for flag in _FLAGS:
         getattr(new, flag).update(getattr(old, flag))
-    # a full backward hook is called another way than the old kind
+    # a full backward hook is called in another way than the deprecated kind
     new._is_full_backward_hook = old._is_full_backward_hook
 
 
@@ -87,7 +88,7 @@ def _report(name: str, module: nn.Module) -> None:
     for kind, what in _KINDS.items():
         for hook in getattr(module, kind).values():
             log.warning(
-                "The %s %s on %r is called no more: the grown model is a graph, in which that module is no node (an "
+                "The %s %s on %r is no longer called: the grown model is a graph without a node for that module (an "
                 "output that the hook changed is changed there too). Register it on a layer inside, or take "
                 'into="module".',
                 what,

@@ -1,8 +1,8 @@
-"""Everything around a model in training: checked when a Grower is made, carried along at each growth."""
+"""Everything that holds parameters of a model in training: checked when a Grower is made, changed at each growth."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,8 @@ from fxgrow.errors import FxgrowError
 from fxgrow.transfer.averaged_model import check_average, grown_average
 from fxgrow.transfer.module_hooks import module_hooks
 from fxgrow.transfer.optimizer_state import prepare_transfer
-from fxgrow.transfer.parameters import Assign, ParameterChange, gradients, parameter_hooks, parameter_lists
+from fxgrow.transfer.parameter_change import Assign, ParameterChange
+from fxgrow.transfer.parameters import gradients, parameter_hooks, parameter_lists
 
 
 @dataclass
@@ -36,8 +37,9 @@ class TrainingState:
         Raises:
             FxgrowError: an optimiser, a scheduler, the average or a list does.
         """
+        unchanged = ParameterChange(model, model, {})
         for optimizer in self.optimizers:
-            prepare_transfer(optimizer, model, model, {})
+            prepare_transfer(optimizer, unchanged)
         for scheduler in lr_scheduler if isinstance(lr_scheduler, (list, tuple)) else [lr_scheduler]:
             owner = getattr(scheduler, "optimizer", None)
             if owner is not None and all(owner is not o for o in self.optimizers):
@@ -47,45 +49,46 @@ class TrainingState:
                 )
         if self.ema is not None:
             check_average(self.ema, model)
-        parameter_lists(self.lists, ParameterChange(model, model, {}))
+        parameter_lists(self.lists, unchanged)
 
-    def follow(self, change: ParameterChange) -> Callable[[], None]:
-        """Prepares all of it, and returns what then changes all of it."""
-        assigns: list[Assign] = [prepare_transfer(o, change.old, change.new, change.index) for o in self.optimizers]
+    def prepare(self, change: ParameterChange) -> Assign:
+        """Prepares the change of all of it; the function that is returned makes it and cannot fail."""
+        assigns: list[Assign] = [prepare_transfer(optimizer, change) for optimizer in self.optimizers]
         assigns += [gradients(change), parameter_lists(self.lists, change), parameter_hooks(change)]
         ema = self.ema
         if ema is not None:
-            ema, assign = grown_average(ema, change)
-            assigns.append(assign)
+            ema, assign_average = grown_average(ema, change)
+            assigns.append(assign_average)
         assigns.append(module_hooks(change))
 
-        def follow() -> None:
-            for assign in assigns:
-                assign()
+        def assign() -> None:
+            for each in assigns:
+                each()
             self.ema = ema
 
-        return follow
+        return assign
 
 
 def optimizers_of(given: Any) -> Sequence[Optimizer]:
-    """One or several as a sequence.
+    """Returns one optimiser or several as a sequence.
 
     Raises:
         FxgrowError: something else is given.
     """
-    found = [given] if isinstance(given, Optimizer) else given
-    if not isinstance(found, (list, tuple)) or not found or not all(isinstance(o, Optimizer) for o in found):
+    optimizers = [given] if isinstance(given, Optimizer) else given
+    several = isinstance(optimizers, (list, tuple)) and len(optimizers) > 0
+    if not several or not all(isinstance(o, Optimizer) for o in optimizers):
         raise FxgrowError(f"optimizer is a {type(given).__name__}: give a torch.optim.Optimizer, or a list of several.")
-    return found
+    return optimizers
 
 
 def lists_of(given: Any) -> list[list[Tensor]]:
-    """One list of parameters or several as a list of lists.
+    """Returns one list of parameters or several as a list of lists.
 
     Raises:
         FxgrowError: one of them cannot be changed in place.
     """
-    found = [given] if len(given) and isinstance(given[0], Tensor) else list(given)
-    if not all(isinstance(held, list) for held in found):
+    lists = [given] if len(given) and isinstance(given[0], Tensor) else list(given)
+    if not all(isinstance(tensors, list) for tensors in lists):
         raise FxgrowError("parameters= takes lists of parameters, which are changed in place.")
-    return found
+    return lists

@@ -1,4 +1,4 @@
-"""What a model may be wrapped in: growth is of the module inside, and the new one is wrapped the same way."""
+"""Wrappers of a model: growth is of the module inside, and the grown one is wrapped in the same way."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("fxgrow")
 
 
 def unwrapped(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
-    """The module inside `torch.compile` and DistributedDataParallel, in any order, and what wraps another one alike.
+    """Returns the module inside `torch.compile` and DistributedDataParallel, and a function that wraps another.
 
     `torch.compile(model, ...)` keeps its options in the context that it calls its module in.
 
@@ -29,22 +29,22 @@ def unwrapped(model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], nn.Mod
         >>> inner is net, type(wrap(torch.nn.Linear(2, 3))).__name__
         (True, 'OptimizedModule')
     """
-    own: Callable[[nn.Module], nn.Module]
+    wrap: Callable[[nn.Module], nn.Module]
     if isinstance(model, DistributedDataParallel):
         inside: Any = model.module
-        own = rewrapping(model)
+        wrap = rewrapping(model)
     else:
         inside = getattr(model, "_orig_mod", None)
         if inside is None:
             return model, _plain
         context: Any = model.dynamo_ctx
-        own = lambda new: _compiled(context, new, model.training)  # noqa: E731
-    inside, within = unwrapped(inside)
-    return inside, lambda new: own(within(new))
+        wrap = lambda new: _compiled(context, new, model.training)  # noqa: E731
+    inside, wrap_inside = unwrapped(inside)
+    return inside, lambda new: wrap(wrap_inside(new))
 
 
 def group_of(model: nn.Module) -> Any:
-    """The process group that a model is trained in, if it says so.
+    """Returns the process group of a model in DistributedDataParallel or FSDP2; None for others.
 
     Raises:
         FxgrowError: it is wrapped with options that cannot be carried over.
@@ -59,7 +59,7 @@ def group_of(model: nn.Module) -> Any:
 
 
 def check_compiled_in_place(model: nn.Module) -> None:
-    """Says that `model.compile()` does not go on: it leaves nothing behind to compile a new module alike."""
+    """Warns that `model.compile()` is not carried over: its options cannot be read back."""
     if getattr(model, "_compiled_call_impl", None) is not None:
         log.warning(
             "%s was compiled in place by .compile(), with options that cannot be read back: after growth it runs as it "
@@ -75,15 +75,15 @@ def _plain(new: nn.Module) -> nn.Module:
 def _compiled(context: Any, new: nn.Module, training: bool) -> nn.Module:
     _forget(new)
     module: nn.Module = context(new)
-    module.training = training  # of the wrapper alone; its module has its own
+    module.training = training  # of the wrapper only; its module has its own
     return module
 
 
 def _forget(new: nn.Module) -> None:
-    """Drops what was compiled of the classes of the model: they compiled the sizes before.
+    """Drops compiled code of the model's classes: it is for the old sizes.
 
-    Dynamo counts what it has compiled of one piece of code and gives up at a limit, whatever model it was for. A graph
-    has code of its own.
+    Dynamo counts how often it has compiled a code object, for whatever model, and gives up at a limit. Each graph has
+    code of its own, so its count starts at zero.
     """
     if isinstance(new, fx.GraphModule):
         return

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn, optim
 
 from fxgrow.errors import FxgrowError
-from fxgrow.transfer.optimizer_state import Positions, repoint
+from fxgrow.transfer.optimizer_state import repoint
+from fxgrow.transfer.parameter_change import Positions
 
 Index = dict[str, Positions]
 

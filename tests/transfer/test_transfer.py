@@ -383,8 +383,8 @@ def test_hooks_that_cannot_be_called_are_reported_once(caplog: pytest.LogCapture
         grower.grow_now()
         grower.grow_now()
     assert [r.getMessage() for r in caplog.records] == [
-        "The forward hook Recorder.forward on 'block' is called no more: the grown model is a graph, in which that "
-        "module is no node (an output that the hook changed is changed there too). Register it on a layer inside, or "
+        "The forward hook Recorder.forward on 'block' is no longer called: the grown model is a graph without a node "
+        "for that module (an output that the hook changed is changed there too). Register it on a layer inside, or "
         'take into="module".'
     ]
     model = Net()
