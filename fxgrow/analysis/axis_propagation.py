@@ -21,7 +21,7 @@ from fxgrow.analysis.initial_state import find_initial_states
 from fxgrow.axes.axes import Axis, Dims, UnitVar, axes_in, fixed, is_fixed, length, multiplicity, pin, resolve, unify
 from fxgrow.axes.records import Reason
 from fxgrow.axes.size_expressions import SizeExpr, measured
-from fxgrow.axes.structure import SizeCheck, Structure
+from fxgrow.axes.structure import SizeCheck, SizeReplacement, Structure
 from fxgrow.graph.graph import lookup
 from fxgrow.graph.node_functions import guard
 from fxgrow.graph.node_meta import KEY
@@ -207,12 +207,12 @@ def _check(structure: Structure, check: SizeCheck) -> None:
     if check.where is not None:
         # the length of a width is a number that no input changes
         if _is_width(check.axis):
-            structure.replaced.append((*check.where, axes, check.axis))
+            structure.size_replacements.append(SizeReplacement(*check.where, axes, check.axis))
             return
         # one size of a view can be inferred, whatever the others are
-        others = (node for node, _, _, axis in structure.replaced if axis is None)
+        others = (node for node, _, _, axis in structure.size_replacements if axis is None)
         if check.infer and all(node is not check.where[0] for node in others):
-            structure.replaced.append((*check.where, axes, None))
+            structure.size_replacements.append(SizeReplacement(*check.where, axes, None))
             return
     # else what it measures must grow with the axis
     if check.size.measures_one and not any(is_fixed(a) for a in axes):

@@ -1,12 +1,13 @@
-"""Axes: the abstract values a graph is run on to find its widths.
+"""Axes: the abstract values on which a graph is run to find its widths.
 
-A tensor is a tuple of axes, an axis is a tuple of segments, and a segment is `inner` consecutive entries for each unit
-of a `UnitVar` (or a fixed number of entries). Operators unify axes, as types are inferred: what must have the same
-number of units ends up as one variable, and a variable may turn out to be made of finer ones (`cat`, `chunk`, groups):
+A tensor is a tuple of axes (`Dims`), an axis is a tuple of segments, and a segment is `inner` consecutive entries for
+each unit of a `UnitVar`, or a fixed number of entries. A `[batch, 8 channels, 5, 5]` map that is flattened has the axes
+`batch` and `Segment(channels, inner=25)`. Operators unify axes, like types in type inference: two axes that must have
+the same number of units become one variable, and a variable may become a sequence of others (`cat`, `chunk`, groups):
 
->>> a, b, whole = UnitVar(2), UnitVar(3), UnitVar(5)
->>> unify(axis_of(whole), axis_of(a) + axis_of(b), why=Reason("size", "cat", "example"))
->>> resolve(axis_of(whole)) == axis_of(a) + axis_of(b)
+>>> a, b, joined = UnitVar(2), UnitVar(3), UnitVar(5)
+>>> unify(axis_of(joined), axis_of(a) + axis_of(b), why=Reason("size", "cat", "example"))
+>>> resolve(axis_of(joined)) == axis_of(a) + axis_of(b)
 True
 """
 
@@ -23,12 +24,18 @@ from torch.utils import _pytree as pytree
 
 from fxgrow.axes.records import Reason
 
-#: an axis of more segments than this (tokens x channels flattened the wrong way round) is pinned
+#: an axis with more segments than this (tokens x channels, flattened with the channels last) is pinned
 LIMIT = 4096
 
 
 class UnitVar:
-    """An unknown number of units; `bound` once it is known to be made of other variables."""
+    """A number of units that may change.
+
+    Attributes:
+        size: the number of units now.
+        pinned: why it cannot change, or None.
+        bound: the axis that this variable is equal to, once unification has found one.
+    """
 
     __slots__ = ("bound", "pinned", "size")
 
@@ -42,7 +49,7 @@ class UnitVar:
 
 
 class Segment(NamedTuple):
-    """`inner` entries per unit of `var`, or, without a variable, `inner` entries and the reason that fixes them."""
+    """`inner` entries for each unit of `var`; without a variable, `inner` entries that are fixed for a reason."""
 
     var: UnitVar | None
     inner: int = 1
@@ -58,9 +65,11 @@ _ATOMS = {type(None), bool, int, float, str}
 
 
 class Dims(tuple[Axis, ...]):
-    """The axes of one tensor; `parameter` is its qualified name where the tensor is a parameter or buffer.
+    """The axes of one tensor.
 
-    `part_of` is that name where the tensor is some of the first dimension of one.
+    Attributes:
+        parameter: qualified name, for a parameter or buffer.
+        part_of: the parameter of which the tensor is a slice along the first dimension.
     """
 
     parameter: str | None = None
@@ -74,7 +83,7 @@ class Dims(tuple[Axis, ...]):
 
 
 def axes_in(value: Any) -> Iterator[Axis]:
-    """Every axis of every `Dims` in a nested value."""
+    """Yields every axis of every `Dims` in a nested value."""
     kind = type(value)
     if kind is Dims:
         yield from value
@@ -91,10 +100,12 @@ def axes_in(value: Any) -> Iterator[Axis]:
 
 
 def fixed(length: int, reason: Reason | None = None) -> Axis:
+    """An axis of `length` entries that cannot change."""
     return (Segment(None, length, reason),)
 
 
 def axis_of(var: UnitVar, inner: int = 1) -> Axis:
+    """An axis of `inner` entries for each unit of one variable."""
     return (Segment(var, inner),)
 
 
@@ -103,7 +114,7 @@ def length(axis: Axis) -> int:
 
 
 def resolve(axis: Axis) -> Axis:
-    """Replaces bound variables by what they are made of, and joins neighbouring fixed segments."""
+    """Replaces bound variables by their axes, and joins neighbouring fixed segments."""
     if len(axis) == 1 and axis[0].inner and (axis[0].var is None or axis[0].var.bound is None):
         return axis
     out: list[Segment] = []
@@ -122,7 +133,7 @@ def resolve(axis: Axis) -> Axis:
 
 
 def variables(*axes: Axis) -> list[UnitVar]:
-    """The unbound variables of `axes`, in order, each once."""
+    """The unbound variables of `axes`, in order, without duplicates."""
     return list(dict.fromkeys(s.var for a in axes for s in resolve(a) if s.var is not None))
 
 
@@ -131,7 +142,7 @@ def is_fixed(axis: Axis) -> bool:
 
 
 def multiplicity(axis: Axis) -> Counter[UnitVar]:
-    """How many entries of `axis` belong to one unit of each variable."""
+    """How many entries of `axis` belong to one unit, by variable."""
     count: Counter[UnitVar] = Counter()
     for s in resolve(axis):
         if s.var is not None:
@@ -140,7 +151,7 @@ def multiplicity(axis: Axis) -> Counter[UnitVar]:
 
 
 def unit_entries(axis: Axis, var: UnitVar, grow: Mapping[UnitVar, int] | None = None) -> Tensor:
-    """Positions of each unit's entries in an axis, [units, entries]; in one that has grown the new units last."""
+    """Positions of each unit's entries in an axis, `[units, entries]`; after growth by `grow`, with new units last."""
     grow = grow or {}
     units: list[list[int]] = [[] for _ in range(var.size + grow.get(var, 0))]
     at = 0
@@ -153,6 +164,7 @@ def unit_entries(axis: Axis, var: UnitVar, grow: Mapping[UnitVar, int] | None = 
 
 
 def pin(axis: Axis, why: Reason) -> None:
+    """Pins the variables of an axis; the first reason stays."""
     for var in variables(axis):
         var.pinned = var.pinned or why
 
@@ -164,7 +176,7 @@ def _bind(var: UnitVar, axis: Axis) -> None:
 
 
 def cut(axis: Axis, at: int, why: Reason) -> tuple[Axis, Axis]:
-    """Splits `axis` in front of entry `at`; a variable the cut goes through becomes two, or is pinned."""
+    """Splits `axis` before entry `at`; a variable is split into two there, or pinned."""
     left: list[Segment] = []
     rest = list(resolve(axis))
     while rest and at > 0:
@@ -178,7 +190,7 @@ def cut(axis: Axis, at: int, why: Reason) -> tuple[Axis, Axis]:
         elif at % s.inner == 0:
             head, tail = UnitVar(at // s.inner), UnitVar(s.var.size - at // s.inner)
             _bind(s.var, (Segment(head), Segment(tail)))
-            # the same variable may stand elsewhere in this axis
+            # the same variable may occur elsewhere in this axis
             left, rest = list(resolve(tuple(left))), list(resolve(tuple(rest)))
             first, second = Segment(head, s.inner), Segment(tail, s.inner)
         else:
@@ -192,7 +204,7 @@ def cut(axis: Axis, at: int, why: Reason) -> tuple[Axis, Axis]:
 
 def unify(a: Axis, b: Axis, why: Reason) -> None:
     """Makes two axes of equal length the same axis; where that is impossible, pins both with `why`."""
-    # stacks, so that a segment is resolved when its turn comes: what is bound on the way may stand further on
+    # stacks, since a segment must be resolved after the ones before it: binding those may bind its variable
     left, right = list(reversed(a)), list(reversed(b))
     while (s := _next(left)) and (t := _next(right)):
         if s.length == t.length:
@@ -204,7 +216,7 @@ def unify(a: Axis, b: Axis, why: Reason) -> None:
 
 
 def _next(stack: list[Segment]) -> Segment | None:
-    """The next segment of an axis, its variable unbound."""
+    """Pops the next segment; its variable is unbound."""
     while stack:
         s = stack.pop()
         if s.var is not None and s.var.bound is not None:
@@ -215,9 +227,9 @@ def _next(stack: list[Segment]) -> Segment | None:
 
 
 def _meet(s: Segment, left: list[Segment], t: Segment, right: list[Segment], why: Reason) -> None:
-    """Segment `s` meets several shorter ones, `t` and what follows it: it is made of them, or it is cut."""
+    """Unifies segment `s` with shorter ones, `t` and those after it: it is bound to them, or cut."""
     run, total = [t], t.length
-    # it can be made of them only as far as they have units of its kind; thousands may stand behind
+    # stop at the first segment that cannot be part of it: thousands may follow
     while s.var and _part_of(s, run[-1]) and total < s.length and (u := _next(right)):
         run.append(u)
         total += u.length
@@ -246,26 +258,26 @@ def _same(s: Segment, t: Segment, why: Reason) -> None:
     elif t.inner % s.inner == 0:
         _bind(s.var, axis_of(t.var, t.inner // s.inner))
     else:
-        # 6 entries per unit of one and 4 of the other: both are made of units of 12
-        whole = math.lcm(s.inner, t.inner)
-        if s.length % whole:
+        # 6 entries per unit of one and 4 per unit of the other: both become units of 12 entries
+        entries = math.lcm(s.inner, t.inner)
+        if s.length % entries:
             pin((s, t), why)
             return
-        unit = UnitVar(s.length // whole)
-        _bind(s.var, axis_of(unit, whole // s.inner))
-        _bind(t.var, axis_of(unit, whole // t.inner))
+        unit = UnitVar(s.length // entries)
+        _bind(s.var, axis_of(unit, entries // s.inner))
+        _bind(t.var, axis_of(unit, entries // t.inner))
 
 
 def _rigid(axis: Axis) -> Axis:
-    """An axis whose every variable is pinned is as good as fixed."""
-    found = variables(axis)
-    if found and all(var.pinned for var in found):
-        return fixed(length(axis), found[0].pinned)
+    """Replaces an axis whose variables are all pinned by a fixed one."""
+    pinned = variables(axis)
+    if pinned and all(var.pinned for var in pinned):
+        return fixed(length(axis), pinned[0].pinned)
     return axis
 
 
 def product(outer: Axis, inner: Axis, why: Reason) -> Axis:
-    """The axis of `flatten(outer, inner)`: at most one of the two may have units, otherwise both are pinned."""
+    """The axis of `flatten(outer, inner)`; where both have units, both are pinned."""
     n_outer, n_inner = length(outer), length(inner)
     outer, inner = _rigid(outer), _rigid(inner)
     if n_inner == 1 and is_fixed(inner):

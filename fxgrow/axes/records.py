@@ -1,4 +1,4 @@
-"""The records that pass between the stages: plain, frozen, readable."""
+"""Public records: a width, and the reason why it cannot change."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Width:
         name: qualified name of the first producer (``layer1.0.conv1``).
         size: number of units now.
         producers: qualified names of the modules (or parameters) whose output axis is the width.
-        followers: those that carry one slice per unit (norms, depthwise convolutions, scales).
+        followers: those that have one slice per unit (norms, depthwise convolutions, scales).
         consumers: those whose input axis is the width.
         step: the smallest number of units that can be added.
         pinned: None, or why the width cannot change.

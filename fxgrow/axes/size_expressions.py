@@ -1,4 +1,4 @@
-"""Sizes: integers that remember which axes they measure, so that shape arithmetic can be followed.
+"""Integers that remember which axes they measure, so that shape arithmetic can be followed.
 
 >>> from fxgrow.axes.axes import UnitVar, axis_of
 >>> channels = axis_of(UnitVar(8))
@@ -22,15 +22,19 @@ Terms = tuple[tuple[Fraction, Axis], ...]
 class SizeExpr(int):
     """An integer that remembers which axes it measures: `const + sum(coefficient * len(axis))`.
 
-    `x.shape[1] // 2 * 3` stays linear and can be checked against the axis it is used for; what does not stay linear is
-    `opaque`: it pins the axes it came from wherever it is used as a size. `whole` are the results of divisions on the
-    way, which must come out even at every number of units.
+    `x.shape[1] // 2 * 3` is linear and can be checked against the axis for which it is used.
+
+    Attributes:
+        const: the constant term.
+        terms: coefficients and axes.
+        opaque: the size is not linear; used as a size, it pins the axes it came from.
+        quotients: intermediate results of divisions, which must be integers at every number of units.
     """
 
     const: Fraction
     terms: Terms
     opaque: bool
-    whole: tuple[tuple[Fraction, Terms], ...]
+    quotients: tuple[tuple[Fraction, Terms], ...]
 
     @classmethod
     def make(
@@ -39,17 +43,19 @@ class SizeExpr(int):
         const: Fraction,
         terms: Iterable[tuple[Fraction, Axis]],
         opaque: bool = False,
-        whole: Iterable[tuple[Fraction, Terms]] = (),
+        quotients: Iterable[tuple[Fraction, Terms]] = (),
     ) -> int:
+        """A plain int where no axis is left among the terms."""
         terms = tuple((c, a) for c, a in terms if c)
         if not terms:
             return value
         self = cls(value)
-        self.const, self.terms, self.opaque, self.whole = const, terms, opaque, tuple(whole)
+        self.const, self.terms, self.opaque, self.quotients = const, terms, opaque, tuple(quotients)
         return self
 
     @classmethod
     def measure(cls, axis: Axis) -> int:
+        """The length of an axis."""
         if is_fixed(axis):
             return length(axis)
         return cls.make(length(axis), Fraction(0), [(Fraction(1), axis)])
@@ -61,11 +67,11 @@ class SizeExpr(int):
     @property
     def measures_one(self) -> bool:
         """Whether it is the length of one axis and nothing else."""
-        return not (self.opaque or self.whole or self.const) and [c for c, _ in self.terms] == [1]
+        return not (self.opaque or self.quotients or self.const) and [c for c, _ in self.terms] == [1]
 
     def form(self) -> tuple[Fraction, dict[UnitVar, Fraction]] | None:
         """The size as a linear form in units of unbound variables; None if it is not one."""
-        for const, terms in self.whole:
+        for const, terms in self.quotients:
             part, coefficients = _form(const, terms)
             if any(c.denominator > 1 for c in (part, *coefficients.values())):
                 return None
@@ -74,13 +80,13 @@ class SizeExpr(int):
     def _linear(self, other: Any, sign: int, op: Callable[[int, int], int]) -> Any:
         if not isinstance(other, int):
             return NotImplemented
-        const, terms, opaque, whole = _parts(other)
+        const, terms, opaque, quotients = _parts(other)
         return SizeExpr.make(
             op(int(self), int(other)),
             self.const + sign * const,
             [*self.terms, *((sign * c, a) for c, a in terms)],
             self.opaque or opaque,
-            self.whole + whole,
+            self.quotients + quotients,
         )
 
     def __add__(self, other: Any) -> Any:
@@ -101,12 +107,12 @@ class SizeExpr(int):
     def __mul__(self, other: Any) -> Any:
         if not isinstance(other, int):
             return NotImplemented
-        const, terms, opaque, whole = _parts(other)
+        const, terms, opaque, quotients = _parts(other)
         value = int(self) * int(other)
         if terms:
             return SizeExpr.make(value, Fraction(0), [*self.terms, *terms], opaque=True)
         scaled = [(c * const, a) for c, a in self.terms]
-        return SizeExpr.make(value, self.const * const, scaled, self.opaque, self.whole)
+        return SizeExpr.make(value, self.const * const, scaled, self.opaque, self.quotients)
 
     __rmul__ = __mul__
 
@@ -118,7 +124,7 @@ class SizeExpr(int):
         if isinstance(other, SizeExpr) or value * divisor != int(self):
             return SizeExpr.make(value, Fraction(0), [*self.terms, *_parts(other)[1]], opaque=True)
         const, terms = self.const / divisor, tuple((c / divisor, a) for c, a in self.terms)
-        return SizeExpr.make(value, const, terms, self.opaque, (*self.whole, (const, terms)))
+        return SizeExpr.make(value, const, terms, self.opaque, (*self.quotients, (const, terms)))
 
     def __hash__(self) -> int:
         return int.__hash__(self)
@@ -135,12 +141,12 @@ def _form(const: Fraction, terms: Terms) -> tuple[Fraction, dict[UnitVar, Fracti
 
 def _parts(x: int) -> tuple[Fraction, Terms, bool, tuple[tuple[Fraction, Terms], ...]]:
     if isinstance(x, SizeExpr):
-        return x.const, x.terms, x.opaque, x.whole
+        return x.const, x.terms, x.opaque, x.quotients
     return Fraction(int(x)), (), False, ()
 
 
 def measured(value: Any) -> Iterator[SizeExpr]:
-    """Every `SizeExpr` in nested tuples, lists, dicts and slices."""
+    """Yields every `SizeExpr` in nested tuples, lists, dicts and slices."""
     if isinstance(value, SizeExpr):
         yield value
     elif isinstance(value, Dims):

@@ -12,7 +12,7 @@ from torch import fx
 from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, length, pin, unify
 from fxgrow.axes.records import Reason
 from fxgrow.axes.size_expressions import SizeExpr
-from fxgrow.axes.structure import Constant, Invariant, Projection, SizeCheck, Structure
+from fxgrow.axes.structure import Constant, Invariant, KeptNumber, Projection, SizeCheck, Structure
 from fxgrow.graph.parametrizations import computed_by, norm_of
 
 
@@ -115,7 +115,7 @@ class Context:
 
     def keep(self, value: float, axes: Sequence[Axis], keyword: str | None = None) -> None:
         """Keeps a number computed from the sizes of `axes`: this node's result, or one of its keyword arguments."""
-        self.structure.kept.append((self.node, keyword, value, tuple(axes)))
+        self.structure.kept_numbers.append(KeptNumber(self.node, keyword, value, tuple(axes)))
 
     def project(
         self,
@@ -184,7 +184,7 @@ class Context:
 
 def _constant(value: int) -> SizeExpr:
     size = SizeExpr(value)
-    size.const, size.terms, size.opaque, size.whole = Fraction(int(value)), (), False, ()
+    size.const, size.terms, size.opaque, size.quotients = Fraction(int(value)), (), False, ()
     return size
 
 

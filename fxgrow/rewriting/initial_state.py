@@ -123,7 +123,7 @@ def apply_initial_numbers(
     structure: Structure, grow: Mapping[UnitVar, int], node_map: Mapping[fx.Node, fx.Node]
 ) -> None:
     """Numbers that a growing size gave keep their old value."""
-    for node, keyword, value, axes in structure.kept:
+    for node, keyword, value, axes in structure.kept_numbers:
         if not any(grow.get(var) for axis in axes for var in multiplicity(axis)):
             continue
         twin = node_map[node]

@@ -259,7 +259,7 @@ def _write_constants(
             setattr(module, name, _with(getattr(module, name), rest, n - c.less))
         else:
             _set_argument(node_map[target], path, n - c.less)
-    for node, path, axes, axis in structure.replaced:
+    for node, path, axes, axis in structure.size_replacements:
         if any(_new_length(a, grow) != length(a) for a in axes):
             _set_argument(node_map[node], path, -1 if axis is None else _new_length(axis, grow))
 
