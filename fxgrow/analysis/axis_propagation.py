@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 import fxgrow.ops  # noqa: F401  (enters the rules)
 from fxgrow.analysis.expert_copies import copy_experts
 from fxgrow.analysis.initial_state import find_initial_states
+from fxgrow.analysis.size_guards import settle_guards
 from fxgrow.axes.axes import Axis, Dims, UnitVar, axes_in, fixed, is_fixed, length, multiplicity, pin, resolve, unify
 from fxgrow.axes.records import Reason
 from fxgrow.axes.size_expressions import SizeExpr, measured
@@ -40,6 +41,7 @@ def propagate_axes(gm: fx.GraphModule) -> Structure:
         env[node] = _evaluate(context, args, kwargs)
     for check in structure.checks:
         _check(structure, check)
+    settle_guards(structure, [node for node in gm.graph.nodes if node.target is guard])
     _pin_frozen(gm, structure)
     find_initial_states(gm, structure)
     copy_experts(gm, structure)
@@ -60,8 +62,7 @@ def _evaluate(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         _pin_sizes(args, ctx.reason("output", "its size is returned by the model"))
         return args
     if node.target is guard:
-        _pin_sizes(args, ctx.reason("branch", "the model's code branches on this size"))
-        return None
+        return None  # what it says of sizes is settled when all axes are known
     if KEY in node.meta:
         why = ctx.reason("opaque", f"the model's code cannot be followed there: {node.meta[KEY]}")
         _pin_all(ctx, args, kwargs, why)

@@ -163,6 +163,11 @@ def unit_entries(axis: Axis, var: UnitVar, grow: Mapping[UnitVar, int] | None = 
     return torch.tensor(units, dtype=torch.long)
 
 
+def grown_length(axis: Axis, grow: Mapping[UnitVar, int]) -> int:
+    """The length of an axis when variables have so many more units."""
+    return length(axis) + sum(grow.get(s.var, 0) * s.inner for s in resolve(axis) if s.var is not None)
+
+
 def pin(axis: Axis, why: Reason) -> None:
     """Pins the variables of an axis; the first reason stays."""
     for var in variables(axis):

@@ -13,6 +13,8 @@ KEY = "opaque"
 KEYWORDS = "fxgrow.keywords"
 #: key in `node.meta`: the module that a node stands for a part of, where it is no call of that module
 OWNER = "fxgrow.owner"
+#: key in `node.meta` of a guard: whether the model's code raises where it gives another answer
+CHECK = "fxgrow.check"
 
 
 def set_value(node: fx.Node, value: Any) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from fxgrow.analysis.analyse import AnalysedGraph, analyse
-from fxgrow.axes.axes import Axis, Dims, UnitVar, length, resolve
+from fxgrow.axes.axes import Dims, UnitVar, grown_length, length
 from fxgrow.axes.structure import Projection, Structure
 from fxgrow.graph.graph import compile_graph, copy_graph, lookup, put, same_kind
 from fxgrow.rewriting.axis_growth import Extended, extend, units_of
@@ -232,15 +232,11 @@ def _zero(
         new.index_copy_(in_dim, positions, columns)
 
 
-def _new_length(axis: Axis, grow: Mapping[UnitVar, int]) -> int:
-    return length(axis) + sum(grow.get(s.var, 0) * s.inner for s in resolve(axis) if s.var is not None)
-
-
 def _lengths(
     structure: Structure, grow: Mapping[UnitVar, int], node_map: Mapping[fx.Node, fx.Node]
 ) -> dict[fx.Node, tuple[int, ...]]:
     return {
-        node_map[node]: tuple(_new_length(a, grow) for a in dims)
+        node_map[node]: tuple(grown_length(a, grow) for a in dims)
         for node, dims in structure.outputs.items()
         if isinstance(dims, Dims)
     }
@@ -250,7 +246,7 @@ def _write_constants(
     gm: fx.GraphModule, structure: Structure, grow: Mapping[UnitVar, int], node_map: Mapping[fx.Node, fx.Node]
 ) -> None:
     for c in structure.constants:
-        n = _new_length(c.axis, grow)
+        n = grown_length(c.axis, grow)
         target, path = c.where
         if n == length(c.axis):
             continue
@@ -260,8 +256,8 @@ def _write_constants(
         else:
             _set_argument(node_map[target], path, n - c.less)
     for node, path, axes, axis in structure.size_replacements:
-        if any(_new_length(a, grow) != length(a) for a in axes):
-            _set_argument(node_map[node], path, -1 if axis is None else _new_length(axis, grow))
+        if any(grown_length(a, grow) != length(a) for a in axes):
+            _set_argument(node_map[node], path, -1 if axis is None else grown_length(axis, grow))
 
 
 def _set_argument(node: fx.Node, path: tuple[Any, ...], value: int) -> None:

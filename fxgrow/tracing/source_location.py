@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import functools
 import linecache
 import os
 from pathlib import Path
@@ -38,6 +40,40 @@ def is_user_code(frame: FrameType) -> bool:
 def source(file: str, line: int) -> str:
     """One line of a file, without its indentation."""
     return linecache.getline(file, line).strip()
+
+
+@functools.lru_cache(maxsize=64)
+def _statements(file: str) -> tuple[ast.stmt, ...]:
+    """Checks and branches of a file; none where its source is not there."""
+    try:
+        tree = ast.parse("".join(linecache.getlines(file)))
+    except SyntaxError:
+        return ()
+    return tuple(node for node in ast.walk(tree) if isinstance(node, (ast.Assert, ast.If, ast.Expr)))
+
+
+def raises_otherwise(file: str, line: int, outcome: bool) -> bool:
+    """Whether the code of a line only checks: with another outcome of its condition it raises.
+
+    Args:
+        file: of the code.
+        line: where it asks for the truth of something.
+        outcome: what the condition was.
+    """
+    for node in _statements(file):
+        if isinstance(node, ast.If):
+            other = node.orelse if outcome else node.body
+            if node.test.lineno <= line <= (node.test.end_lineno or 0) and other and isinstance(other[-1], ast.Raise):
+                return True
+        elif node.lineno <= line <= (node.end_lineno or 0):
+            if isinstance(node, ast.Assert):
+                return True
+            called = node.value.func if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) else None
+            if isinstance(called, (ast.Name, ast.Attribute)):
+                name = called.id if isinstance(called, ast.Name) else called.attr
+                if "assert" in name or "check" in name:
+                    return True
+    return False
 
 
 def stack_trace(frame: FrameType) -> str:

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from fxgrow.errors import CaptureError
 from fxgrow.graph.graph import submodule
 from fxgrow.graph.node_functions import guard, set_grad_enabled
-from fxgrow.graph.node_meta import KEY, set_value
+from fxgrow.graph.node_meta import CHECK, KEY, set_value
 from fxgrow.ops.registry import recognised
 from fxgrow.tracing.fake_values import FakeRunner, arithmetic_key
 from fxgrow.tracing.intercept import FACTORIES, intercept
@@ -26,7 +26,15 @@ from fxgrow.tracing.multihead_attention import attention, is_plain
 from fxgrow.tracing.opaque import run as run_opaque
 from fxgrow.tracing.opaque_functions import Call, OpaqueFunction, calls
 from fxgrow.tracing.proxy import INPLACE, ValueProxy
-from fxgrow.tracing.source_location import failure, last_place, last_user_line, source, stack_trace, user_frame
+from fxgrow.tracing.source_location import (
+    failure,
+    last_place,
+    last_user_line,
+    raises_otherwise,
+    source,
+    stack_trace,
+    user_frame,
+)
 
 # Values the model's code gets as they are, without a proxy.
 _PLAIN = (type(None), str, torch.dtype, torch.layout, torch.memory_format, type, enum.Enum)
@@ -339,6 +347,8 @@ class ValueTracer(fx.Tracer):
             line = source(user.f_code.co_filename, user.f_lineno) if user is not None else ""
             condition = f"`{line}` in {self._where()}"
             self._guards[key] = self.create_node("call_function", guard, (node, expected, condition), {})
+            if user is not None and raises_otherwise(user.f_code.co_filename, user.f_lineno, bool(expected)):
+                self._guards[key].meta[CHECK] = True
             if convert is not bool:
                 self.numbers[self._guards[key]] = convert if convert is not hash else _as_it_is
             if asked_by is not None:

@@ -279,7 +279,11 @@ T.tokens(
     "attention", lambda: {"k": nn.Linear(6, 8), "v": nn.Linear(6, 8)},
     lambda m, x: m.out(F.scaled_dot_product_attention(m.a(x), m.k(x), m.v(x))), a=F8, k=None, v=F8,
 )  # fmt: skip
-T.vector("branch-on-size", nothing, lambda m, x: m.out(h if (h := m.a(x)).size(1) > 4 else -h), a="branch")
+T.vector("branch-on-size", nothing, lambda m, x: m.out(h if (h := m.a(x)).size(1) < 9 else -h), a="branch")
+T.vector("branch-on-this-size", nothing, lambda m, x: m.out(h if (h := m.a(x)).size(1) == 8 else -h), a="branch")
+T.vector("branch-that-growth-keeps", nothing, lambda m, x: m.out(h if (h := m.a(x)).size(1) > 4 else -h), a=F8)
+T.vector("branch-on-a-remainder", nothing, lambda m, x: m.out(h if (h := m.a(x)).size(1) % 4 == 0 else -h), a=(8, 4))
+T.vector("branch-on-equal-sizes", nothing, lambda m, x: m.out(h if (h := m.a(x)).shape == h.relu().shape else -h), a=F8)
 T.vector("size-returned", nothing, lambda m, x: (m.out(h := m.a(x)), h.size(1)), a="output")
 T.vector("hidden-returned", nothing, lambda m, x: (m.out(h := m.a(x)), h), a="output")
 T.vector("frozen", lambda: {"a": nn.Linear(6, 8).requires_grad_(False)}, lambda m, x: m.out(m.a(x)), a="frozen")

@@ -1,0 +1,140 @@
+"""What becomes of the model's decisions on sizes when a width grows: each is made again at other sizes.
+
+requires: a graph run on axes, its guards collected.
+ensures:  a width may take only sizes at which every decision comes out as it did: all of them, multiples of a step (a
+          divisibility check), or none other (the width is pinned). A number that a mere check compares with a size
+          (`assert c == self.channels`) follows the width.
+"""
+
+from __future__ import annotations
+
+import builtins
+import math
+import operator
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx
+
+from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, grown_length, pin, resolve, unify, variables
+from fxgrow.axes.records import Reason
+from fxgrow.axes.size_expressions import SizeExpr
+from fxgrow.axes.structure import Structure
+from fxgrow.graph.node_meta import CHECK
+
+#: so many sizes are tried for each width
+SIZES = 64
+_SHAPE_METHODS = {"size", "numel", "nelement", "dim", "ndimension"}
+_NUMBER_MODULES = {"_operator", "math", "builtins"}
+
+
+class _Unknown(Exception):
+    """A number that does not follow from sizes alone."""
+
+
+def settle_guards(structure: Structure, guards: list[fx.Node]) -> None:
+    """Pins, or coarsens to a step, the widths whose size a guard looks at.
+
+    Args:
+        structure: of the whole graph; its variables change.
+        guards: calls of `fxgrow.graph.node_functions.guard`.
+    """
+    for node in guards:
+        asked, expected = node.args[0], node.args[1]
+        if isinstance(asked, fx.Node):
+            _settle(structure, node, asked, expected)
+
+
+def _settle(structure: Structure, node: fx.Node, asked: fx.Node, expected: Any) -> None:
+    why = Reason("branch", node.name, f"the model's code branches on this size ({node.args[2]})")
+    try:
+        now = _outcome(structure, asked, expected, {})
+    except _Unknown:
+        for axis in _measured_axes(structure, asked):
+            pin(axis, why)
+        return
+    for var in variables(*_measured_axes(structure, asked)):
+        if var.pinned is not None or var.bound is not None:
+            continue
+        same = [k for k in range(1, SIZES + 1) if _outcome(structure, asked, expected, {var: k}) == now]
+        if len(same) == SIZES:
+            continue
+        step = same[0] if same else 0
+        if step and same == list(range(step, SIZES + 1, step)) and var.size % step == 0:
+            unify(axis_of(var), axis_of(UnitVar(var.size // step), step), why)
+        elif not (node.meta.get(CHECK) and _follow(structure, asked, var)):
+            pin(axis_of(var), why)
+
+
+def _follow(structure: Structure, asked: fx.Node, var: UnitVar) -> bool:
+    """Lets the literal that a check compares with a size be that size, at any number of units."""
+    if asked.target not in (operator.eq, operator.ne) or len(asked.args) != 2:
+        return False
+    for place, (literal, size) in enumerate((asked.args, asked.args[::-1])):
+        if isinstance(literal, int) and isinstance(size, fx.Node):
+            measured = structure.outputs.get(size)
+            if isinstance(measured, SizeExpr) and measured.measures_one and int(measured) == literal:
+                axis = measured.axes[0]
+                structure.size_replacements.append((asked, (place,), (axis,), axis))
+                return variables(axis) == [var]
+    return False
+
+
+def _outcome(structure: Structure, asked: fx.Node, expected: Any, grow: Mapping[UnitVar, int]) -> Any:
+    value = _evaluate(structure, asked, grow, {})
+    return bool(value) if type(expected) is bool else value
+
+
+def _evaluate(structure: Structure, node: fx.Node, grow: Mapping[UnitVar, int], known: dict[fx.Node, Any]) -> Any:
+    """A number, or numbers, of the graph when widths have grown."""
+    if node in known:
+        return known[node]
+    tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
+    if tensors:
+        value = _shape_of(structure, node, grow)
+    elif node.op == "placeholder" or not node.all_input_nodes:
+        value = node.meta["val"]
+    elif node.op == "call_function" and getattr(node.target, "__module__", "") in _NUMBER_MODULES:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _evaluate(structure, n, grow, known))
+        try:
+            value = node.target(*args, **kwargs)  # type: ignore[operator]
+        except (TypeError, ValueError, ArithmeticError, LookupError) as error:
+            raise _Unknown from error
+    else:
+        raise _Unknown
+    known[node] = value
+    return value
+
+
+def _shape_of(structure: Structure, node: fx.Node, grow: Mapping[UnitVar, int]) -> Any:
+    """What `x.shape`, `x.size(1)`, `len(x)` or `x.numel()` is."""
+    tensor = node.args[0]
+    dims = structure.outputs.get(tensor) if isinstance(tensor, fx.Node) else None
+    if not isinstance(dims, Dims) or node.kwargs:
+        raise _Unknown
+    shape = torch.Size(grown_length(axis, grow) for axis in dims)
+    rest = node.args[1:]
+    if node.target is builtins.getattr and rest == ("shape",):
+        return shape
+    if node.target is builtins.len:
+        return shape[0]
+    if node.op == "call_method" and node.target in _SHAPE_METHODS and all(isinstance(r, int) for r in rest):
+        if node.target == "size":
+            return shape[rest[0]] if rest else shape  # type: ignore[index]
+        return math.prod(shape) if node.target in ("numel", "nelement") else len(shape)
+    raise _Unknown
+
+
+def _measured_axes(structure: Structure, asked: fx.Node) -> Iterator[Axis]:
+    """The axes of all tensors whose sizes a number was computed from."""
+    seen = {asked}
+    queue = [asked]
+    for node in queue:
+        for source in node.all_input_nodes:
+            if isinstance(source.meta.get("val"), torch.Tensor):
+                dims = structure.outputs.get(source)
+                yield from (resolve(axis) for axis in dims) if isinstance(dims, Dims) else ()
+            elif source not in seen:
+                seen.add(source)
+                queue.append(source)
