@@ -20,7 +20,7 @@ from torch import fx
 from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, grown_length, pin, resolve, unify, variables
 from fxgrow.axes.records import Reason
 from fxgrow.axes.size_expressions import SizeExpr
-from fxgrow.axes.structure import Structure
+from fxgrow.axes.structure import SizeReplacement, Structure
 from fxgrow.graph.node_meta import CHECK
 
 #: so many sizes are tried for each width
@@ -76,7 +76,7 @@ def _follow(structure: Structure, asked: fx.Node, var: UnitVar) -> bool:
             measured = structure.outputs.get(size)
             if isinstance(measured, SizeExpr) and measured.measures_one and int(measured) == literal:
                 axis = measured.axes[0]
-                structure.size_replacements.append((asked, (place,), (axis,), axis))
+                structure.size_replacements.append(SizeReplacement(asked, (place,), (axis,), axis))
                 return variables(axis) == [var]
     return False
 
