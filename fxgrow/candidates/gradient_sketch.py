@@ -23,8 +23,9 @@ from fxgrow.data.loss import LossFn
 from fxgrow.graph.unrolled_rnn import before
 from fxgrow.initialisers.registry import Proposal
 from fxgrow.statistics.consumer_moments import ConsumerMoments
-from fxgrow.statistics.factorisation import DROP, factor
+from fxgrow.statistics.factorisation import factor
 from fxgrow.statistics.gram import mirrored
+from fxgrow.statistics.top_singular import DROP
 
 #: relative ridge on S
 INPUT_RIDGE = 1.0

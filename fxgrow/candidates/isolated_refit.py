@@ -27,7 +27,7 @@ from fxgrow.statistics.activation_cache import ActivationCache, Span
 from fxgrow.statistics.collect import Statistics
 from fxgrow.statistics.consumer_moments import ConsumerMoments
 from fxgrow.statistics.forward_backward import BatchRecord, forward_backward
-from fxgrow.statistics.gram import accumulating, matmul
+from fxgrow.statistics.gram import accumulating, matrix_product
 
 #: by node, a tensor of some samples
 Values = Mapping[fx.Node, Tensor]
@@ -175,7 +175,7 @@ class IsolatedRefit:
             for part in drawn.parts:
                 right = accumulating(c.inputs(c.layer_input(z), part))
                 left = accumulating(c.inputs(c.layer_input(h), part))
-                moments = [matmul(left.mT, right), matmul(right.mT, right)]
+                moments = [matrix_product(left.mT, right), matrix_product(right.mT, right)]
                 if c.bias is not None:
                     moments[0] = torch.cat([moments[0], right.sum(0, keepdim=True)])
                 moments = [m.mul_(drawn.scale / self.stats.total) for m in moments]

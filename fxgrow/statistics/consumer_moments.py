@@ -17,7 +17,7 @@ from fxgrow.statistics.conv_geometry import Window
 from fxgrow.statistics.cross_moment import patch_rows
 from fxgrow.statistics.factorisation import Factor, factor
 from fxgrow.statistics.forward_backward import BatchRecord
-from fxgrow.statistics.gram import accumulating, add_gram, matmul, mirrored
+from fxgrow.statistics.gram import accumulating, add_gram, matrix_product, mirrored
 from fxgrow.statistics.producer_consumer_path import window
 
 #: relative ridge on E[h h^T] for the projection when rows are sampled
@@ -231,7 +231,7 @@ class ConsumerMoments:
         v, z = accumulating(v), accumulating(z)
         w = self.window
         if not w.kernel:
-            return matmul(v.flatten(0, -2).mT, z.flatten(0, -2))
+            return matrix_product(v.flatten(0, -2).mT, z.flatten(0, -2))
         like = v.new_empty(1).expand(v.shape[1], z.shape[1], *w.kernel)
         gradient: Tensor = torch.ops.aten.convolution_backward(
             v, z, like, None, w.stride, w.padding, w.dilation, False, [0] * len(w.kernel), 1, (False, True, False)

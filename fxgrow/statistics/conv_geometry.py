@@ -1,8 +1,12 @@
-"""The geometry of a sliding window: a convolution's, or none for a dense layer."""
+"""The geometry of a producer, an average pool and a consumer in a row, as one virtual convolution.
+
+Along each spatial dimension the composition of two convolutions reads the producer's input like one larger convolution.
+It also reads patches where the consumer sees zero padding; the borders say which products must be subtracted again.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd, prod
 
@@ -11,13 +15,13 @@ from fxgrow.errors import ProfileError
 
 @dataclass(frozen=True)
 class Window:
-    """A convolution's geometry, one entry per spatial dimension; ``Window()`` is a dense layer.
+    """A convolution's geometry, one entry per spatial dimension; ``Window()`` is a linear layer.
 
     Attributes:
-        kernel: kernel sizes; empty for a dense layer.
-        stride: strides; left empty, all 1.
-        dilation: dilations; left empty, all 1.
-        padding: zeros on both sides; left empty, all 0.
+        kernel: kernel sizes; empty for a linear layer.
+        stride: strides; 1 by default.
+        dilation: dilations; 1 by default.
+        padding: zeros on both sides; 0 by default.
 
     Raises:
         ProfileError: the entries do not have one value per spatial dimension.
@@ -39,11 +43,11 @@ class Window:
 
     @property
     def taps(self) -> int:
-        """Number of kernel offsets (1 for a dense layer)."""
+        """Number of kernel offsets (1 for a linear layer)."""
         return prod(self.kernel)
 
     def output(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The spatial shape this window writes from an input of spatial ``shape``."""
+        """The output's spatial shape for an input of spatial ``shape``."""
         sizes = zip(shape, self.kernel, self.stride, self.dilation, self.padding, strict=True)
         return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, d, p in sizes)
 
@@ -56,7 +60,7 @@ class Strip:
         positions: output positions.
         start: first tap.
         stop: one past the last tap.
-        low: first virtual kernel entry, counted from the first tap's, that meets data.
+        low: first virtual kernel entry, counted from that of the first tap, that reads data.
         high: one past the last one.
     """
 
@@ -71,9 +75,9 @@ class Strip:
 class AxisGeometry:
     """One spatial dimension of a producer, an optional average pool and a consumer in a row.
 
-    A patch of the *read map* at position m, kernel entry i, lies at ``hop * m + dilation * i`` of the
-    padded and averaged input; the consumer at output position p, tap j, reads
-    ``m = stride * p + spread * j - padding``.
+    The consumer reads the *read map*. Entry i of the patch behind position m of this map is at ``hop * m + dilation *
+    i`` of the producer's padded and averaged input. Output position p of the consumer reads m = ``stride * p + spread *
+    j - padding`` at tap j.
 
     Attributes:
         kernel: producer kernel size.
@@ -146,29 +150,34 @@ class AxisGeometry:
         """Length of the input that the virtual convolution reads."""
         return self.jump * (self.out - 1) + self.step * (self.size(self.taps) - 1) + 1
 
-    def borders(self) -> list[Strip]:
-        """One strip for every output position where the virtual patch of a padded tap meets data.
+    def borders(self, data: range | None = None) -> list[Strip]:
+        """One strip for every output position where the virtual patch of a padded tap reads data.
 
-        The virtual convolution reads patches at padded positions too. They start outside the map but,
-        where patches overlap, end inside: those products have to be taken off again.
+        The virtual convolution reads patches at padded positions too. They start outside of the map, but where patches
+        overlap they end inside: these products have to be subtracted again.
+
+        Args:
+            data: positions of the input that are not the producer's padding; None for all.
         """
         overlap = self.reach // self.hop
-        found = []
+        strips = []
         for p in range(self.out) if overlap and self.padding else ():
             for first, last in ((-overlap, 0), (self.read, self.read + overlap)):
                 taps = [j for j in range(self.taps) if first <= self.position(p, j) < last]
                 if taps:
                     at = self.jump * p + self.gap * taps[0] - self.lead
-                    inside = [u for u in range(self.size(len(taps))) if 0 <= at + self.step * u < self.extent]
+                    entries = range(self.size(len(taps)))
+                    inside = [u for u in entries if 0 <= at + self.step * u < self.extent]
+                    inside = [u for u in inside if data is None or at + self.step * u in data]
                     if inside:
-                        found.append(Strip(slice(p, p + 1), taps[0], taps[-1] + 1, inside[0], inside[-1] + 1))
-        return found
+                        strips.append(Strip(slice(p, p + 1), taps[0], taps[-1] + 1, inside[0], inside[-1] + 1))
+        return strips
 
 
-def axes(
+def axis_geometries(
     shape: tuple[int, ...], producer: Window, consumer: Window, pool: tuple[int, ...] = ()
 ) -> tuple[AxisGeometry, ...]:
-    """The axes of a producer on spatial ``shape``, a pool of ``pool`` and a consumer.
+    """The geometry per spatial dimension of a producer on spatial ``shape``, a pool of ``pool`` and a consumer.
 
     Raises:
         ProfileError: the numbers of spatial dimensions differ, or a map would be empty.
@@ -194,23 +203,13 @@ def axes(
     )  # fmt: skip
 
 
-# The borders of a virtual convolution: where it reads patches that the consumer sees as padding.
-
-
 @lru_cache(maxsize=256)
-def strips(
+def border_strips(
     shape: tuple[int, ...], producer: Window, geometry: tuple[AxisGeometry, ...], pool: tuple[int, ...]
 ) -> tuple[tuple[Strip, ...], ...]:
-    """The borders of every axis, without the virtual kernel entries that meet only the producer's padding."""
-    found = []
+    """The borders per spatial dimension, without entries that read only the producer's padding."""
+    strips = []
     for d, axis in enumerate(geometry):
         first = producer.padding[d] - producer.stride[d] * (pool[d] - 1 if pool else 0)
-        data = range(first, producer.padding[d] + shape[d])
-        own = []
-        for strip in axis.borders():
-            at = axis.jump * strip.positions.start + axis.gap * strip.start - axis.lead
-            met = [u for u in range(strip.low, strip.high) if at + axis.step * u in data]
-            if met:
-                own.append(replace(strip, low=met[0], high=met[-1] + 1))
-        found.append(tuple(own))
-    return tuple(found)
+        strips.append(tuple(axis.borders(range(first, producer.padding[d] + shape[d]))))
+    return tuple(strips)

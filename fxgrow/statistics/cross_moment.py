@@ -1,10 +1,8 @@
-"""Second moments between what a producer reads and what a consumer is asked for.
+"""Second moments N = E[b V^T] between a producer's input patches b and a consumer's output gradient V.
 
-A producer and a consumer are sliding windows over nd spatial dimensions. With nd = 0 (dense layers)
-tensors are ``[n, T, F]`` rows; with nd >= 1 they are ``[n, C, *spatial]`` maps. Sums run over samples
-and positions; dividing by the number of samples is the caller's part.
-
-Half-precision input is accumulated in float32, everything else in its own dtype.
+A producer and a consumer are sliding windows over nd spatial dimensions. With nd = 0 (linear layers) tensors are rows
+``[n, T, F]``; with nd >= 1 they are maps ``[n, C, *spatial]``. Results are sums over samples and positions. Half
+precision is accumulated in float32.
 """
 
 from __future__ import annotations
@@ -19,27 +17,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fxgrow.errors import ProfileError
-from fxgrow.statistics.conv_geometry import AxisGeometry, Strip, Window, axes, strips
-from fxgrow.statistics.gram import accumulating, matmul
+from fxgrow.statistics.conv_geometry import AxisGeometry, Strip, Window, axis_geometries, border_strips
+from fxgrow.statistics.gram import accumulating, matrix_product
 
 __all__ = ["Window", "coverage", "cross_moment", "patch_rows", "patches"]
 
 
 def patches(x: Tensor, window: Window, bias: bool = False) -> Tensor:
-    """Every patch a window sees, in the feature order of ``weight.flatten(1)``.
+    """Every patch that a window reads, in the feature order of ``weight.flatten(1)``.
 
     Args:
-        x: ``[n, C, *S]``, or ``[n, T, F]`` for a dense window.
+        x: ``[n, C, *S]``, or ``[n, T, F]`` for a linear layer.
         window: the geometry.
         bias: append a feature that is 1.
 
     Returns:
-        ``[n, positions, C * prod(kernel) (+ 1)]`` (dense: ``[n, T, F (+ 1)]``).
+        ``[n, positions, C * prod(kernel) (+ 1)]`` (linear: ``[n, T, F (+ 1)]``).
     """
     x = accumulating(x)
     nd = len(window.kernel)
     if nd:
-        read = axes(tuple(x.shape[2:]), window, Window((1,) * nd))
+        read = axis_geometries(tuple(x.shape[2:]), window, Window((1,) * nd))
         x = _unfold(_place(x, window.padding, [a.extent for a in read]), read)
     return F.pad(x, (0, 1), value=1.0) if bias else x
 
@@ -51,12 +49,12 @@ def patch_rows(
     bias: bool = False,
     pool: tuple[int, ...] = (),
 ) -> Tensor:
-    """Chosen patches: ``patches(...).flatten(0, 1)[chosen]`` without making them all.
+    """Chosen patches: ``patches(...).flatten(0, 1)[chosen]``, without forming the others.
 
     Args:
-        x: ``[n, C, *S]``, or ``[n, T, F]`` for a dense window.
+        x: ``[n, C, *S]``, or ``[n, T, F]`` for a linear layer.
         window: the geometry.
-        chosen: ``[m]`` int64, flat index into samples and positions of the window's output map (with ``pool``: of the
+        chosen: ``[m]`` int64, flat index into samples and positions of the window's output map (with ``pool``: the
             pooled map); None for all.
         bias: append a feature that is 1.
         pool: window = stride of an average pool after the producer; a row is then the mean patch.
@@ -68,9 +66,9 @@ def patch_rows(
         rows = accumulating(x.flatten(0, 1) if chosen is None else x.flatten(0, 1).index_select(0, chosen))
         return F.pad(rows, (0, 1), value=1.0) if bias else rows
     nd = len(window.kernel)
-    read = axes(tuple(x.shape[2:]), window, Window((1,) * nd), pool)
+    read = axis_geometries(tuple(x.shape[2:]), window, Window((1,) * nd), pool)
     x = _averaged(accumulating(x), window, read, pool)
-    # Channels last: one gathered cell is C neighbouring numbers, not C strided ones.
+    # channels last: one gathered cell is C consecutive numbers
     cells = x.movedim(1, -1).reshape(-1, x.shape[1])
     sizes = tuple(a.read for a in read)
     if chosen is None:
@@ -96,16 +94,15 @@ def cross_moment(
 ) -> Tensor:
     """Sum over samples and output positions p of b(p + tap) v(p)^T, zero where the tap is padding.
 
-    This is E[b V^T] of TINY (Verbockhaven et al. 2024, the matrix N before the projection), times the
-    number of samples. Between convolutions it is computed as the weight gradient of one virtual
-    convolution from the producer's input to the consumer's output, less the border terms, or tap by tap
-    on small maps.
+    This is the number of samples times E[b V^T] (the matrix N of TINY, arXiv 2405.19816, before the projection).
+    Between convolutions it is computed as the weight gradient of one virtual convolution from the producer's input to
+    the consumer's output, less the border terms, or tap by tap on small maps.
 
     Args:
-        x: the producer's input, ``[n, C, *S]`` (dense: ``[n, T, F]``).
-        v: at the consumer's output, ``[n, O, *R]`` (dense: ``[n, T, O]``).
+        x: the producer's input, ``[n, C, *S]`` (linear: ``[n, T, F]``).
+        v: V, minus the gradient at the consumer's output, ``[n, O, *R]`` (linear: ``[n, T, O]``).
         producer: the producer's geometry.
-        consumer: the consumer's geometry, over the map that the producer (and the pool) writes.
+        consumer: the consumer's geometry, over the output of the producer and the pool.
         bias: the producer has a bias: one more feature that is 1.
         pool: window = stride of an average pool between the two, empty for none.
 
@@ -119,32 +116,31 @@ def cross_moment(
     if not producer.kernel:
         x, v = x.flatten(0, -2), v.flatten(0, -2)
         moment = x.new_empty(x.shape[1] + bias, v.shape[1])
-        matmul(x.mT, v, out=moment[: x.shape[1]])
+        matrix_product(x.mT, v, out=moment[: x.shape[1]])
         if bias:
             torch.sum(v, 0, out=moment[-1])
         return moment.unsqueeze(1)
-    geometry = axes(tuple(x.shape[2:]), producer, consumer, pool)
+    geometry = axis_geometries(tuple(x.shape[2:]), producer, consumer, pool)
     if tuple(v.shape[2:]) != tuple(a.out for a in geometry):
         raise ProfileError(f"v has positions {tuple(v.shape[2:])}, the consumer {[a.out for a in geometry]}")
     placed = _averaged(x, producer, geometry, pool)
     if _tap_is_cheaper(geometry):
         moment = _by_tap(placed, v, geometry)
     else:
-        borders = strips(tuple(x.shape[2:]), producer, geometry, pool)
+        borders = border_strips(tuple(x.shape[2:]), producer, geometry, pool)
         moment = _virtual(placed, v, geometry, borders, None if pool else (x, producer.padding))
     return torch.cat([moment, _tap_sums(v, geometry)[None]]) if bias else moment
 
 
 @lru_cache(maxsize=256)
 def coverage(read_shape: tuple[int, ...], consumer: Window) -> Tensor:
-    """How many of the consumer's windows cover each position of the map it reads.
+    """How many of the consumer's windows cover each position of the map that it reads.
 
     Returns:
-        int64 ``read_shape``: the weight of each position in S as published, where a patch counts once for
-        every window that covers it.
+        int64 ``[*read_shape]``: the weight of each position in S of TINY, where a patch counts once per window.
     """
     total = torch.ones((), dtype=torch.long)
-    for axis in axes(read_shape, Window((1,) * len(read_shape)), consumer):
+    for axis in axis_geometries(read_shape, Window((1,) * len(read_shape)), consumer):
         count = torch.zeros(axis.read, dtype=torch.long)
         for tap in range(axis.taps):
             for p in axis.inside(tap):
@@ -154,7 +150,7 @@ def coverage(read_shape: tuple[int, ...], consumer: Window) -> Tensor:
 
 
 def _place(x: Tensor, lead: Sequence[int], length: Sequence[int]) -> Tensor:
-    """Put the map ``lead`` cells into zeros of size ``length``, cutting off what reaches further."""
+    """Pads the map with ``lead`` zeros in front and to size ``length``, cropping what reaches further."""
     pads: list[int] = []
     for dim, (before, total) in enumerate(zip(lead, length, strict=True), start=2):
         x = x.narrow(dim, 0, max(0, min(x.shape[dim], total - before)))
@@ -163,7 +159,7 @@ def _place(x: Tensor, lead: Sequence[int], length: Sequence[int]) -> Tensor:
 
 
 def _averaged(x: Tensor, producer: Window, geometry: tuple[AxisGeometry, ...], pool: tuple[int, ...]) -> Tensor:
-    """The producer's padded input, averaged: the patch at a read position is the mean patch of its pool."""
+    """The producer's padded input, averaged so that the patch at a read position is the mean patch of its pool."""
     pool = pool or (1,) * len(geometry)
     strides = producer.stride
     margin = [s * (r - 1) for s, r in zip(strides, pool, strict=True)]
@@ -176,7 +172,7 @@ def _averaged(x: Tensor, producer: Window, geometry: tuple[AxisGeometry, ...], p
 
 
 def _unfold(x: Tensor, geometry: tuple[AxisGeometry, ...]) -> Tensor:
-    """All patches of the read map: ``[n, *extent]`` maps to ``[n, positions, C * prod(kernel)]``."""
+    """All patches of the read map, ``[n, positions, C * prod(kernel)]``."""
     nd = len(geometry)
     for dim, axis in enumerate(geometry, start=2):
         x = x.unfold(dim, axis.reach + 1, axis.hop)[..., :: axis.dilation]
@@ -186,16 +182,16 @@ def _unfold(x: Tensor, geometry: tuple[AxisGeometry, ...]) -> Tensor:
 
 @lru_cache(maxsize=256)
 def _tap_is_cheaper(geometry: tuple[AxisGeometry, ...]) -> bool:
-    """Whether the plain sum tap by tap needs less time than the virtual convolution with its borders."""
+    """Whether the sum tap by tap is faster than the virtual convolution with its borders."""
     plain = prod(a.kernel * sum(len(a.inside(j)) for j in range(a.taps)) for a in geometry)
     full = prod(a.size(a.taps) * a.out for a in geometry)
     padded = prod(a.size(a.taps) * a.out + sum(s.high - s.low for s in a.borders()) for a in geometry)
-    # Multiply-adds per channel pair, weighed by the time each takes (measured on a CPU).
+    # multiply-adds per channel pair, weighted by their measured time on a CPU
     return 2 * plain < full + 2.5 * (padded - full)
 
 
 def _by_tap(x: Tensor, v: Tensor, geometry: tuple[AxisGeometry, ...]) -> Tensor:
-    """One product per tap, over exactly the positions where the tap is not padding."""
+    """One product per tap, over the positions where the tap is not padding."""
     nd = len(geometry)
     b: Tensor = _unfold(x, geometry).unflatten(1, [a.read for a in geometry])
     v = v.movedim(1, -1)
@@ -224,18 +220,18 @@ def _virtual(
 
     Args:
         x: the producer's input, padded and averaged.
-        v: at the consumer's output.
-        geometry: the axes.
-        borders: the borders of every axis.
-        raw: the producer's input before padding, and its padding, when nothing was averaged.
+        v: V at the consumer's output.
+        geometry: per spatial dimension.
+        borders: per spatial dimension.
+        raw: the producer's input before padding, and its padding, if there is no pool.
     """
     nd, channels = len(geometry), x.shape[1]
     padding = _implicit_padding(*raw, geometry) if raw else None
     every = [Strip(slice(0, a.out), 0, a.taps, 0, a.size(a.taps)) for a in geometry]
     choices = [[full, *own] for full, own in zip(every, borders, strict=True)]
-    # O stays the innermost dimension everywhere, so that every sum runs along it.
+    # O is the innermost dimension throughout, so that every sum runs along it
     moment = x.new_empty(channels, *(a.kernel for a in geometry), *(a.taps for a in geometry), v.shape[1])
-    # A choice per dimension: all positions, or one border position with the taps that are padding there.
+    # per dimension: all positions, or one border position with the taps that are padding there
     for choice in product(*choices):
         cut = sum(strip is not full for strip, full in zip(choice, every, strict=True))
         vs, xs, target = v, x, moment
@@ -261,7 +257,7 @@ def _virtual(
 
 
 def _offsets(weight: Tensor, strips: tuple[Strip, ...], geometry: tuple[AxisGeometry, ...]) -> Tensor:
-    """Read the virtual kernel ``[*kernel, C, O]`` at each tap and entry: a ``[C, *entry, *tap, O]`` view."""
+    """The virtual kernel ``[*kernel, C, O]`` at each tap and entry, as a view ``[C, *entry, *tap, O]``."""
     taps = [s.stop - s.start for s in strips]
     pads = [n for s, a, t in zip(strips, geometry, taps, strict=True) for n in (a.size(t) - s.high, s.low)]
     weight = F.pad(weight, [0, 0, 0, 0, *reversed(pads)]) if any(pads) else weight
@@ -272,9 +268,9 @@ def _offsets(weight: Tensor, strips: tuple[Strip, ...], geometry: tuple[AxisGeom
 
 
 def _implicit_padding(x: Tensor, padding: tuple[int, ...], geometry: tuple[AxisGeometry, ...]) -> list[int] | None:
-    """Symmetric padding with which the virtual convolution can read x itself, None where it cannot.
+    """Symmetric padding with which the virtual convolution can read x itself, None where there is none.
 
-    Kernels skip padding they are told of; copied zeros cost up to twice the time.
+    Convolution kernels skip such padding; with explicit zeros they take up to twice the time.
     """
     total = [p + axis.lead for p, axis in zip(padding, geometry, strict=True)]
     for size, before, pad, axis in zip(x.shape[2:], padding, total, geometry, strict=True):
@@ -291,7 +287,7 @@ def _weight_gradient(
     nd = len(kernel)
     long = [d for d in range(nd) if v.shape[2 + d] > 1]
     if len(long) > 1 or nd == len(long):
-        # A dimension with one position is no convolution: its offsets are more channels.
+        # a dimension with one position needs no convolution: its offsets become channels
         flat = [d for d in range(nd) if d not in long]
         cut = tuple(slice(None, None, geometry[d].step if d in flat else 1) for d in range(nd))
         x = x[(slice(None), slice(None), *cut)].permute(0, *(2 + d for d in flat), 1, *(2 + d for d in long))
@@ -305,7 +301,7 @@ def _weight_gradient(
         weight = weight.unflatten(1, (*(kernel[d] for d in flat), -1))
         order = [1 + flat.index(d) if d in flat else 2 + len(flat) + long.index(d) for d in range(nd)]
         return weight.permute(*order, 1 + len(flat), 0).contiguous()
-    # A strip: so few positions that unfolding and one product win. Channels last, to copy runs of C.
+    # a strip has so few positions that unfolding and one product are faster; channels last, to copy runs of C
     x = x.movedim(1, -1).contiguous()
     for d, axis in enumerate(geometry):
         x = x.unfold(1 + d, axis.step * (kernel[d] - 1) + 1, axis.jump)[..., :: axis.step]
@@ -314,7 +310,7 @@ def _weight_gradient(
 
 
 def _tap_sums(v: Tensor, geometry: tuple[AxisGeometry, ...]) -> Tensor:
-    """The row of the feature that is 1: per tap, the sum of v where the tap is not padding."""
+    """The row of the feature that is 1, ``[taps, O]``: per tap, the sum of v where the tap is not padding."""
     total = v.sum(0)
     for axis in geometry:
         valid = total.new_zeros(axis.out, axis.taps)

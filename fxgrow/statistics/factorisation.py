@@ -1,7 +1,6 @@
-"""From second moments to new units: factors, the whitened SVD and the best update.
+"""Factored second moments: Cholesky, eigen-decomposition or Woodbury identity, with a relative ridge.
 
-Matrices are sums or means; nothing here depends on which, beyond the scale of what comes out. Every ridge
-and every threshold is relative, so that scaling the loss scales the results and changes no decision.
+Every ridge and threshold is relative, so that scaling the loss scales the results and changes no decision.
 """
 
 from __future__ import annotations
@@ -14,10 +13,7 @@ import torch
 from torch import Tensor
 
 from fxgrow.errors import ProfileError
-from fxgrow.statistics.gram import accumulating, add_gram, gram, matmul
-
-EXACT = {torch.float64: 320, torch.float32: 128}  # up to so many rows or columns, all singular values are computed
-DROP = 1e-6  # singular values below this part of the largest are dropped: such units have no variance
+from fxgrow.statistics.gram import accumulating, add_gram, gram, matrix_product
 
 
 class Factor(Protocol):
@@ -34,7 +30,7 @@ class Factor(Protocol):
 
 
 @dataclass(frozen=True)
-class Cholesky:
+class CholeskyFactor:
     """A positive definite matrix by its lower triangle ``[P, P]``."""
 
     lower: Tensor
@@ -58,8 +54,8 @@ class Cholesky:
 
 
 @dataclass(frozen=True)
-class Spectral:
-    """A singular matrix by the eigenvectors ``[P, r]`` and roots ``[r]`` of its eigenvalues that count."""
+class EigenFactor:
+    """A singular matrix by its eigenvectors ``[P, r]`` and the roots ``[r]`` of its non-zero eigenvalues."""
 
     vectors: Tensor
     roots: Tensor
@@ -78,10 +74,10 @@ class Spectral:
 
 
 @dataclass(frozen=True)
-class Dual:
+class WoodburyFactor:
     """scale * rows^T rows + eps I with fewer rows than features, by the factored ``[m, m]`` Gram of the rows.
 
-    (A + eps)^-1 = (1 - rows^T (rows rows^T + eps / scale)^-1 rows) / eps (Woodbury). It can only solve.
+    (A + eps)^-1 = (1 - rows^T (rows rows^T + eps / scale)^-1 rows) / eps (Woodbury identity). It can only solve.
     """
 
     rows: Tensor
@@ -90,29 +86,29 @@ class Dual:
 
     def solve(self, right: Tensor) -> Tensor:
         """See `Factor.solve`."""
-        return (right - matmul(self.rows.mT, self.inner.solve(matmul(self.rows, right)))) / self.eps
+        return (right - matrix_product(self.rows.mT, self.inner.solve(matrix_product(self.rows, right)))) / self.eps
 
     def whiten(self, right: Tensor) -> Tensor:
         """Not available.
 
         Raises:
-            NotImplementedError: always; a root would cost the P x P matrix that the dual avoids.
+            NotImplementedError: always; a root needs the P x P matrix that is avoided here.
         """
-        raise NotImplementedError("a dual factor has no root: use solve")
+        raise NotImplementedError("a Woodbury factor has no root: use solve")
 
     unwhiten = whiten
 
 
 def factor(A: Tensor | None = None, rows: Tensor | None = None, scale: float = 1.0, ridge: float = 0.0) -> Factor:
-    """Factor A + eps I, eps = ridge * trace(A) / P.
+    """Factors A + eps I, eps = ridge * trace(A) / P.
 
-    Cholesky where it is safe. A matrix that is singular to working precision (with ``ridge=0``: too few
-    samples, a dead feature) gets the eigen-decomposition and acts as its pseudo-inverse.
+    The result is a Cholesky factor where that is safe. A matrix that is singular to working precision (too few samples
+    or a dead feature, with ``ridge=0``) gets an eigen-decomposition, which solves with the pseudo-inverse.
 
     Args:
-        A: symmetric positive semi-definite ``[P, P]``, of which the upper triangle is read.
-        rows: instead of A: ``[m, P]``, A = scale * rows^T rows. With m < P and a ridge, the m x m dual is
-            factored.
+        A: symmetric positive semi-definite ``[P, P]``; only the upper triangle is read.
+        rows: instead of A: ``[m, P]``, A = scale * rows^T rows. With m < P and a ridge, the m x m Gram matrix of the
+            rows is factored.
         scale: see ``rows``.
         ridge: relative ridge.
 
@@ -123,7 +119,7 @@ def factor(A: Tensor | None = None, rows: Tensor | None = None, scale: float = 1
     if rows is not None and ridge > 0 and rows.shape[0] < rows.shape[1]:
         eps = ridge * scale * torch.linalg.vector_norm(rows).item() ** 2 / rows.shape[1]
         if eps > 0:
-            return Dual(rows, _factored(add_gram(None, rows.mT), eps / scale), eps)
+            return WoodburyFactor(rows, _factored(add_gram(None, rows.mT), eps / scale), eps)
     if rows is not None:
         A = gram(rows) * scale
     if A is None:
@@ -142,31 +138,15 @@ def _factored(A: Tensor, eps: float) -> Factor:
     lower = A.clone(memory_format=torch.contiguous_format).mT
     lower.diagonal().add_(eps)
     failed = torch.linalg.cholesky_ex(lower, out=(lower, A.new_empty(0, dtype=torch.int))).info
-    # Without a ridge, a pivot at rounding level is noise that the inverse would blow up.
+    # without a ridge, a pivot at rounding level is noise that the inverse would amplify
     safe = eps > 0 or bool((lower.diagonal().square() > noise * A.diagonal()).all())
     if not failed and safe:
-        return Cholesky(lower)
+        return CholeskyFactor(lower)
     # in float64: LAPACK's float32 eigensolver does not always converge on a singular matrix
     shifted = A.double() + eps * torch.eye(len(A), dtype=torch.float64, device=A.device)
     values, vectors = (t.to(A.dtype) for t in torch.linalg.eigh(shifted, UPLO="U"))
     keep = values > noise * values[-1:].clamp_min(0)
-    return Spectral(vectors[:, keep], values[keep].sqrt())
-
-
-def best_update(M: Tensor, vh: Tensor, ridge: float = 0.0) -> Tensor:
-    """The best move of the weights that exist, dW* = E[V h^T] (M + eps)^-1.
-
-    TINY (Verbockhaven et al. 2024) has the pseudo-inverse, which is ``ridge=0``.
-
-    Args:
-        M: E[h h^T], ``[H, H]``.
-        vh: E[V h^T], ``[O, H]``.
-        ridge: relative ridge on M.
-
-    Returns:
-        ``[O, H]``.
-    """
-    return factor(M, ridge=ridge).solve(vh.mT).mT
+    return EigenFactor(vectors[:, keep], values[keep].sqrt())
 
 
 def bottleneck(vv_trace: float, vh: Tensor, update: Tensor) -> float:
@@ -175,17 +155,9 @@ def bottleneck(vv_trace: float, vh: Tensor, update: Tensor) -> float:
     Args:
         vv_trace: E|V|^2.
         vh: E[V h^T], ``[O, H]``.
-        update: dW*, see `best_update`, ``[O, H]``.
+        update: dW* = E[V h^T] (M + eps)^-1, ``[O, H]``.
 
     Returns:
-        What no move of the existing weights can express, not negative.
+        The part of E|V|^2 that no update of the existing weights can express, not negative.
     """
     return max(0.0, float(vv_trace) - (vh * update).sum().item())
-
-
-def decrease(s: float, q: float) -> tuple[float, float]:
-    """Predicted decrease p = max(s, 0)^2 / (2 q) and the scale gamma = s / q that reaches it.
-
-    Without curvature (q = 0) nothing can be predicted: (0, 0).
-    """
-    return (max(s, 0.0) ** 2 / (2 * q), s / q) if q > 0 else (0.0, 0.0)

@@ -1,27 +1,27 @@
-"""Second moments of rows: symmetric, formed block by block, in float32 or better; products with few columns."""
+"""Second moments of rows, formed block by block in float32 or float64, and products of narrow matrices."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-#: side of the blocks: a multiple of what matrix products are tiled by
+#: side of the blocks: a multiple of the tiles of matrix products
 BLOCK = 128
-#: products with fewer columns are formed as their transpose: BLAS takes up to ten times as long the other way round
+#: products with fewer columns are formed as their transpose: without it BLAS takes up to ten times as long
 NARROW = 16
 
 
 def accumulating(x: Tensor) -> Tensor:
-    """Half precision becomes float32, in which sums are formed; float32 and float64 stay."""
+    """The tensor in the dtype of sums: float32 for half precision, otherwise as it is."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
-    """The product of two matrices."""
+def matrix_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    """The product of two matrices ``[m, k]`` and ``[k, n]``."""
     if b.shape[1] >= NARROW:
         return torch.mm(a, b, out=out)
-    found = (b.mT @ a.mT).mT
-    return found if out is None else out.copy_(found)
+    product = (b.mT @ a.mT).mT
+    return product if out is None else out.copy_(product)
 
 
 def gram(rows: Tensor, weight: Tensor | None = None, bias: bool = False) -> Tensor:
@@ -41,7 +41,7 @@ def gram(rows: Tensor, weight: Tensor | None = None, bias: bool = False) -> Tens
 def add_gram(
     total: Tensor | None, rows: Tensor, weight: Tensor | None = None, bias: bool = False, scale: float = 1.0
 ) -> Tensor:
-    """Adds ``scale * gram(rows, weight, bias)`` to the upper triangle of ``total``, the only part that counts."""
+    """Adds ``scale * gram(rows, weight, bias)`` to the upper triangle of ``total``; the rest is unspecified."""
     rows = accumulating(rows)
     ones = None
     if weight is not None:
@@ -51,7 +51,7 @@ def add_gram(
     beta = 1.0
     if total is None:
         total, beta = rows.new_zeros(size + bias, size + bias), 0.0
-    # BLAS' symmetric product is not exposed; the upper block triangle alone is little more than half the work.
+    # torch does not expose BLAS' symmetric product; the upper block triangle is little more than half the work
     for low in range(0, size, BLOCK):
         high = min(low + BLOCK, size)
         here = total[low:high, low:size]
@@ -63,7 +63,7 @@ def add_gram(
 
 
 def mirrored(upper: Tensor) -> Tensor:
-    """The symmetric matrix with this upper triangle, in place."""
+    """Copies the upper triangle to the lower one, in place."""
     size = len(upper)
     for low in range(0, size, BLOCK):
         high = min(low + BLOCK, size)

@@ -10,16 +10,17 @@ import torch
 from torch import Tensor
 
 from fxgrow.errors import ProfileError
-from fxgrow.statistics.factorisation import (
-    DROP,
-    EXACT,
-    Dual,
-    Factor,
-)
+from fxgrow.statistics.factorisation import Factor, WoodburyFactor
 from fxgrow.statistics.gram import gram
 
-SWEEPS = {torch.float64: 12, torch.float32: 8}  # applications of the operator above that: to working precision
-SMALL = 512  # up to so many columns, N^T S^-1 N is formed once rather than applied in every sweep
+#: with at most this many rows or columns, all singular values are computed
+EXACT = {torch.float64: 320, torch.float32: 128}
+#: singular values below this fraction of the largest are dropped: such units have no variance
+DROP = 1e-6
+#: applications of the operator to a larger matrix, to reach working precision
+SWEEPS = {torch.float64: 12, torch.float32: 8}
+#: with at most this many columns, N^T S^-1 N is formed once and not applied in every sweep
+SMALL = 512
 OVERSAMPLING = 8
 
 
@@ -30,7 +31,7 @@ class Units:
     Attributes:
         alpha: ``[P, k]`` incoming weights.
         omega: per consumer, ``[k, taps, O]`` outgoing weights.
-        values: ``[r]`` singular values, r >= k: all that count where all were computed, else the first k.
+        values: ``[r]`` singular values lambda, r >= k: all above `DROP` where all were computed, else the first k.
     """
 
     alpha: Tensor
@@ -46,7 +47,7 @@ def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int, s
     alpha solves N G^-1 N^T alpha = lambda^2 S alpha.
 
     Args:
-        blocks: per consumer ``[P, taps, O]``, the matrix N = E[b V^T] after the projection.
+        blocks: per consumer ``[P, taps, O]``, the matrix N = E[b V^T] less what dW* expresses.
         s: factor of S.
         g: per consumer the factor of its G ``[O, O]``, None for the identity.
         k: largest number of units.
@@ -54,7 +55,7 @@ def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int, s
 
     Returns:
         At most k units: singular values up to 1e-6 of the largest are dropped. The sign of a unit makes the
-        entry of alpha with the largest magnitude positive; the outcome is the same at every call.
+        entry of alpha with the largest magnitude positive; results are deterministic.
 
     Raises:
         ProfileError: N holds NaN or infinity.
@@ -62,11 +63,11 @@ def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int, s
     if not all(math.isfinite(block.sum()) for block in blocks):
         raise ProfileError("the moment of inputs and gradients holds NaN or infinity: look for a non-finite loss")
     matrix = _Columns(blocks, g)
-    if not isinstance(s, Dual) and min(matrix.shape) <= EXACT[matrix.dtype]:
-        u, values, wt = torch.linalg.svd(s.whiten(matrix.whole()), full_matrices=False)
+    if not isinstance(s, WoodburyFactor) and min(matrix.shape) <= EXACT[matrix.dtype]:
+        u, values, wt = torch.linalg.svd(s.whiten(matrix.dense()), full_matrices=False)
         values = values[values > DROP * values[:1]]
-        found = min(k, len(values))
-        alpha, right = s.unwhiten(u[:, :found]) * values[:found].sqrt(), wt[:found].mT
+        kept = min(k, len(values))
+        alpha, right = s.unwhiten(u[:, :kept]) * values[:kept].sqrt(), wt[:kept].mT
     else:
         alpha, right, values = _by_columns(matrix, s, k, sweeps or SWEEPS[matrix.dtype])
     largest = alpha.abs().argmax(0, keepdim=True) if alpha.numel() else alpha.new_zeros(1, 0).long()
@@ -76,17 +77,17 @@ def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int, s
 
 
 class _Columns:
-    """N G^(-1/2) over all blocks, `[P, c]`, by its products: to form it costs more than a few of them."""
+    """The matrix N G^(-1/2) over all blocks, `[P, c]`, as an operator: forming it costs more than a few products."""
 
     def __init__(self, blocks: list[Tensor], g: list[Factor] | None) -> None:
         self.blocks, self.g = blocks, g
-        #: entries of each tap once G has whitened them
+        #: per block, columns of each tap: the rank of G
         self.ranks = [len(g[i].whiten(b[0].mT[:, :0])) if g else b.shape[2] for i, b in enumerate(blocks)]
         self.sizes = [b.shape[1] * r for b, r in zip(blocks, self.ranks, strict=True)]
         self.shape = len(blocks[0]), sum(self.sizes)
         self.dtype, self.device = blocks[0].dtype, blocks[0].device
 
-    def whole(self) -> Tensor:
+    def dense(self) -> Tensor:
         """The matrix itself."""
         columns = [(_on_columns(b, self.g[i].whiten) if self.g else b).flatten(1) for i, b in enumerate(self.blocks)]
         return torch.cat(columns, 1) if len(columns) > 1 else columns[0]
@@ -94,28 +95,28 @@ class _Columns:
     def parts(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The blocks, and G^(-T/2) x for the rows of x that belong to each."""
         out = []
-        for i, (block, own) in enumerate(zip(self.blocks, x.split(self.sizes), strict=True)):
+        for i, (block, part) in enumerate(zip(self.blocks, x.split(self.sizes), strict=True)):
             if self.g:
                 # [taps, O, w]: G acts on O
                 taps = block.shape[1]
-                own = self.g[i].unwhiten(own.unflatten(0, (taps, self.ranks[i])).transpose(0, 1).flatten(1))
-                own = own.unflatten(1, (taps, x.shape[1])).transpose(0, 1).flatten(0, 1)
-            out.append((block, own))
+                part = self.g[i].unwhiten(part.unflatten(0, (taps, self.ranks[i])).transpose(0, 1).flatten(1))
+                part = part.unflatten(1, (taps, x.shape[1])).transpose(0, 1).flatten(0, 1)
+            out.append((block, part))
         return out
 
     def times(self, x: Tensor) -> Tensor:
         """The matrix times `[c, w]`."""
-        return sum((b.flatten(1) @ own for b, own in self.parts(x)), x.new_zeros(()))
+        return sum((b.flatten(1) @ part for b, part in self.parts(x)), x.new_zeros(()))
 
     def transposed_times(self, y: Tensor) -> Tensor:
         """Its transpose times `[P, w]`."""
         columns = []
         for i, block in enumerate(self.blocks):
-            own = block.flatten(1).mT @ y
+            part = block.flatten(1).mT @ y
             if self.g:
-                own = self.g[i].whiten(own.unflatten(0, block.shape[1:]).transpose(0, 1).flatten(1))
-                own = own.unflatten(1, (block.shape[1], y.shape[1])).transpose(0, 1).flatten(0, 1)
-            columns.append(own)
+                part = self.g[i].whiten(part.unflatten(0, block.shape[1:]).transpose(0, 1).flatten(1))
+                part = part.unflatten(1, (block.shape[1], y.shape[1])).transpose(0, 1).flatten(0, 1)
+            columns.append(part)
         return torch.cat(columns)
 
 
@@ -128,18 +129,18 @@ def _on_columns(block: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
 def _by_columns(columns: _Columns, s: Factor, k: int, sweeps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Top singular triples from S^-1 alone, as eigenvectors of N^T S^-1 N ``[c, c]``.
 
-    With many columns by a block Krylov space (Musco and Musco 2015, algorithm 2): the block subspace
-    iteration that keeps what it has seen, which costs the same products and converges in far fewer.
+    With many columns by a block Krylov space (Musco and Musco 2015, algorithm 2): a block subspace iteration that
+    keeps all its blocks, which needs the same products per sweep and far fewer sweeps.
     """
     count, dtype = columns.shape[1], columns.dtype
     width = min(k + OVERSAMPLING, count)
-    whole = count <= EXACT[dtype] or width * sweeps >= count
+    exact = count <= EXACT[dtype] or width * sweeps >= count
     white = product = None
-    #: S^-1 N G^(-T/2) of the basis that eigenvectors are found in
+    #: S^-1 N G^(-T/2) times the basis
     solved: list[Tensor] = []
-    if whole or (sweeps >= SWEEPS[dtype] and count <= SMALL and not isinstance(s, Dual)):
-        matrix = columns.whole()
-        white = None if isinstance(s, Dual) or count > SMALL else s.whiten(matrix)
+    if exact or (sweeps >= SWEEPS[dtype] and count <= SMALL and not isinstance(s, WoodburyFactor)):
+        matrix = columns.dense()
+        white = None if isinstance(s, WoodburyFactor) or count > SMALL else s.whiten(matrix)
         if white is None:
             solved.append(s.solve(matrix))
         product = matrix.mT @ solved[0] if white is None else gram(white)
@@ -151,7 +152,7 @@ def _by_columns(columns: _Columns, s: Factor, k: int, sweeps: int) -> tuple[Tens
         solved.append(s.solve(columns.times(x)))
         return columns.transposed_times(solved[-1])
 
-    if whole and product is not None:
+    if exact and product is not None:
         squares, inside = torch.linalg.eigh((product + product.mT) / 2)
         basis = None
     else:
@@ -168,11 +169,11 @@ def _by_columns(columns: _Columns, s: Factor, k: int, sweeps: int) -> tuple[Tens
         squares, inside = torch.linalg.eigh((small + small.mT) / 2)
         squares, inside = squares[-k:], inside[:, -k:]
     squares, inside = squares.flip(0), inside.flip(1)
-    # Squared, rounding hides more of the tail than DROP does.
+    # squaring hides more of the tail in rounding than DROP does
     noise = max(DROP**2, count * torch.finfo(dtype).eps)
     values = squares[squares > noise * squares[:1].clamp_min(0)].sqrt()
-    found = min(k, len(values))
-    inside = inside[:, :found]
+    kept = min(k, len(values))
+    inside = inside[:, :kept]
     right = inside if basis is None else basis @ inside
     alpha = torch.cat(solved, 1) @ inside if white is None else s.unwhiten(white @ right)
-    return alpha / values[:found].sqrt(), right, values
+    return alpha / values[:kept].sqrt(), right, values

@@ -16,7 +16,7 @@ from fxgrow.axes.axes import length
 from fxgrow.statistics.consumer_moments import some_rows
 from fxgrow.statistics.cross_moment import coverage, cross_moment, patch_rows
 from fxgrow.statistics.factorisation import Factor, factor
-from fxgrow.statistics.gram import accumulating, add_gram, matmul, mirrored
+from fxgrow.statistics.gram import accumulating, add_gram, matrix_product, mirrored
 from fxgrow.statistics.producer_consumer_path import ConvPath, gradient_map, producer_map
 
 
@@ -86,7 +86,7 @@ class WidthMoments:
     def mean_squares(self, alpha: Tensor) -> Tensor:
         """E[(alpha^T b)^2] over what is read, for every column of alpha."""
         if self.few:
-            return matmul(self._sampled(), alpha).square().sum(0) / self.readings
+            return matrix_product(self._sampled(), alpha).square().sum(0) / self.readings
         return (alpha * (self.second_moment @ alpha)).sum(0) / self.readings
 
     def _sampled(self) -> Tensor:

@@ -12,11 +12,10 @@ import torch.nn.functional as F
 from hypothesis import assume, given, settings
 from torch import Tensor
 
+import fxgrow.statistics.cross_moment
 from fxgrow.errors import ProfileError
-from fxgrow.statistics import cross_moment as _moments
-from fxgrow.statistics.conv_geometry import axes
+from fxgrow.statistics.conv_geometry import axis_geometries
 from fxgrow.statistics.cross_moment import Window, coverage, cross_moment, patch_rows, patches
-from fxgrow.statistics.gram import gram
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -70,13 +69,13 @@ def cases(draw: st.DrawFn) -> tuple[tuple[int, ...], Window, Window, tuple[int, 
 @given(case=cases(), bias=st.booleans())
 def test_cross_moment_is_the_sum_over_positions_and_taps(path: str, case: tuple, bias: bool) -> None:  # type: ignore[type-arg]
     shape, producer, consumer, pool = case
-    geometry = axes(shape, producer, consumer, pool)
+    geometry = axis_geometries(shape, producer, consumer, pool)
     generator = torch.Generator().manual_seed(sum(shape))
     x = torch.randn(2, 2, *shape, dtype=torch.float64, generator=generator)
     v = torch.randn(2, 3, *(a.out for a in geometry), dtype=torch.float64, generator=generator)
     with pytest.MonkeyPatch.context() as patch:
         if path != "chosen":
-            patch.setattr(_moments, "_tap_is_cheaper", lambda _: path == "tap")
+            patch.setattr(fxgrow.statistics.cross_moment, "_tap_is_cheaper", lambda _: path == "tap")
         got = cross_moment(x, v, producer, consumer, bias, pool)
     want = naive(x, v, producer, consumer, bias, pool)
     assert got.shape == want.shape
@@ -96,8 +95,8 @@ def test_cross_moment_is_the_sum_over_positions_and_taps(path: str, case: tuple,
 def test_the_cheaper_way_is_chosen_and_right(
     shape: tuple[int, ...], producer: Window, consumer: Window, pool: tuple[int, ...], tap: bool
 ) -> None:
-    geometry = axes(shape, producer, consumer, pool)
-    assert _moments._tap_is_cheaper(geometry) == tap
+    geometry = axis_geometries(shape, producer, consumer, pool)
+    assert fxgrow.statistics.cross_moment._tap_is_cheaper(geometry) == tap
     x, v = torch.randn(3, 4, *shape).double(), torch.randn(3, 5, *(a.out for a in geometry)).double()
     got = cross_moment(x, v, producer, consumer, True, pool)
     torch.testing.assert_close(got, naive(x, v, producer, consumer, True, pool), rtol=1e-10, atol=1e-10)
@@ -168,15 +167,6 @@ def test_coverage_counts_windows(case: tuple) -> None:  # type: ignore[type-arg]
     )
     (want,) = torch.autograd.grad(y.sum(), ones)
     assert torch.equal(coverage(shape, consumer).double(), want[0, 0])
-
-
-@pytest.mark.parametrize("size", [7, 301])
-def test_gram_is_the_weighted_product_and_symmetric(size: int) -> None:
-    rows, weight = torch.randn(40, size, dtype=torch.float64), torch.randint(4, (40,))
-    got = gram(rows, weight)
-    torch.testing.assert_close(got, torch.einsum("mp,m,mq->pq", rows, weight.double(), rows))
-    assert torch.equal(got, got.T)
-    torch.testing.assert_close(gram(rows), rows.T @ rows)
 
 
 def test_half_precision_is_accumulated_in_float32() -> None:

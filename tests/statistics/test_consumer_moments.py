@@ -1,7 +1,4 @@
-"""Convolutions that are measured as what they are made of.
-
-A transposed one is a dense layer at every position of its input, a grouped one a convolution for each group.
-"""
+"""Statistics of transposed convolutions (a linear layer at every input position) and of grouped ones."""
 
 from __future__ import annotations
 
@@ -23,15 +20,15 @@ GEOMETRIES: list[dict[str, Any]] = [
 
 
 class Decoder(nn.Module):
-    """Two convolutions and what turns a map into a larger one; written out, its columns are folded by hand."""
+    """A transposed convolution between two convolutions; `as_columns`: a 1x1 convolution whose output is folded."""
 
-    def __init__(self, geometry: dict[str, Any], unroll_recurrent_layers: bool) -> None:
+    def __init__(self, geometry: dict[str, Any], as_columns: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.conv, self.up = nn.Conv2d(2, 4, 3, padding=1), nn.ConvTranspose2d(4, 3, **geometry, bias=False)
         self.last = nn.Conv2d(3, 2, 1)
         self.geometry = {k: v for k, v in geometry.items() if k != "output_padding"}
-        if unroll_recurrent_layers:
+        if as_columns:
             self.columns = nn.Conv2d(4, self.up.weight[0].numel(), 1, bias=False)
             self.columns.weight.data = self.up.weight.data.flatten(1).T[:, :, None, None].clone()
             self.size = tuple(self.up(torch.zeros(1, 4, 5, 6)).shape[2:])
@@ -57,8 +54,8 @@ def data() -> list[tuple[Tensor, Tensor]]:
 def test_statistics_are_those_of_the_columns(geometry: dict[str, Any], method: str) -> None:
     options = {"method": method, "positions": "all", "widths": ["conv"], "progress": False}
     found, expected = (
-        fxgrow.profile(Decoder(geometry, unroll_recurrent_layers).double(), data(), F.mse_loss, **options)["conv"]
-        for unroll_recurrent_layers in (False, True)
+        fxgrow.profile(Decoder(geometry, as_columns).double(), data(), F.mse_loss, **options)["conv"]
+        for as_columns in (False, True)
     )
     assert expected.bottleneck > 0 and expected.desired > expected.bottleneck
     for name in ("bottleneck", "desired"):
@@ -82,8 +79,8 @@ def test_growth_in_front_lowers_the_loss(geometry: dict[str, Any], method: str) 
     torch.testing.assert_close(same(x), model(x), rtol=1e-10, atol=1e-12)
 
 
-def test_a_unet_grows_where_its_decoder_asks() -> None:
-    """The width in front of a transposed convolution has evidence, so that growth can choose it."""
+def test_the_width_before_a_transposed_convolution_has_gains() -> None:
+    """So that growth can choose it, in the decoder of a U-Net for example."""
     profile = fxgrow.profile(Decoder(GEOMETRIES[0], False).double(), data(), F.mse_loss, progress=False)
     assert profile["conv"].bottleneck > 0 and profile["conv"].gains[0] > 0
     assert profile["conv"].positions > 0
@@ -92,13 +89,13 @@ def test_a_unet_grows_where_its_decoder_asks() -> None:
 class Grouped(nn.Module):
     """A convolution in three groups, or three that each read a third of the channels."""
 
-    def __init__(self, apart: bool, bias: bool) -> None:
+    def __init__(self, separate: bool, bias: bool) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.conv, whole = nn.Conv2d(2, 6, 3, padding=1), nn.Conv2d(6, 9, 3, 2, 1, groups=3, bias=bias)
         self.last = nn.Conv2d(9, 2, 1)
-        self.groups = nn.ModuleList(nn.Conv2d(2, 3, 3, 2, 1, bias=bias) for _ in range(3 * apart))
-        if not apart:
+        self.groups = nn.ModuleList(nn.Conv2d(2, 3, 3, 2, 1, bias=bias) for _ in range(3 * separate))
+        if not separate:
             self.whole = whole
         for g, part in enumerate(self.groups):
             part.load_state_dict({name: p.chunk(3)[g] for name, p in whole.state_dict().items()})
@@ -117,8 +114,8 @@ class Grouped(nn.Module):
 def test_groups_are_measured_one_by_one(bias: bool, positions: str) -> None:
     options: dict[str, Any] = {"positions": positions, "widths": ["conv"], "progress": False, "units": {"conv": 6}}
     found, expected = (
-        fxgrow.profile(Grouped(apart, bias).double(), data(), F.mse_loss, method="random-refit", **options)["conv"]
-        for apart in (False, True)
+        fxgrow.profile(Grouped(separate, bias).double(), data(), F.mse_loss, method="random-refit", **options)["conv"]
+        for separate in (False, True)
     )
     assert found.width.step == expected.width.step == 3
     assert expected.bottleneck > 0 and expected.desired > expected.bottleneck
