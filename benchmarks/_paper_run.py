@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import fxgrow
-from benchmarks.one_step import draw
+from benchmarks._small_nets import draw
 from examples.data import Split
 from models import ResNet
 

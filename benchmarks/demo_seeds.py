@@ -8,28 +8,14 @@ the mean over seeds of (grown - never grown) with its standard error; z is their
 
 from __future__ import annotations
 
-import argparse
-import math
 import statistics
 from collections.abc import Sequence
 
-import torch
-
+from benchmarks._command_line import command_line, difference, markdown, parse
 from examples.demo import BUDGET, EPOCHS, STAGES, Outcome, run
 
 
-def paired(grown: Sequence[float], ungrown: Sequence[float]) -> tuple[float, float]:
-    """Mean difference and its standard error."""
-    differences = [a - b for a, b in zip(grown, ungrown, strict=True)]
-    return statistics.mean(differences), statistics.stdev(differences) / math.sqrt(len(differences))
-
-
-def difference(grown: Sequence[float], ungrown: Sequence[float], digits: int) -> str:
-    mean, error = paired(grown, ungrown)
-    return f"{mean:+.{digits}f} ± {error:.{digits}f} (z {mean / error:+.1f})"
-
-
-def row(method: str, outcomes: Sequence[Outcome], ungrown: Sequence[Outcome]) -> str:
+def row(method: str, outcomes: Sequence[Outcome], ungrown: Sequence[Outcome]) -> list[str]:
     accuracy, loss = [o.accuracy[-1] for o in outcomes], [o.loss[-1] for o in outcomes]
     cells = [
         method,
@@ -45,26 +31,23 @@ def row(method: str, outcomes: Sequence[Outcome], ungrown: Sequence[Outcome]) ->
             difference(loss, [o.loss[-1] for o in ungrown], 4),
             f"{statistics.mean(o.seconds for o in outcomes):.1f}",
         ]
-    return f"| {' | '.join(cells)} |"
+    return cells
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser = command_line(__doc__, seeds=10, threads=None)
     parser.add_argument("--methods", nargs="+", default=["default", "random-refit", "random", "tiny"])
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = parse(parser)
     found: dict[str | None, list[Outcome]] = {m: [] for m in [None, *arguments.methods]}
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for method, outcomes in found.items():
             outcomes.append(run(seed, method))
         said = ", ".join(f"{m or 'never grown'} {o[-1].accuracy[-1]:.2f} %" for m, o in found.items())
         print(f"seed {seed}: {said}", flush=True)
-    print(f"\n{arguments.seeds} seeds, {STAGES * EPOCHS} epochs, two growths of {BUDGET}, 450 test images\n")
-    print("| method | parameters | test accuracy | test loss | accuracy, difference | loss, difference | s growing |")
-    print("|---|---|---|---|---|---|---|")
-    for method, outcomes in found.items():
-        print(row(method or "never grown", outcomes, found[None]))
+    print(f"\n{len(arguments.seeds)} seeds, {STAGES * EPOCHS} epochs, two growths of {BUDGET}, 450 test images\n")
+    differences = ["accuracy, difference", "loss, difference"]
+    head = ["method", "parameters", "test accuracy", "test loss", *differences, "s growing"]
+    print(markdown(head, [row(method or "never grown", outcomes, found[None]) for method, outcomes in found.items()]))
     first, *others = arguments.methods
     for other in others:
         accuracy = difference([o.accuracy[-1] for o in found[first]], [o.accuracy[-1] for o in found[other]], 2)

@@ -12,12 +12,11 @@ next character (Shakespeare).
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 import fxgrow
-from benchmarks.demo_seeds import difference
-from benchmarks.one_step import CONTEXT, characters, draw, loss_of, text
+from benchmarks._command_line import FinishedRuns, command_line, difference, markdown, parse
+from benchmarks._small_nets import CONTEXT, characters, convolutions, draw, loss_and_accuracy, loss_of, text
 from examples.data import Split, cifar10, fashion_mnist
 from models import GPT, MLP
 
@@ -51,14 +50,6 @@ class Subject:
     samples: int
 
 
-def conv() -> nn.Module:
-    sizes = (3, 4, 8, 16)
-    layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
-        layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], 10))
-
-
 def gpt() -> nn.Module:
     return GPT(characters(), CONTEXT, depth=2, heads=2, width=0.5)
 
@@ -67,18 +58,9 @@ SUBJECTS = {
     "mlp": Subject(
         lambda: MLP((784, 32, 32, 10)), lambda: fashion_mnist(60_000, 5000), 8.0, (0.15, 0.3, 0.45), 2e-3, 256, 1024
     ),
-    "conv": Subject(conv, lambda: cifar10(20_000, 2000), 15.0, (0.2, 0.4), 5e-3, 64, 512),
+    "conv": Subject(lambda: convolutions((4, 8, 16)), lambda: cifar10(20_000, 2000), 15.0, (0.2, 0.4), 5e-3, 64, 512),
     "gpt": Subject(gpt, text, 20.0, (0.2, 0.4), 3e-3, 32, 512),
 }
-
-
-@torch.no_grad()
-def evaluate(net: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Cross-entropy and accuracy in per cent, in eval mode."""
-    net.eval()
-    out = torch.cat([net(part).flatten(0, -2) for part in x.split(500)])
-    net.train()
-    return float(loss_of(out, y.flatten())), 100 * float((out.argmax(-1) == y.flatten()).float().mean())
 
 
 def fresh(net: nn.Module, seed: int) -> nn.Module:
@@ -120,7 +102,7 @@ class Run:
         return self.done / self.steps if self.steps else self.spent / self.subject.seconds
 
     def see(self) -> None:
-        self.curve.append((self.spent, self.done, *evaluate(self.net, self.split.x_test, self.split.y_test)))
+        self.curve.append((self.spent, self.done, *loss_and_accuracy(self.net, self.split.x_test, self.split.y_test)))
 
     def advance(self, share: float) -> None:
         while self.progress < share:
@@ -199,7 +181,7 @@ def over_time(curve: list[Point]) -> float:
     return area / (curve[-1][0] - curve[0][0])
 
 
-def table(rows: list[Row]) -> Iterator[str]:
+def table(rows: list[Row]) -> str:
     def of(arm: str, figure: Callable[[list[Point]], float]) -> list[float]:
         return [figure(r[arm]["curve"]) for r in rows]  # type: ignore[arg-type]
 
@@ -209,8 +191,8 @@ def table(rows: list[Row]) -> Iterator[str]:
         "final loss": (lambda c: c[-1][2], 4),
     }
     head = ["net", "parameters", "steps", "CPU s", "of these growing", *figures]
-    yield f"| {' | '.join(head)} | {' | '.join(f'grown minus it: {f}' for f in figures)} |"
-    yield "|" + "---|" * (len(head) + len(figures))
+    head += [f"grown minus it: {f}" for f in figures]
+    lines = []
     for arm in rows[0]:
         cells = [arm, f"{rows[0][arm]['parameters']:,}", f"{statistics.mean(of(arm, lambda c: c[-1][1])):,.0f}"]
         cells.append(f"{statistics.mean(of(arm, lambda c: c[-1][0])):.1f}")
@@ -221,7 +203,8 @@ def table(rows: list[Row]) -> Iterator[str]:
             other = f is over_time and arm.endswith("steps")
             same = len(rows) < 2 or arm == "grown"
             cells.append("" if same or other else difference(of("grown", f), of(arm, f), digits))
-        yield f"| {' | '.join(cells)} |"
+        lines.append(cells)
+    return markdown(head, lines)
 
 
 def plot(found: dict[str, list[Row]], path: Path) -> None:
@@ -250,38 +233,27 @@ def plot(found: dict[str, list[Row]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument(
-        "--resume", type=Path, default=Path("out/equal_cost.jsonl"), help="seeds in it are not run again"
-    )
-    parser.add_argument("--plot", type=Path, default=None, help="where to write the curves (needs matplotlib)")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
-    arguments.resume.parent.mkdir(parents=True, exist_ok=True)
-    known = arguments.resume.read_text().splitlines() if arguments.resume.exists() else []
-    done = {(r["net"], r["seed"]): r["row"] for r in map(json.loads, known)}
+    parser = command_line(__doc__, seeds=5, threads=None, only=SUBJECTS, resume="equal_cost.jsonl")
+    parser.add_argument("--plot", type=Path, help="where to write the curves (needs matplotlib)")
+    arguments = parse(parser)
+    runs = FinishedRuns(arguments.resume, "net", "seed")
     found: dict[str, list[Row]] = {}
     for name in arguments.only:
-        seeds = range(arguments.first, arguments.first + arguments.seeds)
-        if any((name, seed) not in done for seed in seeds):
+        if any(runs.find(net=name, seed=seed) is None for seed in arguments.seeds):
             split = SUBJECTS[name].data()
             warm = arms(SUBJECTS[name], split, 0)["grown"]
             if warm.grow:
                 warm.grow(warm)  # what a process pays once is not counted
-        for seed in seeds:
-            if (name, seed) not in done:
-                done[name, seed] = one_seed(SUBJECTS[name], split, seed)
-                with arguments.resume.open("a") as file:
-                    file.write(json.dumps({"net": name, "seed": seed, "row": done[name, seed]}) + "\n")
-                said = {arm: r["curve"][-1][3] for arm, r in done[name, seed].items()}  # type: ignore[index]
-                print(name, seed, json.dumps(said), flush=True)
-            found.setdefault(name, []).append(done[name, seed])
+        for seed in arguments.seeds:
+            run = runs.find(net=name, seed=seed)
+            if run is None:
+                run = runs.add(net=name, seed=seed, row=one_seed(SUBJECTS[name], split, seed))
+                final = {arm: r["curve"][-1][3] for arm, r in run["row"].items()}
+                print(name, seed, json.dumps(final), flush=True)
+            found.setdefault(name, []).append(run["row"])
     for name, rows in found.items():
         print(f"\n{name}, {len(rows)} seeds, {SUBJECTS[name].seconds:g} CPU seconds\n")
-        print("\n".join(table(rows)))
+        print(table(rows))
     if arguments.plot:
         plot(found, arguments.plot)
 

@@ -16,7 +16,6 @@ the first time.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxgrow
+from benchmarks._command_line import command_line, parse
 from benchmarks._timing import cpu_times, multiply_adds, peak_during, peak_of
 from models.gpt import GPT
 from models.mlp import MLP
@@ -38,8 +38,10 @@ try:
     from gromo.modules.conv2d_growing_module import FullConv2dGrowingModule, RestrictedConv2dGrowingModule
     from gromo.modules.linear_growing_module import LinearGrowingModule
     from gromo.utils.utils import set_device
+
+    INSTALLED = True
 except ImportError:
-    sys.exit("This benchmark needs gromo, which is not installed: pip install 'fxgrow[peers]' (gromo 0.1.0).")
+    INSTALLED = False
 
 Batches = list[tuple[Tensor, Tensor]]
 #: units per width, for both
@@ -315,12 +317,13 @@ def check_cost(key: str, repetitions: int, threads: list[int]) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=5)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--only", nargs="+", choices=list(CASES), default=list(CASES))
+    parser = command_line(__doc__, threads=None, only=CASES)
+    parser.add_argument("--repetitions", type=int, default=5, help="a cell is the median of so many (default: 5)")
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2], help="a column for each number")
     parser.add_argument("--cell", nargs=2, metavar=("CASE", "NUMBER"), help="one cell alone, prints its peak in MB")
-    arguments = parser.parse_args()
+    arguments = parse(parser)
+    if not INSTALLED:
+        sys.exit("This benchmark needs gromo, which is not installed: pip install 'fxgrow[peers]' (gromo 0.1.0).")
     set_device(torch.device("cpu"))
     if arguments.cell:
         torch.set_num_threads(1)

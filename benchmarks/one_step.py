@@ -10,29 +10,26 @@ CIFAR-10 test images, the last tenth of Shakespeare. Differences are paired over
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
-import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import fxgrow
-from examples.data import Split, cifar10, fashion_mnist, shakespeare
+from benchmarks._command_line import FinishedRuns, command_line, markdown, paired, parse
+from benchmarks._small_nets import CONTEXT, characters, convolutions, draw, held_out_loss, loss_of, text, train
+from examples.data import Split, cifar10, fashion_mnist
 from models import GPT, MLP, ViT, resnet20
 
 METHODS = (
     "default", "tiny", "gradmax", "random-refit", "random", "net2wider", "variance-transfer", "north",
     "splitting", "firefly",
 )  # fmt: skip
-SHARE, CONTEXT = 0.25, 32
-Batches = list[tuple[Tensor, Tensor]]
+SHARE = 0.25
 #: per method the held-out loss at once and after more training
 Row = dict[str, dict[str, float]]
 
@@ -49,63 +46,13 @@ class Subject:
     batch: int = 64
 
 
-def conv() -> nn.Module:
-    sizes = (3, 8, 12, 16)
-    layers: list[nn.Module] = []
-    for a, b in zip(sizes, sizes[1:], strict=False):
-        layers += [nn.Conv2d(a, b, 3, padding=1, bias=False), nn.BatchNorm2d(b), nn.ReLU(), nn.MaxPool2d(2)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(sizes[-1], 10))
-
-
-def text() -> Split:
-    train, test, _ = shakespeare()
-    cut = lambda t: t[: (len(t) - 1) // CONTEXT * CONTEXT + 1]  # noqa: E731
-    pairs = [(t[:-1].view(-1, CONTEXT), t[1:].view(-1, CONTEXT)) for t in map(cut, (train, test[:20_000]))]
-    return Split(*pairs[0], *pairs[1])
-
-
-def characters() -> int:
-    return len(shakespeare()[2])
-
-
 SUBJECTS = {
     "mlp": Subject(lambda: MLP((784, 24, 24, 10)), lambda: fashion_mnist(12_000, 4000), 400, 400, 1e-3),
-    "conv": Subject(conv, lambda: cifar10(8000, 2000), 250, 250, 3e-3),
+    "conv": Subject(lambda: convolutions((8, 12, 16)), lambda: cifar10(8000, 2000), 250, 250, 3e-3),
     "resnet20": Subject(lambda: resnet20(0.5), lambda: cifar10(6000, 1000), 150, 100, 3e-3),
     "vit": Subject(lambda: ViT(patch_size=8, depth=2, heads=2, width=0.5), lambda: cifar10(8000, 2000), 400, 400, 1e-3),
     "gpt": Subject(lambda: GPT(characters(), CONTEXT, depth=2, heads=2, width=0.5), text, 400, 400, 3e-3, 32),
 }
-
-
-def loss_of(out: Tensor, y: Tensor) -> Tensor:
-    return F.cross_entropy(out.flatten(0, -2), y.flatten())
-
-
-def draw(x: Tensor, y: Tensor, count: int, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-    for _ in range(count):
-        i = torch.randint(len(x), (size,), generator=generator)
-        yield x[i], y[i]
-
-
-@torch.no_grad()
-def evaluate(net: nn.Module, x: Tensor, y: Tensor) -> float:
-    was = net.training
-    net.eval()
-    losses = [loss_of(net(a), b) * len(a) for a, b in zip(x.split(500), y.split(500), strict=True)]
-    net.train(was)
-    return float(sum(losses)) / len(x)
-
-
-def train(net: nn.Module, optimizer: torch.optim.Optimizer, data: Batches, decay: bool = False) -> None:
-    """One step a batch, at a constant rate or with one that falls to nothing: the noise of the last steps goes away."""
-    net.train()
-    rates = [group["lr"] for group in optimizer.param_groups]
-    for i, (x, y) in enumerate(data):
-        for group, rate in zip(optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate * (1 - i / len(data)) if decay else rate
-        optimizer.zero_grad()
-        loss_of(net(x), y).backward()
-        optimizer.step()
 
 
 def one_seed(subject: Subject, split: Split, seed: int, methods: list[str]) -> Row:
@@ -123,7 +70,7 @@ def one_seed(subject: Subject, split: Split, seed: int, methods: list[str]) -> R
     known = fxgrow.profile(net, profiled, loss_of, method="random", progress=False)
     # an even number of steps, for the method that adds pairs
     units = {w.name: max(2, round(SHARE * w.size / w.step / 2) * 2) * w.step for w in free if w.name in known}
-    out: Row = {"ungrown": {"now": evaluate(net, *test)}}
+    out: Row = {"ungrown": {"now": held_out_loss(net, *test)}}
     for method in methods:
         twin = copy.deepcopy(net)
         optimizer = torch.optim.Adam(twin.parameters(), subject.rate)
@@ -136,25 +83,25 @@ def one_seed(subject: Subject, split: Split, seed: int, methods: list[str]) -> R
         record = grown.meta["fxgrow"]
         before, after = record.losses["eval"]
         predicted = record.plan.decrease(record.plan.scale)
-        out[method] = {"now": evaluate(grown, *test), "held": before - after, "predicted": predicted}
+        out[method] = {"now": held_out_loss(grown, *test), "held": before - after, "predicted": predicted}
         train(grown, optimizer, further, decay=True)
-        out[method]["after"] = evaluate(grown, *test)
+        out[method]["after"] = held_out_loss(grown, *test)
     twin = copy.deepcopy(net)
     optimizer = torch.optim.Adam(twin.parameters(), subject.rate)
     optimizer.load_state_dict(copy.deepcopy(state))
     train(twin, optimizer, further, decay=True)
-    out["ungrown"]["after"] = evaluate(twin, *test)
+    out["ungrown"]["after"] = held_out_loss(twin, *test)
     return out
 
 
-def paired(rows: list[Row], method: str, key: str) -> str:
+def difference(rows: list[Row], method: str, key: str) -> str:
     """Default minus the other in thousandths of a nat, with its standard error."""
-    d = [1e3 * (r["default"][key] - r[method][key]) for r in rows if method in r]
-    if len(d) < 2:
+    both = [r for r in rows if method in r]
+    if len(both) < 2:
         return "·"
-    error = statistics.stdev(d) / math.sqrt(len(d))
-    mark = "**" if abs(statistics.mean(d)) > 2 * error else ""
-    return f"{mark}{statistics.mean(d):+.1f} ± {error:.1f}{mark}"
+    mean, error = paired([1e3 * r["default"][key] for r in both], [1e3 * r[method][key] for r in both])
+    mark = "**" if abs(mean) > 2 * error else ""
+    return f"{mark}{mean:+.1f} ± {error:.1f}{mark}"
 
 
 def predictions(rows: dict[str, list[Row]]) -> str:
@@ -182,38 +129,28 @@ def predictions(rows: dict[str, list[Row]]) -> str:
 
 def table(rows: dict[str, list[Row]], methods: list[str]) -> str:
     others = [m for m in methods if m != "default"]
-    head = " | ".join(["net", "seeds", "ungrown: now, after", *(f"{m}: now, after" for m in others)])
-    lines = [f"| {head} |", "|" + "---|" * (len(others) + 3)]
+    lines = []
     for name, of in rows.items():
         means = [statistics.mean(r["ungrown"][key] for r in of) for key in ("now", "after")]
-        cells = [f"{paired(of, m, 'now')}, {paired(of, m, 'after')}" for m in others]
-        lines.append(f"| {name} | {len(of)} | {means[0]:.3f}, {means[1]:.3f} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        cells = [f"{difference(of, m, 'now')}, {difference(of, m, 'after')}" for m in others]
+        lines.append([name, str(len(of)), f"{means[0]:.3f}, {means[1]:.3f}", *cells])
+    return markdown(["net", "seeds", "ungrown: now, after", *(f"{m}: now, after" for m in others)], lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=list(SUBJECTS), default=list(SUBJECTS))
+    parser = command_line(__doc__, seeds=10, only=SUBJECTS, resume="one_step.jsonl")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=10)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--resume", type=Path, default=Path("out/one_step.jsonl"), help="seeds in it are not run again")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    arguments.resume.parent.mkdir(parents=True, exist_ok=True)
-    text_ = arguments.resume.read_text() if arguments.resume.exists() else ""
-    done = {(r["net"], r["seed"]): r["row"] for r in map(json.loads, text_.splitlines())}
+    arguments = parse(parser)
+    runs = FinishedRuns(arguments.resume, "net", "seed")
     rows: dict[str, list[Row]] = {}
     for name in arguments.only:
         split = SUBJECTS[name].data()
-        for seed in range(arguments.seeds):
-            if (name, seed) not in done:
-                row = one_seed(SUBJECTS[name], split, seed, arguments.methods)
-                done[name, seed] = row
-                with arguments.resume.open("a") as file:
-                    file.write(json.dumps({"net": name, "seed": seed, "row": row}) + "\n")
-                print(name, seed, json.dumps(row), flush=True)
-            rows.setdefault(name, []).append(done[name, seed])
+        for seed in arguments.seeds:
+            run = runs.find(net=name, seed=seed)
+            if run is None:
+                run = runs.add(net=name, seed=seed, row=one_seed(SUBJECTS[name], split, seed, arguments.methods))
+                print(name, seed, json.dumps(run["row"]), flush=True)
+            rows.setdefault(name, []).append(run["row"])
     print("\nDefault minus the other, 10^-3 nats of held-out loss; bold: more than two standard errors\n")
     print(table(rows, arguments.methods))
     print(predictions(rows))

@@ -8,7 +8,6 @@ process, one thread, medians over repetitions. `--no-inductor` leaves the compil
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import math
 import statistics
@@ -20,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxgrow
+from benchmarks._command_line import command_line, markdown, parse
 from models.gpt import GPT
 from models.mlp import MLP
 from models.resnet import DigitsResNet
@@ -27,28 +27,26 @@ from models.resnet import DigitsResNet
 Data = tuple[Tensor, Tensor]
 
 
-def main(arguments: argparse.Namespace) -> None:
-    torch.set_num_threads(1)
+def main() -> None:
+    parser = command_line(__doc__, threads=None)
+    parser.add_argument("--repetitions", type=int, default=30, help="figures are medians over them (default: 30)")
+    parser.add_argument("--steps", type=int, default=40, help="of each loop in a repetition (default: 40)")
+    parser.add_argument("--no-inductor", action="store_true", help="leave the compiled nets out")
+    arguments = parse(parser)
     print(f"{datetime.date.today()}, torch {torch.__version__}, one thread\n")
-    print("a Grower that does not grow, over a plain step\n")
-    print("| net | plain step, µs | with step() | with step(loss) | step() alone, µs |")
-    print("|---|---|---|---|---|")
+    print("A Grower that does not grow, over a plain step; a grown net, over one built at its sizes\n")
+    head = ["net", "plain step, µs", "with step()", "with step(loss)", "step() alone, µs", "grown, eager", "compiled"]
+    print(markdown(head, []), flush=True)
     for name, (net, data) in nets().items():
         plain, quiet, losses = loops(net, data)
-        times = interleaved({"plain": plain, "quiet": quiet, "losses": losses}, arguments.repetitions, arguments.steps)
-        alone = 1e6 * alone_seconds(net, data)
-        base = statistics.median(times["plain"])
-        ratios = [paired(times[key], times["plain"]) for key in ("quiet", "losses")]
-        print(
-            f"| {name} | {1e6 * base:.0f} | {percent(*ratios[0])} | {percent(*ratios[1])} | {alone:.2f} |", flush=True
-        )
-    print("\na step of a grown net over one of the same sizes built from scratch\n")
-    print("| net | eager | compiled |")
-    print("|---|---|---|")
-    for name, (net, data) in nets().items():
-        cells = [percent(*speed(net, data, False, arguments))]
-        cells.append("·" if arguments.no_inductor else percent(*speed(net, data, True, arguments)))
-        print(f"| {name} | {cells[0]} | {cells[1]} |", flush=True)
+        turns = arguments.repetitions, arguments.steps
+        times = interleaved({"plain": plain, "quiet": quiet, "losses": losses}, *turns)
+        cells = [f"{1e6 * statistics.median(times['plain']):.0f}"]
+        cells += [percent(*ratio(times[key], times["plain"])) for key in ("quiet", "losses")]
+        cells.append(f"{1e6 * alone_seconds(net, data):.2f}")
+        cells.append(percent(*speed(net, data, False, *turns)))
+        cells.append("·" if arguments.no_inductor else percent(*speed(net, data, True, *turns)))
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
 def nets() -> dict[str, tuple[Callable[[float], nn.Module], Data]]:
@@ -106,7 +104,7 @@ def alone_seconds(make: Callable[[float], nn.Module], data: Data, calls: int = 1
 
 
 def speed(
-    make: Callable[[float], nn.Module], data: Data, compiled: bool, arguments: argparse.Namespace
+    make: Callable[[float], nn.Module], data: Data, compiled: bool, repetitions: int, steps: int
 ) -> tuple[float, float]:
     """A net that reached its sizes in two growths, over one that was built with them."""
     torch.manual_seed(0)
@@ -126,9 +124,8 @@ def speed(
     if compiled:
         torch._dynamo.reset()
         grown, target = torch.compile(grown), torch.compile(target)
-    steps = {"grown": stepper(grown, data), "scratch": stepper(target, data)}
-    times = interleaved(steps, arguments.repetitions, arguments.steps)
-    return paired(times["grown"], times["scratch"])
+    times = interleaved({"grown": stepper(grown, data), "built": stepper(target, data)}, repetitions, steps)
+    return ratio(times["grown"], times["built"])
 
 
 def interleaved(loops: dict[str, Callable[[], None]], repetitions: int, steps: int) -> dict[str, list[float]]:
@@ -151,7 +148,7 @@ def interleaved(loops: dict[str, Callable[[], None]], repetitions: int, steps: i
     return seconds
 
 
-def paired(ours: list[float], theirs: list[float]) -> tuple[float, float]:
+def ratio(ours: list[float], theirs: list[float]) -> tuple[float, float]:
     """Median of the ratios over repetitions, less one, and its standard error (1.2533 times that of a mean)."""
     ratios = [a / b - 1 for a, b in zip(ours, theirs, strict=True)]
     return statistics.median(ratios), 1.2533 * statistics.stdev(ratios) / math.sqrt(len(ratios))
@@ -162,8 +159,4 @@ def percent(value: float, error: float) -> str:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=40, help="of each loop in a repetition")
-    parser.add_argument("--no-inductor", action="store_true")
-    main(parser.parse_args())
+    main()

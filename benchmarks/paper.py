@@ -14,11 +14,9 @@ fields of `benchmarks._paper_run.Protocol` is a config too.
 
 from __future__ import annotations
 
-import argparse
 import json
-import math
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from fractions import Fraction
 from pathlib import Path
@@ -26,6 +24,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from benchmarks._command_line import FinishedRuns, command_line, markdown, mean_and_error, parse
 from benchmarks._paper_run import Point, Protocol, from_the_start, grown
 from examples.data import Split, cifar10
 
@@ -66,12 +65,12 @@ def data(protocol: Protocol, device: torch.device) -> Split:
 
 
 def mean(values: list[float], digits: int) -> str:
-    """With its standard error where there are several."""
-    out = f"{statistics.mean(values):.{digits}f}"
-    return out if len(values) < 2 else f"{out} ± {statistics.stdev(values) / math.sqrt(len(values)):.{digits}f}"
+    """Returns the mean, with its standard error where there are several values."""
+    value, error = mean_and_error(values)
+    return f"{value:.{digits}f}" + (f" ± {error:.{digits}f}" if len(values) > 1 else "")
 
 
-def table(found: Found) -> Iterator[str]:
+def table(found: Found) -> str:
     columns: dict[str, Callable[[list[Point]], str | float]] = {
         "parameters": lambda c: f"{c[0].parameters:,} → {c[-1].parameters:,}",
         "growths": lambda c: f"{c[-1].growths}",
@@ -81,8 +80,7 @@ def table(found: Found) -> Iterator[str]:
         "of these growing": lambda c: c[-1].growing,
         "multiply-adds, 10^12": lambda c: c[-1].multiply_adds / 1e12,
     }
-    yield f"| start | method | seeds | {' | '.join(columns)} |"
-    yield "|" + "---|" * (len(columns) + 3)
+    lines = []
     for (start, method), curves in found.items():
         cells = [start, method, str(len(curves))]
         for name, figure in columns.items():
@@ -90,7 +88,8 @@ def table(found: Found) -> Iterator[str]:
             own = name.startswith("accuracy when") and method == SCRATCH
             numbers = [v for v in values if isinstance(v, float)]
             cells.append("" if own else mean(numbers, 2) if numbers else str(values[0]))
-        yield f"| {' | '.join(cells)} |"
+        lines.append(cells)
+    return markdown(["start", "method", "seeds", *columns], lines)
 
 
 def plot(found: Found, path: Path) -> None:
@@ -123,47 +122,37 @@ def plot(found: Found, path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, seeds=4, threads=None, resume="paper.jsonl")
     parser.add_argument("--config", default="reduced", help="reduced, full, or a JSON file")
-    parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument(
-        "--only", nargs="+", help="methods; all of the config's and the target from the start if left out"
+        "--only", nargs="+", help="methods (default: those of the config, and the target from the start)"
     )
-    parser.add_argument("--resume", type=Path, default=Path("out/paper.jsonl"), help="runs in it are not run again")
     parser.add_argument("--plot", type=Path, help="where to write the curves (needs matplotlib)")
-    arguments = parser.parse_args()
-    torch.set_num_threads(1)
+    arguments = parse(parser)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     protocol = protocol_of(arguments.config)
-    arguments.resume.parent.mkdir(parents=True, exist_ok=True)
-    known = map(json.loads, arguments.resume.read_text().splitlines() if arguments.resume.exists() else [])
-    # what a run is of: everything that decides its outcome
-    own = json.loads(json.dumps(asdict(protocol) | {"starts": [], "methods": []}))
-    done = {
-        (r["start"], r["method"], r["seed"]): [Point(**p) for p in r["curve"]] for r in known if r["protocol"] == own
-    }
+    runs = FinishedRuns(arguments.resume, "protocol", "start", "method", "seed")
+    # everything that decides the outcome of a run
+    settings = asdict(protocol) | {"starts": [], "methods": []}
     wanted = [(str(Fraction(start)), method) for start in protocol.starts for method in protocol.methods]
     wanted = [key for key in [*wanted, ("1", SCRATCH)] if not arguments.only or key[1] in arguments.only]
     split = None
     found: Found = {}
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         for start, method in wanted:
-            key = start, method, seed
-            if key not in done:
+            of = {"protocol": settings, "start": start, "method": method, "seed": seed}
+            run = runs.find(**of)
+            if run is None:
                 split = data(protocol, device) if split is None else split
-                curve = (
-                    from_the_start(protocol, split, seed)
-                    if method == SCRATCH
-                    else grown(protocol, split, float(Fraction(start)), method, seed)
-                )
-                done[key] = curve
-                record = {"protocol": own, "start": start, "method": method, "seed": seed}
-                with arguments.resume.open("a") as file:
-                    file.write(json.dumps(record | {"curve": [asdict(p) for p in curve]}) + "\n")
-                print(*key, curve[-1], flush=True)
-            found.setdefault((start, method), []).append(done[key])
+                if method == SCRATCH:
+                    points = from_the_start(protocol, split, seed)
+                else:
+                    points = grown(protocol, split, float(Fraction(start)), method, seed)
+                run = runs.add(**of, curve=[asdict(p) for p in points])
+                print(start, method, seed, points[-1], flush=True)
+            found.setdefault((start, method), []).append([Point(**p) for p in run["curve"]])
     print(f"\n{arguments.config}, on {device}: {protocol}\n")
-    print("\n".join(table(found)))
+    print(table(found))
     if arguments.plot:
         plot(found, arguments.plot)
 

@@ -1,17 +1,15 @@
-"""Growing the pretrained CIFAR ResNet-20: on a new task (Fashion-MNIST) and on its own.
+"""Growing the pretrained CIFAR ResNet-20: on a new task (Fashion-MNIST) and on its original one.
 
 New task: the backbone keeps its CIFAR-10 weights, a new head is trained for one epoch, then the net grows by 25 % of
 its parameters with each method under the same line search, and all of it trains for one more epoch. Every figure is a
-paired difference over seeds (head initialisation, data order). Own task: growth on CIFAR-10's training images, which
-the net nearly interpolates; test accuracy on all 10,000 test images.
+paired difference over seeds (head initialisation, data order). Original task: growth on CIFAR-10's training images,
+which the net nearly interpolates; test accuracy on all 10,000 test images.
 
-    FXGROW_DATA=... python -m benchmarks.resnet20 [--seeds 5] [--images 6000] [--threads 2] [--own-only]
+    FXGROW_DATA=... python -m benchmarks.resnet20 [--seeds 5] [--images 6000] [--threads 2] [--original-only]
 """
 
 from __future__ import annotations
 
-import argparse
-import math
 import statistics
 import tempfile
 from pathlib import Path
@@ -21,10 +19,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxgrow
+from benchmarks._command_line import command_line, markdown, paired, parse
+from benchmarks._small_nets import loss_and_accuracy
 from examples.data import Split, cifar10, fashion_mnist, resnet20_weights
 from models import resnet20
 
 METHODS = ("none", "default", "tiny", "random", "random-refit")
+#: columns of the table, and how their means over the seeds are printed; "now" is right after growth
+COLUMNS = {
+    "parameters": "{:,.0f}",
+    "units": "{:.1f}",
+    "gamma": "{:.2f}",
+    "now": "{:.4f}",
+    "accuracy now": "{:.2f} %",
+    "after": "{:.4f}",
+    "accuracy after": "{:.2f} %",
+    "seconds": "{:.1f}",
+}
+Row = dict[str, dict[str, float]]
 
 
 def fashion_as_rgb(images: int) -> Split:
@@ -41,16 +53,6 @@ def batches(x: Tensor, y: Tensor, generator: torch.Generator | None = None, size
     return [(x[i], y[i]) for i in order.split(size)]
 
 
-@torch.no_grad()
-def evaluate(net: nn.Module, x: Tensor, y: Tensor) -> tuple[float, float]:
-    """Cross-entropy and accuracy in eval mode."""
-    was = net.training
-    net.eval()
-    logits = torch.cat([net(part) for part in x.split(500)])
-    net.train(was)
-    return float(F.cross_entropy(logits, y)), float((logits.argmax(1) == y).float().mean())
-
-
 def train(net: nn.Module, parameters: list, data: list, lr: float) -> None:
     net.train()
     optimizer = torch.optim.SGD(parameters, lr, momentum=0.9, weight_decay=5e-4)
@@ -60,8 +62,8 @@ def train(net: nn.Module, parameters: list, data: list, lr: float) -> None:
         optimizer.step()
 
 
-def new_task(seed: int, images: int) -> dict[str, dict[str, float]]:
-    """Held-back loss at once and after one more epoch, per method, for one seed."""
+def new_task(seed: int, images: int) -> Row:
+    """Test loss and accuracy at once and after one more epoch, per method, for one seed."""
     split = fashion_as_rgb(images)
     torch.manual_seed(seed)
     net = resnet20()
@@ -71,7 +73,7 @@ def new_task(seed: int, images: int) -> dict[str, dict[str, float]]:
     train(net, list(net.linear.parameters()), batches(split.x_train, split.y_train, order), 0.05)
     profiled = batches(split.x_train, split.y_train, order)
     epoch = batches(split.x_train, split.y_train, order)
-    out: dict[str, dict[str, float]] = {}
+    out: Row = {}
     for method in METHODS:
         row: dict[str, float] = {}
         grown: nn.Module = fxgrow.capture(net, (split.x_train[:2],))
@@ -83,9 +85,9 @@ def new_task(seed: int, images: int) -> dict[str, dict[str, float]]:
             row["seconds"] = sum(record.seconds.values())
         else:
             grown = fxgrow.apply(grown, fxgrow.Plan({}))
-        row["now"], row["accuracy now"] = evaluate(grown, split.x_test, split.y_test)
+        row["now"], row["accuracy now"] = loss_and_accuracy(grown, split.x_test, split.y_test)
         train(grown, list(grown.parameters()), epoch, 0.01)
-        row["after"], row["accuracy after"] = evaluate(grown, split.x_test, split.y_test)
+        row["after"], row["accuracy after"] = loss_and_accuracy(grown, split.x_test, split.y_test)
         row["parameters"] = sum(p.numel() for p in grown.parameters())
         out[method] = row
         if method == "default" and seed == 0:
@@ -110,67 +112,50 @@ def onnx_agreement(net: nn.Module, x: Tensor) -> str:
     return f"ONNX against the module, relative: batch 1 {errors[1]:.1e}, batch 7 {errors[7]:.1e}"
 
 
-def own_task() -> None:
+def original_task() -> None:
     """Growth on the task the net was trained for."""
     split = cifar10()
     net = resnet20()
     net.load_state_dict(resnet20_weights())
     net.eval()
-    before = evaluate(net, split.x_test, split.y_test)
+    before = loss_and_accuracy(net, split.x_test, split.y_test)
     grown = fxgrow.grow(net, batches(split.x_train, split.y_train), samples=4096, progress=False)
-    after = evaluate(grown, split.x_test, split.y_test)
+    after = loss_and_accuracy(grown, split.x_test, split.y_test)
     record = grown.meta["fxgrow"]
-    print("\nOwn task, CIFAR-10, 10,000 test images")
+    print("\nOriginal task, CIFAR-10, 10,000 test images")
     print(f"  {'declined: ' + record.declined if record.declined else 'grown: ' + str(record.plan)}")
-    print(f"  accuracy {100 * before[1]:.2f} % -> {100 * after[1]:.2f} %, loss {before[0]:.4f} -> {after[0]:.4f}")
+    print(f"  accuracy {before[1]:.2f} % -> {after[1]:.2f} %, loss {before[0]:.4f} -> {after[0]:.4f}")
 
 
-def paired(rows: list[dict[str, dict[str, float]]], a: str, b: str, key: str) -> str:
-    differences = [r[a][key] - r[b][key] for r in rows]
-    error = statistics.stdev(differences) / math.sqrt(len(differences)) if len(differences) > 1 else float("nan")
-    return f"{statistics.mean(differences):+.4f} +- {error:.4f}"
+def default_minus(rows: list[Row], other: str, key: str) -> str:
+    mean, error = paired([r["default"][key] for r in rows], [r[other][key] for r in rows])
+    return f"{mean:+.4f} ± {error:.4f}"
+
+
+def cells(rows: list[Row], method: str) -> list[str]:
+    """Means over the seeds, one for each of `COLUMNS`."""
+    return [form.format(statistics.mean(r[method].get(key, 0.0) for r in rows)) for key, form in COLUMNS.items()]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=6000)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--own-only", action="store_true")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    own_task()
-    if arguments.own_only:
+    parser = command_line(__doc__, seeds=5, threads=2)
+    parser.add_argument("--images", type=int, default=6000, help="of the new task, to train on (default: 6000)")
+    parser.add_argument("--original-only", action="store_true", help="leave the new task out")
+    arguments = parse(parser)
+    original_task()
+    if arguments.original_only:
         return
     rows = []
-    for seed in range(arguments.seeds):
+    for seed in arguments.seeds:
         rows.append(new_task(seed, arguments.images))
-        print(
-            f"seed {seed}: " + "; ".join(f"{m} {r['now']:.4f} {r['after']:.4f}" for m, r in rows[-1].items()),
-            flush=True,
-        )
-    print(f"\nNew task, Fashion-MNIST as 3x32x32, {arguments.images} training images, {arguments.seeds} seeds")
-    print(
-        f"  {'method':13s} {'parameters':>10s} {'units':>6s} {'gamma':>6s} {'loss now':>9s} {'acc now':>8s} "
-        f"{'loss after':>10s} {'acc after':>9s} {'seconds':>8s}"
-    )
-    for method in METHODS:
-        mean = {
-            k: statistics.mean(r[method].get(k, 0.0) for r in rows)
-            for k in ("parameters", "units", "gamma", "now", "accuracy now", "after", "accuracy after", "seconds")
-        }
-        print(
-            f"  {method:13s} {mean['parameters']:10,.0f} {mean['units']:6.1f} {mean['gamma']:6.2f} {mean['now']:9.4f} "
-            f"{100 * mean['accuracy now']:7.2f}% {mean['after']:10.4f} {100 * mean['accuracy after']:8.2f}% "
-            f"{mean['seconds']:8.1f}"
-        )
-    print("  paired differences of the held-back loss, default minus the other (mean +- standard error):")
-    for other in METHODS:
-        if other != "default":
-            print(
-                f"    {other:13s} now {paired(rows, 'default', other, 'now')}   "
-                f"after one epoch {paired(rows, 'default', other, 'after')}"
-            )
+        losses = "; ".join(f"{m} {r['now']:.4f} {r['after']:.4f}" for m, r in rows[-1].items())
+        print(f"seed {seed}: {losses}", flush=True)
+    print(f"\nNew task, Fashion-MNIST as 3x32x32, {arguments.images} training images, {len(rows)} seeds\n")
+    print(markdown(["method", *COLUMNS], [[method, *cells(rows, method)] for method in METHODS]))
+    print("\nHeld-out loss, default minus the other (mean ± standard error)\n")
+    others = [m for m in METHODS if m != "default"]
+    lines = [[m, *(default_minus(rows, m, key) for key in ("now", "after"))] for m in others]
+    print(markdown(["other", "at once", "after an epoch"], lines))
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ default, in seconds; and peak memory beside that of a training step with Adam, e
 
 from __future__ import annotations
 
-import argparse
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -24,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxgrow
+from benchmarks._command_line import command_line, parse
 from benchmarks._timing import cpu_times, multiply_adds, peak_during, peak_of
 from models import MLP, ResNet
 from models.vgg import vgg11
@@ -207,14 +207,11 @@ def check_memory() -> None:
 
 def main() -> None:
     parts = (*AXES, "grow", "memory")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="of the scaling tables")
-    parser.add_argument("--samples", type=int, default=8192, help="for the growth of one large width")
-    parser.add_argument("--only", nargs="+", choices=parts, default=parts)
+    parser = command_line(__doc__, only=parts)
+    parser.add_argument("--repetitions", type=int, default=3, help="a cell is the median of so many (default: 3)")
+    parser.add_argument("--samples", type=int, default=8192, help="for --only grow (default: 8192)")
     parser.add_argument("--cell", nargs=2, metavar=("NET", "KIND"), help="one cell alone, prints its peak in MB")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parse(parser)
     if arguments.cell:
         print(memory_cell(*arguments.cell))
         return

@@ -17,7 +17,6 @@ memory after 389 cycles over that after the first: 1.018, 1.05 allowed
 
 from __future__ import annotations
 
-import argparse
 import gc
 import os
 import sys
@@ -34,6 +33,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.hooks import RemovableHandle
 
 import fxgrow
+from benchmarks._command_line import command_line, parse
 from examples.data import digits
 from models import DigitsResNet
 
@@ -121,10 +121,9 @@ def soak(minutes: float, show: bool = True) -> tuple[list[float], list[dict[str,
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--minutes", type=float, default=15)
-    torch.set_num_threads(1)
-    found, _ = soak(parser.parse_args().minutes)
+    parser = command_line(__doc__, threads=None)
+    parser.add_argument("--minutes", type=float, default=15, help="how long to go on (default: 15)")
+    found, _ = soak(parse(parser).minutes)
     print(
         f"\nmemory after {len(found)} cycles over that after the first: {found[-1] / found[0]:.3f}, {ALLOWED} allowed"
     )

@@ -10,8 +10,6 @@ and transformers; `--peer` needs torch-pruning.
 
 from __future__ import annotations
 
-import argparse
-import json
 import multiprocessing
 import os
 import resource
@@ -24,11 +22,11 @@ from typing import Any
 
 import torch
 
+from benchmarks._command_line import FinishedRuns, command_line, parse
 from benchmarks.coverage.subjects import FAMILIES, build, names
 from benchmarks.coverage.tables import tables
 from fxgrow.integrations._torchvision import import_torchvision
 
-OUT = Path("out/coverage.jsonl")
 #: seconds for the peer, which on some networks never ends
 PEER_LIMIT = 90.0
 
@@ -90,33 +88,24 @@ def run(family: str, name: str, options: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line(__doc__, threads=None, resume="coverage.jsonl")
     parser.add_argument("--family", nargs="+", choices=FAMILIES, default=list(FAMILIES))
     parser.add_argument("--match", default="", help="only networks with this in their name")
     parser.add_argument("--limit", type=int, help="at most so many networks of a family")
-    parser.add_argument("--resume", type=Path, default=OUT, help="file of JSON lines; networks in it are not run again")
-    parser.add_argument("--time-limit", type=float, default=300.0, help="seconds for one network")
-    parser.add_argument("--memory", type=float, default=14.0, help="GB for one network")
+    parser.add_argument("--time-limit", type=float, default=300.0, help="seconds for one network (default: 300)")
+    parser.add_argument("--memory", type=float, default=14.0, help="GB for one network (default: 14)")
     parser.add_argument("--peer", action="store_true", help="also prune torchvision and timm with Torch-Pruning")
     parser.add_argument("--onnx", action="store_true", help="also export the grown graph")
     parser.add_argument("--tables", action="store_true", help="only print the tables of the file")
-    options = parser.parse_args()
-    torch.set_num_threads(1)
+    options = parse(parser)
     import_torchvision()
-    options.resume.parent.mkdir(parents=True, exist_ok=True)
-    text = options.resume.read_text() if options.resume.exists() else ""
-    records = [json.loads(line) for line in text.splitlines()]
-    done = {(r["family"], r["name"]) for r in records}
+    runs = FinishedRuns(options.resume, "family", "name")
     for family in () if options.tables else options.family:
         for name in [n for n in names(family) if options.match in n][: options.limit]:
-            if (family, name) in done:
-                continue
-            record = run(family, name, vars(options))
-            records.append(record)
-            with options.resume.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-            print(f"{family}/{name}: {summary(record)}", flush=True)
-    print(tables(records))
+            if runs.find(family=family, name=name) is None:
+                record = runs.add(**run(family, name, vars(options)))
+                print(f"{family}/{name}: {summary(record)}", flush=True)
+    print(tables(list(runs.records.values())))
 
 
 def summary(record: Mapping[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """What held-back batches say of candidates: whether they are worth anything, and how many of them.
 
 requires: outgoing weights that were fitted on other batches.
-ensures:  where there is nothing to find, next to nothing is found (`benchmarks.nulls`).
+ensures:  where there is nothing to find, next to nothing is found (`benchmarks.false_positives`).
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ class Bottleneck:
         positions: sampled positions behind the second moments.
         worth: score of widths by what a few more units are worth to them, now and after further training: the predicted
             decrease by units and dW together times the root of Psi. The first alone forgets what training would bring
-            anyway, the second what the data can tell; `benchmarks.where` compares scores. 0 with no prediction.
+            anyway, the second what the data can tell; `benchmarks.where_to_grow` compares scores. 0 with no prediction.
     """
 
     width: Width

@@ -7,21 +7,20 @@ zero. The weights that exist are not moved by the growth unless `--update`: thei
 alike for all methods, and gone after some steps. Figures are held-back losses in nats per character, at once and after
 further steps; differences are paired over seeds, with their standard error.
 
-    FXGROW_DATA=... python -m benchmarks.widths [--seeds 6] [--steps 300] [--further 200] [--only values heads ...]
+    FXGROW_DATA=... python -m benchmarks.width_kinds [--seeds 6] [--steps 300] [--further 200] [--only values heads ...]
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
-import math
 import statistics
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fxgrow
+from benchmarks._command_line import command_line, markdown, paired, parse
+from benchmarks._small_nets import Batches, loss_of, train
 from examples.data import shakespeare
 from models import Decoder
 
@@ -34,7 +33,6 @@ KINDS |= RECURRENT
 SHARE = 0.25
 CONTEXT, BATCH, RATE = 64, 32, 2e-3
 
-Batches = list[tuple[Tensor, Tensor]]
 #: per method: the losses `now` and `after`, and what was added
 Row = dict[str, dict[str, float]]
 
@@ -54,10 +52,6 @@ class CharacterLSTM(nn.Module):
         return self.head(self.lstm(h)[0])
 
 
-def loss_of(logits: Tensor, tokens: Tensor) -> Tensor:
-    return F.cross_entropy(logits.flatten(0, 1), tokens.flatten())
-
-
 def draw(text: Tensor, count: int, generator: torch.Generator) -> Batches:
     """Batches of (characters, next characters) from random places."""
     out = []
@@ -71,16 +65,6 @@ def draw(text: Tensor, count: int, generator: torch.Generator) -> Batches:
 @torch.no_grad()
 def evaluate(net: nn.Module, data: Batches) -> float:
     return statistics.mean(float(loss_of(net(x), y)) for x, y in data)
-
-
-def train(net: nn.Module, optimizer: torch.optim.Optimizer, data: Batches, decay: bool = False) -> None:
-    """One step a batch, at a constant rate or at one that falls to zero."""
-    for i, (x, y) in enumerate(data):
-        for group in optimizer.param_groups:
-            group["lr"] = RATE * (1 - i / len(data)) if decay else RATE
-        optimizer.zero_grad()
-        loss_of(net(x), y).backward()
-        optimizer.step()
 
 
 def one_seed(kind: str, seed: int, steps: int, further: int, update: bool) -> Row:
@@ -114,36 +98,30 @@ def one_seed(kind: str, seed: int, steps: int, further: int, update: bool) -> Ro
     return out
 
 
-def paired(rows: list[Row], other: str, key: str) -> str:
-    """Mean difference of the default to another method in thousandths of a nat, and its standard error."""
-    d = [1e3 * (r["default"][key] - r[other][key]) for r in rows]
-    error = statistics.stdev(d) / math.sqrt(len(d)) if len(d) > 1 else math.nan
-    return f"{statistics.mean(d):+.2f} ± {error:.2f}"
+def default_minus(rows: list[Row], other: str, key: str) -> str:
+    """Default minus another method in thousandths of a nat, with its standard error."""
+    mean, error = paired([1e3 * r["default"][key] for r in rows], [1e3 * r[other][key] for r in rows])
+    return f"{mean:+.2f} ± {error:.2f}"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=6)
-    parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--further", type=int, default=200)
-    parser.add_argument("--threads", type=int, default=1)
+    parser = command_line(__doc__, seeds=6, only=KINDS)
+    parser.add_argument("--steps", type=int, default=300, help="before growth (default: 300)")
+    parser.add_argument("--further", type=int, default=200, help="steps after growth (default: 200)")
     parser.add_argument("--update", action="store_true", help="also move the weights that exist")
-    parser.add_argument("--only", nargs="+", choices=list(KINDS), default=list(KINDS))
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    arguments = parse(parser)
     rows: dict[str, list[Row]] = {kind: [] for kind in arguments.only}
     for kind in arguments.only:
-        for seed in range(arguments.seeds):
+        for seed in arguments.seeds:
             row = one_seed(kind, seed, arguments.steps, arguments.further, arguments.update)
             rows[kind].append(row)
             parts = [f"{m} " + " ".join(f"{k} {v:.4f}" for k, v in r.items()) for m, r in row.items()]
             print(f"{kind}, seed {seed}: " + "; ".join(parts), flush=True)
-    print(f"\nDefault minus the other, 10^-3 nats, {arguments.seeds} paired seeds (negative: the default is better)\n")
-    print("| width | now, random | now, random-refit | after, random | after, random-refit |")
-    print("|---|---|---|---|---|")
-    for kind in arguments.only:
-        cells = [paired(rows[kind], other, key) for key in ("now", "after") for other in METHODS[:2]]
-        print(f"| {kind} | " + " | ".join(cells) + " |")
+    count = len(arguments.seeds)
+    print(f"\nDefault minus the other, 10^-3 nats, {count} paired seeds (negative: the default is better)\n")
+    pairs = [(key, other) for key in ("now", "after") for other in METHODS[:2]]
+    lines = [[kind, *(default_minus(rows[kind], other, key) for key, other in pairs)] for kind in arguments.only]
+    print(markdown(["width", *(f"{key}, {other}" for key, other in pairs)], lines))
 
 
 if __name__ == "__main__":

@@ -5,19 +5,19 @@ the expected loss. *shuffled*: net and profile have the same images with shuffle
 from one part of the data to another. *real*: the same nets with their real labels, which shows that the test can find
 something. A run counts as false if any width has a significant unit.
 
-    python -m benchmarks.nulls [--runs 100] [--steps 150]
+    python -m benchmarks.false_positives [--runs 100] [--steps 150]
 """
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 import fxgrow
+from benchmarks._command_line import command_line, markdown, parse
+from benchmarks._small_nets import draw, train
 from examples.data import digits
 from models import MLP, DigitsResNet
 
@@ -25,15 +25,6 @@ NETS: dict[str, Callable[[], nn.Module]] = {
     "mlp": lambda: MLP((64, 12, 12, 10)),
     "resnet": lambda: DigitsResNet(0.25),
 }
-
-
-def train(net: nn.Module, x: Tensor, y: Tensor, steps: int, generator: torch.Generator) -> None:
-    optimizer = torch.optim.Adam(net.parameters(), 3e-3)
-    for _ in range(steps):
-        i = torch.randint(len(x), (64,), generator=generator)
-        optimizer.zero_grad()
-        F.cross_entropy(net(x[i]), y[i]).backward()
-        optimizer.step()
 
 
 def significant(make: Callable[[], nn.Module], kind: str, seed: int, steps: int) -> tuple[int, int]:
@@ -45,7 +36,7 @@ def significant(make: Callable[[], nn.Module], kind: str, seed: int, steps: int)
     if kind == "shuffled":
         y = y[torch.randperm(len(y), generator=generator)]
     net = make()
-    train(net, x, y, steps, generator)
+    train(net, torch.optim.Adam(net.parameters(), 3e-3), list(draw(x, y, steps, 64, generator)))
     if kind == "own labels":
         with torch.no_grad():
             y = torch.multinomial(net.eval()(x).softmax(1), 1, generator=generator).flatten()
@@ -55,22 +46,19 @@ def significant(make: Callable[[], nn.Module], kind: str, seed: int, steps: int)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=150)
-    parser.add_argument("--threads", type=int, default=1)
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    print("| net | labels | widths with a significant unit | runs with any |")
-    print("|---|---|---|---|")
+    parser = command_line(__doc__)
+    parser.add_argument("--runs", type=int, default=100, help="nets of each kind (default: 100)")
+    parser.add_argument("--steps", type=int, default=150, help="of training before the profile (default: 150)")
+    arguments = parse(parser)
+    lines = []
     for name, make in NETS.items():
         for kind in ("own labels", "shuffled", "real"):
             found = [significant(make, kind, seed, arguments.steps) for seed in range(arguments.runs)]
             widths, every = sum(f for f, _ in found), sum(n for _, n in found)
             runs = sum(f > 0 for f, _ in found)
-            print(
-                f"| {name} | {kind} | {widths} of {every} ({widths / every:.1%}) | {runs} of {len(found)} |", flush=True
-            )
+            lines.append([name, kind, f"{widths} of {every} ({widths / every:.1%})", f"{runs} of {len(found)}"])
+            print(*lines[-1], sep="  ", flush=True)
+    print("\n" + markdown(["net", "labels", "widths with a significant unit", "runs with any"], lines))
 
 
 if __name__ == "__main__":

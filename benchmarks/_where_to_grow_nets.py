@@ -1,4 +1,4 @@
-"""Nets of `benchmarks.where`: how they are built and trained, and what growth brings them."""
+"""Nets of `benchmarks.where_to_grow`: how they are built and trained, and what growth brings them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fxgrow
-from benchmarks.one_step import CONTEXT, Batches, characters, draw, evaluate, loss_of, text, train
+from benchmarks._small_nets import CONTEXT, Batches, characters, draw, held_out_loss, loss_of, text, train
 from examples.data import VARIABLE, Split, cifar10, digits, fashion_mnist
 from fxgrow.data.batches import Data
 from fxgrow.pipeline.grow import apply_best
@@ -153,4 +153,4 @@ class Trained:
         return out
 
     def _evaluate(self, net: nn.Module) -> float:
-        return evaluate(net, self.split.x_test, self.split.y_test)
+        return held_out_loss(net, self.split.x_test, self.split.y_test)

@@ -15,27 +15,24 @@ after 400 more steps, paired; on balanced nets and on those with a planted cut.
 Nets: an MLP (Fashion-MNIST at 14x14), convolutions with BatchNorm (CIFAR-10 at 16x16), the perceptrons of a GPT
 (Shakespeare); four widths each. Without $FXGROW_DATA the first two learn handwritten digits, and there is no GPT.
 
-    FXGROW_DATA=... python -m benchmarks.where [--only mlp conv gpt] [--parts cut rank allocation] [--seeds 10]
+    FXGROW_DATA=... python -m benchmarks.where_to_grow [--only mlp conv gpt] [--parts cut rank allocation] [--seeds 10]
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import os
 import random
 import statistics
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import torch
 from scipy.stats import rankdata
 
 import fxgrow
-from benchmarks._where import MARKS, SUBJECTS, Subject, Trained
-from benchmarks.one_step import loss_of
+from benchmarks._command_line import FinishedRuns, command_line, markdown, mean_and_error, paired, parse
+from benchmarks._small_nets import loss_of
+from benchmarks._where_to_grow_nets import MARKS, SUBJECTS, Subject, Trained
 from examples.data import VARIABLE, Split
 from fxgrow.pipeline.cost import Parameters
 
@@ -152,9 +149,9 @@ def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     return float(x @ y) / scale if scale else 0.0
 
 
-def mean_error(values: Sequence[float]) -> str:
-    error = statistics.stdev(values) / math.sqrt(len(values)) if len(values) > 1 else math.nan
-    return f"{statistics.mean(values):+.2f} ± {error:.2f}"
+def mean_text(values: Sequence[float]) -> str:
+    mean, error = mean_and_error(values)
+    return f"{mean:+.2f} ± {error:.2f}"
 
 
 def correlations(row: Row, per_parameter: bool = False) -> dict[str, list[float]]:
@@ -179,43 +176,39 @@ def rank_table(nets: dict[str, list[dict[str, list[float]]]]) -> str:
     """Mean rank correlations per kind of net and over all of them."""
     kinds = [*nets, "all"]
     nets = nets | {"all": [c for of in nets.values() for c in of]}
-    head = " | ".join(f"{k} ({len(nets[k])} nets): {', '.join(map(str, MARKS))}" for k in kinds)
-    lines = [f"| score | {head} |", "|" + "---|" * (len(kinds) + 1)]
+    head = [f"{k} ({len(nets[k])} nets): {', '.join(map(str, MARKS))}" for k in kinds]
+    lines = []
     for name in nets["all"][0]:
-        cells = [", ".join(mean_error([c[name][m] for c in nets[k]]) for m in range(len(MARKS))) for k in kinds]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        cells = [", ".join(mean_text([c[name][m] for c in nets[k]]) for m in range(len(MARKS))) for k in kinds]
+        lines.append([name, *cells])
+    return markdown(["score", *head], lines)
 
 
 def cut_table(nets: dict[str, list[Row]]) -> str:
     """How often the width that was cut ranks first."""
-    lines = ["| score | " + " | ".join(nets) + " |", "|" + "---|" * (len(nets) + 1)]
+    lines = []
     for name in next(iter(nets.values()))[0]["scores"]:
         cells = []
         for rows in nets.values():
             first = [max(r["scores"][name], key=r["scores"][name].__getitem__) == r["cut"] for r in rows]
             cells.append(f"{sum(first)} of {len(first)}")
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([name, *cells])
+    return markdown(["score", *nets], lines)
 
 
 def allocation_table(nets: dict[str, list[Row]]) -> str:
     """The rule's allocation minus one ratio for all, in thousandths of a nat."""
     marks = ", ".join(map(str, MARKS))
-    lines = [
-        f"| net | parameters: own, uniform | loss after, uniform | own minus uniform: {marks} |",
-        "|---|---|---|---|",
-    ]
+    lines = []
     for name, rows in nets.items():
         size = ", ".join(f"{statistics.mean(r[k]['parameters'] for r in rows):,.0f}" for k in (OWN, UNIFORM))
         cells = []
         for m in range(len(MARKS)):
-            d = [1e3 * (r[OWN]["losses"][m] - r[UNIFORM]["losses"][m]) for r in rows]
-            error = statistics.stdev(d) / math.sqrt(len(d)) if len(d) > 1 else math.nan
-            cells.append(f"{statistics.mean(d):+.1f} ± {error:.1f}")
+            mean, error = paired(*([1e3 * r[kind]["losses"][m] for r in rows] for kind in (OWN, UNIFORM)))
+            cells.append(f"{mean:+.1f} ± {error:.1f}")
         after = statistics.mean(r[UNIFORM]["losses"][-1] for r in rows)
-        lines.append(f"| {name} ({len(rows)}) | {size} | {after:.3f} | {', '.join(cells)} |")
-    return "\n".join(lines)
+        lines.append([f"{name} ({len(rows)})", size, f"{after:.3f}", ", ".join(cells)])
+    return markdown(["net", "parameters: own, uniform", "loss after, uniform", f"own minus uniform: {marks}"], lines)
 
 
 # -- all of it
@@ -230,31 +223,21 @@ PARTS = {"cut": ("cut",), "rank": ("rank",), "allocation": ("balanced", "unbalan
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = [name for name in SUBJECTS if name != "gpt" or os.environ.get(VARIABLE)]
-    parser.add_argument("--only", nargs="+", choices=list(SUBJECTS), default=known)
+    parser = command_line(__doc__, seeds=10, only=SUBJECTS, default=known, resume="where_to_grow.jsonl")
     parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[10], help="for all nets, or for each of them")
-    parser.add_argument("--first", type=int, default=0, help="the first seed")
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--resume", type=Path, default=Path("out/where.jsonl"), help="seeds in it are not run again")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
-    arguments.resume.parent.mkdir(parents=True, exist_ok=True)
-    text = arguments.resume.read_text() if arguments.resume.exists() else ""
-    done = {(r["kind"], r["net"], r["seed"]): r["row"] for r in map(json.loads, text.splitlines())}
+    arguments = parse(parser)
+    runs = FinishedRuns(arguments.resume, "kind", "net", "seed")
     kinds = [kind for part in arguments.parts for kind in PARTS[part]]
     every: dict[str, dict[str, list[Row]]] = {kind: {} for kind in kinds}
-    seeds = arguments.seeds * len(arguments.only) if len(arguments.seeds) == 1 else arguments.seeds
-    for name, count in zip(arguments.only, seeds, strict=True):
+    for name in arguments.only:
         split = SUBJECTS[name].data()
         for kind in kinds:
-            for seed in range(arguments.first, arguments.first + count):
-                if (kind, name, seed) not in done:
-                    row = done[kind, name, seed] = RUNS[kind](name, SUBJECTS[name], split, seed)
-                    with arguments.resume.open("a") as file:
-                        file.write(json.dumps({"kind": kind, "net": name, "seed": seed, "row": row}) + "\n")
-                every[kind].setdefault(name, []).append(done[kind, name, seed])
+            for seed in arguments.seeds:
+                run = runs.find(kind=kind, net=name, seed=seed)
+                if run is None:
+                    run = runs.add(kind=kind, net=name, seed=seed, row=RUNS[kind](name, SUBJECTS[name], split, seed))
+                every[kind].setdefault(name, []).append(run["row"])
     if "cut" in arguments.parts:
         print("\nThe width that was cut to an eighth ranks first\n")
         print(cut_table(every["cut"]))
