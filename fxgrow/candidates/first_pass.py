@@ -88,7 +88,7 @@ class Reader:
         out = Measured()
         found = turns(hiddens, self.analysed.gm, self.limit)
         for own in found:
-            self._measure(own, additions, out, self.method.refit and not self.exact and len(found) == 1)
+            self._measure(own, additions, out, self.method.needs.refit and not self.exact and len(found) == 1)
         return out
 
     def merge(
@@ -99,30 +99,30 @@ class Reader:
         stats = self._statistics(hiddens)
         crosses = merged(parts, stats, next(self.analysed.gm.parameters()).device)
         updates, psi = project(stats)
-        if self.method.project and self.method.moments:
+        if self.method.needs.project:
             subtract(stats, crosses, updates)
         self._propose(stats, hiddens, additions, updates, psi, out)
         return out
 
     def _statistics(self, hiddens: Sequence[GrowableWidth]) -> Statistics:
-        method = self.method
+        needs = self.method.needs
         return Statistics(
             self.analysed,
             hiddens,
             exact=self.exact,
-            link=method.moments,
+            link=needs.moments,
             # with C all of N is formed at once
-            project=method.project and not self.keep,
-            output_side=method.output_side or method.refit,
+            project=needs.project and not self.keep,
+            output_side=needs.output_side or needs.refit,
             cache=CACHE if self.limit is None else min(CACHE, self.limit // 8 // len(hiddens)),
-            rows=method.rows,
+            rows=needs.rows,
             room=CACHE_BYTES if self.limit is None else min(CACHE_BYTES, self.limit // 8),
         )
 
     def _measure(
         self, hiddens: Sequence[GrowableWidth], additions: Mapping[str, int], out: Measured, tried: bool
     ) -> None:
-        method, stats = self.method, self._statistics(hiddens)
+        needs, stats = self.method.needs, self._statistics(hiddens)
         if tried:
             linked = [h for h in hiddens if h.name in stats.widths]
             out.ways, out.stats = apart(self.analysed, linked, stats.consumers), stats
@@ -134,7 +134,7 @@ class Reader:
         updates, psi = project(stats)
         if self.keep:
             out.kept |= kept(stats)
-        if method.project and method.moments:
+        if needs.project and stats.widths:
             self._subtract(stats, updates, out)
         sum_blocks(stats.widths.values(), process_group)
         # what is drawn from here on is drawn alike
@@ -150,16 +150,16 @@ class Reader:
         psi: Mapping[str, tuple[float, float]],
         out: Measured,
     ) -> None:
-        method, process_group = self.method, self.data.process_group
+        needs, process_group = self.method.needs, self.data.process_group
         wanted = {h.name: additions[h.name] for h in hiddens}
         out.proposals |= process_group.broadcast_from_rank0(lambda: self._proposals(stats, wanted))
         for name in wanted:
             found = stats.widths.get(name)
             out.positions[name] = 0 if found is None else found.rows
-        if method.sketch:
+        if needs.sketch:
             rest = [h for h in hiddens if h.name not in stats.widths]
             out.proposals |= sketch(
-                self.analysed, rest, stats.consumers, updates, self.data, self.loss_fn, wanted, method.refit,
+                self.analysed, rest, stats.consumers, updates, self.data, self.loss_fn, wanted, needs.refit,
                 self.generator,
             )  # fmt: skip
         for h in hiddens:
@@ -182,7 +182,7 @@ class Reader:
         def batches() -> Iterator[Batch]:
             nonlocal apart
             for batch in self.data:
-                apart = self.method.refit and self.data.held(batch)
+                apart = self.method.needs.refit and self.data.held(batch)
                 # the first batch is none of these, and with it the room is known
                 if not apart or stats.remembers:
                     yield batch
@@ -244,7 +244,7 @@ class Reader:
 
         forward_backward(
             self.analysed.gm,
-            self.data.fitting(self.method.refit),
+            self.data.fitting(self.method.needs.refit),
             self.loss_fn,
             sources=stats.sources,
             targets=[],

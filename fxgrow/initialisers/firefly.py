@@ -25,9 +25,17 @@ import torch
 from torch import Tensor
 
 from fxgrow.analysis.widths import GrowableWidth
-from fxgrow.initialisers.copies import why_no_copies
-from fxgrow.initialisers.registry import Setting, finder
-from fxgrow.initialisers.splits import SplitGraph, Splits, pack, reads_of, unit_rows, unpack, writes_of
+from fxgrow.initialisers.registry import SearchRequest, Splits, initialiser
+from fxgrow.initialisers.splits import (
+    SplitGraph,
+    SplitInitialiser,
+    gradients,
+    incoming_dims,
+    outgoing_dims,
+    pack,
+    unit_rows,
+    unpack,
+)  # fmt: skip
 
 #: largest length of delta and omega, relative to incoming and outgoing weights of the width
 EPS = 0.1
@@ -35,67 +43,42 @@ EPS = 0.1
 STEPS, RATE = 12, 0.25
 
 
-@finder("firefly", nothing="no split and no new unit lowers the loss to first order")
-def firefly(setting: Setting) -> dict[str, Splits]:
-    """_Candidates that lower the loss, best first."""
-    defined = [h for h in setting.hiddens if why_no_copies(setting.analysed, h) is None]
-    if not defined:
-        return {}
-    found = [_Candidates(setting, h) for h in defined]
-    graph = SplitGraph(setting.analysed, _splits(found), setting.data, setting.loss_fn)
-    with torch.enable_grad():
+@initialiser("firefly", moments=False)
+class Firefly(SplitInitialiser):
+    """See the top of the file."""
+
+    nothing = "no split and no new unit lowers the loss to first order"
+
+    def splits(self, request: SearchRequest) -> tuple[dict[str, Splits], float]:
+        """All candidates, after the gradient steps."""
+        candidates = {w.name: _Candidates(request, w) for w in request.widths}
+        leaves = [t for c in candidates.values() for t in c.leaves]
+
+        def now() -> dict[str, Splits]:
+            return {name: c.splits() for name, c in candidates.items()}
+
+        graph = SplitGraph(request, now())
         for batch in itertools.islice(itertools.cycle(graph.batches()), STEPS):
-            slopes = _slopes(graph.loss(graph.at(_splits(found)), batch), found)
-            for c, own in zip(found, slopes, strict=True):
-                c.step(own)
-        total, count = 0.0, 0
-        sums = [[torch.zeros_like(t) for t in c.leaves] for c in found]
-        parameters = graph.at(_splits(found))
-        for batch in graph.batches():
-            loss = graph.loss(parameters, batch)
-            for own, add in zip(sums, _slopes(loss, found), strict=True):
-                for s, g in zip(own, add, strict=True):
-                    s += g * batch.size
-            total, count = total + float(loss.detach()) * batch.size, count + batch.size
-    out = {}
-    running = graph.statistics(_splits(found), parameters)
-    for c, own, buffers in zip(found, sums, running, strict=True):
-        least = torch.finfo(c.delta.dtype).eps * abs(total / count)
-        whole = replace(c.splits(), gains=c.gains([s / count for s in own]), buffers=buffers)
-        out[c.hidden.width.name] = whole.best(least)
-    return out
-
-
-def _splits(found: list[_Candidates]) -> list[tuple[GrowableWidth, Splits]]:
-    return [(c.hidden, c.splits()) for c in found]
-
-
-def _slopes(loss: Tensor, found: list[_Candidates]) -> list[list[Tensor]]:
-    """Per width, the gradients of its leaves; zero for what the loss does not depend on."""
-    leaves = [t for c in found for t in c.leaves]
-    slopes = (
-        torch.autograd.grad(loss, leaves, retain_graph=True, allow_unused=True)
-        if loss.requires_grad
-        else [None] * len(leaves)
-    )
-    whole = iter(torch.zeros_like(t) if g is None else g for t, g in zip(leaves, slopes, strict=True))
-    return [[next(whole) for _ in c.leaves] for c in found]
+            slopes = iter(gradients(graph.loss(graph.parameters(now()), batch), leaves))
+            for c in candidates.values():
+                c.step([next(slopes) for _ in c.leaves])
+        parameters = graph.parameters(now())
+        loss, means = graph.means(parameters, lambda loss: gradients(loss, leaves))
+        slopes, buffers = iter(means), graph.statistics(now(), parameters)
+        return {
+            name: replace(c.splits(), gains=c.gains([next(slopes) for _ in c.leaves]), buffers=buffers[name])
+            for name, c in candidates.items()
+        }, loss
 
 
 class _Candidates:
-    """Of one width: deltas `[units, D]`, incoming `[k, D]` and outgoing weights `[k, D']` of new units.
+    """Of one width: deltas `[units, D]`, incoming `[k, D]` and outgoing weights `[k, D']` of new units."""
 
-    Args:
-        setting: graph, how many new units and random numbers.
-        h: the width.
-    """
-
-    def __init__(self, setting: Setting, h: GrowableWidth) -> None:
-        analysed = setting.analysed
-        k, size, generator = setting.additions[h.name], h.var.size, setting.generator
-        self.hidden = h
-        self.rows = {name: unit_rows(analysed, h, name, dim) for name, dim in writes_of(h, analysed.gm).items()}
-        self.columns = {name: unit_rows(analysed, h, name, p.in_dim) for name, p in reads_of(h).items()}
+    def __init__(self, request: SearchRequest, width: GrowableWidth) -> None:
+        analysed, generator = request.analysed, request.generator
+        k, size = request.additions[width.name], width.var.size
+        self.rows = unit_rows(analysed, width, incoming_dims(analysed, width))
+        self.columns = unit_rows(analysed, width, outgoing_dims(width))
         into, out = pack(self.rows), pack(self.columns)
         self.length = float(into.norm(dim=1).mean())
         self.eps = EPS * self.length, EPS * float(out.norm(dim=1).mean())

@@ -1,13 +1,15 @@
-"""One door for every way to initialise new units: `@initialiser(name)`.
+"""The protocol of initialisers and the table of them: `@initialiser(name)`.
 
-An initialiser proposes units for one width from its moments; its flags say what the profile must do for it.
+A method takes part in up to three places. It proposes units from the moments of a width (`propose`), or looks for them
+with passes of its own over the data (`search`); and it may write the entries of new units itself (`write`). What it
+leaves out the pipeline does: random rows, outgoing weights that are zero or fitted, a line search.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,10 +19,44 @@ from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.data.batches import Data
 from fxgrow.data.loss import LossFn
 from fxgrow.errors import ProfileError
-from fxgrow.initialisers.splits import Splits
 from fxgrow.rewriting.copied_units import CopiedUnits
+from fxgrow.rewriting.rewrite import Values
 from fxgrow.statistics.consumer_moments import ConsumerMoments
 from fxgrow.statistics.width_moments import WidthMoments
+
+
+@dataclass(frozen=True)
+class Splits:
+    """New units of one width that start as old ones, best first.
+
+    Attributes:
+        origin: the old unit that each is split from, `[k]`; a fresh one takes only what follows on the path from it.
+        fresh: which are no splits, `[k]`.
+        rows: per parameter that writes the width, `[k, entries of a unit, ...]`: delta, or those of a fresh unit.
+        columns: per weight that reads it, likewise, outgoing weights of fresh units (zero for splits).
+        gains: predicted decrease of the loss by each, `[k]`.
+        buffers: running statistics of the norms on the path, likewise, where they are not the origin's.
+    """
+
+    origin: Tensor
+    fresh: Tensor
+    rows: dict[str, Tensor]
+    columns: dict[str, Tensor] = field(default_factory=dict)
+    gains: Tensor = field(default_factory=lambda: torch.zeros(0))
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+
+    def take(self, units: Tensor) -> Splits:
+        """Those of these numbers."""
+        rows, columns, buffers = (
+            {name: t.detach()[units.to(t.device)] for name, t in parts.items()}
+            for parts in (self.rows, self.columns, self.buffers)
+        )
+        return Splits(self.origin[units], self.fresh[units], rows, columns, self.gains[units], buffers)
+
+    def best(self, least: float) -> Splits:
+        """Those that gain more than `least`, best first."""
+        order = self.gains.argsort(descending=True)
+        return self.take(order[self.gains[order] > least])
 
 
 @dataclass(frozen=True)
@@ -32,7 +68,7 @@ class Proposal:
             Empty: random rows, and k is what was asked for.
         omega: per consumer weight, outgoing weights `[k, taps, O]`. Empty: zero, or refitted.
         values: singular values, as many as were computed.
-        splits: instead of all these: units that start as old ones (see `finder`).
+        splits: instead of all these: units that start as old ones.
     """
 
     alpha: dict[str, Tensor] = field(default_factory=dict)
@@ -42,60 +78,63 @@ class Proposal:
 
 
 @dataclass(frozen=True)
-class Written:
-    """New entries of a width.
+class WrittenUnits:
+    """New and old entries that growth of one width writes.
 
     Attributes:
         new: per parameter and dimension, slices for the new units; those of one unit stand together.
+        delta: per parameter, what is added to its old entries.
         copies: the old units that new ones are like, if any.
+        outgoing: which of the new slices are outgoing weights that the line search scales, with delta.
     """
 
     new: dict[tuple[str, int], Tensor] = field(default_factory=dict)
+    delta: dict[str, Tensor] = field(default_factory=dict)
     copies: CopiedUnits | None = None
+    outgoing: list[tuple[str, int]] = field(default_factory=list)
+
+
+def values_of(written: Mapping[str, WrittenUnits]) -> tuple[Values, tuple[tuple[str, str, int], ...]]:
+    """Values for the rewrite from what was written for each width, and which of the new ones are outgoing."""
+    values, outgoing = Values(new_units_see_each_other=False), []
+    for width, units in written.items():
+        for (name, dim), t in units.new.items():
+            values.new.setdefault(name, {})[width, dim] = t
+        for name, t in units.delta.items():
+            values.delta[name] = values.delta[name] + t if name in values.delta else t
+        if units.copies is not None:
+            values.copies[width] = units.copies
+        outgoing += [(name, width, dim) for name, dim in units.outgoing]
+    return values, tuple(outgoing)
 
 
 @dataclass(frozen=True)
-class Setting:
-    """What a finder looks for units in: `additions` per width of `hiddens`, in steps of the width."""
+class SearchRequest:
+    """What a method searches: `additions` per width of `widths`, in steps of the width."""
 
     analysed: AnalysedGraph
-    hiddens: Sequence[GrowableWidth]
+    widths: Sequence[GrowableWidth]
     additions: Mapping[str, int]
     data: Data
     loss_fn: LossFn | None
     generator: torch.Generator
 
 
-#: the graph, the width, how many units, random numbers
-Write = Callable[[AnalysedGraph, GrowableWidth, int, torch.Generator], Written]
-Find = Callable[[Setting], dict[str, Splits]]
-Propose = Callable[[WidthMoments, Mapping[str, ConsumerMoments], int], Proposal]
-Function = TypeVar("Function", bound=Callable[..., Any])
-
-
 @dataclass(frozen=True)
-class Initialiser:
-    """An entry of the table.
+class Needs:
+    """What the pipeline does for a method: the flags of `@initialiser`.
 
     Attributes:
-        name: what `method=` says.
-        propose: proposes at most k units from a width's moments.
         project: subtract from E[b V^T] what the existing weights can express.
-        moments: whether E[b V^T] and E[b b^T] are needed at all.
-        output_side: whether E[V V^T] is needed for the units (a refit has it anyway).
+        moments: collect E[b V^T] and E[b b^T] at all.
+        output_side: collect E[V V^T] for the units (a refit has it anyway).
         rows: sampled rows of b per feature that E[b b^T] needs; the larger the ridge on it, the fewer.
-        sketch: widths without a window between producer and consumer get units from the slope of silent ones.
-        refit: fit outgoing weights and the update of existing ones on what the units really put out.
+        sketch: widths without a window between producer and consumer get units from the slope of zero units.
+        refit: fit outgoing weights and the update of existing ones on the activations of the new units.
         symmetric: the line search scales incoming and outgoing weights alike (by the root of gamma).
         share: the part of the best gamma that is applied.
-        write: instead of proposals: writes new entries of every parameter; the function is the same at any gamma, so
-            that there is no line search.
-        find: instead of proposals from moments: reads the data itself.
-        nothing: why a plan without units has none.
     """
 
-    name: str
-    propose: Propose
     project: bool = True
     moments: bool = True
     output_side: bool = False
@@ -104,46 +143,69 @@ class Initialiser:
     refit: bool = False
     symmetric: bool = False
     share: float = 1.0
-    write: Write | None = None
-    find: Find | None = None
-    nothing: str = "no width has a unit that the held-back test accepts"
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Propose = Callable[[WidthMoments, Mapping[str, ConsumerMoments], int], Proposal]
+
+
+@dataclass(frozen=True)
+class Initialiser:
+    """A method, an entry of the table; its parts are overridden in a subclass, or `propose` is a function.
+
+    Attributes:
+        name: what `method=` says.
+        needs: what the pipeline does for it.
+        function: takes the place of `propose`.
+        nothing: why a plan without units has none.
+    """
+
+    name: str
+    needs: Needs = Needs()
+    function: Propose | None = None
+    nothing: ClassVar[str] = "no width has a unit that the held-back test accepts"
+
+    def check_profile(self, processes: int, keep_moments: bool) -> None:
+        """Refuses settings of a profile that the method cannot serve.
+
+        Raises:
+            ProfileError: moments are to be kept of several processes.
+        """
+        if keep_moments and processes > 1:
+            raise ProfileError(
+                "keep_moments=True keeps the moments of one process: leave out process_group= and merge them later."
+            )
+
+    def check_width(self, analysed: AnalysedGraph, width: GrowableWidth) -> None:
+        """Raises a `PlanError` for a width that the method is not defined for."""
+
+    def propose(self, width: WidthMoments, consumers: Mapping[str, ConsumerMoments], k: int) -> Proposal:
+        """At most k units from a width's moments, and those of the weights that read it."""
+        return Proposal() if self.function is None else self.function(width, consumers, k)
+
+    def search(self, request: SearchRequest) -> dict[str, Proposal] | None:
+        """Units per width, from the data themselves; widths without an entry get none. None: those of `propose`."""
+        return None
+
+    def write(
+        self, analysed: AnalysedGraph, width: GrowableWidth, k: int, proposal: Proposal, generator: torch.Generator
+    ) -> WrittenUnits | None:
+        """Entries of k steps of a width at gamma = 1. None: the pipeline writes what was proposed."""
+        return None
 
 
 _TABLE: dict[str, Initialiser] = {}
 
 
-def initialiser(name: str, **flags: bool | float) -> Callable[[Propose], Propose]:
-    """Enters a function that proposes units into the table under `name`; flags as in `Initialiser`."""
+def initialiser(name: str, **flags: bool | float) -> Callable[[Function], Function]:
+    """Enters a function that proposes units, or a subclass of `Initialiser`, into the table; flags as in `Needs`."""
 
-    def enter(propose: Propose) -> Propose:
-        _TABLE[name] = Initialiser(name, propose, **flags)  # type: ignore[arg-type]
-        return propose
-
-    return enter
-
-
-def writer(name: str) -> Callable[[Write], Write]:
-    """Enters a function that writes all entries of new units itself, and keeps the function, under `name`."""
-
-    def enter(write: Write) -> Write:
-        _TABLE[name] = Initialiser(name, _no_proposal, moments=False, write=write)
-        return write
+    def enter(part: Function) -> Function:
+        needs = Needs(**flags)  # type: ignore[arg-type]
+        _TABLE[name] = part(name, needs) if isinstance(part, type) else Initialiser(name, needs, part)
+        return part
 
     return enter
-
-
-def finder(name: str, nothing: str) -> Callable[[Find], Find]:
-    """Enters a function that finds units like old ones with passes of its own over the data, under `name`."""
-
-    def enter(find: Find) -> Find:
-        _TABLE[name] = Initialiser(name, _no_proposal, moments=False, find=find, nothing=nothing)
-        return find
-
-    return enter
-
-
-def _no_proposal(width: WidthMoments, consumers: Mapping[str, ConsumerMoments], k: int) -> Proposal:
-    return Proposal()
 
 
 def find_initialiser(name: str) -> Initialiser:

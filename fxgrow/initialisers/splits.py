@@ -1,4 +1,4 @@
-"""Units that start as old ones and move away from them: splits, and new units beside them.
+"""Units that start as old ones and move away from them: splits, and fresh units beside them.
 
 A split is theta + delta and theta - delta with half the outgoing weights each. The loss is even in each delta: what the
 halves do to first order cancels, whatever lies between producer and consumer, and so do products of different units'
@@ -11,109 +11,91 @@ ensures:  the loss of the widened graph as a differentiable function of the spli
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch.func import functional_call
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.axes.axes import unit_entries
-from fxgrow.axes.structure import Projection
-from fxgrow.data.batches import Batch, Data
-from fxgrow.data.loss import LossFn, loss_of
+from fxgrow.data.batches import Batch
+from fxgrow.data.loss import loss_of
+from fxgrow.errors import ProfileError
 from fxgrow.graph.graph import lookup
-from fxgrow.rewriting.axis_growth import extend
-from fxgrow.rewriting.batch_norm import Moments, average, moments, norms_of
+from fxgrow.initialisers.copies import CopyInitialiser, why_no_copies
+from fxgrow.initialisers.registry import Proposal, SearchRequest, Splits, WrittenUnits, values_of
+from fxgrow.rewriting.axis_growth import places
+from fxgrow.rewriting.batch_norm import RunningStatistics
 from fxgrow.rewriting.copied_units import CopiedUnits
 from fxgrow.rewriting.rewrite import Values, entries, widened
 from fxgrow.statistics.forward_backward import forward
 
-#: splits are looked for on about so many samples
+#: splits are searched on about so many samples
 SAMPLES = 2048
 
 
-@dataclass(frozen=True)
-class Splits:
-    """New units of one width that start as old ones, best first.
+class SplitInitialiser(CopyInitialiser):
+    """Base of the methods that search for splits."""
 
-    Attributes:
-        origin: the old unit that each is split from, `[k]`; a fresh one takes only what follows on the way from it.
-        fresh: which are no splits, `[k]`.
-        rows: per parameter that writes the width, `[k, entries of a unit, ...]`: delta, or a fresh unit's own.
-        columns: per weight that reads it, likewise, outgoing weights of fresh units (zero for splits).
-        gains: predicted decrease of the loss by each, `[k]`.
-        buffers: running statistics of the norms on the way, likewise, where they are not the origin's.
-    """
+    def splits(self, request: SearchRequest) -> tuple[dict[str, Splits], float]:
+        """Units per width with their gains, in any order, and the mean loss."""
+        raise NotImplementedError
 
-    origin: Tensor
-    fresh: Tensor
-    rows: dict[str, Tensor]
-    columns: dict[str, Tensor] = field(default_factory=dict)
-    gains: Tensor = field(default_factory=lambda: torch.zeros(0))
-    buffers: dict[str, Tensor] = field(default_factory=dict)
+    def check_profile(self, processes: int, keep_moments: bool) -> None:
+        """Refuses what only moments allow.
 
-    def take(self, units: Tensor) -> Splits:
-        """Those of these numbers."""
-        rows, columns, buffers = (
-            {name: t.detach()[units.to(t.device)] for name, t in parts.items()}
-            for parts in (self.rows, self.columns, self.buffers)
+        Raises:
+            ProfileError: moments are to be kept, or there are several processes.
+        """
+        if keep_moments:
+            raise ProfileError(f"keep_moments=True: method={self.name!r} has none.")
+        if processes > 1:
+            raise ProfileError(
+                f"method={self.name!r} reads the data in a way of its own, on one process alone: choose another, or "
+                "grow on one process and send fxgrow.Plan.to_json() to the others."
+            )
+
+    @torch.enable_grad()
+    def search(self, request: SearchRequest) -> dict[str, Proposal]:
+        """Units that lower the loss, best first, for widths whose units can be copied."""
+        widths = [w for w in request.widths if why_no_copies(request.analysed, w) is None]
+        found, loss = self.splits(replace(request, widths=widths)) if widths else ({}, 0.0)
+        rounding = {name: torch.finfo(next(iter(s.rows.values())).dtype).eps for name, s in found.items()}
+        return {name: Proposal(splits=s.best(rounding[name] * abs(loss))) for name, s in found.items()}
+
+    def write(
+        self, analysed: AnalysedGraph, width: GrowableWidth, k: int, proposal: Proposal, generator: torch.Generator
+    ) -> WrittenUnits | None:
+        """Entries of the best k splits."""
+        return (
+            None if proposal.splits is None else split_entries(analysed, width, proposal.splits.take(torch.arange(k)))
         )
-        return Splits(self.origin[units], self.fresh[units], rows, columns, self.gains[units], buffers)
-
-    def best(self, least: float) -> Splits:
-        """Those that gain more than `least`, best first."""
-        order = self.gains.argsort(descending=True)
-        return self.take(order[self.gains[order] > least])
 
 
-def writes_of(h: GrowableWidth, gm: fx.GraphModule) -> dict[str, int]:
+def incoming_dims(analysed: AnalysedGraph, width: GrowableWidth) -> dict[str, int]:
     """Trained parameters that write a width, and along which dimension."""
-    found = {p.weight: p.out_dim for p in h.producers} | {p.bias: 0 for p in h.producers if p.bias is not None}
-    return {name: dim for name, dim in found.items() if lookup(gm, name).requires_grad}
+    dims = {p.weight: p.out_dim for p in width.producers} | {p.bias: 0 for p in width.producers if p.bias is not None}
+    return {name: dim for name, dim in dims.items() if lookup(analysed.gm, name).requires_grad}
 
 
-def reads_of(h: GrowableWidth) -> dict[str, Projection]:
-    return {p.weight: p for p in h.consumers}
+def outgoing_dims(width: GrowableWidth) -> dict[str, int]:
+    """Weights that read a width, and along which dimension."""
+    return {p.weight: p.in_dim for p in width.consumers}
 
 
-def unit_rows(analysed: AnalysedGraph, h: GrowableWidth, name: str, dim: int) -> Tensor:
-    """A parameter's old entries unit by unit, `[units, entries, ...]`."""
-    old = lookup(analysed.gm, name).detach().movedim(dim, 0)
-    return old[unit_entries(analysed.structure.parameters[name][dim], h.var).to(old.device)]
-
-
-def split_values(
-    analysed: AnalysedGraph, splits: Sequence[tuple[GrowableWidth, Splits]]
-) -> tuple[Values, tuple[tuple[str, str, int], ...]]:
-    """Values for `rewrite` at gamma = 1, and which of the new ones are outgoing."""
-    gm, structure, values = analysed.gm, analysed.structure, Values(new_units_see_each_other=False)
-    outgoing = []
-    for h, s in splits:
-        count = torch.zeros(h.var.size, dtype=torch.float64).index_add_(0, s.origin, (~s.fresh).double())
-        old = 1 / (1 + count)
-        values.copies[h.name] = CopiedUnits(s.origin, torch.cat([old, torch.where(s.fresh, 0.0, old[s.origin])]))
-        for name, dim in writes_of(h, gm).items():
-            weight, t = lookup(gm, name), s.rows[name]
-            own = s.fresh.to(t.device)
-            at = unit_entries(structure.parameters[name][dim], h.var)[s.origin[~s.fresh]].flatten().to(t.device)
-            delta = t.new_zeros(weight.movedim(dim, 0).shape).index_add(0, at, t[~own].flatten(0, 1)).movedim(0, dim)
-            values.delta[name] = values.delta[name] + delta if name in values.delta else delta
-            if bool(own.any()):
-                rows = torch.where(own.view(-1, *[1] * (t.dim() - 1)), t, 0.0)
-                values.new.setdefault(name, {})[h.name, dim] = rows.flatten(0, 1).movedim(0, dim)
-        for name, t in s.columns.items():
-            dim = reads_of(h)[name].in_dim
-            values.new.setdefault(name, {})[h.name, dim] = t.flatten(0, 1).movedim(0, dim)
-            outgoing.append((name, h.name, dim))
-        for name, t in s.buffers.items():
-            values.new.setdefault(name, {})[h.name, 0] = t.flatten(0, 1)
-    return values, tuple(outgoing)
+def unit_rows(analysed: AnalysedGraph, width: GrowableWidth, dims: Mapping[str, int]) -> dict[str, Tensor]:
+    """Old entries of parameters unit by unit, `[units, entries, ...]`."""
+    rows = {}
+    for name, dim in dims.items():
+        old = lookup(analysed.gm, name).detach().movedim(dim, 0)
+        rows[name] = old[unit_entries(analysed.structure.parameters[name][dim], width.var).to(old.device)]
+    return rows
 
 
 def pack(rows: Mapping[str, Tensor]) -> Tensor:
@@ -123,56 +105,84 @@ def pack(rows: Mapping[str, Tensor]) -> Tensor:
 
 def unpack(packed: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The inverse, in the shapes of `like` (but for the number of units)."""
-    sizes = [t[0].numel() for t in like.values()]
-    parts = packed.split(sizes, 1)
+    parts = packed.split([t[0].numel() for t in like.values()], 1)
     return {name: part.view(-1, *t.shape[1:]) for (name, t), part in zip(like.items(), parts, strict=True)}
+
+
+def split_entries(analysed: AnalysedGraph, width: GrowableWidth, splits: Splits) -> WrittenUnits:
+    """The entries of these units; gradients flow to what the splits are made of."""
+    origin, fresh = splits.origin, splits.fresh
+    count = torch.zeros(width.var.size, dtype=torch.float64).index_add_(0, origin, (~fresh).double())
+    old = 1 / (1 + count)
+    out = WrittenUnits(copies=CopiedUnits(origin, torch.cat([old, torch.where(fresh, 0.0, old[origin])])))
+    for name, dim in incoming_dims(analysed, width).items():
+        rows, weight = splits.rows[name], lookup(analysed.gm, name).movedim(dim, 0)
+        is_fresh = fresh.to(rows.device)
+        at = unit_entries(analysed.structure.parameters[name][dim], width.var)[origin[~fresh]].flatten().to(rows.device)
+        delta = rows.new_zeros(weight.shape).index_add(0, at, rows[~is_fresh].flatten(0, 1))
+        out.delta[name] = delta.movedim(0, dim)
+        if bool(fresh.any()):
+            new = torch.where(is_fresh.view(-1, *[1] * (rows.dim() - 1)), rows, 0.0)
+            out.new[name, dim] = new.flatten(0, 1).movedim(0, dim)
+    for name, columns in splits.columns.items():
+        dim = outgoing_dims(width)[name]
+        out.new[name, dim] = columns.flatten(0, 1).movedim(0, dim)
+        out.outgoing.append((name, dim))
+    for name, buffer in splits.buffers.items():
+        out.new[name, 0] = buffer.flatten(0, 1)
+    return out
+
+
+def gradients(value: Tensor, leaves: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
+    """Of a value; zero for what it does not depend on. The graph stays."""
+    if not value.requires_grad:
+        return tuple(torch.zeros_like(t) for t in leaves)
+    return torch.autograd.grad(
+        value, leaves, retain_graph=True, create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
 
 
 class SplitGraph:
     """The loss of a graph with split units, as a function of how they are split.
 
     Args:
-        analysed: the graph; it is left as it is.
+        request: the graph, which is left as it is, and the data, of which fitting batches are read.
         splits: per width, units of the kind that will be asked about.
-        data: its fitting batches are read.
-        loss_fn: see `fxgrow.profile`.
     """
 
-    def __init__(
-        self,
-        analysed: AnalysedGraph,
-        splits: Sequence[tuple[GrowableWidth, Splits]],
-        data: Data,
-        loss_fn: LossFn | None,
-    ) -> None:
-        self.analysed, self.data, self.loss_fn = analysed, data, loss_fn
-        self.additions = {h.name: len(s.origin) * h.step for h, s in splits}
-        values, _ = split_values(analysed, splits)
-        self.graph = widened(analysed, self.additions, values, torch.Generator().manual_seed(0)).graph
+    def __init__(self, request: SearchRequest, splits: Mapping[str, Splits]) -> None:
+        self.request, self.analysed = request, request.analysed
+        self.additions = {n: len(s.origin) * self.analysed.widths[n].step for n, s in splits.items()}
+        generator = torch.Generator().manual_seed(0)
+        self.graph = widened(self.analysed, self.additions, self._values(splits), generator).graph
         self.graph.eval()
         #: in which the graph runs
         self.mode: AbstractContextManager[Any] = nullcontext()
         # as the line search sees it: what training would normalise away is no gain
-        self.norms = norms_of(self.graph) if data.first().size > 1 else {}
-        for m in self.norms.values():
+        self.running = RunningStatistics(self.graph, [request.data.first()])
+        for m in self.running.norms.values() if self.running.live else ():
             m.training, m.track_running_stats = True, False
+
+    def _values(self, splits: Mapping[str, Splits]) -> Values:
+        return values_of(
+            {name: split_entries(self.analysed, self.analysed.widths[name], s) for name, s in splits.items()}
+        )[0]
 
     def batches(self) -> Iterator[Batch]:
         """Fitting batches of `SAMPLES` samples in all."""
         seen = 0
-        for batch in self.data.fitting():
-            if self.norms and batch.size == 1:
+        for batch in self.request.data.fitting():
+            if self.running.live and batch.size == 1:
                 continue  # has no statistics
             yield batch
             seen += batch.size
             if seen >= SAMPLES:
                 return
 
-    def at(self, splits: Sequence[tuple[GrowableWidth, Splits]]) -> dict[str, Tensor]:
+    def parameters(self, splits: Mapping[str, Splits]) -> dict[str, Tensor]:
         """The parameters with these splits; gradients flow to what the splits are made of."""
-        values, _ = split_values(self.analysed, splits)
-        filled, _ = entries(self.analysed, self.additions, values, torch.Generator().manual_seed(0))
-        return filled
+        generator = torch.Generator().manual_seed(0)
+        return entries(self.analysed, self.additions, self._values(splits), generator)[0]
 
     def loss(self, parameters: dict[str, Tensor], batch: Batch) -> Tensor:
         """The mean loss of a batch."""
@@ -180,31 +190,34 @@ class SplitGraph:
         with sdpa_kernel(SDPBackend.MATH):
             with self.mode:
                 output = forward(lambda *inputs: functional_call(self.graph, parameters, inputs), self.graph, batch)
-            return loss_of(output, batch, self.loss_fn)
+            return loss_of(output, batch, self.request.loss_fn)
+
+    def means(
+        self, parameters: dict[str, Tensor], derive: Callable[[Tensor], Sequence[Tensor]]
+    ) -> tuple[float, list[Tensor]]:
+        """Means over samples: of the loss, and of what `derive` makes of each batch's."""
+        total, count, sums = 0.0, 0, None
+        for batch in self.batches():
+            loss = self.loss(parameters, batch)
+            parts = [t * batch.size for t in derive(loss)]
+            sums = parts if sums is None else [s + t for s, t in zip(sums, parts, strict=True)]
+            total, count = total + float(loss.detach()) * batch.size, count + batch.size
+        return total / count, [s / count for s in sums or ()]
 
     @torch.no_grad()
-    def statistics(
-        self, splits: Sequence[tuple[GrowableWidth, Splits]], parameters: dict[str, Tensor]
-    ) -> list[dict[str, Tensor]]:
+    def statistics(self, splits: Mapping[str, Splits], parameters: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         """Per width, running statistics of its norms, `[k, entries]`: those of batches for fresh units."""
-        seen: dict[str, list[Moments]] = {name: [] for name in self.norms}
-        hooks = [
-            m.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(moments(args[0])))
-            for name, m in self.norms.items()
-        ]
-        for batch in self.batches():
-            self.loss(parameters, batch)
-        for hook in hooks:
-            hook.remove()
-        grow = {h.var: len(s.origin) for h, s in splits}
-        out: list[dict[str, Tensor]] = [{} for _ in splits]
-        for name, found in seen.items():
-            for key, t in zip(("running_mean", "running_var"), average(found), strict=True):
-                buffer = f"{name}.{key}"
-                for var, at in extend(self.analysed.structure.parameters[buffer][0], grow).new.items():
-                    i = next(i for i, (h, _) in enumerate(splits) if h.var is var)
-                    h, s = splits[i]
-                    old = unit_rows(self.analysed, h, buffer, 0)[s.origin.to(t.device)]
-                    own = t[at.to(t.device)].view(old.shape).to(old)
-                    out[i][buffer] = torch.where(s.fresh.to(t.device)[:, None], own, old)
+        with self.running.batch_statistics() as moments:
+            for batch in self.batches() if self.running.live else ():
+                self.loss(parameters, batch)
+        where = places(self.analysed, self.additions)
+        out: dict[str, dict[str, Tensor]] = {name: {} for name in splits}
+        for name, pair in moments.items():
+            for key, t in zip(("running_mean", "running_var"), pair, strict=True):
+                for (width, _), at in where.get(buffer := f"{name}.{key}", {}).items():
+                    s = splits[width]
+                    old = unit_rows(self.analysed, self.analysed.widths[width], {buffer: 0})[buffer]
+                    old = old[s.origin.to(t.device)]
+                    measured = t[at.to(t.device)].view(old.shape).to(old)
+                    out[width][buffer] = torch.where(s.fresh.to(t.device)[:, None], measured, old)
         return out

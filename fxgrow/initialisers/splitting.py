@@ -18,7 +18,7 @@ LeakyReLU, PReLU, hardtanh, hardsigmoid and threshold; kinks of other functions,
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -28,9 +28,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fxgrow.errors import ProfileError
-from fxgrow.initialisers.copies import why_no_copies
-from fxgrow.initialisers.registry import Setting, finder
-from fxgrow.initialisers.splits import SplitGraph, Splits, pack, unit_rows, unpack, writes_of
+from fxgrow.initialisers.registry import SearchRequest, Splits, initialiser
+from fxgrow.initialisers.splits import SplitGraph, SplitInitialiser, gradients, incoming_dims, pack, unit_rows, unpack
 
 #: length of delta at gamma = 1, relative to the incoming weights of its width
 EPS = 0.1
@@ -46,89 +45,71 @@ _KINKED = {
 Vectors = dict[str, Tensor]
 
 
-@finder("splitting", nothing="no unit's splitting matrix has a negative eigenvalue: no split would lower the loss")
-def splitting(setting: Setting) -> dict[str, Splits]:
-    """Splits of every unit with a negative eigenvalue, best first."""
-    matrix = SplittingMatrix(setting)
-    if not matrix.hiddens:
-        return {}
-    values, vectors = smallest(matrix.product, matrix.start(setting.generator), STEPS)
-    out = {}
-    for name, v in vectors.items():
-        theta = pack(matrix.like[name])
-        eps = EPS * theta.norm(dim=1).mean()
-        gains = (-0.5 * eps**2 * values[name]).double().cpu()
-        whole = matrix.splits(name, eps * v, gains)
-        out[name] = whole.best(torch.finfo(theta.dtype).eps * abs(matrix.loss))
-    return out
+@initialiser("splitting", moments=False)
+class Splitting(SplitInitialiser):
+    """See the top of the file."""
+
+    nothing = "no unit's splitting matrix has a negative eigenvalue: no split would lower the loss"
+
+    def splits(self, request: SearchRequest) -> tuple[dict[str, Splits], float]:
+        """A split of every unit."""
+        matrix, found = SplittingMatrix(request), {}
+        values, vectors = smallest(matrix.product, matrix.start(request.generator), STEPS)
+        for name, v in vectors.items():
+            eps = EPS * pack(matrix.like[name]).norm(dim=1).mean()
+            found[name] = replace(matrix.split(name, eps * v), gains=(-0.5 * eps**2 * values[name]).double().cpu())
+        return found, matrix.loss
 
 
 class SplittingMatrix:
-    """S of every unit of the widths that can be split, all at once.
+    """S of every unit of the requested widths, all at once, on a copy of the graph with a copy of every unit."""
 
-    Args:
-        setting: graph, widths and data; widths whose units cannot be copied are left out.
-    """
-
-    def __init__(self, setting: Setting) -> None:
-        """Widens a copy of the graph by a copy of every unit."""
-        analysed = setting.analysed
-        self.hiddens = {h.name: h for h in setting.hiddens if why_no_copies(analysed, h) is None}
-        self.like = {
-            name: {w: unit_rows(analysed, h, w, dim) for w, dim in writes_of(h, analysed.gm).items()}
-            for name, h in self.hiddens.items()
-        }
+    def __init__(self, request: SearchRequest) -> None:
+        analysed = request.analysed
+        self.like = {w.name: unit_rows(analysed, w, incoming_dims(analysed, w)) for w in request.widths}
+        self.delta = {name: torch.zeros_like(pack(t), requires_grad=True) for name, t in self.like.items()}
+        zero = {name: self.split(name, delta) for name, delta in self.delta.items()}
+        self.graph = SplitGraph(request, zero)
+        self.graph.mode = SmoothKinks()
+        self.parameters = self.graph.parameters(zero)
         #: mean loss, from the last product
         self.loss = 0.0
-        self.delta = {name: torch.zeros_like(pack(t), requires_grad=True) for name, t in self.like.items()}
-        zero = [(h, self.splits(name, self.delta[name])) for name, h in self.hiddens.items()]
-        self.graph = SplitGraph(analysed, zero, setting.data, setting.loss_fn)
-        self.parameters = self.graph.at(zero)
-        self.graph.mode = SmoothKinks()
 
-    def splits(self, name: str, delta: Tensor, gains: Tensor | None = None) -> Splits:
+    def split(self, name: str, delta: Tensor) -> Splits:
         """Every unit of a width split along its row of `delta`."""
-        units, fresh = torch.arange(len(delta)), torch.zeros(len(delta), dtype=torch.bool)
-        found = Splits(units, fresh, unpack(delta, self.like[name]))
-        return found if gains is None else replace(found, gains=gains)
+        return Splits(
+            torch.arange(len(delta)), torch.zeros(len(delta), dtype=torch.bool), unpack(delta, self.like[name])
+        )
 
     def start(self, generator: torch.Generator) -> Vectors:
         """Random vectors."""
-        shapes = {name: pack(like) for name, like in self.like.items()}
-        return {n: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t) for n, t in shapes.items()}
+        return {
+            name: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.detach())
+            for name, t in self.delta.items()
+        }
 
+    @torch.enable_grad()
     def product(self, vectors: Vectors) -> Vectors:
         """S v for a vector of every unit.
 
         Raises:
             ProfileError: an operator of the model has no second derivative.
         """
-        out = {name: torch.zeros_like(v) for name, v in vectors.items()}
-        total, count, delta = 0.0, 0, list(self.delta.values())
-        with torch.enable_grad():
-            for batch in self.graph.batches():
-                loss = self.graph.loss(self.parameters, batch)
-                try:
-                    first = torch.autograd.grad(loss, delta, create_graph=True)
-                    along = sum((g * vectors[n]).sum() for n, g in zip(self.delta, first, strict=True))
-                    second = _grad(along, delta)
-                except RuntimeError as error:
-                    raise ProfileError(
-                        f"method='splitting' needs second derivatives, which this model does not have: {error}. "
-                        "Choose another method."
-                    ) from error
-                for name, g in zip(out, second, strict=True):
-                    if g is not None:
-                        out[name] += g * batch.size
-                total, count = total + float(loss.detach()) * batch.size, count + batch.size
-        self.loss = total / count
-        return {name: t / count for name, t in out.items()}
+        delta, along = list(self.delta.values()), [vectors[name] for name in self.delta]
 
+        def derive(loss: Tensor) -> Sequence[Tensor]:
+            try:
+                first = gradients(loss, delta, create_graph=True)
+                slope = sum(((g * v).sum() for g, v in zip(first, along, strict=True)), loss.new_zeros(()))
+                return gradients(slope, delta)
+            except RuntimeError as error:
+                raise ProfileError(
+                    f"method='splitting' needs second derivatives, which this model does not have: {error}. "
+                    "Choose another method."
+                ) from error
 
-def _grad(along: Any, to: list[Tensor]) -> tuple[Tensor | None, ...]:
-    if not (isinstance(along, Tensor) and along.requires_grad):
-        return (None,) * len(to)
-    return torch.autograd.grad(along, to, retain_graph=True, allow_unused=True)
+        self.loss, second = self.graph.means(self.parameters, derive)
+        return dict(zip(self.delta, second, strict=True))
 
 
 def smallest(product: Callable[[Vectors], Vectors], start: Vectors, steps: int) -> tuple[Vectors, Vectors]:

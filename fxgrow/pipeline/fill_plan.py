@@ -7,9 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.graph.graph import lookup
-from fxgrow.initialisers.splits import Splits, split_values
+from fxgrow.initialisers.registry import WrittenUnits, values_of
 from fxgrow.pipeline.profile_record import Profile
 from fxgrow.rewriting.plan import Plan
 from fxgrow.rewriting.rewrite import Values
@@ -17,11 +16,14 @@ from fxgrow.statistics.consumer_moments import like_weight
 
 
 def fill_plan(profile: Profile, units: dict[str, int], update_existing: bool, parameters: tuple[int, int]) -> Plan:
+    written = _written_by_method(profile, units, parameters)
+    return _from_candidates(profile, units, update_existing, parameters) if written is None else written
+
+
+def _from_candidates(
+    profile: Profile, units: dict[str, int], update_existing: bool, parameters: tuple[int, int]
+) -> Plan:
     analysed = profile.analysed
-    if profile.method.write is not None:
-        return _written(profile, units, parameters)
-    if profile.method.find is not None:
-        return _split(profile, units, parameters)
     found, refit = profile.candidates(), profile.refit
     order = {
         name: refit.evidence[name].order[:k] if refit is not None and name in refit.evidence else torch.arange(k)
@@ -43,7 +45,7 @@ def fill_plan(profile: Profile, units: dict[str, int], update_existing: bool, pa
     if refit is not None:
         terms, predicted = _from_refit(profile, order, update_existing, values, outgoing)
         slope, curvature = terms
-        scale = profile.method.share * slope / curvature if slope > 0 and curvature > 0 else 0.0
+        scale = profile.method.needs.share * slope / curvature if slope > 0 and curvature > 0 else 0.0
     else:
         _from_proposals(profile, units, update_existing, values, outgoing)
     followed = any(analysed.widths[name].width.followers for name in units)
@@ -51,7 +53,7 @@ def fill_plan(profile: Profile, units: dict[str, int], update_existing: bool, pa
         units=units,
         method=profile.method.name,
         scale=scale,
-        symmetric=profile.method.symmetric and not followed,
+        symmetric=profile.method.needs.symmetric and not followed,
         predicted=predicted,
         slope=terms[0],
         curvature=terms[1],
@@ -62,37 +64,25 @@ def fill_plan(profile: Profile, units: dict[str, int], update_existing: bool, pa
     )
 
 
-def _written(profile: Profile, units: dict[str, int], parameters: tuple[int, int]) -> Plan:
-    """A plan of a method that writes every entry itself."""
-    values = Values(new_units_see_each_other=False)
+def _written_by_method(profile: Profile, units: dict[str, int], parameters: tuple[int, int]) -> Plan | None:
+    """The plan of a method that writes the entries of new units itself."""
+    method, analysed = profile.method, profile.analysed
     generator = torch.Generator().manual_seed(profile.seed)
-    for h in profile.analysed.widths.values():
-        name = h.name
-        if name not in units or profile.method.write is None:
+    written: dict[str, WrittenUnits] = {}
+    predicted: dict[str, float] = {}
+    for name, width in analysed.widths.items():
+        if name not in units:
             continue
-        written = profile.method.write(profile.analysed, h, units[name] // h.step, generator)
-        for (parameter, dim), t in written.new.items():
-            values.new.setdefault(parameter, {})[name, dim] = t
-        if written.copies is not None:
-            values.copies[name] = written.copies
-    return Plan(units, profile.method.name, parameters=parameters, values=values)
-
-
-def _split(profile: Profile, units: dict[str, int], parameters: tuple[int, int]) -> Plan:
-    """A plan of units that start as old ones."""
-    chosen: list[tuple[GrowableWidth, Splits]] = []
-    for h in profile.analysed.widths.values():
-        if h.name in units and (found := profile.proposals[h.name].splits) is not None:
-            chosen.append((h, found.take(torch.arange(units[h.name] // h.step))))
-    values, outgoing = split_values(profile.analysed, chosen)
-    return Plan(
-        units,
-        profile.method.name,
-        predicted={h.name: float(s.gains.sum()) for h, s in chosen},
-        parameters=parameters,
-        values=values,
-        outgoing=outgoing,
-    )
+        k = units[name] // width.step
+        method.check_width(analysed, width)
+        entries = method.write(analysed, width, k, profile.proposals[name], generator)
+        if entries is None:
+            return None
+        written[name] = entries
+        if profile[name].gains:
+            predicted[name] = sum(profile[name].gains[:k])
+    values, outgoing = values_of(written)
+    return Plan(units, method.name, predicted=predicted, parameters=parameters, values=values, outgoing=outgoing)
 
 
 def _pick(t: Tensor, dim: int, chosen: Tensor, candidates: int) -> Tensor:

@@ -175,7 +175,7 @@ def _profile(gm: fx.GraphModule, data: Data, options: GrowOptions) -> Profile:
     if any(not isinstance(k, int) or k <= 0 for k in wanted):
         raise PlanError(f"neurons={units!r}: give a positive number of units.")
     # without a refit, which holds batches out itself, no statistics may have seen what the line search measures
-    loader = data.loader if find_initialiser(options["method"]).refit else Fitting(data)
+    loader = data.loader if find_initialiser(options["method"]).needs.refit else Fitting(data)
     return make_profile(
         gm,
         loader,
@@ -225,7 +225,7 @@ def apply_best(
         return result(grown, index, plan, None)
     line = GammaLine(gm, plan, held_out)
     check_function(gm, line.move(0.0), gm.meta["example_inputs"])
-    found = search(line, profile.method.share, follow)
+    found = search(line, profile.method.needs.share, follow)
     # two halves of a split unit that do not move would stay the same for ever
     if found.gain < ROUNDING and (plan.values.copies or (plan.outgoing and not forced)):
         reason = "no step along the proposed units lowers the held-back loss (gamma = 0 wins)"

@@ -36,10 +36,10 @@ def merge(
     moments = [_moments(part, i) for i, part in enumerate(parts)]
     check_parts(moments, graph)
     method = find_initialiser(moments[0].method)
-    if dataloader is None and (method.refit or has_batch_norm(graph)):
-        what = (
-            f"method={method.name!r} fits" if method.refit else "new channels go through a BatchNorm, which is set on"
-        )
+    if dataloader is None and (method.needs.refit or has_batch_norm(graph)):
+        what = "new channels go through a BatchNorm, which is set on"
+        if method.needs.refit:
+            what = f"method={method.name!r} fits"
         raise ProfileError(f"{what} what new units put out, which no moment holds: give dataloader=.")
     data = Data(() if dataloader is None else dataloader, samples)
     first = moments[0]

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from fxgrow.errors import PlanError, SmallBudgetError
-from fxgrow.initialisers.copies import check_copies
 from fxgrow.pipeline.cost import Cost, Parameters, cost_of
 from fxgrow.pipeline.fill_plan import fill_plan
 from fxgrow.pipeline.profile_record import Bottleneck, Profile
@@ -44,8 +43,8 @@ def plan(
             of the example batch on the model's device.
         multiple: sizes to prefer, such as 8 for tensor cores: a width that grows from a budget gets a size that is a
             multiple of it.
-        neurons: instead of a budget: units for every width, or per width; added whether significant or not (`splitting`
-            and `firefly` add no more than lower the loss).
+        neurons: instead of a budget: units for every width, or per width; added whether significant or not (methods
+            that split units add no more than lower the loss).
         update_existing: also move the weights that exist (dW).
 
     Returns:
@@ -70,7 +69,9 @@ def plan(
     count = Parameters(profile.analysed)
     if neurons is not None:
         asked = _as_asked(profile, neurons)
-        units = {name: min(k, profile[name].significant) for name, k in asked.items()} if _finds(profile) else asked
+        # units that the method found itself are no more than lower the loss
+        most = {n: profile[n].significant for n in asked if profile.proposals[n].splits is not None}
+        units = {name: min(k, most.get(name, k)) for name, k in asked.items()}
     else:
         price = cost_of(cost, profile.analysed, [n for n, b in profile.items() if b.significant])
         limit = _parse(DEFAULT_BUDGET if budget is None else budget, price)
@@ -84,11 +85,6 @@ def plan(
     return replace(found, reason=f"{', '.join(less)}: beyond them, {profile.method.nothing}") if less else found
 
 
-def _finds(profile: Profile) -> bool:
-    """Whether the method offers no other units than it found."""
-    return profile.method.find is not None
-
-
 def _as_asked(profile: Profile, neurons: int | Mapping[str, int]) -> dict[str, int]:
     analysed = profile.analysed
     if isinstance(neurons, Mapping):
@@ -100,8 +96,7 @@ def _as_asked(profile: Profile, neurons: int | Mapping[str, int]) -> dict[str, i
         steps = {name: b.width.step for name, b in profile.items()}
         wanted = {name: (math.ceil(neurons / step) * step, step) for name, step in steps.items()}
     for name, (k, step) in wanted.items():
-        if _finds(profile) and profile.proposals[name].splits is None:
-            check_copies(analysed, analysed.widths[name], profile.method.name)
+        profile.method.check_width(analysed, analysed.widths[name])
         if k <= 0 or k % step:
             raise PlanError(f"{k} units for width {name!r}: give a positive multiple of its step {step}.")
         have = profile.proposed[name]

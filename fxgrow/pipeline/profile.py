@@ -29,7 +29,7 @@ from fxgrow.data.random_state import random_state_kept
 from fxgrow.distributed import process_group_of
 from fxgrow.errors import PlanError, ProfileError
 from fxgrow.graph.unrolled_rnn import unroll_recurrent_layers
-from fxgrow.initialisers.registry import Initialiser, Proposal, Setting, find_initialiser, lists_methods
+from fxgrow.initialisers.registry import Initialiser, Proposal, SearchRequest, find_initialiser, lists_methods
 from fxgrow.pipeline.profile_record import Bottleneck, Profile
 from fxgrow.rewriting.batch_norm import has_batch_norm
 from fxgrow.rewriting.parametrizations import remove_parametrizations
@@ -133,17 +133,7 @@ def profiled(
 ) -> Profile:
     """The stages of `profile`; moments of parts take the place of the first reading, and data may be None then."""
     process_group = data.process_group
-    if keep_moments and (initialiser.find is not None or process_group.size > 1):
-        raise ProfileError(
-            f"keep_moments=True: method={initialiser.name!r} has none."
-            if initialiser.find is not None
-            else "keep_moments=True keeps the moments of one process: leave out process_group= and merge them later."
-        )
-    if initialiser.find is not None and process_group.size > 1:
-        raise ProfileError(
-            f"method={initialiser.name!r} reads the data in a way of its own, on one process alone: choose another, or "
-            "grow on one process and send fxgrow.Plan.to_json() to the others."
-        )
+    initialiser.check_profile(process_group.size, keep_moments)
     if not (isinstance(gm, fx.GraphModule) and "example_inputs" in gm.meta):
         first = data.first()
         check_device(first, gm)
@@ -163,15 +153,15 @@ def profiled(
     )
     measured = reader.merge(parts, chosen, additions) if parts else reader.measure(chosen, additions)
     proposals, samples, loss = measured.proposals, measured.samples, measured.loss
-    if initialiser.find is not None:
-        wanted = [h for h in chosen if not isinstance(units, Mapping) or h.name in units]
-        steps = {h.name: additions[h.name] // h.step for h in wanted}
-        found_splits = initialiser.find(Setting(analysed, wanted, steps, data, loss_fn, generator))
-        proposals |= {name: Proposal(splits=s) for name, s in found_splits.items()}
-        additions = {name: k if name in found_splits else 0 for name, k in additions.items()}
-    calibration = _calibration(gm, data, initialiser.refit)
+    wanted = [h for h in chosen if not isinstance(units, Mapping) or h.name in units]
+    steps = {h.name: additions[h.name] // h.step for h in wanted}
+    searched = initialiser.search(SearchRequest(analysed, wanted, steps, data, loss_fn, generator))
+    if searched is not None:
+        proposals |= searched
+        additions = {name: k if name in searched else 0 for name, k in additions.items()}
+    calibration = _calibration(gm, data, initialiser.needs.refit)
     found = refit = None
-    if initialiser.refit:
+    if initialiser.needs.refit:
         refit, rest = Refit(), [name for name in additions if name not in measured.ways]
         if measured.stats is not None and measured.ways:
             own = [h for h in chosen if h.name in measured.ways]

@@ -111,7 +111,7 @@ def _gains(axes: Axes, profile: Profile, added: Mapping[str, int] | None) -> Non
             start += gain
         text = f"{b.significant} of {len(b.gains)} accepted" if added is None else f"+{added.get(name, 0)}"
         _note(axes, start, row, text if b.gains else "no prediction")
-    unit = "nats" if profile.method.refit else "per unit of γ"
+    unit = "nats" if profile.method.needs.refit else "per unit of γ"
     _bars(
         axes,
         "predicted gain per unit",

@@ -14,7 +14,7 @@ import fxgrow
 from fxgrow.analysis.analyse import analyse
 from fxgrow.data.batches import Data
 from fxgrow.initialisers import firefly as firefly_module
-from fxgrow.initialisers.registry import Setting
+from fxgrow.initialisers.registry import SearchRequest
 from fxgrow.initialisers.splits import pack
 from fxgrow.initialisers.splitting import BOX, SplittingMatrix, smallest
 from tests.initialisers.test_initialisers import IMAGES, VECTORS, settled
@@ -56,12 +56,12 @@ def fitting(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
 
-def setting(net: nn.Module, batches: list[tuple[Tensor, Tensor]], *names: str) -> Setting:
+def setting(net: nn.Module, batches: list[tuple[Tensor, Tensor]], *names: str) -> SearchRequest:
     gm = fxgrow.capture(net, (batches[0][0],))
     analysed = analyse(gm)
     hiddens = [h for name, h in analysed.widths.items() if name in names]
     units = dict.fromkeys(names, 1)
-    return Setting(analysed, hiddens, units, Data(batches), None, torch.Generator().manual_seed(0))
+    return SearchRequest(analysed, hiddens, units, Data(batches), None, torch.Generator().manual_seed(0))
 
 
 def dense(matrix: SplittingMatrix, name: str) -> Tensor:
