@@ -109,7 +109,7 @@ class AcceleratedGrower(GrowerInPlace):
     def _save(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
         body = {
             "fxgrow": 1,
-            "recipe": json.loads(recipe_of(self._kept).to_json()),
+            "recipe": json.loads(recipe_of(self._given).to_json()),
             "grower": self.state_dict(),
         }
         path = Path(folder) / FILE
@@ -118,7 +118,7 @@ class AcceleratedGrower(GrowerInPlace):
         os.replace(part, path)
 
     def _load(self, models: list[nn.Module], folder: str) -> None:
-        if all(unwrap(model) is not unwrap(self._kept) for model in models):
+        if all(unwrap(model) is not unwrap(self._given) for model in models):
             return
         path = Path(folder) / FILE
         try:

@@ -1,4 +1,4 @@
-"""A loader that growth may read while the training loop reads it too."""
+"""Batches that growth reads from a loader which the training loop may be reading too."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fxgrow.errors import ProfileError
 
-#: what a Grower takes: something to iterate over anew at each growth, or a function that makes it
+#: an iterable that each growth reads anew, or a function that returns one
 Source = Iterable[Any] | Callable[[], Iterable[Any]]
 
 
 def check_source(source: Source) -> None:
-    """Refuses what only one growth could read.
+    """Refuses data that can be read only once.
 
     Raises:
-        ProfileError: it is an iterator, or nothing to iterate over.
+        ProfileError: it is an iterator, or not iterable.
     """
     if hasattr(source, "__next__"):
         raise ProfileError(
@@ -29,10 +29,10 @@ def check_source(source: Source) -> None:
 
 
 def beside_training(source: Source) -> Iterable[Any]:
-    """The batches of a source, without touching an iterator of it that is in use.
+    """Returns the batches of a source without disturbing an iterator that is in use.
 
-    A DataLoader with persistent workers has one iterator, which every `iter` winds back: its data set is read without
-    workers then.
+    A DataLoader with persistent workers has a single iterator, which every `iter` resets: its data set is then read
+    without workers.
     """
     loader = source() if callable(source) and not hasattr(source, "__iter__") else cast(Iterable[Any], source)
     if not isinstance(loader, DataLoader) or not (loader.persistent_workers and loader.num_workers):

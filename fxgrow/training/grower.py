@@ -1,4 +1,4 @@
-"""Growth in a training loop: one object that says when, grows, and lets everything around the model follow."""
+"""Growth in a training loop: the object that asks the schedule, grows the model and keeps the history."""
 
 from __future__ import annotations
 
@@ -17,17 +17,16 @@ from torch.optim import Optimizer
 
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup, process_group_of
 from fxgrow.errors import FxgrowError, PlanError, ScheduleError, SmallBudgetError
-from fxgrow.pipeline.grow import run
-from fxgrow.pipeline.growth_record import Growth, GrowthResult, keep_record
+from fxgrow.pipeline.growth_record import Growth
 from fxgrow.pipeline.options import GrowOptions, Options, takes_options, with_defaults
 from fxgrow.rewriting.into_module import check_into
-from fxgrow.training.data_source import Source, beside_training, check_source
-from fxgrow.training.history import History, event
+from fxgrow.training.data_source import Source, check_source
+from fxgrow.training.grow_with_state import grow_with_state
+from fxgrow.training.history import History, make_event
 from fxgrow.training.schedule import Schedule, ScheduleState, TrainingStatus
-from fxgrow.training.schedule_inputs import ModelMetrics, no_autocast
+from fxgrow.training.schedule_inputs import ModelMetrics
 from fxgrow.transfer.device_mesh import is_sharded
 from fxgrow.transfer.fsdp import UnshardedModel
-from fxgrow.transfer.parameter_change import ParameterChange
 from fxgrow.transfer.transfer import TrainingState, lists_of, optimizers_of
 from fxgrow.transfer.wrappers import check_compiled_in_place, group_of, unwrapped
 
@@ -37,8 +36,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("fxgrow")
 #: called after a growth with the model before, the model after, and the new positions of old entries
 Callback = Callable[[nn.Module, nn.Module, Mapping[str, tuple[Tensor | None, ...]]], object]
-#: losses of so many steps are remembered between two questions to the schedule
-REMEMBERED = 10_000
+#: at most so many losses are kept until the schedule is asked again
+MAX_LOSSES = 10_000
 
 
 class Grower:
@@ -56,18 +55,18 @@ class Grower:
         schedule: when to grow: `Every`, `OnPlateau`, `OnBottleneck`, `LayerByLayer`, made into one with `|` and ended
             with `.until(...)`.
         dataloader: batches for growth, read anew each time (see `fxgrow.profile`): a DataLoader, a list, or a function
-            that returns one. The loop's own loader may be used: its running iterator, order and random numbers stay as
-            they are.
+            that returns one. The training loop's loader may be used: its running iterator, order and random numbers
+            stay as they are.
         into: see `fxgrow.grow`.
         lr_scheduler: checked to belong to the optimiser; one, or several.
         ema: an average of the weights that grows along: `torch.optim.swa_utils.AveragedModel`, which stays the same
             object, or a plain copy of the model, which the loop must then read as `grower.ema`.
         parameters: lists of parameters that the loop holds (to clip gradients, say), changed in place.
-            `grower.parameters()` reads the model's without.
+            `grower.parameters()` needs no list.
         on_error: `raise`, or `skip` to log an error of fxgrow and train on.
         process_group: the processes that train copies of the model, each with its own part of the data; None for those
             of DistributedDataParallel or FSDP2 (`fully_shard`) where the model is in one. Every process makes the same
-            calls; growth is then of the data of all, and the same on all.
+            calls; growth then uses the data of all of them and is the same on each.
         options: see `fxgrow.grow`: `loss_fn`, `example_inputs`, `budget`, `neurons`, `method`, `cost`, `multiple`,
             `samples`, `memory_limit`, `update_existing`, `progress` and `seed` (growth number n uses `seed + n`).
 
@@ -75,7 +74,7 @@ class Grower:
         model: the model to train now, wrapped as the one that was given.
         optimizer: as given.
         steps: optimiser steps so far.
-        epochs: epochs that `epoch_end` was told of.
+        epochs: calls of `epoch_end` so far.
         history: what happened; prints as a table.
         growth: the full record of the last growth, or None.
 
@@ -122,29 +121,29 @@ class Grower:
         self.steps = self.epochs = 0
         self.history = History()
         self.growth: Growth | None = None
-        settings = with_defaults({"progress": False, **options, "into": into})
+        all_options = with_defaults({"progress": False, **options, "into": into})
         inside, _ = unwrapped(model)
         self._training_state = TrainingState(optimizers_of(optimizer), ema, lists_of(parameters))
         self._process_group = process_group_of(group_of(model) if process_group is None else process_group)
-        self._outlook = ModelMetrics(inside, dataloader, settings, process_group=self._process_group)
+        self._metrics = ModelMetrics(inside, dataloader, all_options, process_group=self._process_group)
         if ema is not None and is_sharded(inside):
-            raise FxgrowError("ema= of a sharded model (FSDP2) does not grow along: leave it out.")
+            raise FxgrowError("ema= is not supported for a sharded model (FSDP2): leave it out.")
         self._on_error = on_error
         self._callbacks: list[Callback] = []
-        self._memory: ScheduleState = {}
+        self._schedule_state: ScheduleState = {}
         self._readings: list[float] = []
-        self._losses: deque[Any] = deque(maxlen=REMEMBERED)
+        self._losses: deque[Any] = deque(maxlen=MAX_LOSSES)
         if not isinstance(schedule, Schedule):
             raise ScheduleError(f"schedule is a {type(schedule).__name__}: give one such as fxgrow.Every(epochs=2).")
         if on_error not in ("raise", "skip"):
             raise FxgrowError(f"on_error={on_error!r}: choose 'raise' or 'skip'.")
-        if settings["budget"] is not None and settings["neurons"] is not None:
+        if all_options["budget"] is not None and all_options["neurons"] is not None:
             raise PlanError("Give a budget or a number of neurons, not both.")
         check_into(into, inside)
         check_compiled_in_place(inside)
         check_source(dataloader)
         self._training_state.check(inside, lr_scheduler)
-        self._ask_at = self._next()
+        self._ask_at = self._next_step()
 
     @property
     def ema(self) -> nn.Module | None:
@@ -180,7 +179,7 @@ class Grower:
         return self._ask(epoch_end=True)
 
     def observe(self, value: Tensor | float) -> None:
-        """A reading for `OnPlateau`; the next `step` or `epoch_end` grows if it says so."""
+        """Records a reading for `OnPlateau`; the next `step` or `epoch_end` grows if it says so."""
         self._readings.append(float(value))
         self._ask_at = self.steps + 1
 
@@ -190,17 +189,17 @@ class Grower:
         budget: str | float | None = None,
         reason: str = "asked for",
     ) -> bool:
-        """Grows whatever the schedule says, by what is given here or to the Grower; returns whether it did.
+        """Grows regardless of the schedule, by what is given here or to the Grower; returns whether it did.
 
         Call it between two optimiser steps.
 
         Raises:
             FxgrowError: the growth failed; everything is as it was before.
         """
-        settings = self._outlook.options
+        options = self._metrics.options
         if neurons is not None or budget is not None:
-            settings = {**settings, "neurons": neurons, "budget": budget}
-        return self._grow(settings, reason)
+            options = {**options, "neurons": neurons, "budget": budget}
+        return self._grow(options, reason)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """The parameters of the model as it is now."""
@@ -209,7 +208,7 @@ class Grower:
     def on_growth(self, callback: Callback) -> None:
         """Calls `callback(old_model, new_model, index)` after each growth, when all of it is done.
 
-        The models are without what wraps them. `index` has for each parameter and buffer that grew the new positions of
+        The models come without wrappers. `index` has for each parameter and buffer that grew the new positions of
         its old entries, per dimension (None: unchanged).
         """
         self._callbacks.append(callback)
@@ -217,26 +216,26 @@ class Grower:
     # -- saving
 
     def state_dict(self) -> dict[str, Any]:
-        """Counters, schedule, what it remembers, and the history: numbers, strings, lists and dicts alone.
+        """Returns counters, the schedule with its state, and the history: numbers, strings, lists and dicts only.
 
-        Weights are not in it: the model that it is loaded beside must have the sizes it has now.
+        Weights are not part of it: on loading, the model must already have the sizes that it has now.
         """
         return {
             "version": 1,
             "steps": self.steps,
             "epochs": self.epochs,
             "schedule": self.schedule.to_json(),
-            "memory": copy.deepcopy(self._memory),
-            "start": dict(self._outlook.start),
+            "memory": copy.deepcopy(self._schedule_state),
+            "start": dict(self._metrics.start),
             "readings": list(self._readings),
-            "losses": _numbers(self._losses),
+            "losses": _as_floats(self._losses),
             "history": self.history.to_list(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where `state_dict` was taken.
+        """Restores what `state_dict` returned.
 
-        Under another schedule than the saved one counters and history go on, and the schedule starts afresh.
+        If the schedule differs from the saved one, counters and history are restored and the schedule starts afresh.
 
         Raises:
             FxgrowError: this is no state of a Grower; nothing has changed then.
@@ -254,66 +253,75 @@ class Grower:
             raise FxgrowError(f"This is no state of a Grower: {error!r}.") from error
         if not same:
             log.warning("The saved schedule was %s: %s starts afresh.", saved, self.schedule)
-        self.steps, self.epochs, self.history, self._memory = steps, epochs, history, memory
-        self._outlook.start = start
-        self._readings, self._losses = readings, deque(losses, maxlen=REMEMBERED)
-        self._ask_at = self._next()
+        self.steps, self.epochs, self.history, self._schedule_state = steps, epochs, history, memory
+        self._metrics.start = start
+        self._readings, self._losses = readings, deque(losses, maxlen=MAX_LOSSES)
+        self._ask_at = self._next_step()
 
     # -- asking the schedule
 
     def _ask(self, epoch_end: bool) -> bool:
-        before = copy.deepcopy(self._memory)
+        before = copy.deepcopy(self._schedule_state)
         try:
-            with self._process_group.session(), self._whole():
-                seen = self._seen(epoch_end, self._process_group)
-                self._readings, self._losses = [], deque(maxlen=REMEMBERED)
-                request = self.schedule.ask(seen, self._memory)
+            with self._process_group.session(), self._unsharded_metrics():
+                status = self._status(epoch_end, self._process_group)
+                self._readings, self._losses = [], deque(maxlen=MAX_LOSSES)
+                request = self.schedule.ask(status, self._schedule_state)
                 self._process_group.assert_same(f"growth at step {self.steps}: {request}")
-                settings = None if request is None else self._outlook.wanted(request)
+                options = None if request is None else self._metrics.options_for(request)
             if request is None:
                 return False
-            if settings is None:
+            if options is None:
                 log.info("no growth at step %d (%s): beyond the schedule's total", self.steps, request.reason)
                 return False
-            return self._grow(settings, request.reason)
+            return self._grow(options, request.reason)
         except BaseException as error:
-            self._memory = before
+            self._schedule_state = before
             if isinstance(error, FxgrowError) and self._on_error == "skip":
                 return self._skipped(error)
             raise
         finally:
-            self._ask_at = self._next()
+            self._ask_at = self._next_step()
 
-    def _next(self) -> float:
-        step = self.schedule.next_step(self._seen(False, SINGLE_PROCESS), self._memory)
+    def _next_step(self) -> float:
+        step = self.schedule.next_step(self._status(False, SINGLE_PROCESS), self._schedule_state)
         return math.inf if step is None else max(step, self.steps + 1)
 
-    def _seen(self, epoch_end: bool, process_group: ProcessGroup) -> TrainingStatus:
+    def _status(self, epoch_end: bool, process_group: ProcessGroup) -> TrainingStatus:
         return TrainingStatus(
             steps=self.steps,
             epochs=self.epochs,
             epoch_end=epoch_end,
-            # the numbers are waited for only when the schedule is asked
+            # tensors on a GPU are waited for only when the schedule is asked
             readings=process_group.mean(self._readings),
-            losses=process_group.mean(_numbers(self._losses)),
+            losses=process_group.mean(_as_floats(self._losses)),
             growths=self.history.growths,
             declines=self.history.declines,
-            shares=self._outlook.shares,
-            sizes=self._outlook.sizes,
-            spent=self._outlook.spent,
+            shares=self._metrics.shares,
+            sizes=self._metrics.sizes,
+            spent=self._metrics.spent,
         )
+
+    @contextlib.contextmanager
+    def _unsharded_metrics(self) -> Iterator[None]:
+        """The schedule looks at a sharded model with all of its parameters gathered."""
+        sharded = self._metrics.model
+        if is_sharded(sharded):
+            self._metrics.model = UnshardedModel.of(sharded).model
+        try:
+            yield
+        finally:
+            self._metrics.model = sharded
 
     # -- growing
 
-    def _grow(self, settings: GrowOptions, reason: str) -> bool:
+    def _grow(self, options: GrowOptions, reason: str) -> bool:
         start = time.perf_counter()
-        settings = {**settings, "seed": settings["seed"] + len(self.history)}
-        inside, wrap = unwrapped(self.model)
-        whole = UnshardedModel.of(inside) if is_sharded(inside) else None
-        old = inside if whole is None else whole.model
+        options = {**options, "seed": options["seed"] + len(self.history)}
         try:
-            with no_autocast(old):
-                grown = self._run(old, settings)
+            grown = grow_with_state(
+                self.model, self._training_state, self._metrics.source, options, self._process_group
+            )
         except SmallBudgetError as error:
             log.info("no growth at step %d (%s): %s", self.steps, reason, error)
             return False
@@ -321,53 +329,24 @@ class Grower:
             if self._on_error == "skip":
                 return self._skipped(error)
             raise
-        if grown.record.plan.units:
-            change = ParameterChange(old, grown.model, grown.index)
-            with self._process_group.session():
-                assign = (
-                    self._training_state.prepare(change)
-                    if whole is None
-                    else whole.prepare(self._training_state, change)
-                )
-            if whole is not None:
-                assign()
-            model = wrap(grown.model)
-            if whole is None:
-                assign()
-            self.model, self._outlook.model = model, grown.model
-            keep_record(grown.model, grown.record)
-        self.growth = grown.record
-        found = event(self.steps, self.epochs, reason, grown.record, time.perf_counter() - start)
-        self.history.add(found)
-        log.info("%s", found)
-        if not grown.record.plan.units:
+        self.growth = grown.result.record
+        event = make_event(self.steps, self.epochs, reason, self.growth, time.perf_counter() - start)
+        self.history.add(event)
+        log.info("%s", event)
+        if grown.declined:
             return False
+        self.model, self._metrics.model = grown.model, grown.result.model
         for callback in self._callbacks:
-            callback(old, grown.model, grown.index)
+            callback(grown.old, grown.result.model, grown.result.index)
         return True
-
-    def _run(self, model: nn.Module, settings: GrowOptions) -> GrowthResult[nn.Module]:
-        """The growth itself, on a copy, with all processes that train the model."""
-        return run(model, beside_training(self._outlook.source), settings, self._process_group)
-
-    @contextlib.contextmanager
-    def _whole(self) -> Iterator[None]:
-        """The schedule sees a sharded model as a whole."""
-        sharded = self._outlook.model
-        if is_sharded(sharded):
-            self._outlook.model = UnshardedModel.of(sharded).model
-        try:
-            yield
-        finally:
-            self._outlook.model = sharded
 
     def _skipped(self, error: FxgrowError) -> bool:
         log.warning("growth at step %d failed, training goes on: %s", self.steps, error)
         return False
 
 
-def _numbers(values: Sequence[Any]) -> list[float]:
-    """As floats; tensors are read together."""
+def _as_floats(values: Sequence[Any]) -> list[float]:
+    """Returns numbers as floats; tensors are read in one transfer."""
     if values and all(isinstance(v, Tensor) for v in values):
         return [float(v) for v in torch.stack([v.float().mean() for v in values]).tolist()]
     return [float(v) for v in values]

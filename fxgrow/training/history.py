@@ -1,4 +1,4 @@
-"""What happened, growth by growth: light records that can be printed, plotted, saved and written to TensorBoard."""
+"""The history of growth: light records that can be printed, plotted, saved and written to TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Event:
-    """One growth, or one that declined: numbers and words alone.
+    """One growth, or one that declined: numbers and strings only.
 
     Attributes:
         step: optimiser steps before it.
@@ -26,10 +26,10 @@ class Event:
         reason: why the schedule wanted it.
         units: units that were added, per width.
         parameters: of the model, before and after.
-        loss: held-back loss in eval mode, before and after.
+        loss: held-out loss in eval mode, before and after.
         train_loss: the same in train mode.
-        gamma: that was applied.
-        predicted: predicted decrease of the held-back loss.
+        gamma: step size that was applied.
+        predicted: predicted decrease of the held-out loss.
         seconds: wall time.
         declined: why nothing was added, or None.
     """
@@ -53,13 +53,13 @@ class Event:
         added = ", ".join(f"{name} +{k}" for name, k in self.units.items())
         before, after = self.parameters
         return (
-            f"grew at {where}: {added}; {before:,} → {after:,} parameters, held-back loss {self.loss[0]:.4f} → "
+            f"grew at {where}: {added}; {before:,} → {after:,} parameters, held-out loss {self.loss[0]:.4f} → "
             f"{self.loss[1]:.4f}, {self.seconds:.1f} s"
         )
 
 
-def event(step: int, epoch: int, reason: str, growth: Growth, seconds: float) -> Event:
-    """The light record of a growth."""
+def make_event(step: int, epoch: int, reason: str, growth: Growth, seconds: float) -> Event:
+    """Returns the light record of a growth."""
     plan = growth.plan
     return Event(
         step=step,
@@ -105,23 +105,23 @@ class History(Sequence[Event]):
         return iter(self._events)
 
     def add(self, event: Event) -> None:
-        """Appends one."""
+        """Appends an event."""
         self._events.append(event)
 
     @property
     def growths(self) -> int:
-        """How many added something."""
+        """Number of growths that added something."""
         return sum(e.declined is None for e in self)
 
     @property
     def declines(self) -> int:
-        """How many declined since the last one that did not."""
-        kinds = [e.declined is None for e in reversed(self._events)]
-        return kinds.index(True) if True in kinds else len(kinds)
+        """Number of growths that declined since the last one that did not."""
+        added = [event.declined is None for event in reversed(self._events)]
+        return added.index(True) if True in added else len(added)
 
     @property
     def seconds(self) -> float:
-        """Wall time of all of them."""
+        """Wall time of all growths."""
         return sum(e.seconds for e in self)
 
     def __str__(self) -> str:
@@ -133,27 +133,27 @@ class History(Sequence[Event]):
         return f"{table(COLUMNS, rows)}\n\n{total}"
 
     def to_list(self) -> list[dict[str, Any]]:
-        """Plain data; `from_list` reads it."""
+        """Returns plain data for `from_list`."""
         return [{**dataclasses.asdict(e), "units": dict(e.units)} for e in self]
 
     @classmethod
     def from_list(cls, items: Iterable[Mapping[str, Any]]) -> History:
-        """Reads what `to_list` made.
+        """Reads what `to_list` returned.
 
         Raises:
-            FxgrowError: it is something else.
+            FxgrowError: the data is something else.
         """
         pairs = "parameters", "loss", "train_loss"
         try:
             plain: list[dict[str, Any]] = [
-                {k: tuple(v) if k in pairs else v for k, v in item.items()} for item in items
+                {key: tuple(value) if key in pairs else value for key, value in item.items()} for item in items
             ]
             return cls(Event(**fields) for fields in plain)
         except (TypeError, AttributeError) as error:
-            raise FxgrowError(f"This is no history of growth: {error}.") from error
+            raise FxgrowError(f"invalid history of growth: {error}.") from error
 
     def plot(self, path: str | None = None) -> Figure:
-        """Parameters and held-back loss over steps; written to `path` if given. Needs matplotlib."""
+        """Parameters and held-out loss over steps; written to `path` if given. Needs matplotlib."""
         from fxgrow.report.plot import plot_history
 
         return plot_history(self, path)
@@ -176,11 +176,8 @@ class History(Sequence[Event]):
             raise MissingExtraError(
                 "Writing for TensorBoard needs tensorboard: pip install 'fxgrow[tensorboard]'."
             ) from error
-        own = SummaryWriter(str(writer))
-        try:
-            self._write(own)
-        finally:
-            own.close()
+        with SummaryWriter(str(writer)) as opened:
+            self._write(opened)
 
     def _write(self, writer: Any) -> None:
         for e in self:
@@ -197,10 +194,10 @@ class History(Sequence[Event]):
 
 
 def _row(e: Event) -> tuple[str, ...]:
-    (before, after), (loss, less), (train, fewer) = e.parameters, e.loss, e.train_loss
+    (before, after), (loss, new_loss), (train, new_train) = e.parameters, e.loss, e.train_loss
     added = ", ".join(f"{name} +{k}" for name, k in e.units.items())
     return (
-        f"{e.step:,}", str(e.epoch), f"{before:,} → {after:,}", f"{loss:.4f} → {less:.4f}",
-        f"{train:.4f} → {fewer:.4f}", f"{e.predicted:.4f}", f"{e.gamma:.3g}", f"{e.seconds:.1f}",
+        f"{e.step:,}", str(e.epoch), f"{before:,} → {after:,}", f"{loss:.4f} → {new_loss:.4f}",
+        f"{train:.4f} → {new_train:.4f}", f"{e.predicted:.4f}", f"{e.gamma:.3g}", f"{e.seconds:.1f}",
         added if e.declined is None else f"declined: {e.declined}",
     )  # fmt: skip

@@ -1,7 +1,7 @@
-"""Growth inside of an object that a trainer keeps to itself: the model stays the same object, with new parameters.
+"""Growth in place, for trainers that keep the model object: it stays the same object and gets new parameters.
 
 requires: what growth or a recipe made of the model, in the model's own class (`into="module"`).
-ensures:  the model computes what that computes; its class, hooks, and whatever others have set on it are as before.
+ensures:  the model computes what that computes; its class, hooks and other attributes are as before.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fxgrow.transfer.wrappers import unwrapped
 
 
 def adopt(model: nn.Module, grown: nn.Module) -> None:
-    """Makes a model what `grown`, a copy of it with other sizes, is: same parameters, buffers, sizes and recipe."""
+    """Gives a model the parameters, buffers, sizes and recipe of `grown`, a copy of it with other sizes."""
     transplant(model, grown)
     keep_recipe(model, Recipe.of(grown))
 
@@ -34,15 +34,14 @@ def adopt(model: nn.Module, grown: nn.Module) -> None:
 class GrowerInPlace(Grower):
     """A Grower whose model stays the same object, for loops that other libraries run.
 
-    Takes what `fxgrow.Grower` takes. Growth is `into="module"`, so the model's own code must allow it. Optimisers that
-    wrap another one as `.optimizer` are taken apart.
+    Takes what `fxgrow.Grower` takes. Growth is `into="module"`, so the model's code must allow it. Optimisers that wrap
+    another one as `.optimizer` are unwrapped.
 
     Raises:
-        FxgrowError: `into="graph"` is asked for, or what `Grower` raises.
+        FxgrowError: `into="graph"` is given, or what `Grower` raises.
 
     Example:
         >>> import torch, fxgrow
-        >>> pass  # self
         >>> model = torch.nn.Sequential(torch.nn.Linear(6, 3), torch.nn.ReLU(), torch.nn.Linear(3, 1))
         >>> batches = [(torch.randn(32, 6), torch.randn(32, 1)) for _ in range(4)]
         >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -56,15 +55,15 @@ class GrowerInPlace(Grower):
     ) -> None:
         if options.setdefault("into", "module") != "module":
             raise FxgrowError(
-                'into="graph" makes another object of the model, and this trainer keeps the one it was given: take '
+                'into="graph" returns a new object, and this trainer keeps the model that it was given: take '
                 'into="module", or grow a submodule where the integration takes the name of one.'
             )
-        self._kept = model
+        self._given = model
         inside, _ = unwrapped(model)
-        with as_written(inside):
+        with without_forward_override(inside):
             super().__init__(model, _inner(optimizer), schedule, **options)
             self._fresh = None if Recipe.of(inside).steps else copy.deepcopy(inside)
-        self._callbacks.append(self._stay)
+        self._callbacks.append(self._grow_in_place)
 
     def resize(self, recipe: Recipe) -> None:
         """Gives the model the sizes of a recipe, so that weights and optimisers saved with it can be loaded.
@@ -74,53 +73,53 @@ class GrowerInPlace(Grower):
         Raises:
             FileError: the model does not fit the recipe, or had grown before it came here.
         """
-        inside, _ = unwrapped(self._kept)
+        inside, _ = unwrapped(self._given)
         if Recipe.of(inside).steps == recipe.steps:
             return
         if self._fresh is None:
             raise FileError(
-                "The saved model went through other growths than this one, which had grown before the Grower was "
-                "made: build the model as it was before it grew."
+                "The saved model has another recipe than this one, which had grown before the Grower was made: build "
+                "the model as it was before it grew."
             )
         if self.ema is not None:
             raise FxgrowError("An average of the weights cannot be resized: load the checkpoint, then make it.")
-        with as_written(inside):
+        with without_forward_override(inside):
             new = resized(self._fresh, recipe, into="module")
         for optimizer in self._training_state.optimizers:
-            _hand_over(optimizer, inside, new)
+            _replace_parameters(optimizer, inside, new)
         adopt(inside, new)
 
     def grow_now(self, *args: Any, **options: Any) -> bool:
         """See `fxgrow.Grower.grow_now`."""
-        with as_written(unwrapped(self._kept)[0]):
+        with without_forward_override(unwrapped(self._given)[0]):
             return super().grow_now(*args, **options)
 
     def _ask(self, epoch_end: bool) -> bool:
-        with as_written(unwrapped(self._kept)[0]):
+        with without_forward_override(unwrapped(self._given)[0]):
             return super()._ask(epoch_end)
 
-    def _stay(self, old: nn.Module, new: nn.Module, index: Mapping[str, Any]) -> None:
-        del index
+    def _grow_in_place(self, old: nn.Module, new: nn.Module, index: Mapping[str, Any]) -> None:
         adopt(old, new)
         if not hasattr(old, "meta"):
             old.meta = {}  # type: ignore[assignment]
         keep_record(old, self.growth)
-        self.model, self._outlook.model = self._kept, old
+        self.model, self._metrics.model = self._given, old
 
 
 @contextlib.contextmanager
-def as_written(model: nn.Module) -> Iterator[None]:
-    """The model without a `forward` that was put over its class's, as Accelerate does for mixed precision."""
-    own = vars(model)
-    over = {name: own.pop(name) for name in ("forward", "_original_forward") if "_original_forward" in own}
+def without_forward_override(model: nn.Module) -> Iterator[None]:
+    """Removes a `forward` that overrides the class's on the object, as Accelerate sets it for mixed precision."""
+    attributes = vars(model)
+    names = ("forward", "_original_forward") if "_original_forward" in attributes else ()
+    override = {name: attributes.pop(name) for name in names}
     try:
         yield
     finally:
-        own.update(over)
+        attributes.update(override)
 
 
 def recipe_of(model: nn.Module) -> Recipe:
-    """The growths of a model, whatever it is wrapped in."""
+    """Returns the recipe of a model inside its wrappers."""
     return Recipe.of(unwrap(model))
 
 
@@ -131,12 +130,12 @@ def _inner(optimizer: Any) -> Any:
     return _inner(inner) if isinstance(inner, Optimizer) else optimizer
 
 
-def _hand_over(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> None:
-    """The new model's parameters in the places of the old one's, without state."""
+def _replace_parameters(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> None:
+    """Replaces the old model's parameters in an optimiser by the new one's, without state."""
     names = {id(p): name for name, p in old.named_parameters()}
-    theirs = dict(new.named_parameters(remove_duplicate=False))
+    parameters = dict(new.named_parameters(remove_duplicate=False))
     for group in optimizer.param_groups:
         for p in group["params"]:
             if id(p) in names:
                 optimizer.state.pop(p, None)
-        group["params"][:] = [theirs[names[id(p)]] if id(p) in names else p for p in group["params"]]
+        group["params"][:] = [parameters[names[id(p)]] if id(p) in names else p for p in group["params"]]

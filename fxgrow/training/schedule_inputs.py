@@ -1,4 +1,4 @@
-"""What a schedule sees of the model: sizes, costs, how much is out of reach; and a growth within a limit."""
+"""Measurements of the model for schedules: sizes, costs, bottlenecks; and the options of a growth within a limit."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from fxgrow.training.schedule import Request
 
 @dataclass
 class ModelMetrics:
-    """Of one model on one source of data; what it cost at first is remembered.
+    """Measures one model on one source of data.
 
     Attributes:
-        model: as it is now, without what wraps it.
+        model: as it is now, without wrappers.
         source: batches.
         options: of growths.
-        start: per cost, that of the network when it was first asked for.
-        process_group: the processes that train it. What is measured is measured by the first.
+        start: per kind of cost, the cost when it was first measured.
+        process_group: the processes that train the model; rank 0 measures costs.
     """
 
     model: nn.Module
@@ -44,20 +44,20 @@ class ModelMetrics:
     process_group: ProcessGroup = SINGLE_PROCESS
 
     def sizes(self) -> dict[str, tuple[int, int]]:
-        """Per free width, its size and its step."""
+        """Returns size and step of each free width."""
         return {w.name: (w.size, w.step) for w in widths(self._graph()) if w.pinned is None}
 
     def spent(self, kind: str) -> tuple[float, float]:
-        """How much the network has grown by since it was first asked for, and how much it was."""
+        """Returns by how much the cost has grown since it was first measured, and that first cost."""
         now = self.process_group.broadcast_from_rank0(lambda: float(self._cost(kind).total({})))
         start = self.start.setdefault(kind, now)
         return now - start, start
 
     def shares(self, samples: int | None) -> dict[str, float]:
-        """Per width, Psi / E|V|^2, from one pass forward and backward."""
+        """Returns Psi / E|V|^2 of each width, from one forward and backward pass."""
         options = self.options
         with no_autocast(self.model):
-            found = profile(
+            measured = profile(
                 self._graph(),
                 beside_training(self.source),
                 options["loss_fn"],
@@ -68,10 +68,10 @@ class ModelMetrics:
                 seed=options["seed"],
                 process_group=self.process_group,
             )
-        return {name: b.bottleneck / b.desired if b.desired > 0 else 0.0 for name, b in found.items()}
+        return {name: b.bottleneck / b.desired if b.desired > 0 else 0.0 for name, b in measured.items()}
 
-    def wanted(self, request: Request) -> GrowOptions | None:
-        """What to grow by, within the schedule's limit; None where the units that are asked for do not fit in.
+    def options_for(self, request: Request) -> GrowOptions | None:
+        """Returns the options of a growth within the schedule's limit; None where the requested units exceed it.
 
         Raises:
             ScheduleError: the budget and the limit are in different costs.
@@ -83,7 +83,7 @@ class ModelMetrics:
             return options
         neurons, budget, cost = options["neurons"], options["budget"], options["cost"]
         units = {} if neurons is None else self._units(neurons)
-        now, then = self.process_group.broadcast_from_rank0(lambda: self._now_and_then(request.cost, units))
+        now, then = self.process_group.broadcast_from_rank0(lambda: self._costs(request.cost, units))
         if neurons is not None:
             return options if then - now <= request.limit else None
         if cost != request.cost and isinstance(budget, (int, float)):
@@ -95,14 +95,15 @@ class ModelMetrics:
         most = most if request.cost == "latency" else max(1, math.floor(most))
         return {**options, "cost": request.cost, "budget": most}
 
-    def _now_and_then(self, kind: str, units: Mapping[str, int]) -> tuple[float, float]:
+    def _costs(self, kind: str, units: Mapping[str, int]) -> tuple[float, float]:
+        """Returns the cost now, and with more units."""
         cost = self._cost(kind)
         return cost.total({}), cost.total(units)
 
     def _units(self, neurons: int | Mapping[str, int]) -> dict[str, int]:
         steps = {name: step for name, (_, step) in self.sizes().items()}
-        asked = neurons if isinstance(neurons, Mapping) else dict.fromkeys(steps, neurons)
-        return {name: math.ceil(k / steps[name]) * steps[name] for name, k in asked.items() if name in steps}
+        units = neurons if isinstance(neurons, Mapping) else dict.fromkeys(steps, neurons)
+        return {name: math.ceil(k / steps[name]) * steps[name] for name, k in units.items() if name in steps}
 
     def _graph(self) -> fx.GraphModule:
         inputs = self.options["example_inputs"]
@@ -112,13 +113,13 @@ class ModelMetrics:
 
     def _cost(self, kind: str) -> Cost:
         gm = remove_parametrizations(self._graph())
-        # a latency is measured for the widths that may be asked for
+        # a latency is measured for each width that may grow
         free = [w.name for w in widths(gm) if w.pinned is None] if self.options["neurons"] is not None else []
         return cost_of(kind, analyse(gm), free)
 
 
 def _share(budget: Any) -> float:
-    """Of a budget such as `"+25%"`."""
+    """Returns the share that a budget such as `"+25%"` stands for."""
     try:
         return float(str(budget or DEFAULT_BUDGET).strip().removesuffix("%")) / 100
     except ValueError as error:
@@ -127,7 +128,7 @@ def _share(budget: Any) -> float:
 
 @contextlib.contextmanager
 def no_autocast(model: nn.Module) -> Iterator[None]:
-    """Statistics in the model's own precision, wherever the loop calls from."""
+    """Disables autocast, so that statistics have the precision of the model."""
     with contextlib.ExitStack() as stack:
         for kind in {"cpu", *(p.device.type for p in model.parameters())}:
             if torch.is_autocast_enabled(kind):

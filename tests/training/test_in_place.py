@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import fxgrow
-from fxgrow.training.in_place import GrowerInPlace, adopt, as_written, recipe_of
+from fxgrow.training.in_place import GrowerInPlace, adopt, recipe_of, without_forward_override
 
 
 class Tagger(nn.Module):
@@ -103,7 +103,7 @@ def test_forward_of_a_wrapper_is_put_aside() -> None:
 
     model._original_forward = model.forward
     model.forward = MethodType(wrapped, model)
-    with as_written(model):
+    with without_forward_override(model):
         assert "forward" not in vars(model)
     grower = grower_of(model)
     train(grower, model, 3)

@@ -1,0 +1,73 @@
+"""One growth of a model in training: the model in its wrappers, and all that holds its parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from fxgrow.distributed import ProcessGroup
+from fxgrow.pipeline.grow import run
+from fxgrow.pipeline.growth_record import GrowthResult, keep_record
+from fxgrow.pipeline.options import GrowOptions
+from fxgrow.training.data_source import Source, beside_training
+from fxgrow.training.schedule_inputs import no_autocast
+from fxgrow.transfer.device_mesh import is_sharded
+from fxgrow.transfer.fsdp import UnshardedModel
+from fxgrow.transfer.parameter_change import ParameterChange
+from fxgrow.transfer.transfer import TrainingState
+from fxgrow.transfer.wrappers import unwrapped
+
+
+@dataclass(frozen=True)
+class GrownTraining:
+    """What a growth made.
+
+    Attributes:
+        model: to train from here on, wrapped as the old one; the old one where nothing was added.
+        old: the model before, without wrappers and shards.
+        result: the grown model without wrappers, and the record of the growth.
+    """
+
+    model: nn.Module
+    old: nn.Module
+    result: GrowthResult[nn.Module]
+
+    @property
+    def declined(self) -> bool:
+        return not self.result.record.plan.units
+
+
+def grow_with_state(
+    model: nn.Module, state: TrainingState, source: Source, options: GrowOptions, process_group: ProcessGroup
+) -> GrownTraining:
+    """Grows a model on all processes that train it, and changes what holds its parameters.
+
+    Args:
+        model: left as it is.
+        state: optimisers and the like; changed last, when nothing can fail any more.
+        source: batches.
+        options: of the growth.
+        process_group: the processes that train the model.
+
+    Raises:
+        FxgrowError: the growth failed; nothing has changed.
+    """
+    inside, wrap = unwrapped(model)
+    unsharded = UnshardedModel.of(inside) if is_sharded(inside) else None
+    old = inside if unsharded is None else unsharded.model
+    with no_autocast(old):
+        result = run(old, beside_training(source), options, process_group)
+    if not result.record.plan.units:
+        return GrownTraining(model, old, result)
+    change = ParameterChange(old, result.model, result.index)
+    with process_group.session():
+        assign = state.prepare(change) if unsharded is None else unsharded.prepare(state, change)
+    if unsharded is None:
+        grown = wrap(result.model)
+        assign()
+    else:
+        assign()  # shards the model, which comes before its wrappers
+        grown = wrap(result.model)
+    keep_record(result.model, result.record)
+    return GrownTraining(grown, old, result)
