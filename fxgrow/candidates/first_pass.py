@@ -26,7 +26,7 @@ from fxgrow.initialisers.registry import Initialiser, Proposal
 from fxgrow.statistics.all_reduce import sum_blocks
 from fxgrow.statistics.collect import CACHE, CACHE_BYTES, Statistics
 from fxgrow.statistics.factorisation import bottleneck
-from fxgrow.statistics.forward_backward import BatchRecord, forward_backward
+from fxgrow.statistics.forward_backward import BatchRecord, PassRequest, forward_backward
 from fxgrow.statistics.mergeable import InputCrossMoment, Moments, kept, merged, subtract
 
 
@@ -203,17 +203,10 @@ class Reader:
                 held.add(seen, stats.held, stats.whole[1], returned)
                 returned.clear()
 
-        forward_backward(
-            self.analysed.gm,
-            bar(batches(), "profiling", self.data.batches, self.show),
-            self.loss_fn,
-            sources=stats.sources,
-            targets=stats.reads,
-            weights={n: lookup(self.analysed.gm, n) for n in stats.weights},
-            wanted=lambda: not (apart or stats.complete),
-            reader=read,
-            done=done,
-        )
+        gm, shown = self.analysed.gm, bar(batches(), "profiling", self.data.batches, self.show)
+        weights = {n: lookup(gm, n) for n in stats.weights}
+        needed = lambda: not (apart or stats.complete)  # noqa: E731
+        forward_backward(gm, shown, self.loss_fn, PassRequest(stats.sources, done, stats.reads, read, weights, needed))
         (single,) = self.data.process_group.sum_numbers(self.data.batches == 1)
         if single not in (0, self.data.process_group.size):
             size = self.data.process_group.size
@@ -242,16 +235,8 @@ class Reader:
             else:
                 crossed.add(seen.inputs)
 
-        forward_backward(
-            self.analysed.gm,
-            self.data.fitting(self.method.needs.refit),
-            self.loss_fn,
-            sources=stats.sources,
-            targets=[],
-            weights={},
-            reader=lambda seen, node, v: None,
-            done=done,
-        )
+        batches = self.data.fitting(self.method.needs.refit)
+        forward_backward(self.analysed.gm, batches, self.loss_fn, PassRequest(stats.sources, done))
 
 
 def project(stats: Statistics) -> tuple[dict[str, Tensor], dict[str, tuple[float, float]]]:

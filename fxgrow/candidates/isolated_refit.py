@@ -26,7 +26,7 @@ from fxgrow.initialisers.registry import Proposal
 from fxgrow.statistics.activation_cache import ActivationCache, Span
 from fxgrow.statistics.collect import Statistics
 from fxgrow.statistics.consumer_moments import ConsumerMoments
-from fxgrow.statistics.forward_backward import BatchRecord, forward_backward
+from fxgrow.statistics.forward_backward import BatchRecord, PassRequest, forward_backward
 from fxgrow.statistics.gram import accumulating, matrix_product
 
 #: by node, a tensor of some samples
@@ -134,16 +134,8 @@ class IsolatedRefit:
             visit(seen.size, seen.inputs, updates)
             updates.clear()
 
-        forward_backward(
-            gm,
-            batches,
-            self.loss_fn,
-            sources=sources,
-            targets=self.targets,
-            weights={},
-            reader=lambda seen, node, v: updates.__setitem__(node, v),
-            done=done,
-        )
+        request = PassRequest(sources, done, self.targets, lambda seen, node, v: updates.__setitem__(node, v))
+        forward_backward(gm, batches, self.loss_fn, request)
         return read
 
     def _readout(self, c: ConsumerMoments, vh: Tensor, vz: Tensor) -> OutgoingWeightFit:

@@ -22,7 +22,7 @@ from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
 from fxgrow.graph.graph import lookup
 from fxgrow.statistics.all_reduce import sum_consumers
 from fxgrow.statistics.consumer_moments import ConsumerMoments, consumers_of, reads_of
-from fxgrow.statistics.forward_backward import BatchRecord, forward_backward
+from fxgrow.statistics.forward_backward import BatchRecord, PassRequest, forward_backward
 
 #: second moments of inputs are estimated from about so many samples
 SAMPLES = 1024
@@ -125,16 +125,7 @@ def run_refit(
             c.add_gradient(seen)
 
     sources, targets = {p.source for own in reads.values() for _, p in own}, list(reads)
-    forward_backward(
-        graph,
-        data.fitting(),
-        loss_fn,
-        sources=sources,
-        targets=targets,
-        weights=weights,
-        reader=read_fit,
-        done=done,
-    )
+    forward_backward(graph, data.fitting(), loss_fn, PassRequest(sources, done, targets, read_fit, weights))
     out = Refit()
     total = sum_consumers(consumers, count, process_group)
     sides = {name: _sides(c, found) for name, c in consumers.items()}
@@ -160,16 +151,8 @@ def run_refit(
         tests.add(seen.size, uses)
         held.clear()
 
-    forward_backward(
-        graph,
-        data.held_back(),
-        loss_fn,
-        sources=sources,
-        targets=targets,
-        weights=weights,
-        reader=lambda seen, node, v: held.__setitem__(node, v),
-        done=done_held,
-    )
+    request = PassRequest(sources, done_held, targets, lambda seen, node, v: held.__setitem__(node, v), weights)
+    forward_backward(graph, data.held_back(), loss_fn, request)
     for name, c in consumers.items():
         if len(c.vh):
             r, (old, z) = out.readouts[name], _columns(c, *sides[name])

@@ -30,7 +30,7 @@ from fxgrow.rewriting.rewrite import Values, widened
 from fxgrow.statistics.consumer_moments import ConsumerMoments, like_weight, rows_for, some_rows
 from fxgrow.statistics.cross_moment import patch_rows
 from fxgrow.statistics.factorisation import factor
-from fxgrow.statistics.forward_backward import BatchRecord, forward_backward
+from fxgrow.statistics.forward_backward import BatchRecord, PassRequest, forward_backward
 from fxgrow.statistics.gram import accumulating, add_gram
 from fxgrow.statistics.producer_consumer_path import window
 
@@ -190,18 +190,14 @@ class ZeroUnitGraph:
                     if seen.inputs[node].index_select(_channels(u), columns).any():
                         self.silent[s.name] = False
 
-        forward_backward(
-            self.graph,
-            batches,
-            loss_fn,
-            sources={*readers, *(u.source for uses in written.values() for u in uses)},
-            targets=[],
+        request = PassRequest(
+            {*readers, *(u.source for uses in written.values() for u in uses)},
+            done,
             # a frozen bias too: new units may have any, and the copy is ours
             weights={n: lookup(self.graph, n).requires_grad_() for n in sorted(names)},
-            reader=lambda seen, node, v: None,
-            done=done,
             corrections={node: partial(self._without_expressible, own) for node, own in readers.items()},
         )
+        forward_backward(self.graph, batches, loss_fn, request)
         process_group = self.process_group
         process_group.sum_([t for _, p in producers for t in (p.slope, p.s) if t is not None])
         for _, p in producers:
@@ -236,10 +232,7 @@ class ZeroUnitGraph:
                 rows[s.name] += len(z)
 
         few = list(itertools.islice(batches, PROBES))
-        sources = {u.source for u in reads.values()}
-        forward_backward(
-            self.graph, few, loss_fn, sources=sources, targets=[], weights={}, reader=lambda *_: None, done=done
-        )
+        forward_backward(self.graph, few, loss_fn, PassRequest({u.source for u in reads.values()}, done))
         self.process_group.sum_([group.second for s in self.sketches for group in s.groups])
         for s in self.sketches:
             (total,) = self.process_group.sum_numbers(rows[s.name])

@@ -1,4 +1,4 @@
-"""One pass over the data: what readers see, and what is left behind."""
+"""One pass over the data: layer inputs, output gradients, and what stays alive afterwards."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 import fxgrow
 from fxgrow.data.batches import Data
-from fxgrow.statistics.forward_backward import BatchRecord, forward_backward
+from fxgrow.statistics.forward_backward import BatchRecord, PassRequest, forward_backward
 
 
 class InPlace(nn.Module):
@@ -44,16 +44,8 @@ def collect(model: nn.Module, batches: list):
     weights = {f"{n.target}.weight": gm.get_submodule(n.target).weight for n in linear}
     weights = {name: w for name, w in weights.items() if w.requires_grad}
     gradients = []
-    forward_backward(
-        gm,
-        Data(batches),
-        None,
-        sources=[n.args[0] for n in linear],
-        targets=linear,
-        weights=weights,
-        reader=reader,
-        done=lambda batch, seen: gradients.append(dict(seen.gradients)),
-    )
+    sources, done = [n.args[0] for n in linear], lambda batch, record: gradients.append(dict(record.gradients))
+    forward_backward(gm, Data(batches), None, PassRequest(sources, done, linear, reader, weights))
     return seen_v, seen_h, gradients, alive
 
 
