@@ -7,52 +7,24 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import RewriteError
 from fxgrow.graph.evaluate import TOLERANCE, outputs
-from fxgrow.graph.node_meta import KEY
-from fxgrow.tracing.meta_kernels import fake_tensor, run
+from fxgrow.graph.graph import lookup
+from fxgrow.graph.node_meta import KEY, set_value
+from fxgrow.tracing.fake_values import FakeRunner
 
 
-class _ShapeProp(fx.Interpreter):
-    """`torch.fx.passes.shape_prop.ShapeProp` on fake tensors, keeping `node.meta["val"]`."""
-
-    def __init__(self, gm: fx.GraphModule, mode: FakeTensorMode) -> None:
-        super().__init__(gm)
-        self.mode = mode
-
-    def run_node(self, n: fx.Node) -> Any:
-        if KEY in n.meta:
-            # its code may look at data; whatever it touches is pinned, so that its output is what it was
-            n.meta["val"] = pytree.tree_map_only(Tensor, _like, n.meta["val"])
-            return n.meta["val"]
-        value = super().run_node(n)
-        n.meta["val"] = value
-        if isinstance(value, Tensor):
-            n.meta["tensor_meta"] = _extract_tensor_metadata(value)
-        return value
-
-    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        value = run(self.fetch_attr(target), args, kwargs, self.mode)
-        with self.mode:
-            return super().call_module(target, args, kwargs) if value is None else value
-
-    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        value = run(target, args, kwargs, self.mode)
-        with self.mode:
-            return super().call_function(target, args, kwargs) if value is None else value
-
-    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        value = run(target, args, kwargs, self.mode)
-        with self.mode:
-            return super().call_method(target, args, kwargs) if value is None else value
-
-
-def _like(t: Tensor) -> Tensor:
-    return torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=t.device)
+def _value(gm: fx.GraphModule, node: fx.Node, runner: FakeRunner) -> Any:
+    # an opaque node's code may look at data; whatever it touches is pinned, so that its output is what it was
+    if node.op == "placeholder" or KEY in node.meta:
+        return pytree.tree_map_only(Tensor, runner.fake, node.meta["val"])
+    if node.op == "get_attr":
+        return runner.fake(lookup(gm, str(node.target)))
+    if node.op == "output":
+        return fx.node.map_arg(node.args[0], lambda result: result.meta["val"])
+    return runner.call(node, gm)
 
 
 def check_shapes(gm: fx.GraphModule, expected: Mapping[fx.Node, tuple[int, ...]]) -> None:
@@ -61,12 +33,11 @@ def check_shapes(gm: fx.GraphModule, expected: Mapping[fx.Node, tuple[int, ...]]
     Raises:
         RewriteError: the graph does not run any more, or a shape differs.
     """
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    inputs = [n.meta["val"] for n in gm.graph.nodes if n.op == "placeholder"]
+    runner = FakeRunner()
     try:
         with torch.no_grad():
-            fresh = pytree.tree_map_only(Tensor, lambda t: fake_tensor(t, mode), inputs)
-            _ShapeProp(gm, mode).run(*fresh, enable_io_processing=False)
+            for node in gm.graph.nodes:
+                set_value(node, _value(gm, node, runner))
     except Exception as error:
         raise RewriteError(f"The rewritten graph does not run: {error}. Nothing was changed.") from error
     for node, shape in expected.items():

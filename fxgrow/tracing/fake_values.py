@@ -1,28 +1,33 @@
-"""Run the nodes of a graph on fake tensors, without touching the model they belong to."""
+"""Runs the nodes of a graph on fake tensors, without touching the model they belong to.
+
+Parameters become fake outside of the mode: inside of it their creation would be dispatched too, which took half of a
+capture. CPU time of a capture, with hand-written shape rules -> with `FakeTensorMode`: resnet18 18 -> 30 ms, vit_b_16
+85 -> 135 ms, densenet121 106 -> 234 ms, a small BERT 37 -> 62 ms. That is not worth 350 lines of rules.
+"""
 
 from __future__ import annotations
 
 import builtins
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils import _pytree as pytree
 
 from fxgrow.graph.graph import submodule
-from fxgrow.tracing.meta_kernels import fake_tensor
-from fxgrow.tracing.meta_kernels import run as run_on_meta
 from fxgrow.tracing.source_location import looks_at_data
 
-_isinstance, _NOTHING = builtins.isinstance, contextlib.nullcontext()
+_isinstance = builtins.isinstance
 
 
 class FakeRunner:
     """Evaluates single nodes; ``silent`` is true while it does, so that a tracer can look away.
 
-    ``guessed`` says of the last one whether its sizes depend on data and were learnt from some that were made up.
+    ``guessed`` says of the last one whether its sizes depend on data and were learnt from random ones.
     """
 
     def __init__(self) -> None:
@@ -31,15 +36,18 @@ class FakeRunner:
         self.guessed = False
 
     @contextlib.contextmanager
-    def quiet(self, fake: bool = True) -> Iterator[None]:
-        """Run torch code on fake values: nothing is recorded, no gradients are kept."""
+    def quiet(self, module: nn.Module | None = None) -> Iterator[None]:
+        """Run torch code on fake values: nothing is recorded, no gradients are kept.
+
+        Args:
+            module: gets fake parameters and buffers for the time being.
+        """
         before, self.silent = self.silent, True
         # What a tracer puts in the way has nothing to say here, and asking it costs time.
         patched, builtins.isinstance = builtins.isinstance, _isinstance
         try:
-            # first of all: even `no_grad` asks who listens; without a fake mode nothing here has gradients
-            modes = (self.mode, torch.no_grad()) if fake else (_NOTHING, _NOTHING)
-            with torch._C.DisableTorchFunction(), modes[0], modes[1]:
+            # DisableTorchFunction first: `no_grad` would call the active torch function modes
+            with torch._C.DisableTorchFunction(), self._fake_state(module), self.mode, torch.no_grad():
                 yield
         finally:
             builtins.isinstance = patched
@@ -51,30 +59,29 @@ class FakeRunner:
         kwargs = fx.node.map_arg(node.kwargs, lambda source: source.meta["val"])
         self.guessed = False
         module = submodule(root, str(node.target)) if node.op == "call_module" else None
-        with self.quiet(fake=False):
-            value = run_on_meta(node.target if module is None else module, args, kwargs, self.mode)
-        if value is not None:
-            return value
         try:
-            with self.quiet():
+            with self.quiet(module):
                 if module is not None:
-                    with self._fake_state(module):
-                        # Not __call__: hooks are the user's and must not see fake tensors.
-                        return module.forward(*args, **kwargs)
+                    # Not __call__: hooks are the user's and must not see fake tensors.
+                    return module.forward(*args, **kwargs)
                 if node.op == "call_method":
                     return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-                return node.target(*args, **kwargs)  # type: ignore[operator]
+                target: Any = node.target
+                return _KERNELS.get(target, target)(*args, **kwargs)
         except Exception as error:
             home = str(getattr(node.target, "__module__", None) or "torch")
             if node.op != "call_function" or home.startswith("torch") or not looks_at_data(error):
                 raise
-        # Indexing with a mask, or a function marked with torch.fx.wrap, may look at data: to learn its result's shape,
-        # give it some.
+        # indexing with a mask, or a function marked with torch.fx.wrap, may look at data
+        return self.guess(target, args, kwargs)
+
+    def guess(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Returns the fake result of code that looks at data: its shape on random real tensors."""
         before, self.silent, self.guessed = self.silent, True, True
         try:
-            with torch.no_grad():
-                real_args, real_kwargs = fx.node.map_aggregate((args, kwargs), _made_up)
-                return self.fake(node.target(*real_args, **real_kwargs))  # type: ignore[operator]
+            with torch.no_grad(), torch._C.DisableTorchFunction(), torch.random.fork_rng(devices=[]):
+                real_args, real_kwargs = pytree.tree_map_only(torch.Tensor, _random_like, (args, kwargs))
+                return pytree.tree_map_only(torch.Tensor, self.fake, function(*real_args, **real_kwargs))
         finally:
             self.silent = before
 
@@ -82,7 +89,8 @@ class FakeRunner:
         """The same value with fake tensors, in nested tuples, lists and dicts too."""
         kind = type(value)
         if isinstance(value, torch.Tensor):
-            return value if isinstance(value, FakeTensor) else fake_tensor(value, self.mode)
+            known = isinstance(value, FakeTensor) and value.fake_mode is self.mode
+            return value if known else fake_tensor(value, self.mode)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
             return kind(*(self.fake(item) for item in value))
         if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
@@ -92,10 +100,10 @@ class FakeRunner:
         return value
 
     @contextlib.contextmanager
-    def _fake_state(self, module: nn.Module) -> Iterator[None]:
+    def _fake_state(self, module: nn.Module | None) -> Iterator[None]:
         """Lend a module fake parameters and buffers: batch norm counts its calls even in a fake mode."""
         saved = []
-        for part in module.modules():
+        for part in () if module is None else module.modules():
             attributes = vars(part)
             saved.append((attributes, attributes["_parameters"], attributes["_buffers"]))
             for kind in ("_parameters", "_buffers"):
@@ -110,7 +118,30 @@ class FakeRunner:
                 attributes["_parameters"], attributes["_buffers"] = parameters, buffers
 
 
-def _made_up(value: Any) -> Any:
+def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
+    """Returns what `mode.from_tensor` gives for a strided tensor, without its history and in a third of the time."""
+    plain = type(tensor) in (torch.Tensor, nn.Parameter, FakeTensor) and tensor.layout is torch.strided
+    if not plain or tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.is_nested:
+        return mode.from_tensor(tensor)
+    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    fake = FakeTensor(mode, meta, tensor.device)
+    fake.requires_grad_(tensor.requires_grad)
+    if isinstance(tensor, nn.Parameter):
+        fake._is_param = True
+    return fake
+
+
+def _grouped_mm(mat_a: torch.Tensor, mat_b: torch.Tensor, **options: Any) -> torch.Tensor:
+    """A row times the matrix of its group; the registered kernel knows bfloat16 only."""
+    if mat_a.dim() != 2 or mat_b.dim() != 3 or mat_a.shape[1] != mat_b.shape[1]:
+        return torch._grouped_mm(mat_a, mat_b, **options)
+    return mat_a.new_empty(mat_a.shape[0], mat_b.shape[2])
+
+
+_KERNELS = {getattr(F, "grouped_mm", None): _grouped_mm, getattr(torch, "_grouped_mm", None): _grouped_mm}
+
+
+def _random_like(value: torch.Tensor) -> torch.Tensor:
     if not isinstance(value, FakeTensor):
         return value
     real = torch.zeros(value.shape, dtype=value.dtype, device=value.device)

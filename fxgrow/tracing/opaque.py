@@ -13,12 +13,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
+from torch import fx, nn
 
 from fxgrow.errors import CaptureError
-from fxgrow.tracing.fake_values import FakeRunner, _made_up
+from fxgrow.tracing.fake_values import FakeRunner
 from fxgrow.tracing.leaf_modules import marked_followed
 from fxgrow.tracing.opaque_functions import Call, OpaqueFunction, in_place
 
@@ -102,25 +100,19 @@ def _why(error: CaptureError) -> str:
 
 
 def run(node: fx.Node, root: nn.Module, runner: FakeRunner) -> Any:
-    """The value of an opaque node: on fake tensors, and where its code looks at data on made-up real ones."""
+    """The value of an opaque node: on fake tensors, and where its code looks at data on random real ones."""
     try:
         return runner.call(node, root)
     except Exception:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
         module = root.get_submodule(str(node.target))
-        before, runner.silent, runner.guessed = runner.silent, True, True
-        try:
-            with torch.no_grad(), torch._C.DisableTorchFunction(), _own_buffers(module):
-                real_args, real_kwargs = pytree.tree_map_only(Tensor, _made_up, (args, kwargs))
-                out = module.forward(*real_args, **real_kwargs)
-            return pytree.tree_map_only(Tensor, runner.fake, out)
-        finally:
-            runner.silent = before
+        with _own_buffers(module):
+            return runner.guess(module.forward, args, kwargs)
 
 
 @contextmanager
 def _own_buffers(module: nn.Module) -> Iterator[None]:
-    """Lends a module copies of its buffers: running statistics must not see made-up values."""
+    """Lends a module copies of its buffers: running statistics must not see random values."""
     saved = [(part, part._buffers) for part in module.modules()]
     for part, buffers in saved:
         part._buffers = {k: None if b is None else b.clone() for k, b in buffers.items()}
