@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import torch
 
-from fxgrow.analysis.analyse import AnalysedGraph
-from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.initialisers.copies import CopyInitialiser
-from fxgrow.initialisers.registry import Proposal, WrittenUnits, initialiser
+from fxgrow.initialisers.registry import Outgoing, WriteRequest, initialiser
 from fxgrow.rewriting.copied_units import CopiedUnits
+from fxgrow.rewriting.rewrite import Values
 
 #: shares are drawn between 1 and this, then divided by their sum
 MOST = 3.0
@@ -25,13 +24,12 @@ MOST = 3.0
 class Net2Wider(CopyInitialiser):
     """See the top of the file."""
 
-    def write(
-        self, analysed: AnalysedGraph, width: GrowableWidth, k: int, proposal: Proposal, generator: torch.Generator
-    ) -> WrittenUnits:
-        """Copies for `k` units."""
-        size = width.var.size
+    def write(self, request: WriteRequest, values: Values) -> Outgoing:
+        """Copies."""
+        size, k, generator = request.width.var.size, request.k, request.generator
         units = torch.randint(size, (k,), generator=generator)
         parts = 1 + (MOST - 1) * torch.rand(size + k, generator=generator, dtype=torch.float64)
         origin = torch.cat([torch.arange(size), units])
         shares = parts / torch.zeros(size, dtype=torch.float64).index_add_(0, origin, parts)[origin]
-        return WrittenUnits(copies=CopiedUnits(units, shares))
+        values.copies[request.width.name] = CopiedUnits(units, shares)
+        return []

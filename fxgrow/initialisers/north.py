@@ -8,9 +8,11 @@ orthogonal to each other (Maile, Rachelson, Luga, Wilson: "When, where, and how 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.nn.functional import pad
 
 from fxgrow.graph.graph import lookup
 from fxgrow.initialisers.registry import Proposal, initialiser, split_rows
@@ -50,16 +52,11 @@ def _existing(width: WidthMoments) -> Tensor:
     """Rows of all producers in the basis of b, `[P, units]`; a producer's own rows are zero in the others' part."""
     columns = []
     for p in {p.weight: p for p in width.hidden.producers}.values():
-        gm = p.node.graph.owning_module
         start, stop = width.spans[p.weight]
-        if gm is None:
-            continue
-        weight = lookup(gm, p.weight).detach()
-        rows = weight.movedim(p.out_dim, 0).flatten(1)
+        gm = cast(fx.GraphModule, p.node.graph.owning_module)
+        rows = lookup(gm, p.weight).detach().movedim(p.out_dim, 0).flatten(1)
         if p.bias is not None:
             rows = torch.cat([rows, lookup(gm, p.bias).detach()[:, None]], 1)
-        whole = rows.new_zeros(width.features, len(rows))
-        whole[start:stop] = rows.mT
-        columns.append(whole)
+        columns.append(pad(rows.mT, (0, 0, start, width.features - stop)))
     # producers of a sum write one unit together
     return sum(columns[1:], columns[0]) if len({c.shape for c in columns}) == 1 else torch.cat(columns, 1)

@@ -19,7 +19,6 @@ from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.data.batches import Data
 from fxgrow.data.loss import LossFn
 from fxgrow.errors import ProfileError
-from fxgrow.rewriting.copied_units import CopiedUnits
 from fxgrow.rewriting.rewrite import Values
 from fxgrow.statistics.consumer_moments import ConsumerMoments
 from fxgrow.statistics.width_moments import WidthMoments
@@ -53,11 +52,6 @@ class Splits:
         )
         return Splits(self.origin[units], self.fresh[units], rows, columns, self.gains[units], buffers)
 
-    def best(self, least: float) -> Splits:
-        """Those that gain more than `least`, best first."""
-        order = self.gains.argsort(descending=True)
-        return self.take(order[self.gains[order] > least])
-
 
 @dataclass(frozen=True)
 class Proposal:
@@ -78,37 +72,6 @@ class Proposal:
 
 
 @dataclass(frozen=True)
-class WrittenUnits:
-    """New and old entries that growth of one width writes.
-
-    Attributes:
-        new: per parameter and dimension, slices for the new units; those of one unit stand together.
-        delta: per parameter, what is added to its old entries.
-        copies: the old units that new ones are like, if any.
-        outgoing: which of the new slices are outgoing weights that the line search scales, with delta.
-    """
-
-    new: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    delta: dict[str, Tensor] = field(default_factory=dict)
-    copies: CopiedUnits | None = None
-    outgoing: list[tuple[str, int]] = field(default_factory=list)
-
-
-def values_of(written: Mapping[str, WrittenUnits]) -> tuple[Values, tuple[tuple[str, str, int], ...]]:
-    """Values for the rewrite from what was written for each width, and which of the new ones are outgoing."""
-    values, outgoing = Values(new_units_see_each_other=False), []
-    for width, units in written.items():
-        for (name, dim), t in units.new.items():
-            values.new.setdefault(name, {})[width, dim] = t
-        for name, t in units.delta.items():
-            values.delta[name] = values.delta[name] + t if name in values.delta else t
-        if units.copies is not None:
-            values.copies[width] = units.copies
-        outgoing += [(name, width, dim) for name, dim in units.outgoing]
-    return values, tuple(outgoing)
-
-
-@dataclass(frozen=True)
 class SearchRequest:
     """What a method searches: `additions` per width of `widths`, in steps of the width."""
 
@@ -117,6 +80,17 @@ class SearchRequest:
     additions: Mapping[str, int]
     data: Data
     loss_fn: LossFn | None
+    generator: torch.Generator
+
+
+@dataclass(frozen=True)
+class WriteRequest:
+    """What a method writes: `k` steps of a width."""
+
+    analysed: AnalysedGraph
+    width: GrowableWidth
+    k: int
+    proposal: Proposal
     generator: torch.Generator
 
 
@@ -145,6 +119,8 @@ class Needs:
     share: float = 1.0
 
 
+#: parameter, width and dimension of new slices
+Outgoing = list[tuple[str, str, int]]
 Function = TypeVar("Function", bound=Callable[..., Any])
 Propose = Callable[[WidthMoments, Mapping[str, ConsumerMoments], int], Proposal]
 
@@ -187,10 +163,11 @@ class Initialiser:
         """Units per width, from the data themselves; widths without an entry get none. None: those of `propose`."""
         return None
 
-    def write(
-        self, analysed: AnalysedGraph, width: GrowableWidth, k: int, proposal: Proposal, generator: torch.Generator
-    ) -> WrittenUnits | None:
-        """Entries of k steps of a width at gamma = 1. None: the pipeline writes what was proposed."""
+    def write(self, request: WriteRequest, values: Values) -> Outgoing | None:
+        """Enters new units at gamma = 1 into `values`; returns those of the new slices that gamma scales.
+
+        None: the pipeline writes what was proposed.
+        """
         return None
 
 

@@ -29,7 +29,7 @@ from fxgrow.data.loss import loss_of
 from fxgrow.errors import ProfileError
 from fxgrow.graph.graph import lookup
 from fxgrow.initialisers.copies import CopyInitialiser, why_no_copies
-from fxgrow.initialisers.registry import Proposal, SearchRequest, Splits, WrittenUnits, values_of
+from fxgrow.initialisers.registry import Outgoing, Proposal, SearchRequest, Splits, WriteRequest
 from fxgrow.rewriting.axis_growth import places
 from fxgrow.rewriting.batch_norm import RunningStatistics
 from fxgrow.rewriting.copied_units import CopiedUnits
@@ -66,16 +66,19 @@ class SplitInitialiser(CopyInitialiser):
         """Units that lower the loss, best first, for widths whose units can be copied."""
         widths = [w for w in request.widths if why_no_copies(request.analysed, w) is None]
         found, loss = self.splits(replace(request, widths=widths)) if widths else ({}, 0.0)
-        rounding = {name: torch.finfo(next(iter(s.rows.values())).dtype).eps for name, s in found.items()}
-        return {name: Proposal(splits=s.best(rounding[name] * abs(loss))) for name, s in found.items()}
+        out = {}
+        for name, splits in found.items():
+            order = splits.gains.argsort(descending=True)
+            rounding = torch.finfo(next(iter(splits.rows.values())).dtype).eps * abs(loss)
+            out[name] = Proposal(splits=splits.take(order[splits.gains[order] > rounding]))
+        return out
 
-    def write(
-        self, analysed: AnalysedGraph, width: GrowableWidth, k: int, proposal: Proposal, generator: torch.Generator
-    ) -> WrittenUnits | None:
-        """Entries of the best k splits."""
-        return (
-            None if proposal.splits is None else split_entries(analysed, width, proposal.splits.take(torch.arange(k)))
-        )
+    def write(self, request: WriteRequest, values: Values) -> Outgoing | None:
+        """Enters the best k splits."""
+        splits = request.proposal.splits
+        if splits is None:
+            return None
+        return write_splits(request.analysed, request.width, splits.take(torch.arange(request.k)), values)
 
 
 def incoming_dims(analysed: AnalysedGraph, width: GrowableWidth) -> dict[str, int]:
@@ -109,28 +112,30 @@ def unpack(packed: Tensor, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: part.view(-1, *t.shape[1:]) for (name, t), part in zip(like.items(), parts, strict=True)}
 
 
-def split_entries(analysed: AnalysedGraph, width: GrowableWidth, splits: Splits) -> WrittenUnits:
-    """The entries of these units; gradients flow to what the splits are made of."""
+def write_splits(analysed: AnalysedGraph, width: GrowableWidth, splits: Splits, values: Values) -> Outgoing:
+    """Enters these units into `values`; gradients flow to what the splits are made of. Returns the outgoing slices."""
     origin, fresh = splits.origin, splits.fresh
     count = torch.zeros(width.var.size, dtype=torch.float64).index_add_(0, origin, (~fresh).double())
     old = 1 / (1 + count)
-    out = WrittenUnits(copies=CopiedUnits(origin, torch.cat([old, torch.where(fresh, 0.0, old[origin])])))
+    values.copies[width.name] = CopiedUnits(origin, torch.cat([old, torch.where(fresh, 0.0, old[origin])]))
+
+    def enter(name: str, dim: int, rows: Tensor) -> None:
+        values.new.setdefault(name, {})[width.name, dim] = rows.flatten(0, 1).movedim(0, dim)
+
     for name, dim in incoming_dims(analysed, width).items():
-        rows, weight = splits.rows[name], lookup(analysed.gm, name).movedim(dim, 0)
+        rows, shape = splits.rows[name], lookup(analysed.gm, name).movedim(dim, 0).shape
         is_fresh = fresh.to(rows.device)
         at = unit_entries(analysed.structure.parameters[name][dim], width.var)[origin[~fresh]].flatten().to(rows.device)
-        delta = rows.new_zeros(weight.shape).index_add(0, at, rows[~is_fresh].flatten(0, 1))
-        out.delta[name] = delta.movedim(0, dim)
+        delta = rows.new_zeros(shape).index_add(0, at, rows[~is_fresh].flatten(0, 1)).movedim(0, dim)
+        values.delta[name] = values.delta[name] + delta if name in values.delta else delta
         if bool(fresh.any()):
-            new = torch.where(is_fresh.view(-1, *[1] * (rows.dim() - 1)), rows, 0.0)
-            out.new[name, dim] = new.flatten(0, 1).movedim(0, dim)
+            enter(name, dim, torch.where(is_fresh.view(-1, *[1] * (rows.dim() - 1)), rows, 0.0))
+    dims = outgoing_dims(width)
     for name, columns in splits.columns.items():
-        dim = outgoing_dims(width)[name]
-        out.new[name, dim] = columns.flatten(0, 1).movedim(0, dim)
-        out.outgoing.append((name, dim))
+        enter(name, dims[name], columns)
     for name, buffer in splits.buffers.items():
-        out.new[name, 0] = buffer.flatten(0, 1)
-    return out
+        enter(name, 0, buffer)
+    return [(name, width.name, dims[name]) for name in splits.columns]
 
 
 def gradients(value: Tensor, leaves: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:
@@ -164,9 +169,10 @@ class SplitGraph:
             m.training, m.track_running_stats = True, False
 
     def _values(self, splits: Mapping[str, Splits]) -> Values:
-        return values_of(
-            {name: split_entries(self.analysed, self.analysed.widths[name], s) for name, s in splits.items()}
-        )[0]
+        values = Values(new_units_see_each_other=False)
+        for name, s in splits.items():
+            write_splits(self.analysed, self.analysed.widths[name], s, values)
+        return values
 
     def batches(self) -> Iterator[Batch]:
         """Fitting batches of `SAMPLES` samples in all."""

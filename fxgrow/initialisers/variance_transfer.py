@@ -13,31 +13,28 @@ import math
 
 import torch
 
-from fxgrow.analysis.analyse import AnalysedGraph
-from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.axes.axes import unit_entries
 from fxgrow.errors import PlanError
 from fxgrow.graph.graph import lookup
 from fxgrow.initialisers.copies import CopyInitialiser
-from fxgrow.initialisers.registry import Proposal, WrittenUnits, initialiser
+from fxgrow.initialisers.registry import Outgoing, WriteRequest, initialiser
 from fxgrow.rewriting.copied_units import CopiedUnits
+from fxgrow.rewriting.rewrite import Values
 
 
 @initialiser("variance-transfer", moments=False)
 class VarianceTransfer(CopyInitialiser):
     """See the top of the file."""
 
-    def write(
-        self, analysed: AnalysedGraph, width: GrowableWidth, k: int, proposal: Proposal, generator: torch.Generator
-    ) -> WrittenUnits:
-        """New entries for `k` units, an even number."""
+    def write(self, request: WriteRequest, values: Values) -> Outgoing:
+        """An even number of new units."""
+        analysed, width, k, generator = request.analysed, request.width, request.k, request.generator
         if k % 2:
             raise PlanError(
                 f"method='variance-transfer' adds units in pairs: {k} more at width {width.name!r}, give an even "
                 f"number of its steps ({width.step})."
             )
         size = width.var.size
-        new: dict[tuple[str, int], torch.Tensor] = {}
         # followers of both units of a pair are those of one old unit
         origin = torch.randint(size, (k // 2,), generator=generator).repeat_interleave(2)
         incoming = {(p.weight, p.out_dim): p for p in width.producers}
@@ -55,6 +52,7 @@ class VarianceTransfer(CopyInitialiser):
                 shape = [*old.shape[:dim], k // 2, 1, entries, *old.shape[dim + 1 :]]
                 drawn = torch.randn(shape, generator=generator, dtype=torch.float64).to(old) * math.sqrt(2 / fan_in)
                 pairs = torch.cat([drawn, -drawn if dim == use.in_dim else drawn], dim + 1)
-                new[name, dim] = pairs.flatten(dim, dim + 2)
+                values.new.setdefault(name, {})[width.name, dim] = pairs.flatten(dim, dim + 2)
         shares = torch.cat([torch.ones(size), torch.zeros(k)])
-        return WrittenUnits(new, copies=CopiedUnits(origin, shares))
+        values.copies[width.name] = CopiedUnits(origin, shares)
+        return []

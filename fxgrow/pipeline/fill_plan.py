@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fxgrow.graph.graph import lookup
-from fxgrow.initialisers.registry import WrittenUnits, values_of
+from fxgrow.initialisers.registry import WriteRequest
 from fxgrow.pipeline.profile_record import Profile
 from fxgrow.rewriting.plan import Plan
 from fxgrow.rewriting.rewrite import Values
@@ -68,21 +68,20 @@ def _written_by_method(profile: Profile, units: dict[str, int], parameters: tupl
     """The plan of a method that writes the entries of new units itself."""
     method, analysed = profile.method, profile.analysed
     generator = torch.Generator().manual_seed(profile.seed)
-    written: dict[str, WrittenUnits] = {}
+    values, outgoing = Values(new_units_see_each_other=False), []
     predicted: dict[str, float] = {}
     for name, width in analysed.widths.items():
         if name not in units:
             continue
         k = units[name] // width.step
         method.check_width(analysed, width)
-        entries = method.write(analysed, width, k, profile.proposals[name], generator)
-        if entries is None:
+        written = method.write(WriteRequest(analysed, width, k, profile.proposals[name], generator), values)
+        if written is None:
             return None
-        written[name] = entries
+        outgoing += written
         if profile[name].gains:
             predicted[name] = sum(profile[name].gains[:k])
-    values, outgoing = values_of(written)
-    return Plan(units, method.name, predicted=predicted, parameters=parameters, values=values, outgoing=outgoing)
+    return Plan(units, method.name, predicted=predicted, parameters=parameters, values=values, outgoing=tuple(outgoing))
 
 
 def _pick(t: Tensor, dim: int, chosen: Tensor, candidates: int) -> Tensor:
