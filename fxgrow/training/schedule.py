@@ -1,4 +1,7 @@
-"""What a schedule is, and schedules made of schedules: either of several, and one with an end."""
+"""The base of all schedules, and the two that combine others: `Either` of several, and `Until` with an end.
+
+`|` and `.until` of the base return them, so they are in one file.
+"""
 
 from __future__ import annotations
 
@@ -14,19 +17,19 @@ from fxgrow.errors import ScheduleError
 
 @dataclass
 class TrainingStatus:
-    """What a schedule is shown.
+    """What a schedule sees of a training run.
 
     Attributes:
         steps: optimiser steps so far.
         epochs: epochs that have ended.
         epoch_end: whether one has just ended; else this is a step.
-        readings: values of a metric that came in since the last question.
-        losses: those of the steps since then, where they were given.
-        growths: growths so far, those that declined left out.
+        readings: values of a metric since the schedule was last asked.
+        losses: of the steps since then, where they were given.
+        growths: growths so far that added something.
         declines: growths that declined since the last one that did not.
-        shares: per width, the bottleneck's share of what the loss asks for; reads data.
-        sizes: per free width, its size now and the least that can be added to it.
-        spent: of a cost, what all growths have added so far, and how much there was before the first.
+        shares: per width, the bottleneck's share of E|V|^2; reads data.
+        sizes: per free width, its size and its step.
+        spent: of a kind of cost, what all growths have added so far, and the cost before the first.
     """
 
     steps: int
@@ -47,7 +50,7 @@ class Request:
 
     Attributes:
         reason: why now, for the log.
-        neurons: units per width, or None for what the Grower was told.
+        neurons: units per width, or None for those given to the Grower.
         limit: the most that may be added, in units of `cost`, or None.
         cost: of the limit.
     """
@@ -71,23 +74,22 @@ class Schedule:
         KINDS[cls.__name__] = cls
 
     def ask(self, seen: TrainingStatus, memory: ScheduleState) -> Request | None:
-        """What to grow now, or None."""
+        """Returns what to grow now, or None."""
         raise NotImplementedError
 
     def next_step(self, seen: TrainingStatus, memory: ScheduleState) -> int | None:
-        """The step at which to ask next; None: at ends of epochs alone."""
+        """Returns the step at which to ask next; None: only at the end of epochs."""
         return None
 
     def __or__(self, other: Schedule) -> Schedule:
-
         return Either((self, other))
 
     def until(self, **limits: Any) -> Schedule:
-        """The same schedule with an end; takes what `fxgrow.Until` takes."""
+        """Returns the same schedule with an end; takes what `fxgrow.Until` takes."""
         return Until(self, **limits)
 
     def to_json(self) -> str:
-        """The schedule as JSON text.
+        """Returns the schedule as JSON text.
 
         Example:
             >>> import fxgrow
@@ -106,61 +108,17 @@ class Schedule:
             ScheduleError: the text is no schedule.
         """
         try:
-            found = _schedule(json.loads(text))
+            schedule = _schedule(json.loads(text))
         except (TypeError, ValueError, KeyError) as error:
             raise ScheduleError(f"This text is not a schedule of fxgrow: {error}.") from error
-        if not isinstance(found, Schedule):
+        if not isinstance(schedule, Schedule):
             raise ScheduleError("This text is not a schedule of fxgrow: it has no 'kind' that names one.")
-        return found
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, Schedule):
-        fields = [(f.name, getattr(value, f.name), f.default) for f in dataclasses.fields(value)]
-        return {"kind": type(value).__name__, **{name: _plain(v) for name, v, usual in fields if v != usual}}
-    if isinstance(value, Mapping):
-        return dict(value)
-    return [_plain(v) for v in value] if isinstance(value, tuple) else value
-
-
-def _schedule(value: Any) -> Any:
-    if isinstance(value, dict) and isinstance(value.get("kind"), str):
-        name, fields = value["kind"], {k: _schedule(v) for k, v in value.items() if k != "kind"}
-        if name not in KINDS:
-            raise ScheduleError(f"There is no schedule named {name!r}; there are: {', '.join(KINDS)}.")
-        return KINDS[name](**fields)
-    return tuple(_schedule(v) for v in value) if isinstance(value, list) else value
-
-
-def check_one(schedule: Schedule, *names: str) -> None:
-    given = [name for name in names if getattr(schedule, name) is not None]
-    if len(given) != 1:
-        raise ScheduleError(f"{type(schedule).__name__} takes {' or '.join(names)}: give one of them.")
-    check_positive(schedule, *given)
-
-
-def check_positive(schedule: Schedule, *names: str) -> None:
-    for name in names:
-        value = getattr(schedule, name)
-        if type(value) is not int or value < 1:
-            raise ScheduleError(f"{type(schedule).__name__}({name}={value!r}): give a positive whole number.")
-
-
-def turn(seen: TrainingStatus, steps: int | None, epochs: int | None) -> Request | None:
-    if steps is not None and not seen.epoch_end and seen.steps % steps == 0:
-        return Request(f"step {seen.steps:,}")
-    if epochs is not None and seen.epoch_end and seen.epochs % epochs == 0:
-        return Request(f"epoch {seen.epochs:,}")
-    return None
-
-
-def next_turn(seen: TrainingStatus, steps: int | None) -> int | None:
-    return None if steps is None else (seen.steps // steps + 1) * steps
+        return schedule
 
 
 @dataclass(frozen=True)
 class Either(Schedule):
-    """Grows when any of its schedules says so; the first one that does decides what."""
+    """Grows when any of its schedules requests it; the first request counts."""
 
     schedules: tuple[Schedule, ...]
 
@@ -170,9 +128,9 @@ class Either(Schedule):
             raise ScheduleError(f"Either(schedules={self.schedules!r}): give one schedule or more.")
 
     def ask(self, seen: TrainingStatus, memory: ScheduleState) -> Request | None:
-        # all are asked: each has its own readings to remember
-        found = [s.ask(seen, memory.setdefault(str(i), {})) for i, s in enumerate(self.schedules)]
-        return next((request for request in found if request is not None), None)
+        # all are asked: each keeps a state of its own
+        requests = [s.ask(seen, memory.setdefault(str(i), {})) for i, s in enumerate(self.schedules)]
+        return next((request for request in requests if request is not None), None)
 
     def next_step(self, seen: TrainingStatus, memory: ScheduleState) -> int | None:
         steps = (s.next_step(seen, memory.setdefault(str(i), {})) for i, s in enumerate(self.schedules))
@@ -184,12 +142,12 @@ class Until(Schedule):
     """A schedule with an end: the first limit that is reached ends it.
 
     Args:
-        schedule: what ends.
+        schedule: the one that ends.
         total: what all growths together may add: a number of `cost`, or a share of the network at its first growth
             such as `"+100%"`. The last growth gets what is left.
         cost: of the total: `parameters`, `multiply-adds` of a sample, or `latency` (measured seconds).
-        growths: so many of them.
-        declines: so many growths in a row that found nothing worth adding.
+        growths: number of growths.
+        declines: number of growths in a row that found nothing worth adding.
         steps: no growth after this step.
         epochs: no growth after this epoch.
 
@@ -223,7 +181,7 @@ class Until(Schedule):
             self.allowed(1.0)
 
     def allowed(self, start: float) -> float:
-        """What may be added to a network that costs so much."""
+        """Returns what may be added to a network of the given cost."""
         try:
             if isinstance(self.total, str) and self.total.strip().endswith("%"):
                 limit = float(self.total.strip().removesuffix("%")) / 100 * start
@@ -236,7 +194,7 @@ class Until(Schedule):
         return limit
 
     def ended(self, seen: TrainingStatus) -> bool:
-        """Whether a limit other than the total is reached."""
+        """Returns whether a limit other than the total is reached."""
         reached = (
             (self.growths, seen.growths),
             (self.declines, seen.declines),
@@ -248,20 +206,68 @@ class Until(Schedule):
     def ask(self, seen: TrainingStatus, memory: ScheduleState) -> Request | None:
         if memory.get("spent") or self.ended(seen):
             return None
-        found = self.schedule.ask(seen, memory.setdefault("of", {}))
-        if found is None or self.total is None:
-            return found
+        request = self.schedule.ask(seen, memory.setdefault("of", {}))
+        if request is None or self.total is None:
+            return request
         spent, start = seen.spent(self.cost)
         left = self.allowed(start) - spent
         if left <= 0:
             memory["spent"] = True
             return None
-        if found.limit is not None and found.cost != self.cost:
-            raise ScheduleError(f"Two totals, in {found.cost} and in {self.cost}: a growth can keep to one of them.")
-        left = left if found.limit is None else min(left, found.limit)
-        return dataclasses.replace(found, limit=left, cost=self.cost)
+        if request.limit is not None and request.cost != self.cost:
+            raise ScheduleError(f"Two totals, in {request.cost} and in {self.cost}: a growth can keep to one.")
+        left = left if request.limit is None else min(left, request.limit)
+        return dataclasses.replace(request, limit=left, cost=self.cost)
 
     def next_step(self, seen: TrainingStatus, memory: ScheduleState) -> int | None:
         if memory.get("spent") or self.ended(seen):
             return None
         return self.schedule.next_step(seen, memory.setdefault("of", {}))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Schedule):
+        fields = [(f.name, getattr(value, f.name), f.default) for f in dataclasses.fields(value)]
+        return {"kind": type(value).__name__, **{name: _plain(v) for name, v, default in fields if v != default}}
+    if isinstance(value, Mapping):
+        return dict(value)
+    return [_plain(v) for v in value] if isinstance(value, tuple) else value
+
+
+def _schedule(value: Any) -> Any:
+    if isinstance(value, dict) and isinstance(value.get("kind"), str):
+        name, fields = value["kind"], {k: _schedule(v) for k, v in value.items() if k != "kind"}
+        if name not in KINDS:
+            raise ScheduleError(f"There is no schedule named {name!r}; there are: {', '.join(KINDS)}.")
+        return KINDS[name](**fields)
+    return tuple(_schedule(v) for v in value) if isinstance(value, list) else value
+
+
+def check_one(schedule: Schedule, *names: str) -> None:
+    """Refuses a schedule without exactly one of these attributes."""
+    given = [name for name in names if getattr(schedule, name) is not None]
+    if len(given) != 1:
+        raise ScheduleError(f"{type(schedule).__name__} takes {' or '.join(names)}: give one of them.")
+    check_positive(schedule, *given)
+
+
+def check_positive(schedule: Schedule, *names: str) -> None:
+    """Refuses attributes that are not positive whole numbers."""
+    for name in names:
+        value = getattr(schedule, name)
+        if type(value) is not int or value < 1:
+            raise ScheduleError(f"{type(schedule).__name__}({name}={value!r}): give a positive whole number.")
+
+
+def periodic_request(seen: TrainingStatus, steps: int | None, epochs: int | None) -> Request | None:
+    """Returns a request every so many steps, or every so many epochs."""
+    if steps is not None and not seen.epoch_end and seen.steps % steps == 0:
+        return Request(f"step {seen.steps:,}")
+    if epochs is not None and seen.epoch_end and seen.epochs % epochs == 0:
+        return Request(f"epoch {seen.epochs:,}")
+    return None
+
+
+def next_multiple(seen: TrainingStatus, steps: int | None) -> int | None:
+    """Returns the next step that is a multiple of `steps`."""
+    return None if steps is None else (seen.steps // steps + 1) * steps

@@ -1,4 +1,4 @@
-"""The schedules that say when: every so often, on a plateau, on a bottleneck, width by width."""
+"""Schedules: at regular intervals, on a plateau, on a bottleneck, layer by layer."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from fxgrow.training.schedule import (
     TrainingStatus,
     check_one,
     check_positive,
-    next_turn,
-    turn,
+    next_multiple,
+    periodic_request,
 )
 
 
@@ -39,24 +39,24 @@ class Every(Schedule):
         check_one(self, "steps", "epochs")
 
     def ask(self, seen: TrainingStatus, memory: ScheduleState) -> Request | None:
-        return turn(seen, self.steps, self.epochs)
+        return periodic_request(seen, self.steps, self.epochs)
 
     def next_step(self, seen: TrainingStatus, memory: ScheduleState) -> int | None:
-        return next_turn(seen, self.steps)
+        return next_multiple(seen, self.steps)
 
 
 @dataclass(frozen=True)
 class OnPlateau(Schedule):
     """Grows when the loss has stopped falling.
 
-    A reading is what `Grower.observe(value)` or `Grower.epoch_end(value)` is given, or the mean of the losses that
-    `Grower.step(loss=...)` was given in `every` steps (read together, so that a GPU is not waited for at each).
+    A reading is the argument of `Grower.observe(value)` or `Grower.epoch_end(value)`, or the mean of the losses that
+    `Grower.step(loss=...)` got in `every` steps (read in one transfer, so that no step waits for the GPU).
 
     Args:
         patience: readings in a row without an improvement before a growth, and between two growths.
         min_delta: an improvement is more than this.
-        every: steps of one reading.
-        largest: the metric is better when it is larger.
+        every: steps per reading.
+        largest: whether larger values of the metric are better.
 
     Raises:
         ScheduleError: a number is out of range.
@@ -87,27 +87,27 @@ class OnPlateau(Schedule):
     def _mean(self, seen: TrainingStatus, memory: ScheduleState) -> list[float]:
         memory["sum"] = memory.get("sum", 0.0) + sum(seen.losses)
         memory["count"] = memory.get("count", 0) + len(seen.losses)
-        if turn(seen, self.every, None) is None or not memory["count"]:
+        if periodic_request(seen, self.every, None) is None or not memory["count"]:
             return []
         mean = memory["sum"] / memory["count"]
         memory.update(sum=0.0, count=0)
         return [mean]
 
     def next_step(self, seen: TrainingStatus, memory: ScheduleState) -> int | None:
-        return next_turn(seen, self.every)
+        return next_multiple(seen, self.every)
 
 
 @dataclass(frozen=True)
 class OnBottleneck(Schedule):
     """Grows when the bottleneck's share Psi / E|V|^2 of a width exceeds a threshold.
 
-    Looking is a profile (`samples` of them, one pass forward and backward), so do it seldom.
+    Each check is a profile (of `samples`, one forward and backward pass), so checks should be rare.
 
     Args:
-        share: the threshold, between 0 and 1 (Verbockhaven et al. 2024, def. 2.3, as a part of what is asked for).
-        every: steps between two looks.
-        epochs: instead, epochs between two looks.
-        samples: read by a look; None for those of a growth.
+        share: the threshold, between 0 and 1 (Psi of Verbockhaven et al. 2024, def. 2.3, divided by E|V|^2).
+        every: steps between two checks.
+        epochs: instead, epochs between two checks.
+        samples: read per check; None for those of a growth.
 
     Raises:
         ScheduleError: a number is out of range.
@@ -121,19 +121,19 @@ class OnBottleneck(Schedule):
     def __post_init__(self) -> None:
         check_one(self, "every", "epochs")
         if not 0 <= self.share < 1:
-            raise ScheduleError(f"OnBottleneck(share={self.share!r}): give a part between 0 and 1.")
+            raise ScheduleError(f"OnBottleneck(share={self.share!r}): give a share between 0 and 1.")
 
     def ask(self, seen: TrainingStatus, memory: ScheduleState) -> Request | None:
-        if turn(seen, self.every, self.epochs) is None:
+        if periodic_request(seen, self.every, self.epochs) is None:
             return None
         shares = seen.shares(self.samples)
         name = max(shares, key=lambda n: shares[n], default=None)
         if name is None or shares[name] <= self.share:
             return None
-        return Request(f"the bottleneck of {name} is {shares[name]:.1%} of what the loss asks for")
+        return Request(f"the bottleneck of {name} is {shares[name]:.1%} of E|V|²")
 
     def next_step(self, seen: TrainingStatus, memory: ScheduleState) -> int | None:
-        return next_turn(seen, self.every)
+        return next_multiple(seen, self.every)
 
 
 @dataclass(frozen=True)
@@ -141,13 +141,13 @@ class LayerByLayer(Schedule):
     """Grows one width at a time to a target architecture, in the order of `target`, as the paper does.
 
     Each width grows from the size it has at the first growth in rounds of equal factors, all widths in turn
-    (Verbockhaven et al. 2024, section 5). Widths that are there already are passed over.
+    (Verbockhaven et al. 2024, section 5). Widths that have their target size are skipped.
 
     Args:
         target: per width, its size at the end.
         steps: optimiser steps between two growths.
         epochs: instead, epochs between two growths.
-        factor: a growth makes a width at most so many times as large.
+        factor: a growth multiplies the size of a width at most by this.
 
     Raises:
         ScheduleError: a number is out of range, or `target` is empty.
@@ -171,20 +171,20 @@ class LayerByLayer(Schedule):
             raise ScheduleError(f"LayerByLayer(factor={self.factor!r}): give a factor above 1.")
 
     def turns(self, start: Mapping[str, int]) -> list[tuple[str, int]]:
-        """The growths in order: a width, and the size that it is to have."""
+        """Returns the growths in order: a width, and its size after the growth."""
         ratio = max(size / start[name] for name, size in self.target.items())
         rounds = max(1, math.ceil(math.log(max(1.0, ratio), self.factor) - 1e-9))
         sizes, out = dict(start), []
-        for r in range(1, rounds + 1):
+        for n in range(1, rounds + 1):
             for name, size in self.target.items():
-                wanted = round(start[name] * (size / start[name]) ** (r / rounds))
+                wanted = round(start[name] * (size / start[name]) ** (n / rounds))
                 if wanted > sizes[name]:
                     sizes[name] = wanted
                     out.append((name, wanted))
         return out
 
     def ask(self, seen: TrainingStatus, memory: ScheduleState) -> Request | None:
-        if memory.get("done") or turn(seen, self.steps, self.epochs) is None:
+        if memory.get("done") or periodic_request(seen, self.steps, self.epochs) is None:
             return None
         sizes = seen.sizes()
         missing = [name for name in self.target if name not in sizes]
@@ -206,4 +206,4 @@ class LayerByLayer(Schedule):
         return None
 
     def next_step(self, seen: TrainingStatus, memory: ScheduleState) -> int | None:
-        return None if memory.get("done") else next_turn(seen, self.steps)
+        return None if memory.get("done") else next_multiple(seen, self.steps)
