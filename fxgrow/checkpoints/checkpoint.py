@@ -1,7 +1,7 @@
-"""Full training state in one file without pickle: model, recipe, optimisers, whatever has a state, random generators.
+"""Full training state in one file without pickle: model, recipe, optimisers, other states, random generators.
 
-An optimiser can only be made for parameters that exist, so a checkpoint first gives the model, then takes back what was
-made for it:
+An optimiser can only be made for parameters that exist, so a checkpoint first returns the model, then restores the
+objects that were made for it:
 
     ckpt = fxgrow.load_checkpoint("run.safetensors")
     model = ckpt.model(fresh_model)
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxgrow.checkpoints.model_file import PREFIX, model_body, model_in
-from fxgrow.checkpoints.weights import resized
+from fxgrow.checkpoints.weights import rebuild
 from fxgrow.data.random_state import random_state, set_random_state, set_state_of, state_of
 from fxgrow.errors import FileError, FxgrowError
 from fxgrow.graph.graph import unwrap
@@ -29,7 +29,7 @@ from fxgrow.storage.plain_tree import decoded, encoded
 from fxgrow.storage.recipe import Recipe
 from fxgrow.storage.safetensors_file import read, require_kind, write
 
-#: where random states are among the tensors
+#: prefix of the names of random states among the tensors
 _RANDOM = "random"
 
 
@@ -39,14 +39,14 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, **state: Any
     The states of Python's, NumPy's and PyTorch's global random generators are always part of it.
 
     Args:
-        path: of the file; one that is there is replaced only when the new one is complete.
+        path: of the file; an existing one is replaced only when the new one is complete.
         model: see `fxgrow.save`.
         state: by name, what else to save: anything with `state_dict()` (optimisers, schedulers, a GradScaler, an
             averaged model, a sampler), random generators (`torch.Generator`, `random.Random`, NumPy's), or plain
             values: numbers, strings, tensors, and lists, tuples and dicts of them.
 
     Raises:
-        FileError: something is no plain value (its path is named), or the file cannot be written.
+        FileError: something is not a plain value (its path is named), or the file cannot be written.
         MissingExtraError: safetensors is not installed.
 
     Example:
@@ -73,7 +73,7 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, **state: Any
     for name, thing in state.items():
         entries[name] = {"tree": encoded(state_of(thing), tensors, name)}
         if hasattr(thing, "param_groups"):
-            entries[name]["parameters"] = _owned(thing, names)
+            entries[name]["parameters"] = _owned_parameters(thing, names)
     body["random"] = encoded(random_state(), tensors, _RANDOM)
     write(path, tensors, {"kind": "checkpoint", **body, "entries": entries})
 
@@ -88,7 +88,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         A `Checkpoint`: `model(fresh_model)` first, then `restore(optimizer=...)`.
 
     Raises:
-        FileError: the file is missing, truncated, damaged, foreign or newer, or holds a model alone.
+        FileError: the file is missing, truncated, damaged, foreign or newer, or holds only a model.
         MissingExtraError: safetensors is not installed.
     """
     body, tensors = read(path)
@@ -130,31 +130,31 @@ class Checkpoint(Mapping[str, Any]):
         into: Literal["graph", "module"] | None = None,
     ) -> Any:
         """The saved model from a fresh one; see `fxgrow.load`."""
-        out = resized(model, self.recipe, self._weights, example_inputs, into)
+        out = rebuild(model, self.recipe, self._weights, example_inputs, into)
         self._model = weakref.ref(out)
         return out
 
     def restore(self, *, random: bool = True, **things: Any) -> None:
-        """Gives objects the states they had, and the global random generators theirs, last of all.
+        """Restores the states of objects, and last the global random generators.
 
         Args:
-            random: False leaves the global random generators alone.
-            things: by the names they were saved under.
+            random: False leaves the global random generators as they are.
+            things: objects by the names they were saved under.
 
         Raises:
             FileError: a name is not in the checkpoint, an optimiser owns other parameters, or an object refuses its
-                state. Objects and generators are as before then.
+                state. Objects and generators are then as before.
         """
         unknown = things.keys() - self._entries.keys()
         if unknown:
             raise FileError(
-                f"{self.path} has no {sorted(unknown)[0]!r}; it has: {', '.join(self._entries) or 'the model alone'}."
+                f"{self.path} has no {sorted(unknown)[0]!r}; it has: {', '.join(self._entries) or 'only the model'}."
             )
-        made = None if self._model is None else self._model()
+        model = None if self._model is None else self._model()
+        names = {} if model is None else _names(unwrap(model))
         for name, thing in things.items():
             if hasattr(thing, "param_groups") and "parameters" in self._entries[name]:
-                names = {} if made is None else _names(unwrap(made))
-                _check_owned(name, self._entries[name]["parameters"], _owned(thing, names))
+                _check_owned(name, self._entries[name]["parameters"], _owned_parameters(thing, names))
         before = {name: copy.deepcopy(state_of(thing)) for name, thing in things.items()}
         done: list[str] = []
         try:
@@ -162,7 +162,7 @@ class Checkpoint(Mapping[str, Any]):
                 done.append(name)
                 set_state_of(thing, self[name], name)
                 if isinstance(thing, Optimizer):
-                    _keep_dtypes(thing, self[name])
+                    _restore_dtypes(thing, self[name])
         except Exception as error:
             for name in reversed(done[:-1]):
                 set_state_of(things[name], before[name], name)
@@ -177,21 +177,21 @@ def _names(model: nn.Module) -> dict[int, str]:
     return {id(p): name for name, p in model.named_parameters()}
 
 
-def _owned(optimizer: Any, names: Mapping[int, str]) -> list[list[Any]]:
-    """Per group, name and shape of each parameter."""
+def _owned_parameters(optimizer: Any, names: Mapping[int, str]) -> list[list[Any]]:
+    """Returns name and shape of each parameter, per group."""
     return [[[names.get(id(p)), list(p.shape)] for p in group["params"]] for group in optimizer.param_groups]
 
 
-def _keep_dtypes(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
-    """`load_state_dict` rounds all of a parameter's state to its dtype, numbers that are none of its entries too."""
-    old = [number for group in saved["param_groups"] for number in group["params"]]
-    owned = dict(zip(old, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
+def _restore_dtypes(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
+    """Restores the dtypes of an optimiser's state: `load_state_dict` casts all of it to the parameter's dtype."""
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    owned = dict(zip(numbers, (p for group in optimizer.param_groups for p in group["params"]), strict=True))
     for number, entries in saved["state"].items():
         state = optimizer.state[owned[number]] if number in owned else {}
         for key, value in entries.items():
-            found = state.get(key)
-            if isinstance(value, Tensor) and isinstance(found, Tensor) and found.dtype != value.dtype:
-                state[key] = value.to(found.device)
+            cast = state.get(key)
+            if isinstance(value, Tensor) and isinstance(cast, Tensor) and cast.dtype != value.dtype:
+                state[key] = value.to(cast.device)
 
 
 def _check_owned(name: str, saved: list[list[Any]], given: list[list[Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Models as files: weights and recipe in one, without pickle, and back into the user's own fresh model."""
+"""Saves a model with its recipe in one file without pickle, and loads it into a fresh model of the user."""
 
 from __future__ import annotations
 
@@ -9,29 +9,29 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
-from fxgrow.checkpoints.weights import Weights, resized, weights_of
+from fxgrow.checkpoints.weights import Weights, rebuild, weights_of
 from fxgrow.errors import FileError
 from fxgrow.graph.graph import unwrap
 from fxgrow.storage.plain_tree import decoded, encoded
 from fxgrow.storage.recipe import Recipe
 from fxgrow.storage.safetensors_file import read, write
 
-#: names of a model's tensors in a checkpoint start so
+#: prefix of the names of a model's tensors in a checkpoint
 PREFIX = "model/"
 
 
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a model's weights, buffers and recipe in one `.safetensors` file, atomically and without pickle.
 
-    Tensors have the names of `model.state_dict()`, so that any reader of safetensors can read them; tied ones are there
-    once. The recipe lies in the metadata, with a checksum over all of it.
+    Tensors have the names of `model.state_dict()`, so that any reader of safetensors can read them; tied ones appear
+    once. The recipe is in the metadata, with a checksum over the whole file.
 
     Args:
-        model: grown or not, a graph or a module; wrappers of torch.compile and DistributedDataParallel are taken off.
-        path: of the file; one that is there is replaced.
+        model: grown or not, a graph or a module; wrappers of torch.compile and DistributedDataParallel are removed.
+        path: of the file; an existing one is replaced.
 
     Raises:
-        FileError: something in the model cannot be stored, or the file cannot be written; a file that was there is as
+        FileError: something in the model cannot be stored, or the file cannot be written; an existing file is as
             before.
         MissingExtraError: safetensors is not installed.
 
@@ -68,7 +68,7 @@ def load(
         model: built as the saved one was before it grew; it is left as it is.
         path: what `save` or `save_checkpoint` wrote.
         example_inputs: to capture the model with; None for those in the file.
-        into: `graph` for a GraphModule, `module` for a copy of the model itself, None for what was saved.
+        into: `graph` for a GraphModule, `module` for a copy of the model itself, None for the kind that was saved.
 
     Returns:
         The model as it was saved: equal outputs, bit for bit, on the same machine.
@@ -81,7 +81,7 @@ def load(
     """
     body, tensors = read(path)
     recipe, weights = model_in(body, tensors)
-    return resized(model, recipe, weights, example_inputs, into)
+    return rebuild(model, recipe, weights, example_inputs, into)
 
 
 def resize(
@@ -91,9 +91,9 @@ def resize(
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
     into: Literal["graph", "module"] | None = None,
 ) -> Any:
-    """Replays a recipe alone, so that `load_state_dict` of the grown model's weights works.
+    """Replays a recipe without weights, so that `load_state_dict` of the grown model's weights works.
 
-    What changed its size is zero until then; everything else keeps the model's values.
+    Tensors that change their size are zero until then; others keep the model's values.
 
     Args:
         model: built as the grown one was before it grew; it is left as it is.
@@ -123,11 +123,11 @@ def resize(
         recipe, _ = model_in(*read(recipe))
     elif not isinstance(recipe, Recipe):
         raise FileError(f"A {type(recipe).__name__} is no recipe: pass a Recipe, its JSON text, or the path of a file.")
-    return resized(model, recipe, None, example_inputs, into)
+    return rebuild(model, recipe, None, example_inputs, into)
 
 
 def model_body(model: nn.Module, tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
-    """The plain part of a model; its tensors are entered into `tensors`."""
+    """Returns the plain part of a model and enters its tensors into `tensors`."""
     model = unwrap(model)
     recipe = Recipe.of(model)
     weights = weights_of(model, recipe)
@@ -142,7 +142,7 @@ def model_body(model: nn.Module, tensors: dict[str, Tensor], prefix: str) -> dic
 
 
 def model_in(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Recipe, Weights]:
-    """The inverse, of a file's body and tensors."""
+    """Returns recipe and weights from the body and the tensors of a file."""
     prefix = PREFIX if body["kind"] == "checkpoint" else ""
     recipe = Recipe.from_json(json.dumps(body["recipe"]))
     named = {name: tensors[prefix + name] for name in body["names"]}

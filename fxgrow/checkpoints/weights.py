@@ -1,8 +1,8 @@
-"""What a model holds, by name, and a fresh model that holds it.
+"""The stored tensors of a model by name, and a fresh model that takes them.
 
-Tensors are parameters, persistent buffers, and whatever else a growth made larger. Tied ones are stored once; others
-with the same memory are stored each. On the way back a tensor goes to where the fresh model has it (device,
-requires_grad), with the dtype and strides that it had.
+Stored are parameters, persistent buffers, and other tensors that a growth made larger. Tied ones are stored once, but
+tensors that only share memory each. A loaded tensor takes the device and `requires_grad` of the fresh model, and keeps
+the dtype and strides that it was saved with.
 """
 
 from __future__ import annotations
@@ -22,30 +22,34 @@ from fxgrow.rewriting.replay import replayed, sizes_after
 from fxgrow.storage.recipe import Recipe, grown_inside, keep_recipe
 from fxgrow.tracing.capture import capture
 
-#: so many names are listed in a message
+#: a message lists at most so many names
 LISTED = 4
 
 
 @dataclass(frozen=True)
 class Weights:
-    """What a model holds.
+    """The stored state of a model.
 
     Attributes:
         tensors: by name, each once.
-        aliases: other names of tied tensors, and the name it is stored under.
-        extra: what modules give as `get_extra_state()`, by the module's name.
+        aliases: other names of tied tensors, and the name each is stored under.
+        extra: results of `get_extra_state()`, by the module's name.
     """
 
     tensors: Mapping[str, Tensor]
     aliases: Mapping[str, str] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
 
+    def named_tensors(self) -> dict[str, Tensor]:
+        """Returns the tensors under all of their names."""
+        return {**self.tensors, **{name: self.tensors[first] for name, first in self.aliases.items()}}
+
 
 def weights_of(model: nn.Module, recipe: Recipe) -> Weights:
-    """What a bare model holds.
+    """Returns the state of a model without wrappers.
 
     Raises:
-        FileError: a part of it has grown on its own, or has no shape yet.
+        FileError: a submodule has grown on its own, or has no shape yet.
     """
     inside = next(grown_inside(model), None)
     if inside is not None:
@@ -56,7 +60,7 @@ def weights_of(model: nn.Module, recipe: Recipe) -> Weights:
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     names: dict[int, str] = {}
-    for name, tensor in _kept(model, recipe).items():
+    for name, tensor in _stored_tensors(model, recipe).items():
         if is_lazy(tensor):
             raise FileError(f"{name!r} has no shape yet. Run the model once on a batch, then save it.")
         first = names.setdefault(id(tensor), name)
@@ -64,25 +68,25 @@ def weights_of(model: nn.Module, recipe: Recipe) -> Weights:
             tensors[name] = tensor
         else:
             aliases[name] = first
-    extra = {name: m.get_extra_state() for name, m in _with_extra(model)}
+    extra = {name: m.get_extra_state() for name, m in _with_extra_state(model)}
     return Weights(tensors, aliases, extra)
 
 
-def resized(
+def rebuild(
     model: nn.Module,
     recipe: Recipe,
     weights: Weights | None = None,
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
     into: str | None = None,
 ) -> nn.Module:
-    """A copy of a fresh model with the recipe's sizes, and the weights.
+    """Returns a copy of a fresh model with the recipe's sizes, and the weights.
 
     Args:
         model: as it was before it grew; left as it is.
         recipe: the growths.
-        weights: None for zeros where sizes changed, and the model's own values elsewhere.
+        weights: None for zeros where sizes changed, and the model's values elsewhere.
         example_inputs: to capture it with; None for those of the recipe.
-        into: `graph`, `module`, or None for what the recipe's model was.
+        into: `graph`, `module`, or None for that of the saved model.
 
     Raises:
         FileError: the model does not fit the recipe or the weights.
@@ -95,24 +99,15 @@ def resized(
     if Recipe.of(model).steps:
         raise FileError("This model has grown already. A recipe starts from a model as it was before it grew.")
     if into == "module" and not recipe.steps:
-        given = _placed(model, recipe, weights) if weights is not None else {}
-        out = copy_module(model, {id(t): given[name] for name, t in named_tensors(model).items() if name in given})
+        loaded = {} if weights is None else _loaded(model, recipe, weights)
+        out = copy_module(model, {id(t): loaded[name] for name, t in named_tensors(model).items() if name in loaded})
         keep_recipe(out, recipe)
     else:
-        # of another model nothing else is worth saying; what only the graph's root has will be seen there
+        # before the capture, whose errors would say less; constants of a graph are checked in it
         sizes_after(named_tensors(model), recipe, constants=False)
-        inputs = example_inputs
-        if inputs is None and recipe.example is not None:
-            inputs = recipe.example.inputs(model)
-        if inputs is None:
-            raise FileError(
-                "What this model was captured with is not in its recipe"
-                + (": it never was" if recipe.example is None else ", since it is no plain data")
-                + '. Pass example_inputs, or into="module" for one that never grew.'
-            )
+        inputs = _inputs(model, recipe) if example_inputs is None else example_inputs
         gm = capture(model, inputs)
-        given = _placed(gm, recipe, weights) if weights is not None else {}
-        out = replayed(gm, recipe, given)
+        out = replayed(gm, recipe, {} if weights is None else _loaded(gm, recipe, weights))
         if into == "module":
             out = into_module(model, inputs, gm, out)
             keep_recipe(out, recipe)
@@ -121,78 +116,91 @@ def resized(
     return out
 
 
-def _kept(model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
-    """Parameters, persistent buffers, and others that grew."""
+def _inputs(model: nn.Module, recipe: Recipe) -> Any:
+    """Returns the example inputs that the recipe holds."""
+    inputs = None if recipe.example is None else recipe.example.inputs(model)
+    if inputs is None:
+        raise FileError(
+            "The recipe holds no example inputs"
+            + (": the model was never captured" if recipe.example is None else ", since they were no plain data")
+            + '. Pass example_inputs, or into="module" for a model that never grew.'
+        )
+    return inputs
+
+
+def _stored_tensors(model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
+    """Returns parameters, persistent buffers, and others that grew."""
     grown = {name for step in recipe.steps for name in step.sizes}
-    passing = {
+    not_persistent = {
         f"{path}.{name}" if path else name
         for path, m in model.named_modules(remove_duplicate=False)
         for name in m._non_persistent_buffers_set
     }
-    return {name: t for name, t in named_tensors(model).items() if name not in passing or name in grown}
+    return {name: t for name, t in named_tensors(model).items() if name not in not_persistent or name in grown}
 
 
-def _with_extra(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    plain = nn.Module.get_extra_state
-    return ((name, m) for name, m in model.named_modules() if type(m).get_extra_state is not plain)
+def _with_extra_state(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    default = nn.Module.get_extra_state
+    return ((name, m) for name, m in model.named_modules() if type(m).get_extra_state is not default)
 
 
-def _placed(model: nn.Module, recipe: Recipe, weights: Weights) -> dict[str, Tensor]:
-    """The weights as parameters and buffers for a fresh model, under all of their names.
+def _loaded(model: nn.Module, recipe: Recipe, weights: Weights) -> dict[str, Tensor]:
+    """Returns the weights as parameters and buffers for a fresh model, under all of their names.
 
     Raises:
         FileError: names, shapes, dtypes or ties are not those that the model has after the recipe.
     """
-    own = _kept(model, recipe)
-    shapes = sizes_after(own, recipe)
-    found = {**weights.tensors, **{name: weights.tensors[first] for name, first in weights.aliases.items()}}
-    _check_names(own, found)
-    for name, t in found.items():
-        if t.shape != shapes[name]:
-            raise FileError(
-                f"{name!r} has the shape {list(t.shape)} in the file and {list(shapes[name])} in this model"
-                + (f" (before growth {list(own[name].shape)}). " if own[name].shape != shapes[name] else ". ")
-                + "Build the model with the sizes that it had when it was saved."
-            )
-        if t.dtype != own[name].dtype:
-            raise FileError(
-                f"{name!r} is {t.dtype} in the file and {own[name].dtype} in this model. Convert the fresh model first "
-                f"(model.to({t.dtype})): weights are loaded as they are."
-            )
-    _check_ties(own, weights)
-    extra = {name for name, _ in _with_extra(model)}
+    stored, fresh = weights.named_tensors(), _stored_tensors(model, recipe)
+    _check_names(stored, fresh)
+    _check_types(stored, fresh, sizes_after(fresh, recipe))
+    _check_ties(weights, fresh)
+    extra = {name for name, _ in _with_extra_state(model)}
     if extra != weights.extra.keys():
         raise FileError(f"Modules with extra state differ: {_list(extra ^ weights.extra.keys())}.")
-    made: dict[int, Tensor] = {}
-    out: dict[str, Tensor] = {}
-    for name, old in own.items():
-        if id(old) not in made:
-            if old.device.type == "meta":
-                raise FileError(f"{name!r} is on the meta device. Build the fresh model on a real one.")
-            t = found[name]
-            new = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=old.device).copy_(t)
-            made[id(old)] = same_kind(new, old)
-        out[name] = made[id(old)]
-    return out
+    loaded: dict[int, Tensor] = {}
+    for name, old in fresh.items():
+        if id(old) not in loaded:
+            t = stored[name]
+            copied = torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=old.device).copy_(t)
+            loaded[id(old)] = same_kind(copied, old)
+    return {name: loaded[id(old)] for name, old in fresh.items()}
 
 
-def _check_names(own: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
-    missing, surplus = own.keys() - found.keys(), found.keys() - own.keys()
-    if missing or surplus:
-        parts = [f"the file has {_list(surplus)} and this model has not"] if surplus else []
-        parts += [f"this model has {_list(missing)} and the file has not"] if missing else []
+def _check_names(stored: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> None:
+    parts = []
+    if missing := stored.keys() - fresh.keys():
+        parts.append(f"the model has no {_list(missing)}")
+    if missing := fresh.keys() - stored.keys():
+        parts.append(f"the file has no {_list(missing)}")
+    if parts:
         raise FileError(f"The file is of another model: {'; '.join(parts)}.")
 
 
-def _check_ties(own: Mapping[str, Tensor], weights: Weights) -> None:
-    firsts: dict[int, str] = {}
-    for name, t in own.items():
-        first = firsts.setdefault(id(t), name)
-        mine, theirs = weights.aliases.get(first, first), weights.aliases.get(name, name)
-        if first != name and mine != theirs:
+def _check_types(stored: Mapping[str, Tensor], fresh: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    for name, t in stored.items():
+        if t.shape != shapes[name]:
+            raise FileError(
+                f"{name!r} has the shape {list(t.shape)} in the file and {list(shapes[name])} in this model"
+                + (f" (before growth {list(fresh[name].shape)}). " if fresh[name].shape != shapes[name] else ". ")
+                + "Build the model with the sizes that it had when it was saved."
+            )
+        if t.dtype != fresh[name].dtype:
+            raise FileError(
+                f"{name!r} is {t.dtype} in the file and {fresh[name].dtype} in this model. Convert the fresh model "
+                f"first (model.to({t.dtype})): weights are loaded as they are."
+            )
+        if fresh[name].device.type == "meta":
+            raise FileError(f"{name!r} is on the meta device. Build the fresh model on a real one.")
+
+
+def _check_ties(weights: Weights, fresh: Mapping[str, Tensor]) -> None:
+    first_names: dict[int, str] = {}
+    for name, t in fresh.items():
+        first = first_names.setdefault(id(t), name)
+        if first != name and weights.aliases.get(first, first) != weights.aliases.get(name, name):
             raise FileError(f"{first!r} and {name!r} are one tensor in this model and two in the file.")
     for name, first in weights.aliases.items():
-        if own[name] is not own[first]:
+        if fresh[name] is not fresh[first]:
             raise FileError(f"{first!r} and {name!r} are one tensor in the file and two in this model. Tie them first.")
 
 

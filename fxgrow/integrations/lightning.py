@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fxgrow.checkpoints.weights import resized
+from fxgrow.checkpoints.weights import rebuild
 from fxgrow.errors import FileError, FxgrowError, MissingExtraError
 from fxgrow.graph.graph import unwrap
 from fxgrow.integrations._batches import check_one_process, on_device
@@ -106,7 +106,7 @@ class GrowthCallback(Callback):
         if trainer.strategy.restore_checkpoint_after_setup:
             raise FxgrowError(
                 f"{type(trainer.strategy).__name__} loads weights after it has made the optimizers, when a module can "
-                "no longer be resized: take a strategy for one device."
+                "no longer be rebuild: take a strategy for one device."
             )
         net = self._net(pl_module)
         if self._fresh is None and not recipe_of(net).steps:
@@ -138,9 +138,9 @@ class GrowthCallback(Callback):
                 "the Trainer. Build it as it was before it grew."
             )
         if self._name:
-            self._put(pl_module, unwrapped(net)[1](resized(self._fresh, recipe)))
+            self._put(pl_module, unwrapped(net)[1](rebuild(self._fresh, recipe)))
         else:
-            adopt(unwrap(net), resized(self._fresh, recipe, into="module"))
+            adopt(unwrap(net), rebuild(self._fresh, recipe, into="module"))
 
     def state_dict(self) -> dict[str, Any]:
         """The Grower's, for the checkpoint."""

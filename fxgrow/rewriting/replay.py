@@ -117,7 +117,7 @@ def sizes_after(tensors: Mapping[str, Tensor], recipe: Recipe, constants: bool =
             if name not in shapes:
                 if not constants and "." not in name:
                     continue
-                raise FileError(f"The recipe's growth {number} widens {name!r}, which this model has not. {_OTHER}")
+                raise FileError(f"The model has no tensor {name!r}, which growth {number} widens. {_OTHER}")
             for d, before, after in dims:
                 found = shapes[name][d] if d < len(shapes[name]) else None
                 if found != before:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
-from fxgrow.checkpoints.weights import resized
+from fxgrow.checkpoints.weights import rebuild
 from fxgrow.errors import FileError, FxgrowError
 from fxgrow.graph.graph import unwrap
 from fxgrow.pipeline.growth_record import keep_record
@@ -82,9 +82,9 @@ class GrowerInPlace(Grower):
                 "the model as it was before it grew."
             )
         if self.ema is not None:
-            raise FxgrowError("An average of the weights cannot be resized: load the checkpoint, then make it.")
+            raise FxgrowError("An average of the weights cannot be rebuild: load the checkpoint, then make it.")
         with without_forward_override(inside):
-            new = resized(self._fresh, recipe, into="module")
+            new = rebuild(self._fresh, recipe, into="module")
         for optimizer in self._training_state.optimizers:
             _replace_parameters(optimizer, inside, new)
         adopt(inside, new)
