@@ -1,7 +1,7 @@
 """Growth in a loop of Hugging Face Accelerate: prepared model and optimiser, `save_state` and `load_state`.
 
-Needs the package accelerate: `pip install fxgrow[accelerate]`. `load_state` calls its hooks before it loads weights, so
-the model gets the checkpoint's sizes there.
+Needs the package accelerate: `pip install fxgrow[accelerate]`. `load_state` calls its hooks before it loads weights;
+they give the model the checkpoint's sizes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxgrow.errors import FileError, FxgrowError, MissingExtraError
+from fxgrow.errors import FileError, FxgrowError
 from fxgrow.graph.graph import unwrap
-from fxgrow.integrations._batches import check_one_process, on_device
+from fxgrow.integrations._shared import check_one_process, missing_package, on_device
 from fxgrow.storage.recipe import Recipe
 from fxgrow.training.data_source import Source
 from fxgrow.training.in_place import GrowerInPlace, recipe_of
@@ -27,29 +27,26 @@ try:
     from accelerate import Accelerator
     from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 except ImportError as error:
-    raise MissingExtraError(
-        f"fxgrow.integrations.accelerate needs the package accelerate, which cannot be imported ({error}): "
-        "pip install 'fxgrow[accelerate]'."
-    ) from error
-#: in the folder that `save_state` writes
+    raise missing_package("accelerate", error) from error
+#: file in the folder that `save_state` writes
 FILE = "fxgrow.json"
 
 
 class AcceleratedGrower(GrowerInPlace):
     """A Grower for what `accelerator.prepare` returned.
 
-    The model stays the same object, so the loop needs no `grower.model`. `step()` counts only where gradients were
-    synchronised, which is once for each accumulated gradient. `accelerator.save_state` writes the recipe and the
-    Grower's state beside the weights, and `load_state` takes them back, into a model as it was before it grew.
+    The model stays the same object, so the loop needs no `grower.model`. `step()` counts only where gradients are
+    synchronised, once per accumulated gradient. `accelerator.save_state` writes the recipe and the
+    Grower's state beside the weights, and `load_state` restores them in a model as it was before it grew.
 
     Args:
-        accelerator: the loop's own.
+        accelerator: of the training loop.
         model: prepared, or not yet.
         optimizer: likewise.
         schedule: see `fxgrow.Grower`.
-        dataloader: batches for growth, not prepared: reading a prepared loader would move its samplers on. They are
+        dataloader: batches for growth, not prepared: reading a prepared loader would advance its samplers. They are
             moved to the accelerator's device.
-        options: what `fxgrow.Grower` takes besides; growth is `into="module"`.
+        options: other arguments of `fxgrow.Grower`; growth is `into="module"`.
 
     Raises:
         FxgrowError: the loader is a prepared one, there are several processes, or what `fxgrow.Grower` raises.
@@ -86,8 +83,8 @@ class AcceleratedGrower(GrowerInPlace):
         check_one_process(accelerator.num_processes, "This Accelerator")
         if isinstance(dataloader, (DataLoaderShard, DataLoaderDispatcher)):
             raise FxgrowError(
-                "The dataloader has been prepared by Accelerate: reading it would move the training loop's samplers "
-                "on. Give the one that went into accelerator.prepare."
+                "The dataloader has been prepared by Accelerate: reading it would advance the training loop's "
+                "samplers. Give the loader that was passed to accelerator.prepare."
             )
         self._accelerator = accelerator
         source = on_device(dataloader, accelerator.device)

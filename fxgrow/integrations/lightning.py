@@ -1,65 +1,61 @@
 """Growth in Lightning: a callback that grows a LightningModule, or a part of it, through fit, checkpoint and resume.
 
 Needs the package lightning: `pip install fxgrow[lightning]`. Lightning loads weights before it restores callbacks, so
-the recipe is replayed from the module's own `on_load_checkpoint`, which the callback puts a step before.
+the callback replays the recipe just before the module's `on_load_checkpoint`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from fxgrow.checkpoints.weights import rebuild
-from fxgrow.errors import FileError, FxgrowError, MissingExtraError
+from fxgrow.errors import FxgrowError, MissingExtraError
 from fxgrow.graph.graph import unwrap
-from fxgrow.integrations._batches import check_one_process, on_device
+from fxgrow.integrations._shared import begun, check_one_process, missing_package, observe, on_device
 from fxgrow.integrations._torchvision import import_torchvision
 from fxgrow.storage.recipe import Recipe
 from fxgrow.training.data_source import Source
 from fxgrow.training.grower import Grower
-from fxgrow.training.in_place import GrowerInPlace, adopt, recipe_of
+from fxgrow.training.in_place import GrowerInPlace, adopt, fresh_copy, fresh_if_resized, recipe_of
 from fxgrow.training.schedule import Schedule
 from fxgrow.transfer.wrappers import unwrapped
 
 with contextlib.suppress(MissingExtraError):
-    import_torchvision()  # where it is installed Lightning imports it, and so must be able to
+    import_torchvision()  # Lightning imports it where it is installed
 try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
-    raise MissingExtraError(
-        f"fxgrow.integrations.lightning needs the package lightning, which cannot be imported ({error}): "
-        "pip install 'fxgrow[lightning]'."
-    ) from error
-#: where the recipe lies in a checkpoint
+    raise missing_package("lightning", error) from error
+#: of the recipe in a checkpoint
 KEY = "fxgrow_recipe"
 
 
 class GrowthCallback(Callback):
     """Grows a module while Lightning trains it.
 
-    Checkpoints carry the recipe, the schedule's memory and the history. `fit`, `validate`, `test` and `predict` with a
-    `ckpt_path` give the module the checkpoint's sizes first: build it as it was before it grew. Growth comes after an
-    optimiser step (`Every(steps=...)`, counted by `trainer.global_step`), or before the next epoch
+    Checkpoints contain the recipe, the state of the schedule and the history. `fit`, `validate`, `test` and `predict`
+    with a `ckpt_path` first give the module the checkpoint's sizes: build it as it was before it grew. Growth follows
+    an optimiser step (`Every(steps=...)`, counted by `trainer.global_step`), or precedes the next epoch
     (`Every(epochs=...)`); `ModelCheckpoint` runs after it.
 
     Args:
         schedule: when to grow, see `fxgrow.Grower`.
-        module: name of the submodule that grows, `"net"` for `self.net`; it may become a graph. Without, the
-            LightningModule itself grows in place: its `forward` is read, its class stays.
+        module: name of the submodule that grows, `"net"` for `self.net`; it may become a graph. By default the
+            LightningModule itself grows in place: its `forward` is captured, its class stays.
         dataloader: batches `(inputs, targets)` for growth; None for those that the Trainer trains on.
         monitor: a logged metric for `OnPlateau`, read after each validation.
-        options: what `fxgrow.Grower` takes besides: `loss_fn`, `budget`, `neurons`, `into`, ...
+        options: other arguments of `fxgrow.Grower`: `loss_fn`, `budget`, `neurons`, `into`, ...
 
     Attributes:
         grower: the `fxgrow.Grower`, once training has begun.
 
     Raises:
-        FxgrowError: when training begins, if the Trainer runs several processes, the module has no such part, or no
-            optimiser trains it.
+        FxgrowError: when training begins, if the Trainer runs several processes, there is no submodule of that name,
+            or no optimiser trains it.
 
     Example:
         >>> import lightning.pytorch as pl, torch, fxgrow
@@ -99,65 +95,61 @@ class GrowthCallback(Callback):
         self._state: dict[str, Any] | None = None
         self._counted = 0
 
-    # -- sizes come before weights
+    # -- sizes are restored before weights
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Keeps the module as it is before growth, and listens to its checkpoints."""
+        """Copies the module before it grows, and wraps its checkpoint hooks."""
         if trainer.strategy.restore_checkpoint_after_setup:
             raise FxgrowError(
                 f"{type(trainer.strategy).__name__} loads weights after it has made the optimizers, when a module can "
-                "no longer be rebuild: take a strategy for one device."
+                "no longer be resized: take a strategy for one device."
             )
         net = self._net(pl_module)
-        if self._fresh is None and not recipe_of(net).steps:
-            self._fresh = copy.deepcopy(unwrap(net))
-        mine = vars(pl_module)
-        for name, before in (("on_save_checkpoint", self._note), ("on_load_checkpoint", self._resize)):
-            mine[name] = _after(before, pl_module, getattr(type(pl_module), name))
+        if self._fresh is None:
+            self._fresh = fresh_copy(net)
+        attributes = vars(pl_module)
+        for name, before in (("on_save_checkpoint", self._save_recipe), ("on_load_checkpoint", self._resize)):
+            attributes[name] = _preceded(before, pl_module, getattr(type(pl_module), name))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Leaves the module's hooks as they were."""
+        """Restores the module's hooks."""
         for name in ("on_save_checkpoint", "on_load_checkpoint"):
             vars(pl_module).pop(name, None)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Also of a checkpoint that is written when training is over."""
-        self._note(pl_module, checkpoint)
+        """Saves the recipe in checkpoints that are written after training too."""
+        self._save_recipe(pl_module, checkpoint)
 
-    def _note(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+    def _save_recipe(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint[KEY] = recipe_of(self._net(pl_module)).to_json()
 
     def _resize(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         recipe = Recipe.from_json(checkpoint[KEY]) if KEY in checkpoint else Recipe()
         net = self._net(pl_module)
-        if recipe.steps == recipe_of(net).steps:
+        fresh = fresh_if_resized(net, recipe, self._fresh)
+        if fresh is None:
             return
-        if self._fresh is None:
-            raise FileError(
-                "The checkpoint's module went through other growths than this one, which had grown before it came to "
-                "the Trainer. Build it as it was before it grew."
-            )
         if self._name:
-            self._put(pl_module, unwrapped(net)[1](rebuild(self._fresh, recipe)))
+            self._set_net(pl_module, unwrapped(net)[1](rebuild(fresh, recipe)))
         else:
-            adopt(unwrap(net), rebuild(self._fresh, recipe, into="module"))
+            adopt(unwrap(net), rebuild(fresh, recipe, into="module"))
 
     def state_dict(self) -> dict[str, Any]:
-        """The Grower's, for the checkpoint."""
+        """Returns the state of the Grower for the checkpoint."""
         return {} if self.grower is None else self.grower.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Kept until training begins."""
+        """Keeps the state until training begins."""
         self._state = state_dict
 
     # -- growth
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Makes the Grower: optimisers and data are there now."""
+        """Makes the Grower, now that optimisers and data exist."""
         check_one_process(trainer.world_size, "This Trainer")
         net = self._net(pl_module)
-        own = {id(p) for p in net.parameters()}
-        optimizers = [o for o in trainer.optimizers if any(id(p) in own for g in o.param_groups for p in g["params"])]
+        ids = {id(p) for p in net.parameters()}
+        optimizers = [o for o in trainer.optimizers if any(id(p) in ids for g in o.param_groups for p in g["params"])]
         if not optimizers:
             raise FxgrowError(f"No optimizer of this Trainer trains {self._name or type(pl_module).__name__!r}.")
         schedulers = [c.scheduler for c in trainer.lr_scheduler_configs if c.scheduler.optimizer in optimizers]
@@ -168,7 +160,7 @@ class GrowthCallback(Callback):
             **self._options,
         )  # fmt: skip
         if self._name:
-            self.grower.on_growth(lambda *_: self._put(pl_module, self._grower.model))
+            self.grower.on_growth(lambda *_: self._set_net(pl_module, begun(self.grower).model))
         self.grower.on_growth(lambda *_: self._log(trainer))
         if self._state:
             self.grower.load_state_dict(self._state)
@@ -177,34 +169,24 @@ class GrowthCallback(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts optimiser steps, of which an accumulated gradient has one in several batches."""
+        """Counts optimiser steps; with accumulated gradients several batches make one."""
         if trainer.global_step == self._counted:
             return
         self._counted = trainer.global_step
         loss = outputs.get("loss") if isinstance(outputs, dict) else outputs
-        self._grower.step(loss if isinstance(loss, Tensor) else None)
+        begun(self.grower).step(loss if isinstance(loss, Tensor) else None)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Counts the epochs before this one; a checkpoint may have been written before or after the last one's end."""
-        while self._grower.epochs < trainer.current_epoch:
-            self._grower.epoch_end()
+        """Counts the epochs before this one; a checkpoint may be from before or after the end of the last one."""
+        while begun(self.grower).epochs < trainer.current_epoch:
+            begun(self.grower).epoch_end()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Reads the metric."""
-        if self._monitor is None or self.grower is None or trainer.sanity_checking:
-            return
-        if self._monitor not in trainer.callback_metrics:
-            found = ", ".join(trainer.callback_metrics) or "none"
-            raise FxgrowError(f"monitor={self._monitor!r} is no logged metric; those are: {found}.")
-        self.grower.observe(trainer.callback_metrics[self._monitor])
+        """Gives the metric to the schedule."""
+        if self._monitor is not None and self.grower is not None and not trainer.sanity_checking:
+            observe(self.grower, self._monitor, trainer.callback_metrics, "logged metric")
 
-    # -- where things are
-
-    @property
-    def _grower(self) -> Grower:
-        if self.grower is None:
-            raise FxgrowError("GrowthCallback has no Grower yet: the Trainer makes it when fit begins.")
-        return self.grower
+    # -- the module that grows
 
     def _net(self, pl_module: LightningModule) -> nn.Module:
         try:
@@ -216,21 +198,21 @@ class GrowthCallback(Callback):
             ) from None
         return net
 
-    def _put(self, pl_module: LightningModule, net: nn.Module) -> None:
+    def _set_net(self, pl_module: LightningModule, net: nn.Module) -> None:
         owner, _, name = self._name.rpartition(".")
         setattr(pl_module.get_submodule(owner), name, net)
 
     def _log(self, trainer: Trainer) -> None:
-        last = self._grower.history[-1]
+        last = begun(self.grower).history[-1]
         values = {"parameters": last.parameters[1], "loss": last.loss[1], "seconds": last.seconds}
         for logger in trainer.loggers:
             logger.log_metrics({f"fxgrow/{name}": value for name, value in values.items()}, step=trainer.global_step)
 
 
-def _after(
+def _preceded(
     before: Callable[[Any, dict[str, Any]], None], module: LightningModule, hook: Callable[..., None]
 ) -> Callable[[dict[str, Any]], None]:
-    """The module's hook with something before it; a function, so that a copied module does not copy what is in it."""
+    """Returns the module's hook, preceded by another; a function, because copying a module does not copy functions."""
 
     def both(checkpoint: dict[str, Any]) -> None:
         before(module, checkpoint)

@@ -1,7 +1,7 @@
-"""Growth in the Trainer of Hugging Face transformers: a callback, and a model of a checkpoint's sizes to resume with.
+"""Growth in the Trainer of Hugging Face transformers: a callback, and a model with a checkpoint's sizes to resume with.
 
 Needs the packages transformers and accelerate: `pip install fxgrow[transformers]`. The Trainer loads a checkpoint's
-weights before any callback hears of it, so the model that it is given must have their sizes:
+weights before it calls any callback, so the model that it gets must have their sizes:
 
     last = get_last_checkpoint(folder)
     model = build() if last is None else resized(build(), last)
@@ -22,23 +22,20 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from fxgrow.checkpoints.model_file import resize
 from fxgrow.errors import FileError, FxgrowError, MissingExtraError
-from fxgrow.integrations._batches import check_one_process, on_device
+from fxgrow.integrations._shared import begun, check_one_process, missing_package, observe, on_device
 from fxgrow.integrations._torchvision import import_torchvision
 from fxgrow.training.data_source import Source
 from fxgrow.training.in_place import GrowerInPlace, recipe_of
 from fxgrow.training.schedule import Schedule
 
 with contextlib.suppress(MissingExtraError):
-    import_torchvision()  # where it is installed models of transformers import it, and so must be able to
+    import_torchvision()  # models of transformers import it where it is installed
 try:
     from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_callback import ExportableState
 except ImportError as error:
-    raise MissingExtraError(
-        f"fxgrow.integrations.transformers needs the package transformers, which cannot be imported ({error}): "
-        "pip install 'fxgrow[transformers]'."
-    ) from error
-#: where the Trainer keeps the states of its callbacks
+    raise missing_package("transformers", error) from error
+#: file with the states of the Trainer's callbacks
 STATE = "trainer_state.json"
 M = TypeVar("M", bound=nn.Module)
 
@@ -46,21 +43,21 @@ M = TypeVar("M", bound=nn.Module)
 class GrowthCallback(TrainerCallback, ExportableState):
     """Grows a model while a `transformers.Trainer` trains it.
 
-    The model stays the object and the class it is. The Trainer's checkpoints carry the recipe, the schedule's memory
-    and the history, in `trainer_state.json`; `resized` reads them.
+    The model stays the same object. The Trainer's checkpoints contain the recipe, the state of the schedule and the
+    history, in `trainer_state.json`; `resized` reads them.
 
     Args:
         schedule: when to grow, see `fxgrow.Grower`; steps are those of the optimiser.
         dataloader: batches for growth; None for the training set in batches of the Trainer's size, shuffled by `seed`.
         monitor: a metric for `OnPlateau`, read after each evaluation, such as `eval_loss`.
-        options: what `fxgrow.Grower` takes besides: `budget`, `neurons`, `samples`, `seed`, ...
+        options: other arguments of `fxgrow.Grower`: `budget`, `neurons`, `samples`, `seed`, ...
 
     Attributes:
         grower: the `fxgrow.Grower`, once training has begun.
 
     Raises:
-        FxgrowError: when training begins, if there are several processes, or the arguments ask for the best model at
-            the end, which may have other sizes.
+        FxgrowError: when training begins, if there are several processes, or `load_best_model_at_end=True`: the best
+            model may have other sizes.
 
     Example:
         >>> import fxgrow
@@ -77,22 +74,16 @@ class GrowthCallback(TrainerCallback, ExportableState):
         self._schedule, self._source, self._monitor, self._options = schedule, dataloader, monitor, options
 
     def state(self) -> dict[str, Any]:
-        """What the Trainer writes of this callback in each checkpoint: numbers, strings, lists and dicts alone."""
+        """Returns the callback's state for the Trainer's checkpoints: numbers, strings, lists and dicts only."""
         if self.grower is None:
             return {"args": {}, "attributes": {}}
         recipe = json.loads(recipe_of(self.grower.model).to_json())
         return {"args": {}, "attributes": {"recipe": recipe, "grower": self.grower.state_dict()}}
 
-    @property
-    def _begun(self) -> GrowerInPlace:
-        if self.grower is None:
-            raise FxgrowError("GrowthCallback has no Grower yet: the Trainer makes it when training begins.")
-        return self.grower
-
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Makes the Grower: optimiser and data are there now, and the state of a checkpoint."""
+        """Makes the Grower, now that optimiser and data exist, and restores its state from a checkpoint."""
         check_one_process(args.world_size, "This Trainer")
         if args.load_best_model_at_end:
             raise FxgrowError(
@@ -111,37 +102,33 @@ class GrowthCallback(TrainerCallback, ExportableState):
             self.grower.load_state_dict(saved["grower"])
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """After an optimiser step, before the Trainer logs, evaluates and saves."""
-        self._begun.step()
+        """Grows after an optimiser step, before the Trainer logs, evaluates and saves."""
+        begun(self.grower).step()
 
     def on_epoch_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """After an epoch, before the Trainer evaluates and saves."""
-        self._begun.epoch_end()
+        """Grows after an epoch, before the Trainer evaluates and saves."""
+        begun(self.grower).epoch_end()
 
     def on_evaluate(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Reads the metric."""
-        metrics = kwargs.get("metrics", {})
-        if self._monitor is None or self.grower is None:
-            return
-        if self._monitor not in metrics:
-            raise FxgrowError(f"monitor={self._monitor!r} is no metric of this evaluation: {', '.join(metrics)}.")
-        self.grower.observe(metrics[self._monitor])
+        """Gives the metric to the schedule."""
+        if self._monitor is not None and self.grower is not None:
+            observe(self.grower, self._monitor, kwargs.get("metrics", {}), "metric of this evaluation")
 
 
 def resized(model: M, checkpoint: str | os.PathLike[str]) -> M:
-    """A fresh model with the sizes of a Trainer's checkpoint, for `Trainer.train(resume_from_checkpoint=...)`.
+    """Returns a fresh model with the sizes of a Trainer's checkpoint, for `Trainer.train(resume_from_checkpoint=...)`.
 
     Args:
         model: built as the saved one was before it grew; left as it is.
         checkpoint: folder that a Trainer with a `GrowthCallback` wrote.
 
     Returns:
-        A copy of the model's class; what changed its size is zero until the weights are loaded.
+        A copy of the model; tensors that changed their size are zero until the weights are loaded.
 
     Raises:
-        FileError: the folder has no growth in it, or the model does not fit.
+        FileError: the folder contains no growth, or the model does not fit.
     """
     path = Path(checkpoint) / STATE
     try:
@@ -149,22 +136,22 @@ def resized(model: M, checkpoint: str | os.PathLike[str]) -> M:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileError(f"{path} cannot be read ({error!r}): give the folder of a checkpoint of a Trainer.") from error
     if "recipe" not in saved:
-        raise FileError(f"{path} holds no growth: the checkpoint was written without a GrowthCallback.")
-    found: M = resize(model, json.dumps(saved["recipe"]), into="module")
-    return found
+        raise FileError(f"{path} contains no growth: the checkpoint was written without a GrowthCallback.")
+    out: M = resize(model, json.dumps(saved["recipe"]), into="module")
+    return out
 
 
 def _saved(states: Any) -> dict[str, Any]:
-    """The attributes of this callback among the states of all of a Trainer's."""
-    found = (states or {}).get(GrowthCallback.__name__, {})
-    if isinstance(found, list):  # several of a kind
-        found = found[0]
-    attributes: dict[str, Any] = found.get("attributes", {})
+    """Returns the saved attributes of this callback among the states of a Trainer's callbacks."""
+    state = (states or {}).get(GrowthCallback.__name__, {})
+    if isinstance(state, list):  # several callbacks of this class
+        state = state[0]
+    attributes: dict[str, Any] = state.get("attributes", {})
     return attributes
 
 
 def _like(loader: Any, batch_size: int, seed: int) -> DataLoader[Any]:
-    """The Trainer's data in a loader of its own: reading the Trainer's would move its samplers on."""
+    """Returns another loader of the Trainer's data: reading the Trainer's would advance its samplers."""
     dataset = loader.dataset
     shuffle = not isinstance(dataset, IterableDataset)
     order = torch.Generator().manual_seed(seed) if shuffle else None

@@ -62,29 +62,25 @@ class GrowerInPlace(Grower):
         inside, _ = unwrapped(model)
         with without_forward_override(inside):
             super().__init__(model, _inner(optimizer), schedule, **options)
-            self._fresh = None if Recipe.of(inside).steps else copy.deepcopy(inside)
+            self._fresh = fresh_copy(inside)
         self._callbacks.append(self._grow_in_place)
 
     def resize(self, recipe: Recipe) -> None:
         """Gives the model the sizes of a recipe, so that weights and optimisers saved with it can be loaded.
 
-        Sizes that differ from those of the untouched model are zero until then, and optimisers start afresh.
+        Tensors whose sizes differ from the fresh model's are zero until then, and optimisers start afresh.
 
         Raises:
-            FileError: the model does not fit the recipe, or had grown before it came here.
+            FileError: the model does not fit the recipe, or had grown before it was given here.
         """
         inside, _ = unwrapped(self._given)
-        if Recipe.of(inside).steps == recipe.steps:
+        fresh = fresh_if_resized(inside, recipe, self._fresh)
+        if fresh is None:
             return
-        if self._fresh is None:
-            raise FileError(
-                "The saved model has another recipe than this one, which had grown before the Grower was made: build "
-                "the model as it was before it grew."
-            )
         if self.ema is not None:
-            raise FxgrowError("An average of the weights cannot be rebuild: load the checkpoint, then make it.")
+            raise FxgrowError("An average of the weights cannot be resized: make it after loading the checkpoint.")
         with without_forward_override(inside):
-            new = rebuild(self._fresh, recipe, into="module")
+            new = rebuild(fresh, recipe, into="module")
         for optimizer in self._training_state.optimizers:
             _replace_parameters(optimizer, inside, new)
         adopt(inside, new)
@@ -121,6 +117,27 @@ def without_forward_override(model: nn.Module) -> Iterator[None]:
 def recipe_of(model: nn.Module) -> Recipe:
     """Returns the recipe of a model inside its wrappers."""
     return Recipe.of(unwrap(model))
+
+
+def fresh_copy(model: nn.Module) -> nn.Module | None:
+    """Returns a copy of a model that has not grown; None of one that has."""
+    return None if recipe_of(model).steps else copy.deepcopy(unwrap(model))
+
+
+def fresh_if_resized(model: nn.Module, recipe: Recipe, fresh: nn.Module | None) -> nn.Module | None:
+    """Returns the copy to rebuild a recipe's model from; None where the model has been through those growths.
+
+    Raises:
+        FileError: the model had grown before a copy could be made.
+    """
+    if recipe_of(model).steps == recipe.steps:
+        return None
+    if fresh is None:
+        raise FileError(
+            "The saved model went through other growths than this one, which had grown before it was given here: build "
+            "the model as it was before it grew."
+        )
+    return fresh
 
 
 def _inner(optimizer: Any) -> Any:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fxgrow
-from fxgrow.integrations import _batches
+from fxgrow.integrations import _shared
 
 PACKAGES = {"lightning": "lightning.pytorch", "transformers": "transformers", "accelerate": "accelerate"}
 
@@ -28,7 +28,7 @@ def test_importing_fxgrow_imports_none_of_them() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_batches_are_moved() -> None:
+def test_shared_are_moved() -> None:
     """To another device than the CPU, whatever they are made of."""
 
     class Own(dict):
@@ -36,15 +36,15 @@ def test_batches_are_moved() -> None:
             return {name: t.to(device) for name, t in self.items()}
 
     loader = [(torch.zeros(2), {"y": torch.zeros(1)}), Own(x=torch.zeros(3))]
-    source = _batches.on_device(loader, torch.device("meta"))
+    source = _shared.on_device(loader, torch.device("meta"))
     first, second = source()
     assert first[0].device.type == first[1]["y"].device.type == second["x"].device.type == "meta"
     assert len(source()) == 2
-    assert _batches.on_device(loader, torch.device("cpu")) is loader
+    assert _shared.on_device(loader, torch.device("cpu")) is loader
 
 
 def test_random_generators_of_a_moved_loader_are_found() -> None:
     order = torch.Generator()
     loader = torch.utils.data.DataLoader([torch.zeros(1)], generator=order)
-    moved = _batches.on_device(loader, torch.device("meta"))()
+    moved = _shared.on_device(loader, torch.device("meta"))()
     assert moved.generator is order

@@ -88,7 +88,7 @@ def test_the_best_model_at_the_end_is_refused(tmp_path) -> None:
 
 def test_a_metric_that_is_not_there(tmp_path) -> None:
     trainer = trainer_of(build(), callback(monitor="accuracy"), tmp_path, 1, eval_strategy="steps", eval_steps=1)
-    with pytest.raises(fxgrow.FxgrowError, match="'accuracy' is no metric of this evaluation: eval_loss"):
+    with pytest.raises(fxgrow.FxgrowError, match="'accuracy' is no metric of this evaluation; those are: eval_loss"):
         trainer.train()
 
 
