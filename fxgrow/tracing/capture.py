@@ -24,7 +24,6 @@ from fxgrow.graph.node_meta import KEYWORDS
 from fxgrow.graph.purity import is_pure
 from fxgrow.ops.registry import recognised
 from fxgrow.storage.recipe import Recipe, keep_recipe
-from fxgrow.tracing.follow import Follower
 from fxgrow.tracing.input_sizes import keep_input_sizes
 from fxgrow.tracing.opaque import OpaqueFallback
 from fxgrow.tracing.tracer import ValueTracer
@@ -157,12 +156,8 @@ def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]],
         return again, True
 
     keep_input_sizes(tracer, retrace)
-    agree = False
-    if tracer.branches:
-        with _untouched(model), obstacles.in_the_way():
-            agree = Follower(tracer).agrees(model)
     _prune(tracer.graph)
-    if tracer.branches and not agree:
+    if tracer.branches:
         other = ValueTracer(inputs, call, leaves, frozenset(tracer.branches), obstacles.reasons)
         try:
             with _untouched(model), obstacles.in_the_way():

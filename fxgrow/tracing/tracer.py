@@ -71,8 +71,6 @@ class ValueTracer(fx.Tracer):
         self.wholes: dict[str, nn.Module] = {}
         self._written_out: set[nn.Module] = set()
         self.runner = FakeRunner()
-        #: every node in the order the code asked for them, with its arguments: some are erased again
-        self.trail: list[tuple[fx.Node, Any, Any]] = []
         self.constants: dict[str, torch.Tensor] = {}
         self.branches: dict[str, tuple[str, bool, str]] = {}  # flag -> (innermost module, value, where)
         self._names: dict[int, str] = {}  # id of parameter, buffer or tensor attribute -> qualified name
@@ -168,7 +166,6 @@ class ValueTracer(fx.Tracer):
         except BaseException:
             self.graph.erase_node(node)
             raise
-        self.trail.append((node, args, kwargs))
         set_value(node, value)
         frame = user_frame(sys._getframe(1))
         if frame is not None and kind != "placeholder":

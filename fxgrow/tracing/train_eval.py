@@ -1,4 +1,7 @@
-"""One graph for train and eval mode, where the model's Python code branches on ``self.training``."""
+"""One graph for train and eval mode, where the model's Python code branches on ``self.training``.
+
+The model is traced once in each mode, and the two graphs are merged.
+"""
 
 from __future__ import annotations
 
