@@ -1,4 +1,4 @@
-"""Grow a net under every optimiser of torch.optim and write down what became of it: ``python -m docs.optimizers``."""
+"""Grows a net under every optimiser of torch.optim and writes a table of their state: ``python -m docs.optimizers``."""
 
 from __future__ import annotations
 
@@ -45,20 +45,20 @@ TOKENS = 11
 HEAD = """# Optimisers under growth
 
 Every optimiser of `torch.optim`, four steps before a growth of two widths and twenty after it. This table is written by
-`python -m docs.optimizers`; `tests/transfer/test_optimizers.py` fails where it does not hold.
+`python -m docs.optimizers` (`make docs-tables`); `tests/transfer/test_optimizers.py` fails if it is wrong.
 
-*State*: what the optimiser keeps of each entry of a parameter; in brackets, what it keeps once per parameter.
-*Old entries*: state of weights that were there before is the same, bit for bit. *New entries*: what state of new
-weights starts at. *One owner*: every parameter of the grown model is in one group of one optimiser, and only those.
+*State*: what the optimiser keeps for each entry of a parameter; in brackets, what it keeps once per parameter.
+*Old entries*: their state is the same, bit for bit. *New entries*: what their state starts at. *One owner*: every
+parameter of the grown model is in one group of one optimiser, and no others are.
 
 | optimiser | options | state | old entries | new entries | one owner | 20 more steps |
 |---|---|---|---|---|---|---|"""
 FOOT = """
-SparseAdam takes sparse gradients alone: it trains the embedding, SGD the rest. LBFGS keeps one history of all its
-parameters, end to end; zeros in the new places leave every product of its vectors as it was.
+SparseAdam takes only sparse gradients: it trains the embedding, SGD the rest. LBFGS keeps one history of all its
+parameters, concatenated; zeros at the new positions keep every product of its vectors.
 
-Other optimisers follow by the shapes of their state; what cannot be matched starts afresh, with a warning. Schedulers
-and `GradScaler` hold the optimiser, which stays the same object, as do its groups and their options.
+The state of other optimisers is matched by its shapes; what cannot be matched is reset, with a warning. Schedulers and
+`GradScaler` hold the optimiser, which stays the same object, as do its groups and their options.
 """
 
 
