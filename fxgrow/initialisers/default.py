@@ -1,20 +1,17 @@
-"""The default: TINY whitened on both sides, units normalised, outgoing weights refitted on what they really put out.
+"""The default: the units of TINY whitened on both sides and normalised; their outgoing weights are refitted.
 
-alpha = (S + eps)^(-1/2) u for the SVD (S + eps)^(-1/2) N (G + eps)^(-1/2) = U Lambda W^T, scaled to
-E[(alpha^T b)^2] = 1. After Verbockhaven et al. 2024 (TMLR, arXiv 2405.19816), with G = E[V V^T] on the output side and
-ridges relative to the mean eigenvalue. Units are scaled by what they put out, so the ridge on S decides only which
-directions count; between a hundredth and the whole of the mean eigenvalue a tenth is as good as any on every net
-(`benchmarks/RESULTS.md`).
+After Verbockhaven et al. 2024 (TMLR, arXiv 2405.19816, section 3; see `tiny.py`), with G = E[V V^T] on the output side:
+(S + eps)^(-1/2) N (G + eps)^(-1/2) = U Lambda W^T, ridges relative to the mean eigenvalue. Incoming weights alpha
+`[k, P]` are (S + eps)^(-1/2) u_k, scaled to E[(alpha^T b)^2] = 1; outgoing weights omega `[k, taps, O]` are left to
+the refit on the activations of the units. Because of the scaling the ridge on S decides only which directions count: a
+tenth of the mean eigenvalue is as good as any between a hundredth and all of it (`benchmarks/RESULTS.md`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
-from fxgrow.initialisers.registry import Proposal, initialiser, split_rows
-from fxgrow.statistics.consumer_moments import ConsumerMoments
+from fxgrow.initialisers.registry import Consumers, Proposal, initialiser, split_rows
 from fxgrow.statistics.factorisation import factor
 from fxgrow.statistics.top_singular import top_units
 from fxgrow.statistics.width_moments import WidthMoments
@@ -28,7 +25,7 @@ OUTPUT_RIDGE = 1e-2
 
 
 @initialiser("default", output_side=True, rows=ROWS, sketch=True, refit=True)
-def default(width: WidthMoments, consumers: Mapping[str, ConsumerMoments], k: int) -> Proposal:
+def default(width: WidthMoments, consumers: Consumers, k: int) -> Proposal:
     """Units for one width; outgoing weights are left to the refit."""
     names = list(width.blocks)
     outputs = [factor(consumers[n].curvature().to(width.blocks[n].dtype), ridge=OUTPUT_RIDGE) for n in names]

@@ -1,19 +1,20 @@
 """Firefly: splits and small new units, tried out together by a few gradient steps; those that help most are kept.
 
 Wu, Liu, Stone, Liu: "Firefly Neural Architecture Descent: a General Approach for Growing Neural Networks", NeurIPS
-2020, arXiv 2102.08574, the part that widens. Candidates are a split of every unit, theta + delta and theta - delta with
-half the outgoing weights each, and as many new units as are asked for, with tiny outgoing weights omega. First deltas,
-incoming weights of new units and omega alone take `STEPS` gradient steps, kept within eps; then the loss is expanded to
-first order in how far each candidate is switched on, and those with the largest predicted decrease stay.
+2020, arXiv 2102.08574, section 2, the part that widens. Candidates are a split of every unit, theta + delta and theta -
+delta with half the outgoing weights each, and as many new units as are asked for, with tiny outgoing weights omega.
+First deltas `[units, D]`, incoming weights alpha `[k, D]` of new units and omega `[k, D']` alone take `STEPS` gradient
+steps, kept within eps; then the loss is expanded to first order in how far each candidate is switched on, and those
+with the largest predicted decrease stay.
 
 A candidate's decrease is its slope integrated from off to on with the others on, as in the paper. Along delta the slope
 is zero at zero and grows linearly, which makes -<dL/d delta, delta> / 2; along omega it is nearly constant, which makes
 -<dL/d omega, omega>.
 
-Here eps is `EPS` times the mean length of a width's own weights (the paper: a constant), steps have a fixed length per
-unit along its gradient (the paper: an optimiser), what follows on the way to a new unit (norms, depthwise kernels) is
-that of an old one drawn at random, with running statistics of its own, and a line search scales deltas and omega
-together. New layers are no candidates.
+Here eps is `EPS` times the mean length of a width's weights (the paper: a constant), steps have a fixed length per unit
+along its gradient (the paper: an optimiser), followers of a new unit (norms, depthwise kernels) are those of an old one
+drawn at random, with running statistics of their own, and a line search scales deltas and omega together. New layers
+are no candidates.
 """
 
 from __future__ import annotations

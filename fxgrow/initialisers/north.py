@@ -1,13 +1,13 @@
-"""NORTH: incoming weights whose pre-activations are orthogonal to those that are there, outgoing weights zero.
+"""NORTH: incoming weights whose pre-activations are orthogonal to the existing ones, outgoing weights zero.
 
-Random rows alpha, less the part that existing rows W explain: alpha - W^T (W S W^T)^+ W S alpha, S = E[b b^T]; and
-orthogonal to each other (Maile, Rachelson, Luga, Wilson: "When, where, and how to add new neurons to ANNs", AutoML
-2022, arXiv 2202.08539, NORTH-Pre). Where as many rows are there as inputs nothing is left: those units stay random.
+Maile, Rachelson, Luga, Wilson: "When, where, and how to add new neurons to ANNs", AutoML 2022, arXiv 2202.08539,
+NORTH-Pre. Incoming weights alpha `[k, P]` are random rows, less the part that existing rows W explain: alpha - W^T
+(W S W^T)^+ W S alpha, S = E[b b^T]; and orthogonal to each other. Outgoing weights omega `[k, taps, O]` are zero. With
+as many rows as inputs no direction is left: those units stay random.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -15,8 +15,7 @@ from torch import Tensor, fx
 from torch.nn.functional import pad
 
 from fxgrow.graph.graph import lookup
-from fxgrow.initialisers.registry import Proposal, initialiser, split_rows
-from fxgrow.statistics.consumer_moments import ConsumerMoments
+from fxgrow.initialisers.registry import Consumers, Proposal, initialiser, split_rows
 from fxgrow.statistics.width_moments import WidthMoments
 
 #: what is left of a random row's square is rounding below this
@@ -24,7 +23,7 @@ LEFT = 1e-4
 
 
 @initialiser("north", project=False)
-def north(width: WidthMoments, consumers: Mapping[str, ConsumerMoments], k: int) -> Proposal:
+def north(width: WidthMoments, consumers: Consumers, k: int) -> Proposal:
     """Incoming weights of k units."""
     s = width.second_moment.double()
     generator = torch.Generator().manual_seed(width.features)

@@ -122,7 +122,8 @@ class Needs:
 #: parameter, width and dimension of new slices
 Outgoing = list[tuple[str, str, int]]
 Function = TypeVar("Function", bound=Callable[..., Any])
-Propose = Callable[[WidthMoments, Mapping[str, ConsumerMoments], int], Proposal]
+Consumers = Mapping[str, ConsumerMoments]
+Propose = Callable[[WidthMoments, Consumers, int], Proposal]
 
 
 @dataclass(frozen=True)
@@ -142,20 +143,12 @@ class Initialiser:
     nothing: ClassVar[str] = "no width has a unit that the held-back test accepts"
 
     def check_profile(self, processes: int, keep_moments: bool) -> None:
-        """Refuses settings of a profile that the method cannot serve.
-
-        Raises:
-            ProfileError: moments are to be kept of several processes.
-        """
-        if keep_moments and processes > 1:
-            raise ProfileError(
-                "keep_moments=True keeps the moments of one process: leave out process_group= and merge them later."
-            )
+        """Raises a `ProfileError` for settings of a profile that the method does not have."""
 
     def check_width(self, analysed: AnalysedGraph, width: GrowableWidth) -> None:
         """Raises a `PlanError` for a width that the method is not defined for."""
 
-    def propose(self, width: WidthMoments, consumers: Mapping[str, ConsumerMoments], k: int) -> Proposal:
+    def propose(self, width: WidthMoments, consumers: Consumers, k: int) -> Proposal:
         """At most k units from a width's moments, and those of the weights that read it."""
         return Proposal() if self.function is None else self.function(width, consumers, k)
 

@@ -48,11 +48,7 @@ class SplitInitialiser(CopyInitialiser):
         raise NotImplementedError
 
     def check_profile(self, processes: int, keep_moments: bool) -> None:
-        """Refuses what only moments allow.
-
-        Raises:
-            ProfileError: moments are to be kept, or there are several processes.
-        """
+        """Refuses what only moments allow."""
         if keep_moments:
             raise ProfileError(f"keep_moments=True: method={self.name!r} has none.")
         if processes > 1:

@@ -1,9 +1,10 @@
 """Splitting steepest descent: units split along the most negative eigenvector of their splitting matrix.
 
-Liu, Wu, Wang: "Splitting Steepest Descent for Growing Neural Architectures", NeurIPS 2019, arXiv 1910.02366. A unit
-sigma(theta^T b) becomes two, theta + delta and theta - delta, with half its outgoing weights each. The loss changes by
-delta^T S delta / 2, S = E[(dl/d sigma) sigma''(theta^T b) b b^T]. With v the eigenvector of the smallest eigenvalue
-lambda < 0, delta = eps v lowers it by eps^2 |lambda| / 2, for each unit of the network; others stay as they are.
+Liu, Wu, Wang: "Splitting Steepest Descent for Growing Neural Architectures", NeurIPS 2019, arXiv 1910.02366, section
+2. A unit sigma(theta^T b), with incoming weights theta `[D]`, becomes two, theta + delta and theta - delta, with half
+its outgoing weights each. The loss changes by delta^T S delta / 2, S = E[(dl/d sigma) sigma''(theta^T b) b b^T]. With v
+the eigenvector of the smallest eigenvalue lambda < 0, delta = eps v lowers it by eps^2 |lambda| / 2, for each unit of
+the network; others stay as they are.
 
 Here S is the second derivative in delta of the loss of the widened graph itself. For a dense layer or a convolution (b
 its patches, a sum over positions) that is the formula, and it goes through whatever lies between producer and consumer.
@@ -54,7 +55,11 @@ class Splitting(SplitInitialiser):
     def splits(self, request: SearchRequest) -> tuple[dict[str, Splits], float]:
         """A split of every unit."""
         matrix, found = SplittingMatrix(request), {}
-        values, vectors = smallest(matrix.product, matrix.start(request.generator), STEPS)
+        start = {
+            name: torch.randn(t.shape, generator=request.generator, dtype=torch.float64).to(t.detach())
+            for name, t in matrix.delta.items()
+        }
+        values, vectors = smallest(matrix.product, start, STEPS)
         for name, v in vectors.items():
             eps = EPS * pack(matrix.like[name]).norm(dim=1).mean()
             found[name] = replace(matrix.split(name, eps * v), gains=(-0.5 * eps**2 * values[name]).double().cpu())
@@ -80,13 +85,6 @@ class SplittingMatrix:
         return Splits(
             torch.arange(len(delta)), torch.zeros(len(delta), dtype=torch.bool), unpack(delta, self.like[name])
         )
-
-    def start(self, generator: torch.Generator) -> Vectors:
-        """Random vectors."""
-        return {
-            name: torch.randn(t.shape, generator=generator, dtype=torch.float64).to(t.detach())
-            for name, t in self.delta.items()
-        }
 
     @torch.enable_grad()
     def product(self, vectors: Vectors) -> Vectors:
@@ -117,28 +115,25 @@ def smallest(product: Callable[[Vectors], Vectors], start: Vectors, steps: int) 
 
     Eigenvalues at zero or above may be reported as zero.
     """
-    basis: dict[str, list[Tensor]] = {name: [] for name in start}
-    images: dict[str, list[Tensor]] = {name: [] for name in start}
-    q = {name: _unit(v, 0.0) for name, v in start.items()}
+    basis = {name: _unit(v, 0.0)[:, None] for name, v in start.items()}
+    images = {name: v[:, :0] for name, v in basis.items()}
     for _ in range(steps):
-        image = product(q)
-        for name, w in image.items():
-            basis[name].append(q[name])
-            images[name].append(w)
-            known = torch.stack(basis[name], 1)
-            rest = w
+        for name, image in product({name: known[:, -1] for name, known in basis.items()}).items():
+            known, rest = basis[name], image
             for _ in range(2):  # once more for what rounding left
                 rest = rest - torch.einsum("ukd,uk->ud", known, torch.einsum("ukd,ud->uk", known, rest))
-            q[name] = _unit(rest, 1e3 * torch.finfo(w.dtype).eps * w.norm(dim=1, keepdim=True))
-        if not any(bool(v.any()) for v in q.values()):
+            rounding = 1e3 * torch.finfo(image.dtype).eps * image.norm(dim=1, keepdim=True)
+            basis[name] = torch.cat([known, _unit(rest, rounding)[:, None]], 1)
+            images[name] = torch.cat([images[name], image[:, None]], 1)
+        if not any(bool(known[:, -1].any()) for known in basis.values()):
             break
     values, vectors = {}, {}
-    for name in start:
-        known, seen = torch.stack(basis[name], 1).double(), torch.stack(images[name], 1).double()
-        inner = known @ seen.mT
-        found = torch.linalg.eigh((inner + inner.mT) / 2)
-        values[name] = found.eigenvalues[:, 0].to(start[name])
-        vectors[name] = torch.einsum("ukd,uk->ud", known, found.eigenvectors[:, :, 0]).to(start[name])
+    for name, v in start.items():
+        known = basis[name][:, :-1].double()
+        inner = known @ images[name].double().mT
+        eigen = torch.linalg.eigh((inner + inner.mT) / 2)
+        values[name] = eigen.eigenvalues[:, 0].to(v)
+        vectors[name] = torch.einsum("ukd,uk->ud", known, eigen.eigenvectors[:, :, 0]).to(v)
     return values, vectors
 
 

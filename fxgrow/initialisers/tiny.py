@@ -1,22 +1,20 @@
-"""TINY as published: S^(-1/2) N = U Lambda W^T, alpha_k = sqrt(lambda_k) S^(-1/2) u_k, omega_k = sqrt(lambda_k) w_k.
+"""TINY as published: alpha_k = sqrt(lambda_k) S^(-1/2) u_k, omega_k = sqrt(lambda_k) w_k for S^(-1/2) N = U Lambda W^T.
 
-N = E[b V^T] after the projection with dW* = E[V h^T] M^+. Verbockhaven, Rudkiewicz, Chevallier, Charpiat: "Growing Tiny
-Networks: Spotting Expressivity Bottlenecks and Fixing Them Optimally", TMLR 2024, arXiv 2405.19816.
+Verbockhaven, Rudkiewicz, Chevallier, Charpiat: "Growing Tiny Networks: Spotting Expressivity Bottlenecks and Fixing
+Them Optimally", TMLR 2024, arXiv 2405.19816, section 3. N = E[b V^T] after the projection with dW* = E[V h^T] M^+.
+Incoming weights alpha `[k, P]`, outgoing weights omega `[k, taps, O]`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from fxgrow.initialisers.registry import Proposal, initialiser, split_rows
-from fxgrow.statistics.consumer_moments import ConsumerMoments
+from fxgrow.initialisers.registry import Consumers, Proposal, initialiser, split_rows
 from fxgrow.statistics.factorisation import factor
 from fxgrow.statistics.top_singular import top_units
 from fxgrow.statistics.width_moments import WidthMoments
 
 
 @initialiser("tiny", symmetric=True)
-def tiny(width: WidthMoments, consumers: Mapping[str, ConsumerMoments], k: int) -> Proposal:
+def tiny(width: WidthMoments, consumers: Consumers, k: int) -> Proposal:
     """Incoming and outgoing weights of at most k units."""
     names = list(width.blocks)
     s = factor(width.upper, ridge=width.ridge)

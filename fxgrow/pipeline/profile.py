@@ -134,6 +134,10 @@ def profiled(
     """The stages of `profile`; moments of parts take the place of the first reading, and data may be None then."""
     process_group = data.process_group
     initialiser.check_profile(process_group.size, keep_moments)
+    if keep_moments and process_group.size > 1:
+        raise ProfileError(
+            "keep_moments=True keeps the moments of one process: leave out process_group= and merge them later."
+        )
     if not (isinstance(gm, fx.GraphModule) and "example_inputs" in gm.meta):
         first = data.first()
         check_device(first, gm)

@@ -12,12 +12,24 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 import fxgrow
-from fxgrow.initialisers.registry import _TABLE
+from fxgrow.initialisers.registry import _TABLE, method_names
 from fxgrow.statistics.consumer_moments import ConsumerMoments
 from fxgrow.statistics.width_moments import WidthMoments
 
-#: those that leave the function as it is
-KEEPING = ["gradmax", "net2wider", "north", "random", "variance-transfer"]
+#: every method: whether its new units leave the function as it is ("stays"), or gamma moves it ("moves")
+METHODS = {
+    "default": "moves",
+    "firefly": "moves",
+    "gradmax": "stays",
+    "net2wider": "stays",
+    "north": "stays",
+    "random": "stays",
+    "random-refit": "moves",
+    "splitting": "moves",
+    "tiny": "moves",
+    "variance-transfer": "stays",
+}
+KEEPING = [name for name, function in METHODS.items() if function == "stays"]
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +73,20 @@ def batches(*shape: int) -> list[tuple[Tensor, Tensor]]:
 
 
 IMAGES = batches(2, 6, 6)
+
+
+def test_the_table_has_every_method() -> None:
+    assert sorted(METHODS) == method_names()
+
+
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in KEEPING])
+def test_gamma_moves_the_function(method: str) -> None:
+    profile = fxgrow.profile(mlp(), VECTORS, method=method, units={"0": 2}, progress=False)
+    plan = fxgrow.plan(profile, neurons={"0": 2})
+    x = VECTORS[0][0]
+    at = {gamma: fxgrow.apply(profile.graph, plan.scaled(gamma))(x) for gamma in (0.0, 1.0)}
+    torch.testing.assert_close(at[0.0], mlp()(x))
+    assert plan.moves and not torch.allclose(at[1.0], at[0.0])
 
 
 @pytest.mark.parametrize("method", KEEPING)
