@@ -29,7 +29,7 @@ class Split(NamedTuple):
 
 @torch.no_grad()
 def accuracy(model: nn.Module, data: Split) -> float:
-    """Of the test data, in per cent; in eval mode."""
+    """Returns the accuracy on the test data in per cent, in eval mode."""
     model.eval()
     hits = (model(data.x_test).argmax(1) == data.y_test).float().mean()
     model.train()
@@ -49,12 +49,12 @@ def digits() -> Split:
 
 
 def fashion_mnist(train: int | None = None, test: int | None = None) -> Split:
-    """60,000 and 10,000 clothes [n, 1, 28, 28] float32 in [0, 1], or the first ``train`` and ``test``."""
+    """60,000 and 10,000 images of clothes [n, 1, 28, 28] float32 in [0, 1], or the first ``train`` and ``test``."""
     return _images("fashion_mnist.npz", train, test)
 
 
 def cifar10(train: int | None = None, test: int | None = None) -> Split:
-    """20,000 and 10,000 photographs [n, 3, 32, 32] float32, or the first ``train`` and ``test``.
+    """20,000 and 10,000 colour images [n, 3, 32, 32] float32, or the first ``train`` and ``test``.
 
     Normalised with ImageNet's mean and deviation, as the network of ``resnet20_weights`` was trained.
     """
@@ -72,7 +72,7 @@ def shakespeare() -> tuple[Tensor, Tensor, str]:
 
 
 def text() -> tuple[Tensor, Tensor, str]:
-    """What `shakespeare` returns, of Python's own manual (its `help()` topics, plain letters) without $FXGROW_DATA."""
+    """Returns `shakespeare()`, or without $FXGROW_DATA the same of Python's manual (its `help()` topics in ASCII)."""
     if os.environ.get(VARIABLE):
         return shakespeare()
     from pydoc_data.topics import topics
@@ -86,7 +86,11 @@ def resnet20_weights() -> dict[str, Tensor]:
 
 
 def path(name: str) -> Path:
-    """Return the file ``name`` in the folder that $FXGROW_DATA names, or say what is missing."""
+    """Returns the file ``name`` in the folder $FXGROW_DATA.
+
+    Raises:
+        FileNotFoundError: the variable is not set, or the file is missing.
+    """
     folder = os.environ.get(VARIABLE)
     if not folder:
         raise FileNotFoundError(

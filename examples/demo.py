@@ -72,12 +72,12 @@ WIDTH = 0.25  # 4 and 8 channels: 1,382 parameters
 BUDGET = "+50%"  # of the parameters, at each growth
 STAGES, EPOCHS = 3, 6  # train, grow, train, grow, train
 BATCH, RATE = 64, 0.01
-SEED = 3  # of one run; all ten of the benchmark are in benchmarks/RESULTS.md
+SEED = 3  # of the run that is shown; ten seeds are in benchmarks/RESULTS.md
 
 
 @dataclass
 class Outcome:
-    """Test accuracy and loss of one network over its life, and what growing it took."""
+    """Test accuracy and loss of one network after each stage, and the time spent growing."""
 
     accuracy: list[float] = field(default_factory=list)  # after each stage of training, in percent
     loss: list[float] = field(default_factory=list)
@@ -88,9 +88,9 @@ class Outcome:
 
 
 def run(seed: int, method: str | None = "default", show: bool = False) -> Outcome:
-    """Train for `STAGES * EPOCHS` epochs, growing between the stages; `method=None` never grows.
+    """Trains for `STAGES * EPOCHS` epochs and grows between the stages; `method=None` never grows.
 
-    The first weights and the order of the batches depend on the seed alone.
+    The first weights and the order of the batches depend only on the seed.
     """
     data = digits()
     torch.manual_seed(seed)
@@ -130,7 +130,7 @@ def train(net: nn.Module, loader: DataLoader[tuple[Tensor, ...]], optimizer: tor
 
 @torch.no_grad()
 def evaluate(net: nn.Module, data: Split) -> tuple[float, float]:
-    """Accuracy in percent and cross-entropy on the test images."""
+    """Returns accuracy in percent and cross-entropy on the test images."""
     logits = copy.deepcopy(net).eval()(data.x_test)
     hits = (logits.argmax(1) == data.y_test).float().mean()
     return 100 * float(hits), float(F.cross_entropy(logits, data.y_test))
@@ -153,5 +153,5 @@ def main(seed: int, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)  # images this small gain nothing from more
+    torch.set_num_threads(1)  # more threads do not help with such small images
     main(int(sys.argv[1]) if len(sys.argv) > 1 else SEED, Path("out"))

@@ -1,6 +1,6 @@
-"""Growth under torchrun: each process trains on its part of the data, all grow alike, and a run that dies goes on.
+"""Growth under torchrun: every process trains on its part of the data, all grow alike, a run continues after a crash.
 
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # else a restart may meet the addresses of those that died: pytorch#135712
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1  # otherwise restarted processes may read old addresses: pytorch#135712
 torchrun --standalone --nproc-per-node 2 --max-restarts 1 -m examples.grow_ddp run.safetensors
 """
 
@@ -22,14 +22,14 @@ from examples.data import digits
 
 
 def build() -> nn.Module:
-    """A network that is too small for the digits."""
+    """Returns a network that is too small for the digits."""
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 6), nn.GELU(), nn.Linear(6, 6), nn.GELU(), nn.Linear(6, 10))
 
 
 def train(
     checkpoint: Path, epochs: int = 8, loss_fn: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy
 ) -> tuple[nn.Module, float]:
-    """Trains from the checkpoint, if there is one; returns the model and its test loss."""
+    """Trains, from the checkpoint if there is one; returns the model and its test loss."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     data = digits()

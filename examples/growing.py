@@ -1,4 +1,4 @@
-"""What grow_gpt.py and grow_vit.py share: a net that grows while it trains, beside the same net never grown."""
+"""Shared by grow_gpt.py and grow_vit.py: a net that grows while it trains, and the same net without growth."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import fxgrow
 
 
 class Task(NamedTuple):
-    """A net and its data: batches to train on, as many as asked for, and held-out ones."""
+    """A net and its data: a function that draws training batches, and held-out batches."""
 
     build: Callable[[], nn.Module]
     batch: Callable[[torch.Generator], tuple[Tensor, Tensor]]
@@ -23,28 +23,28 @@ class Task(NamedTuple):
 
 
 class Pace(NamedTuple):
-    """How long to train, when to grow and by how much."""
+    """How long to train, when to grow, and by how much."""
 
     steps: int
-    every: int  # between two growths, and twice as often a line of the table
+    every: int  # steps between two growths; the table has two lines for each of them
     growths: int
-    units: Mapping[str, int]  # that a growth adds, per width
-    batches: int  # that a growth reads
+    units: Mapping[str, int]  # per width, added by a growth
+    batches: int  # read by a growth
     rate: float
 
 
 @dataclass
 class Run:
-    """What became of one net."""
+    """The record of one training run."""
 
     net: nn.Module = field(default_factory=nn.Identity)
     lines: list[tuple[int, int, float, str]] = field(default_factory=list)  # step, parameters, held-out loss, grew
-    seconds: float = 0.0  # of the CPU, training and growing, without the evaluations
+    seconds: float = 0.0  # CPU time of training and growing, without evaluation
     growing: float = 0.0
 
 
 def train(task: Task, pace: Pace, grow: bool, seed: int = 0, show: bool = True) -> Run:
-    """The same first weights and the same batches, whether the net grows or not."""
+    """Trains with the same first weights and the same batches, whether the net grows or not."""
     torch.manual_seed(seed)
     net = task.build()
     order = torch.Generator().manual_seed(seed)
@@ -87,7 +87,7 @@ def held_out(net: nn.Module, task: Task) -> float:
 
 
 def compare(task: Task, pace: Pace, show: bool = True) -> tuple[Run, Run]:
-    """Trains both and says what growth took and brought."""
+    """Trains both and prints the cost and the gain of growth."""
     if show:
         print("  step  parameters  held-out  grew")
     grown = train(task, pace, grow=True, show=show)

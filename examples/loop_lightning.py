@@ -36,7 +36,7 @@ import logging
 import warnings
 from pathlib import Path
 
-# before Lightning, which imports torchvision: beside a CPU build of torch that needs a remedy
+# imported before Lightning: makes torchvision importable with a CPU build of torch
 from fxgrow.integrations.lightning import GrowthCallback
 
 # isort: split
@@ -81,7 +81,7 @@ def run(checkpoint: Path | None = None, stop: int | None = None, resume: Path | 
     """Trains for `EPOCHS` epochs, or until `stop`; returns the module."""
     data = digits()
     train, test = TensorDataset(data.x_train, data.y_train), TensorDataset(data.x_test, data.y_test)
-    # Lightning saves no random states: this order follows from the epoch
+    # Lightning saves no random states: this sampler takes its order from the epoch
     order = DistributedSampler(train, num_replicas=1, rank=0, shuffle=True, seed=0)
     pl.seed_everything(0, verbose=False)
     growth = GrowthCallback(fxgrow.Every(epochs=EVERY).until(growths=3), budget="+30%")

@@ -1,4 +1,4 @@
-"""Growth in a loop of one's own: fxgrow.Grower and its checkpoints. Handwritten digits, a small residual network.
+"""Growth in a custom training loop: fxgrow.Grower and its checkpoints. Handwritten digits, a small residual network.
 
 python -m examples.loop_plain
 python -m examples.loop_plain --checkpoint out/run.safetensors --stop-after 2

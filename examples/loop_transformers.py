@@ -5,7 +5,7 @@ python -m examples.loop_transformers --checkpoint out/hf --stop-after 150
 python -m examples.loop_transformers --resume out/hf
 
 Shakespeare where $FXGROW_DATA is set, else Python's manual. Prints the held-out loss every 120 steps and the history of
-the growths, three of 8 units in each perceptron.
+the growths, three of 8 units in each MLP.
 
 step 120: 2.7843 nats per character on held-out text
 step 240: 2.4812 nats per character on held-out text
@@ -29,7 +29,7 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-# before the models of transformers, which import torchvision: beside a CPU build of torch that needs a remedy
+# imported before the models of transformers: makes torchvision importable with a CPU build of torch
 from fxgrow.integrations.transformers import GrowthCallback, resized
 
 # isort: split
@@ -82,7 +82,7 @@ def run(checkpoint: Path | None = None, stop: int | None = None, resume: Path | 
     model = GPT2LMHeadModel(config)
     if last is not None:
         model = resized(model, last)
-    # the hidden layers of the perceptrons, eight units each, at every growth
+    # every growth adds eight units to the hidden layer of each MLP
     wider = {f"transformer.h.{i}.mlp.c_fc": 8 for i in range(config.n_layer)}
     growth = GrowthCallback(fxgrow.Every(steps=EVERY).until(growths=3), neurons=wider, samples=SAMPLES)
     with tempfile.TemporaryDirectory() as nowhere:

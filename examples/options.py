@@ -1,4 +1,4 @@
-"""What the scripts in examples/loop_*.py take on the command line."""
+"""Command line arguments of examples/loop_*.py."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from typing import NamedTuple
 
 
 class Options(NamedTuple):
-    """Where a run begins and ends."""
+    """Where a run starts and stops."""
 
-    checkpoint: Path | None  # to write when it stops
-    stop: int | None  # after so many epochs or steps; None: at the end
-    resume: Path | None  # what `checkpoint` was
+    checkpoint: Path | None  # written when the run stops
+    stop: int | None  # after so many epochs or steps; None: trains to the end
+    resume: Path | None  # a checkpoint of an earlier run
 
 
 def options(what: str) -> Options:
-    """`--checkpoint out/run --stop-after 5`, then `--resume out/run`: the same weights as in one go."""
+    """Parses `--checkpoint out/run --stop-after 5`, then `--resume out/run`: the same weights as without a stop."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--checkpoint", type=Path, help="write one when the run stops")
     parser.add_argument("--stop-after", type=int, metavar="N", help=f"stop after N {what}")

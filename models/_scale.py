@@ -4,5 +4,5 @@ from __future__ import annotations
 
 
 def scaled(size: int, width: float) -> int:
-    """Return ``size`` times ``width``, rounded, and at least 1."""
+    """Returns ``size`` times ``width``, rounded, and at least 1."""
     return max(1, round(size * width))

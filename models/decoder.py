@@ -10,7 +10,7 @@ from ._scale import scaled
 
 
 class Attention(nn.Module):
-    """Causal self-attention with rotary positions; the code fixes the number of heads, or else their size."""
+    """Causal self-attention with rotary positions; the code contains the number of heads, or their size."""
 
     def __init__(self, size: int, heads: int, head_size: int, fixed_heads: bool) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class Decoder(nn.Module):
         depth: number of blocks.
         heads: attention heads in each block, of ``head_size``.
         head_size: even.
-        fixed_heads: whether the code holds the number of heads or their size; the other follows the layers.
+        fixed_heads: whether the code contains the number of heads or their size; the other follows from the layers.
         width: factor on the stream (64) and the perceptrons (128).
     """
 
@@ -95,7 +95,7 @@ class Decoder(nn.Module):
         self.register_buffer("sin", angles.sin(), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map token numbers [n, t] (int64, t up to ``context``) to logits [n, t, vocabulary]."""
+        """Maps token numbers [n, t] (int64, t up to ``context``) to logits [n, t, vocabulary]."""
         t = tokens.shape[1]
         x = self.tokens(tokens)
         for block in self.blocks:

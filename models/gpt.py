@@ -79,7 +79,7 @@ class GPT(nn.Module):
             self.head.weight = self.tokens.weight
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Map token numbers [n, t] (int64, t up to ``context``) to logits [n, t, vocabulary]."""
+        """Maps token numbers [n, t] (int64, t up to ``context``) to logits [n, t, vocabulary]."""
         t = tokens.shape[1]
         if t > self.context:
             raise ValueError(f"a sequence of {t} tokens is longer than the context, {self.context}")

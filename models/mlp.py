@@ -27,7 +27,7 @@ class MLP(nn.Module):
         self.activation = activation()
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map [n, ...] to [n, sizes[-1]]."""
+        """Maps [n, ...] to [n, sizes[-1]]."""
         x = x.flatten(1)
         for layer in self.layers[:-1]:
             x = self.activation(layer(x))

@@ -93,7 +93,7 @@ class ResNet(nn.Module):
         self.linear = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images [n, in_channels, h, w] to logits [n, classes]."""
+        """Maps images [n, in_channels, h, w] to logits [n, classes]."""
         x = F.relu(self.bn1(self.conv1(x)))
         for stage in range(1, self.stages + 1):
             x = getattr(self, f"layer{stage}")(x)

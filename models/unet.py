@@ -43,7 +43,7 @@ class UNet(nn.Module):
         self.head = nn.Conv2d(fine, classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images [n, in_channels, h, w], h and w multiples of 4, to logits [n, classes, h, w]."""
+        """Maps images [n, in_channels, h, w], h and w multiples of 4, to logits [n, classes, h, w]."""
         fine = self.down1(x)
         middle = self.down2(self.pool(fine))
         x = self.bottom(self.pool(middle))

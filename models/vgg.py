@@ -36,7 +36,7 @@ class VGG(nn.Module):
         self.classifier = nn.Linear(channels, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images [n, in_channels, 32, 32] to logits [n, classes]."""
+        """Maps images [n, in_channels, 32, 32] to logits [n, classes]."""
         return self.classifier(self.features(x).flatten(1))
 
 

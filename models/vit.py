@@ -10,7 +10,7 @@ from ._scale import scaled
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention by matmul and softmax; the head size is written once, as a number."""
+    """Multi-head self-attention by matmul and softmax; the code contains the head size as a number."""
 
     def __init__(self, size: int, heads: int, head_size: int) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class ViT(nn.Module):
         self.head = nn.Linear(size, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map images [n, in_channels, image_size, image_size] to logits [n, classes]."""
+        """Maps images [n, in_channels, image_size, image_size] to logits [n, classes]."""
         x = self.patches(x).flatten(2).transpose(1, 2)
         x = torch.cat([self.class_token.expand(x.shape[0], -1, -1), x], dim=1) + self.positions
         return self.head(self.norm(self.blocks(x))[:, 0])
