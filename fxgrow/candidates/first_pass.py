@@ -5,6 +5,7 @@ Widths whose matrices have no room beside each other take turns, with a reading 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -24,10 +25,16 @@ from fxgrow.errors import ProfileError
 from fxgrow.graph.graph import lookup
 from fxgrow.initialisers.registry import Initialiser, Proposal
 from fxgrow.statistics.all_reduce import sum_blocks
-from fxgrow.statistics.collect import CACHE, CACHE_BYTES, Statistics
+from fxgrow.statistics.collect import ISOLATED_CACHE_BYTES, WIDTH_CACHE_BYTES, Statistics
 from fxgrow.statistics.factorisation import bottleneck
 from fxgrow.statistics.forward_backward import BatchRecord, PassRequest, forward_backward
-from fxgrow.statistics.mergeable import InputCrossMoment, Moments, kept, merged, subtract
+from fxgrow.statistics.mergeable import (
+    InputCrossMoment,
+    Moments,
+    merge_into,
+    mergeable_tensors,
+    subtract_by_cross_moment,
+)
 
 
 @dataclass
@@ -97,26 +104,28 @@ class Reader:
         """The same from moments of several parts of the data."""
         out = Measured(samples=sum(part.samples for part in parts), loss=sum(part.loss for part in parts))
         stats = self._statistics(hiddens)
-        crosses = merged(parts, stats, next(self.analysed.gm.parameters()).device)
+        crosses = merge_into(stats, parts, next(self.analysed.gm.parameters()).device)
         updates, psi = project(stats)
         if self.method.needs.project:
-            subtract(stats, crosses, updates)
+            subtract_by_cross_moment(stats, crosses, updates)
         self._propose(stats, hiddens, additions, updates, psi, out)
         return out
 
     def _statistics(self, hiddens: Sequence[GrowableWidth]) -> Statistics:
         needs = self.method.needs
+        # an eighth of the memory is for caches
+        limit = sys.maxsize if self.limit is None else self.limit // 8
         return Statistics(
             self.analysed,
             hiddens,
             exact=self.exact,
-            link=needs.moments,
+            width_moments=needs.moments,
             # with C all of N is formed at once
             project=needs.project and not self.keep,
             output_side=needs.output_side or needs.refit,
-            cache=CACHE if self.limit is None else min(CACHE, self.limit // 8 // len(hiddens)),
+            width_cache_bytes=min(WIDTH_CACHE_BYTES, limit // max(1, len(hiddens))),
+            isolated_cache_bytes=min(ISOLATED_CACHE_BYTES, limit),
             rows=needs.rows,
-            room=CACHE_BYTES if self.limit is None else min(CACHE_BYTES, self.limit // 8),
         )
 
     def _measure(
@@ -126,14 +135,14 @@ class Reader:
         if tried:
             linked = [h for h in hiddens if h.name in stats.widths]
             out.ways, out.stats = apart(self.analysed, linked, stats.consumers), stats
-            stats.remember(way.hidden for way in out.ways.values())
+            stats.cache_for_isolated(way.hidden for way in out.ways.values())
         out.loss = self.collect(stats, out.held)
         process_group = self.data.process_group
         stats.finish(self.generator, process_group)
         out.samples, (out.loss,) = int(stats.total), process_group.sum_numbers(out.loss)
         updates, psi = project(stats)
         if self.keep:
-            out.kept |= kept(stats)
+            out.kept |= mergeable_tensors(stats)
         if needs.project and stats.widths:
             self._subtract(stats, updates, out)
         sum_blocks(stats.widths.values(), process_group)
@@ -184,14 +193,14 @@ class Reader:
             for batch in self.data:
                 apart = self.method.needs.refit and self.data.held(batch)
                 # the first batch is none of these, and with it the room is known
-                if not apart or stats.remembers:
+                if not apart or stats.caches_isolated:
                     yield batch
 
         def read(seen: BatchRecord, node: fx.Node, v: Tensor) -> None:
             if apart:
                 returned[node] = v
             else:
-                stats.read(seen, node, v, batches=self.data.expected(seen.size))
+                stats.add_output_gradient(seen, node, v, batches=self.data.expected(seen.size))
 
         def done(batch: Batch, seen: BatchRecord) -> None:
             nonlocal total
@@ -199,14 +208,14 @@ class Reader:
                 total += seen.loss * seen.size
                 stats.end_batch(seen)
             elif held is not None:
-                held.memory.expected = max(1, self.data.expected(seen.size) // HOLD_OUT_EVERY)
-                held.add(seen, stats.held, stats.whole[1], returned)
+                held.cache.expected = max(1, self.data.expected(seen.size) // HOLD_OUT_EVERY)
+                held.add(seen, stats.held_out_inputs, stats.isolated_targets, returned)
                 returned.clear()
 
         gm, shown = self.analysed.gm, bar(batches(), "profiling", self.data.batches, self.show)
         weights = {n: lookup(gm, n) for n in stats.weights}
         needed = lambda: not (apart or stats.complete)  # noqa: E731
-        forward_backward(gm, shown, self.loss_fn, PassRequest(stats.sources, done, stats.reads, read, weights, needed))
+        forward_backward(gm, shown, self.loss_fn, PassRequest(stats.sources, done, stats.uses, read, weights, needed))
         (single,) = self.data.process_group.sum_numbers(self.data.batches == 1)
         if single not in (0, self.data.process_group.size):
             size = self.data.process_group.size
@@ -223,10 +232,10 @@ class Reader:
         elif crossed is None:
             stats.subtract_expressible(updates)
         else:
-            crossed.from_memory()
+            crossed.add_cached()
         if crossed is not None:
             out.kept |= crossed.tensors()
-            subtract(stats, crossed.blocks(), updates)
+            subtract_by_cross_moment(stats, crossed.blocks(), updates)
 
     def _read_again(self, stats: Statistics, updates: Mapping[str, Tensor], crossed: InputCrossMoment | None) -> None:
         def done(batch: Batch, seen: BatchRecord) -> None:

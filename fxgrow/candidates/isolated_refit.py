@@ -39,7 +39,7 @@ Visit = Callable[[int, Values, Values], None]
 class HeldOutCache:
     """Held-back batches that the first reading has remembered: inputs, V and the sum of the losses."""
 
-    memory: ActivationCache = field(default_factory=ActivationCache)
+    cache: ActivationCache = field(default_factory=ActivationCache)
     samples: int = 0
     loss: float = 0.0
 
@@ -48,9 +48,9 @@ class HeldOutCache:
         self.samples += seen.size
         self.loss += seen.loss * seen.size
         for node in sources:
-            self.memory.add_input(node, seen.inputs[node], seen.size)
+            self.cache.add_input(node, seen.inputs[node], seen.size)
         for node in targets:
-            self.memory.add_update(node, updates[node], seen.size)
+            self.cache.add_output_gradient(node, updates[node], seen.size)
 
 
 @dataclass
@@ -115,8 +115,7 @@ class IsolatedRefit:
                         _add(vz, name, c.outer(c.output_gradient(updates[p.node]), c.layer_input(z[p.source])))
 
         if self.held.samples:
-            memory = self.stats.memory
-            for span, inputs, updates in memory.groups(None, self.sources, self.targets):
+            for span, inputs, updates in self.stats.cache.groups(None, self.sources, self.targets):
                 visit(len(inputs[self.sources[0]]), inputs, updates, span)
         else:
             self._read(gm, self.data.fitting(), self.sources, visit)
@@ -148,25 +147,25 @@ class IsolatedRefit:
         held = torch.zeros_like(vh), torch.zeros_like(vz)
         r = OutgoingWeightFit(c.weight, c.bias, c.uses[0], outputs, new, c.m, hz, zz, c.curvature(), (vh, vz), held)
         if self.held.samples:  # the same E[V h^T], so the same dW*
-            r.root, r.move = c.root, c.move
+            r.root, r.move = c.input_factor, c.delta_w
         return r
 
     @torch.no_grad()
     def _second_moments(self, c: ConsumerMoments, width: str) -> tuple[Tensor, Tensor]:
         """E[h z^T] and E[z z^T], from the rows that E[h h^T] is from."""
-        memory = self.stats.memory
+        cache = self.stats.cache
         total: list[Tensor] = []
-        for drawn in c.drawn:
-            (h,) = memory.read([drawn.use.source], drawn.span, drawn.keep)
+        for drawn in c.sampled:
+            (h,) = cache.read([drawn.use.source], drawn.span, drawn.keep)
             known = self.known.get((width, drawn.span))
             if known is None:
                 way = self.ways[width]
-                sources = memory.read(way.sources, drawn.span, drawn.keep)
+                sources = cache.read(way.sources, drawn.span, drawn.keep)
                 known = way.put_out(self.proposals[width], dict(zip(way.sources, sources, strict=True)))
             z = known[drawn.use.source]
             for part in drawn.parts:
-                right = accumulating(c.inputs(c.layer_input(z), part))
-                left = accumulating(c.inputs(c.layer_input(h), part))
+                right = accumulating(c.input_rows(c.layer_input(z), part))
+                left = accumulating(c.input_rows(c.layer_input(h), part))
                 moments = [matrix_product(left.mT, right), matrix_product(right.mT, right)]
                 if c.bias is not None:
                     moments[0] = torch.cat([moments[0], right.sum(0, keepdim=True)])
@@ -201,7 +200,7 @@ class IsolatedRefit:
 
         held = self.held
         if held.samples:
-            for _, inputs, updates in held.memory.groups(None, self.inputs, self.targets):
+            for _, inputs, updates in held.cache.groups(None, self.inputs, self.targets):
                 visit(len(inputs[self.sources[0]]), inputs, updates)
         else:
             held = self._read(gm, self.data.held_back(), self.inputs, visit)

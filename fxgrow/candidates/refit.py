@@ -21,7 +21,7 @@ from fxgrow.data.loss import LossFn
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
 from fxgrow.graph.graph import lookup
 from fxgrow.statistics.all_reduce import sum_consumers
-from fxgrow.statistics.consumer_moments import ConsumerMoments, consumers_of, reads_of
+from fxgrow.statistics.consumer_moments import ConsumerMoments, consumers_of, uses_by_node
 from fxgrow.statistics.forward_backward import BatchRecord, PassRequest, forward_backward
 
 #: second moments of inputs are estimated from about so many samples
@@ -105,7 +105,7 @@ def run_refit(
     consumers = _consumers(found, atoms)
     if not consumers:
         return Refit()
-    reads = reads_of(consumers)
+    reads = uses_by_node(consumers)
     weights = {
         n: lookup(graph, n) for c in consumers.values() for n in ([c.weight] if c.bias is None else [c.weight, c.bias])
     }
@@ -200,7 +200,7 @@ def _readout(c: ConsumerMoments, found: Candidates, old: Tensor, z: Tensor) -> O
     rows = torch.ones(len(c.vh) * groups, dtype=torch.bool)
     for (_, dim), positions in found.places[c.weight].items():
         if dim == c.uses[0].out_dim:
-            rows[(positions[:, None] * c.fan + torch.arange(c.fan)).flatten()] = False
+            rows[(positions[:, None] * c.kernel_taps + torch.arange(c.kernel_taps)).flatten()] = False
     rows = rows if groups == 1 else rows.unflatten(0, (groups, -1))[c.group]
     outputs = rows.nonzero().flatten().to(c.vh.device)
     g = c.curvature()[outputs][:, outputs]

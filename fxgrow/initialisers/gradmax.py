@@ -25,6 +25,6 @@ def gradmax(width: WidthMoments, consumers: Consumers, k: int) -> Proposal:
     asked = torch.cat([block.flatten(1) for block in width.blocks.values()], 1)
     u, values, _ = torch.linalg.svd(asked, full_matrices=False)
     alpha = u[:, values > DROP * values[:1]][:, :k]
-    mean_square = (alpha * (width.second_moment @ alpha)).sum(0) / width.readings
+    mean_square = (alpha * (width.second_moment @ alpha)).sum(0) / width.positions_per_sample
     alpha = alpha / mean_square.clamp_min(torch.finfo(alpha.dtype).tiny).sqrt()
     return Proposal(split_rows(alpha, width), {}, values)

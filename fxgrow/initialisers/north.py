@@ -39,7 +39,7 @@ def north(width: WidthMoments, consumers: Consumers, k: int) -> Proposal:
             alpha[:, i] = drawn[:, i]
         else:
             known = torch.cat([known, alpha[:, i : i + 1]], 1)
-    alpha /= (torch.stack([_square(s, a) for a in alpha.mT]) / width.readings).clamp_min(1e-30).sqrt()
+    alpha /= (torch.stack([_square(s, a) for a in alpha.mT]) / width.positions_per_sample).clamp_min(1e-30).sqrt()
     return Proposal(split_rows(alpha.to(width.second_moment), width))
 
 

@@ -1,7 +1,7 @@
-"""The sums that a profile is made from, kept so that those of other parts of the data can be added.
+"""Moments of a profile that can be added to those of other parts of the data.
 
-Beside N = E[b V^T] they hold C = E[b h^T]. What the existing weights can express, dW*, is known only when all parts
-are; N less E[b (dW* h)^T] is then N - C dW*^T, without another look at the data.
+They hold N = E[b V^T] and C = E[b h^T]. The update dW* that the existing weights need is known only for all parts
+together; N less E[b (dW* h)^T] is then N - C dW*^T, without another pass over the data.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from fxgrow.storage.safetensors_file import read, require_kind, write
 
 @dataclass(frozen=True)
 class Moments:
-    """What `fxgrow.profile(..., keep_moments=True)` has added up over its data; see `fxgrow.Profile.merge`.
+    """Moments that `fxgrow.profile(..., keep_moments=True)` has formed from its data; see `fxgrow.Profile.merge`.
 
     Attributes:
-        samples: that were read (fitted on).
+        samples: number of samples (of the batches that are not held out).
         loss: the sum of their losses.
         method: the initialiser.
         positions: `sampled` or `all`.
@@ -88,24 +88,24 @@ class Moments:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Changes with any bit of the parameters and buffers."""
+    """A checksum of all bits of the parameters and buffers."""
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     sums = [[name, str(t.dtype), list(t.shape), checksum(t)] for name, t in tensors.items()]
     return hashlib.sha256(json.dumps(sums).encode()).hexdigest()
 
 
-def kept(stats: Statistics) -> dict[str, Tensor]:
-    """Means and counts of finished statistics, by name; C is added by `crossed`."""
+def mergeable_tensors(stats: Statistics) -> dict[str, Tensor]:
+    """Means and counts of finished statistics by name, without C (`InputCrossMoment`)."""
     out: dict[str, Tensor] = {}
     for name, c in stats.consumers.items():
-        found = {"vh": c.vh, "m": c.m, "g": c.g}
-        out |= {f"reads/{name}/{key}": t for key, t in found.items() if t is not None}
-        out[f"reads/{name}/counts"] = _numbers(float(c.vv), c.samples, c.given, c.rows)
+        moments = {"vh": c.vh, "m": c.m, "g": c.g}
+        out |= {f"reads/{name}/{key}": t for key, t in moments.items() if t is not None}
+        out[f"reads/{name}/counts"] = _numbers(float(c.vv), c.samples, c.position_count, c.rows)
     for name, w in stats.widths.items():
         out |= {f"width/{name}/N/{weight}": block for weight, block in w.blocks.items()}
         out |= {} if w.s is None else {f"width/{name}/S": w.second_moment}
-        out |= {f"width/{name}/rows": torch.cat(w.few)} if w.few else {}
-        out[f"width/{name}/counts"] = _numbers(w.rows, w.readings)
+        out |= {f"width/{name}/rows": torch.cat(w.sampled)} if w.sampled else {}
+        out[f"width/{name}/counts"] = _numbers(w.rows, w.positions_per_sample)
     return {name: t.detach().cpu().clone() for name, t in out.items()}
 
 
@@ -113,8 +113,8 @@ def _numbers(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def merged(parts: Sequence[Moments], stats: Statistics, device: torch.device) -> dict[str, Tensor]:
-    """Fills empty statistics with the means over all parts; returns C by width and weight.
+def merge_into(stats: Statistics, parts: Sequence[Moments], device: torch.device) -> dict[str, Tensor]:
+    """Fills empty statistics with the means over all parts, and returns C by width and weight.
 
     Raises:
         ProfileError: the parts are not of this model.
@@ -123,15 +123,15 @@ def merged(parts: Sequence[Moments], stats: Statistics, device: torch.device) ->
     shares = [part.samples / total for part in parts]
 
     def mean(name: str) -> Tensor | None:
-        found = [part.tensors.get(name) for part in parts]
-        if any(t is None for t in found):
-            if all(t is None for t in found):
-                return None
+        tensors = [part.tensors[name] for part in parts if name in part.tensors]
+        if not tensors:
+            return None
+        if len(tensors) < len(parts):
             raise ProfileError(f"One part has {name!r} and another has not: profile all of them alike.")
-        own = [t for t in found if t is not None]
-        if len({(t.shape, t.dtype) for t in own}) > 1:
+        if len({(t.shape, t.dtype) for t in tensors}) > 1:
             raise ProfileError(f"The parts have {name!r} in different shapes: profile all of them alike.")
-        return sum((t * share for t, share in zip(own, shares, strict=True)), torch.zeros_like(own[0])).to(device)
+        products = (t * share for t, share in zip(tensors, shares, strict=True))
+        return sum(products, torch.zeros_like(tensors[0])).to(device)
 
     def counts(name: str) -> list[Tensor]:
         try:
@@ -144,67 +144,67 @@ def merged(parts: Sequence[Moments], stats: Statistics, device: torch.device) ->
         c.vh = c.vh if vh is None else vh
         numbers = counts(f"reads/{name}/counts")
         c.vv = sum(float(n[0]) * share for n, share in zip(numbers, shares, strict=True))
-        c.samples, c.given, c.rows = (int(sum(float(n[i]) for n in numbers)) for i in (1, 2, 3))
+        c.samples, c.position_count, c.rows = (int(sum(float(n[i]) for n in numbers)) for i in (1, 2, 3))
     for name, w in stats.widths.items():
         w.s = mean(f"width/{name}/S")
         rows = [part.tensors.get(f"width/{name}/rows") for part in parts]
-        w.few = [(t * share**0.5).to(device) for t, share in zip(rows, shares, strict=True) if t is not None]
-        if w.few and len(w.few) < len(parts):
+        w.sampled = [(t * share**0.5).to(device) for t, share in zip(rows, shares, strict=True) if t is not None]
+        if w.sampled and len(w.sampled) < len(parts):
             raise ProfileError(f"The parts have the rows of width {name!r} in different ways: profile all alike.")
         numbers = counts(f"width/{name}/counts")
         w.rows, w.samples = int(sum(float(n[0]) for n in numbers)), 1
-        w.reads = sum(float(n[1]) * share for n, share in zip(numbers, shares, strict=True))
+        w.position_count = sum(float(n[1]) * share for n, share in zip(numbers, shares, strict=True))
         w.ridge = 0.0 if stats.exact else SAMPLED_RIDGE[w.rows < 10 * w.features]
-        for link in w.links:
-            block = mean(f"width/{name}/N/{link.reads.weight}")
+        for weight in {path.consumer.weight: None for path in w.paths}:
+            block = mean(f"width/{name}/N/{weight}")
             if block is not None:
-                w.blocks[link.reads.weight] = block
+                w.blocks[weight] = block
     stats.samples, stats.total = total, float(total)
-    read = {(name, k.reads.weight) for name, w in stats.widths.items() for k in w.links}
-    crosses = {f"{name}/{weight}": mean(f"width/{name}/C/{weight}") for name, weight in read}
+    pairs = {(name, path.consumer.weight) for name, w in stats.widths.items() for path in w.paths}
+    crosses = {f"{name}/{weight}": mean(f"width/{name}/C/{weight}") for name, weight in pairs}
     return {name: t for name, t in crosses.items() if t is not None}
 
 
 class InputCrossMoment:
-    """C = E[b h^T] of every width and weight, `[P, taps, H]`, gathered bit by bit."""
+    """C = E[b h^T] of every width and weight, `[P, taps, H]`, accumulated batch by batch."""
 
     def __init__(self, stats: Statistics) -> None:
         self.stats = stats
         self.widths = {name: replace(w, blocks={}) for name, w in stats.widths.items()}
 
-    def from_memory(self) -> None:
-        """From what the statistics remember of each batch."""
+    def add_cached(self) -> None:
+        """Adds the samples in the cache of the statistics."""
         stats = self.stats
         for name, w in stats.widths.items():
-            sources = [n for k in w.links for n in (k.writes.source, k.reads.source)]
-            for share, _, inputs, _ in stats._groups(w.keep, sources):
+            sources = [n for path in w.paths for n in (path.producer.source, path.consumer.source)]
+            for share, _, inputs, _ in stats.cached(w.keep, sources):
                 n = len(inputs[sources[0]])
                 self._add(self.widths[name], inputs, share / n)
 
     def add(self, inputs: Mapping[fx.Node, Tensor]) -> None:
-        """From all positions of one more batch."""
+        """Adds all positions of one more batch."""
         for w in self.widths.values():
             self._add(w, inputs, 1.0 / self.stats.samples)
 
     def _add(self, w: WidthMoments, inputs: Mapping[fx.Node, Tensor], scale: float) -> None:
-        for link in w.links:
-            c = self.stats.consumers[link.reads.weight]
-            x, h = inputs[link.writes.source], c.layer_input(inputs[link.reads.source])
+        for path in w.paths:
+            c = self.stats.consumers[path.consumer.weight]
+            x, h = inputs[path.producer.source], c.layer_input(inputs[path.consumer.source])
             for part, rows in _patches(c, h):
-                w.add(link, x[part], rows, scale)
+                w.add(path, x[part], rows, scale)
 
     def tensors(self) -> dict[str, Tensor]:
-        """By the names in `Moments`."""
-        found = ((f"width/{n}/C/{weight}", t) for n, w in self.widths.items() for weight, t in w.blocks.items())
-        return {name: t.cpu() for name, t in found}
+        """C by the names in `Moments`."""
+        named = ((f"width/{n}/C/{weight}", t) for n, w in self.widths.items() for weight, t in w.blocks.items())
+        return {name: t.cpu() for name, t in named}
 
     def blocks(self) -> dict[str, Tensor]:
-        """By width and weight."""
+        """C by width and weight."""
         return {f"{name}/{weight}": t for name, w in self.widths.items() for weight, t in w.blocks.items()}
 
 
 def _patches(c: ConsumerMoments, h: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """All that the weight multiplies, the 1 of its bias too, in the layout of its output; a few samples at a time."""
+    """Patches that the weight multiplies, with the 1 of its bias, in the layout of its output; by parts of samples."""
     eye = torch.eye(c.vh.shape[1]).to(c.vh)
     most = max(1, GATHERED // max(1, c.apply(eye, h[:1]).nbytes))
     for start in range(0, len(h), most):
@@ -213,8 +213,8 @@ def _patches(c: ConsumerMoments, h: Tensor) -> Iterator[tuple[slice, Tensor]]:
 
 
 @torch.no_grad()
-def subtract(stats: Statistics, crosses: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> None:
-    """N - C dW*^T, in the place of N."""
+def subtract_by_cross_moment(stats: Statistics, crosses: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> None:
+    """Replaces N by N - C dW*^T."""
     for name, w in stats.widths.items():
         for weight, block in w.blocks.items():
             w.blocks[weight] = block - crosses[f"{name}/{weight}"] @ updates[weight].mT.to(block)
@@ -224,18 +224,18 @@ def check_parts(parts: Iterable[Moments], model: nn.Module) -> None:
     """Refuses parts that cannot be added.
 
     Raises:
-        ProfileError: there is none, or they differ in what they are of.
+        ProfileError: there is none, or they are of different profiles or weights.
     """
     parts = list(parts)
     if not parts:
         raise ProfileError("There is nothing to merge: give at least one profile with moments.")
-    first, own = parts[0], fingerprint(model)
+    first, weights = parts[0], fingerprint(model)
     for i, part in enumerate(parts):
         for key in ("method", "positions", "widths"):
             mine, theirs = getattr(first, key), getattr(part, key)
             if mine != theirs:
                 raise ProfileError(f"Part 0 has {key} {_short(mine)}, part {i} {_short(theirs)}: profile all alike.")
-        if part.weights != own:
+        if part.weights != weights:
             raise ProfileError(
                 f"Part {i} was profiled with other weights than the model's: moments can be added only where the "
                 "weights are the same, bit for bit."

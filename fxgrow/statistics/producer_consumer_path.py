@@ -1,9 +1,9 @@
-"""From a producer to a consumer of the same width: the geometry between them, in one normal form.
+"""The geometry from a producer to a consumer of the same width, in one normal form.
 
-A producer writes a map, an average pool may lie behind it, a consumer's window reads the result. Linear layers behind
-a convolution are windows too: over the whole map (flatten), one position (tokens), or the pooled map (global pool).
-What lies between and does not fit (upsampling, selections, grouped convolutions) has no link: such
-widths get random incoming weights, refitted like all others.
+A producer writes a map, an average pool may follow, and a consumer's window reads the result. A linear layer after a
+convolution is a window too: over the map (flatten), one position (tokens), or the pooled map (global pool). Other
+operators in between (upsampling, selections, grouped convolutions) have no path: such widths get random incoming
+weights, refitted like all others.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fxgrow.graph.unrolled_rnn import steps
 from fxgrow.statistics.batch_dimension import nodes_with_batch_second
 from fxgrow.statistics.conv_geometry import Window
 
-#: products with another tensor move what a unit says to other positions, and a recurrence hands it on
+#: products with another tensor, and recurrences, carry a unit to other positions
 _MIXES = {
     steps, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, operator.matmul, F.scaled_dot_product_attention,
     "matmul", "bmm", "baddbmm", "__matmul__",
@@ -33,52 +33,64 @@ _MIXES = {
 
 @dataclass(frozen=True)
 class ConvPath:
-    """How consumer `reads` sees what producer `writes`: their windows, the pool between and the map that is read."""
+    """How a consumer reads the output of a producer.
 
-    writes: Projection
-    reads: Projection
-    producer: Window
-    consumer: Window
+    Attributes:
+        producer: the use of the weight that produces the width.
+        consumer: the use of the weight that consumes it.
+        producer_window: the producer's geometry.
+        consumer_window: the consumer's geometry, on the map that it reads.
+        pool: window of an average pool between them, or empty.
+        read_shape: spatial shape of the map that the consumer reads; empty between linear layers.
+    """
+
+    producer: Projection
+    consumer: Projection
+    producer_window: Window
+    consumer_window: Window
     pool: tuple[int, ...]
-    #: spatial shape of the map the consumer reads; empty between linear layers
     read_shape: tuple[int, ...]
 
     @property
-    def written(self) -> tuple[int, ...]:
-        """Spatial shape of the map the producer writes."""
+    def written_shape(self) -> tuple[int, ...]:
+        """Spatial shape of the producer's output."""
         return tuple(r * p for r, p in zip(self.read_shape, self.pool or (1,) * len(self.read_shape), strict=True))
 
 
 def window(p: Projection) -> Window:
+    """The geometry of a convolution, or of a linear layer."""
     return Window(p.kernel, p.stride, p.dilation, p.padding)
 
 
-def links(h: GrowableWidth, analysed: AnalysedGraph) -> list[ConvPath] | None:
-    """A link for every producer that comes before a consumer; None where one of them has no normal form."""
-    out: list[ConvPath] = []
+def find_paths(width: GrowableWidth, analysed: AnalysedGraph) -> list[ConvPath] | None:
+    """The path from every producer to every consumer behind it; None where one of them has no normal form."""
+    paths: list[ConvPath] = []
     structure, second = analysed.structure, nodes_with_batch_second(analysed.gm.graph)
-    for writes in h.producers:
-        reachable = _downstream(writes.node, h.var, structure)
-        for reads in h.consumers:
-            if reads.source not in reachable:
+    for producer in width.producers:
+        reachable = _downstream(producer.node, width.var, structure)
+        for consumer in width.consumers:
+            nodes = reachable.get(consumer.source)
+            if nodes is None:
                 continue
-            link = _link(writes, reads, h.var, h.step, reachable[reads.source], structure, second)
-            if link is None:
+            if any(n.target in _MIXES or _selects(n, structure) for n in nodes):
                 return None
-            out.append(link)
-    consumers = {link.reads.node for link in out}
-    return out if out and all(r.node in consumers for r in h.consumers) else None
+            path = _path(producer, consumer, width, nodes, second)
+            if path is None:
+                return None
+            paths.append(path)
+    consumers = {path.consumer.node for path in paths}
+    return paths if paths and all(c.node in consumers for c in width.consumers) else None
 
 
 def _downstream(start: fx.Node, var: UnitVar, structure: Structure) -> dict[fx.Node, list[fx.Node]]:
-    """Every node that carries the width's units behind `start`, with a shortest path to it."""
+    """Every node after `start` that has the width's units, with a shortest path to it."""
     paths = {start: [start]}
     queue = [start]
-    # a layer that writes the width itself reads what comes in and passes none of it on
-    writers = {p.node for p in structure.projections}
+    # another projection consumes the units, it does not pass them on
+    projections = {p.node for p in structure.projections}
     for node in queue:
         for user in node.users:
-            if user not in paths and user not in writers and _carries(structure.outputs.get(user), var):
+            if user not in paths and user not in projections and _carries(structure.outputs.get(user), var):
                 paths[user] = [*paths[node], user]
                 queue.append(user)
     return paths
@@ -90,38 +102,31 @@ def _carries(value: object, var: UnitVar) -> bool:
     return isinstance(value, (tuple, list)) and any(_carries(v, var) for v in value)
 
 
-def _link(
-    writes: Projection,
-    reads: Projection,
-    var: UnitVar,
-    step: int,
-    path: list[fx.Node],
-    structure: Structure,
-    second: set[fx.Node],
+def _path(
+    producer: Projection, consumer: Projection, width: GrowableWidth, nodes: list[fx.Node], second: set[fx.Node]
 ) -> ConvPath | None:
-    if not (writes.plain and (reads.plain or reads.transposed)) or any(
-        n.target in _MIXES or _selects(n, var, structure) for n in path
-    ):
+    if not (producer.plain and (consumer.plain or consumer.transposed)):
         return None
-    per_read = _entries(reads.input_axis, var, step)
-    if _entries(writes.output_axis, var, step) != 1 or per_read is None:
+    per_read = _entries(consumer.input_axis, width)
+    if _entries(producer.output_axis, width) != 1 or per_read is None:
         return None
-    nd = len(writes.kernel)
-    written = _positions(writes.node, nd, second)
-    read = _positions(reads.source, len(reads.kernel), second)
-    producer = window(writes)
-    if nd == len(reads.kernel):
-        pool = () if nd == 0 and _listed(writes.node) == _listed(reads.source) else _pool(written, read)
+    nd = len(producer.kernel)
+    written = _positions(producer.node, nd, second)
+    read = _positions(consumer.source, len(consumer.kernel), second)
+    producer_window = window(producer)
+    if nd == len(consumer.kernel):
+        same = nd == 0 and _all_positions(producer.node) == _all_positions(consumer.source)
+        pool = () if same else _pool(written, read)
         if per_read != 1 or pool is None:
             return None
         # a transposed convolution reads one position at a time
-        consumer = Window((1,) * nd) if reads.transposed else window(reads)
-        return ConvPath(writes, reads, producer, consumer, pool, read if nd else ())
-    if nd == 0 or reads.kernel:
+        consumer_window = Window((1,) * nd) if consumer.transposed else window(consumer)
+        return ConvPath(producer, consumer, producer_window, consumer_window, pool, read if nd else ())
+    if nd == 0 or consumer.kernel:
         return None
     tokens = prod(read)
     if per_read > 1:
-        shape = next((s for n in reversed(path) if prod(s := _positions(n, nd, second)) == per_read), None)
+        shape = next((s for n in reversed(nodes) if prod(s := _positions(n, nd, second)) == per_read), None)
         kernel = shape
     else:
         shape = written if tokens == prod(written) else (1,) * nd if tokens == 1 else None
@@ -129,31 +134,32 @@ def _link(
     pool = None if shape is None else _pool(written, shape)
     if shape is None or kernel is None or pool is None or (per_read > 1 and tokens != 1):
         return None
-    return ConvPath(writes, reads, producer, Window(kernel), pool, shape)
+    return ConvPath(producer, consumer, producer_window, Window(kernel), pool, shape)
 
 
-def _entries(axis: Axis, var: UnitVar, step: int) -> int | None:
-    """Entries per unit in an axis of a weight, if the units stand in one segment and are whole there."""
-    segments = [s for s in resolve(axis) if s.var is var]
-    return segments[0].inner // step if len(segments) == 1 and segments[0].inner % step == 0 else None
+def _entries(axis: Axis, width: GrowableWidth) -> int | None:
+    """Entries per unit in an axis of a weight; None unless all units are in one segment."""
+    segments = [s for s in resolve(axis) if s.var is width.var]
+    one = len(segments) == 1 and segments[0].inner % width.step == 0
+    return segments[0].inner // width.step if one else None
 
 
 def _positions(node: fx.Node, nd: int, second: set[fx.Node]) -> tuple[int, ...]:
-    """The spatial shape behind the channels; for features in the last dimension, what stands between."""
+    """The spatial shape after the channels; for features in the last dimension, the dimensions before them."""
     shape = tuple(node.meta["val"].shape) if isinstance(node.meta["val"], Tensor) else ()
     if nd == 0:
         return (shape[0], *shape[2:-1]) if node in second and len(shape) > 2 else shape[1:-1]
     return shape[-nd:] if len(shape) > nd else ()
 
 
-def _listed(node: fx.Node) -> int:
-    """All positions of all samples, which the model may hold as one list."""
+def _all_positions(node: fx.Node) -> int:
+    """Number of positions of all samples, which the model may hold in one dimension."""
     value = node.meta["val"]
     return prod(value.shape[:-1]) if isinstance(value, Tensor) else 0
 
 
 def _pool(written: tuple[int, ...], read: tuple[int, ...]) -> tuple[int, ...] | None:
-    """The window that shrinks one map to the other; empty if they are equal, None if there is none."""
+    """The window that reduces one map to the other; empty if they are equal, None if there is none."""
     if prod(written) == prod(read):
         return ()
     if len(written) != len(read) or any(r == 0 or w % r for w, r in zip(written, read, strict=True)):
@@ -161,29 +167,27 @@ def _pool(written: tuple[int, ...], read: tuple[int, ...]) -> tuple[int, ...] | 
     return tuple(w // r for w, r in zip(written, read, strict=True))
 
 
-def _selects(node: fx.Node, var: UnitVar, structure: Structure) -> bool:
-    """Indexing picks positions, which no average describes; indexing a tuple of tensors is none."""
+def _selects(node: fx.Node, structure: Structure) -> bool:
+    """Whether a node indexes a tensor (not a tuple of tensors): it may select positions, which is no average."""
     if node.target not in (operator.getitem, "select", torch.select):
         return False
     return isinstance(structure.outputs.get(node.all_input_nodes[0]), Dims)
 
 
-def producer_map(x: Tensor, link: ConvPath) -> Tensor:
+def producer_map(x: Tensor, path: ConvPath) -> Tensor:
     """A producer's input as `[n, C, *spatial]`, or `[n, tokens, features]` for a linear layer."""
-    return _rows(x) if not link.writes.kernel else x
+    return _rows(x) if not path.producer.kernel else x
 
 
-def gradient_map(v: Tensor, link: ConvPath) -> Tensor:
-    """What a consumer is asked for, at the positions of the link's consumer window."""
-    if link.reads.transposed:
-        turned: Tensor = v.mT.unflatten(2, link.read_shape)
-        return turned
-    if link.reads.kernel or not link.writes.kernel:
-        return v if link.reads.kernel else _rows(v)
-    rows = _rows(v)  # [n, tokens, O] behind a convolution: tokens are positions
-    out = link.consumer.output(link.read_shape)
-    mapped: Tensor = rows.transpose(1, 2).unflatten(2, out)
-    return mapped
+def gradient_map(v: Tensor, path: ConvPath) -> Tensor:
+    """V at a consumer's output, at the positions of `consumer_window`: `[n, O, *spatial]`, or `[n, tokens, O]`."""
+    spatial: tuple[int, ...] = ()
+    if path.consumer.transposed:
+        spatial = path.read_shape
+    elif not path.consumer.kernel:
+        v = _rows(v)  # [n, tokens, O]; tokens are positions after a convolution
+        spatial = path.consumer_window.output(path.read_shape) if path.producer.kernel else ()
+    return v.mT.unflatten(2, spatial) if spatial else v
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -1,4 +1,8 @@
-"""Second moments of one width: N = E[b V^T] for each weight that reads it, and S = E[b b^T]."""
+"""Second moments of one width: N = E[b V^T] for each weight that consumes it, and S = E[b b^T].
+
+b are the patches that all producers of the width read, side by side, with a 1 for each bias: P features. V is minus the
+gradient of a sample's loss at a consumer's output. E is the mean over samples of the sum over positions.
+"""
 
 from __future__ import annotations
 
@@ -20,17 +24,17 @@ from fxgrow.statistics.gram import accumulating, add_gram, matrix_product, mirro
 from fxgrow.statistics.producer_consumer_path import ConvPath, gradient_map, producer_map
 
 
-class Reading(NamedTuple):
-    """The map on which the features b of all producers stand side by side.
+class PatchMap(NamedTuple):
+    """The map on which the patches b of all producers are taken.
 
     Attributes:
-        links: whose maps these are.
-        shape: of the map, empty between linear layers.
-        pooled: it is what a consumer reads, behind the pools, and not what the producers write.
-        cover: how often each position is read.
+        paths: the paths on this map.
+        shape: its spatial shape, empty between linear layers.
+        pooled: whether it is the map that a consumer reads, after the pools, and not the output of the producers.
+        cover: how often each position is read, `[*shape]`.
     """
 
-    links: list[ConvPath]
+    paths: list[ConvPath]
     shape: tuple[int, ...]
     pooled: bool
     cover: Tensor
@@ -38,99 +42,112 @@ class Reading(NamedTuple):
 
 @dataclass
 class WidthMoments:
-    """N = E[b V^T] per consumer `[P, taps, O]`, and S = E[b b^T] `[P, P]`, over the stacked producers."""
+    """N and S of one width.
+
+    Attributes:
+        hidden: the width.
+        paths: from every producer to every consumer.
+        spans: range of each producer's features in b, by weight.
+        blocks: N by consumer, `[P, taps, O]`.
+        s: S, `[P, P]`, in its upper triangle.
+        rows: number of rows of b from which S was formed.
+        samples: number of samples behind S.
+        position_count: their positions that are read, counted once per window.
+        keep: number of samples of each batch that are cached for this width.
+        ridge: relative ridge that S needs.
+        wanted: number of rows from which S is to be formed; with fewer than P, the rows replace S.
+        sampled: these rows, weighted, `[m, P]` in parts.
+    """
 
     hidden: GrowableWidth
-    links: list[ConvPath]
-    #: rows of each producer's features in b
+    paths: list[ConvPath]
     spans: dict[str, tuple[int, int]]
     blocks: dict[str, Tensor] = field(default_factory=dict)
     s: Tensor | None = None
     rows: int = 0
-    #: samples behind S, and their positions that are read, counted once per window
     samples: int = 0
-    reads: float = 0.0
-    #: samples of a batch that are remembered for this width
+    position_count: float = 0.0
     keep: int = 0
-    #: relative ridge that S needs
     ridge: float = 0.0
-    #: rows to make S from; of fewer than there are features the rows are kept instead of S, as they count
     wanted: int = 0
-    few: list[Tensor] = field(default_factory=list)
+    sampled: list[Tensor] = field(default_factory=list)
 
     @property
     def features(self) -> int:
+        """P."""
         return sum(stop - start for start, stop in self.spans.values())
 
     @property
-    def readings(self) -> float:
-        """Positions of a sample that are read, counted once per window: S sums over them."""
-        return self.reads / max(1, self.samples)
+    def positions_per_sample(self) -> float:
+        """How many positions S sums over, counted once per window."""
+        return self.position_count / max(1, self.samples)
 
     @property
     def second_moment(self) -> Tensor:
-        """S."""
+        """S, `[P, P]`."""
         return mirrored(self.upper)
 
     @property
     def upper(self) -> Tensor:
-        """S in its upper triangle, which is what a factor reads; the rest is unspecified."""
+        """S in its upper triangle, which is what `factor` reads; the rest is unspecified."""
         if self.s is None:
             raise RuntimeError("no rows were added")
         return self.s
 
     def factor(self, ridge: float) -> Factor:
-        """Of S and a relative ridge."""
-        return factor(rows=self._sampled(), ridge=ridge) if self.few else factor(self.upper, ridge=ridge)
+        """The factor of S plus a relative ridge."""
+        return factor(rows=self._rows(), ridge=ridge) if self.sampled else factor(self.upper, ridge=ridge)
 
     def mean_squares(self, alpha: Tensor) -> Tensor:
-        """E[(alpha^T b)^2] over what is read, for every column of alpha."""
-        if self.few:
-            return matrix_product(self._sampled(), alpha).square().sum(0) / self.readings
-        return (alpha * (self.second_moment @ alpha)).sum(0) / self.readings
+        """E[(alpha^T b)^2] over positions, for every column of alpha `[P, k]`."""
+        if self.sampled:
+            return matrix_product(self._rows(), alpha).square().sum(0) / self.positions_per_sample
+        return (alpha * (self.second_moment @ alpha)).sum(0) / self.positions_per_sample
 
-    def _sampled(self) -> Tensor:
-        return self.few[0] if len(self.few) == 1 else torch.cat(self.few)
+    def _rows(self) -> Tensor:
+        return self.sampled[0] if len(self.sampled) == 1 else torch.cat(self.sampled)
 
-    def add(self, link: ConvPath, x: Tensor, v: Tensor, scale: float = 1.0) -> None:
-        """Adds scale * sum b V^T of one batch to the consumer's block."""
-        moment = cross_moment(
-            producer_map(x, link),
-            gradient_map(v, link),
-            link.producer,
-            link.consumer,
-            bias=link.writes.bias is not None,
-            pool=link.pool,
-        )
+    def add(self, path: ConvPath, x: Tensor, v: Tensor, scale: float = 1.0) -> None:
+        """Adds scale * sum of b V^T over one batch to N of the path's consumer.
+
+        Args:
+            path: from the producer to the consumer.
+            x: the producer's input, `[n, ...]`.
+            v: V at the consumer's output, `[n, ...]`.
+            scale: see above.
+        """
+        name, bias = path.consumer.weight, path.producer.bias is not None
+        x, v = producer_map(x, path), gradient_map(v, path)
+        moment = cross_moment(x, v, path.producer_window, path.consumer_window, bias=bias, pool=path.pool)
         moment.mul_(scale)
-        block = self.blocks.get(link.reads.weight)
+        block = self.blocks.get(name)
         if block is None and len(moment) == self.features:
-            self.blocks[link.reads.weight] = moment
+            self.blocks[name] = moment
             return
         if block is None:
-            block = self.blocks[link.reads.weight] = moment.new_zeros(self.features, *moment.shape[1:])
-        start, stop = self.spans[link.writes.weight]
+            block = self.blocks[name] = moment.new_zeros(self.features, *moment.shape[1:])
+        start, stop = self.spans[path.producer.weight]
         block[start:stop].add_(moment)
 
-    def reading(self) -> Reading:
-        """The map that b is taken on."""
-        links = self.links
-        if len({k.read_shape for k in links}) > 1:
-            # consumers that read different maps: count every written position once
-            written = {k.written for k in links}
+    def patch_map(self) -> PatchMap:
+        """The map on which b is taken."""
+        paths = self.paths
+        if len({p.read_shape for p in paths}) > 1:
+            # consumers read different maps: count every position of the producers' output once
+            written = {p.written_shape for p in paths}
             if len(written) == 1:
                 (shape,) = written
-                return Reading(links, shape, False, torch.ones(shape))
-            # and producers that write different ones: they meet at the consumer that most of them reach
+                return PatchMap(paths, shape, False, torch.ones(shape))
+            # producers write different maps too: take the input of the consumer that most of them reach
             by_use: dict[fx.Node, list[ConvPath]] = {}
-            for k in links:
-                by_use.setdefault(k.reads.node, []).append(k)
-            links = max(by_use.values(), key=len)
-        shape = links[0].read_shape
+            for p in paths:
+                by_use.setdefault(p.consumer.node, []).append(p)
+            paths = max(by_use.values(), key=len)
+        shape = paths[0].read_shape
         if not shape:
-            return Reading(links, shape, True, torch.ones(()))
-        windows = {k.reads.weight: k.consumer for k in links}.values()
-        return Reading(links, shape, True, torch.stack([coverage(shape, w).double() for w in windows]).mean(0))
+            return PatchMap(paths, shape, True, torch.ones(()))
+        windows = {p.consumer.weight: p.consumer_window for p in paths}.values()
+        return PatchMap(paths, shape, True, torch.stack([coverage(shape, w).double() for w in windows]).mean(0))
 
     def add_rows(
         self,
@@ -140,45 +157,51 @@ class WidthMoments:
         share: float = 1.0,
         processes: int = 1,
     ) -> None:
-        """Adds to S, from this share of its rows, as if there were `samples` samples (None: all, as they are).
+        """Adds rows b to S.
 
-        As many processes add as much.
+        Args:
+            inputs: by node, `[n, ...]`.
+            samples: sampled rows are scaled as if they were of so many samples; None for all rows, unscaled.
+            generator: of the sampling.
+            share: of the `wanted` rows, to be added by this call.
+            processes: that add as much each.
         """
         limit = None if samples is None else math.ceil(share * self.wanted / processes)
-        n = next(iter(inputs[k.writes.source] for k in self.links)).shape[0]
+        n = next(iter(inputs[p.producer.source] for p in self.paths)).shape[0]
         total = n * self.positions(inputs)
         self.samples += n
         for uses in self.rounds():
             rows, weight, bias = self.stacked(uses, inputs, limit, generator)
-            self.reads += float(weight.mean()) * total
+            self.position_count += float(weight.mean()) * total
             scale = 1.0 if samples is None else samples / n * total / len(rows)
             least, most = (float(w) for w in weight.aminmax())
             even = least == most
             self.rows += len(rows)
             if samples is not None and self.wanted < self.features:
                 ones = (weight * (scale * share / samples)).sqrt()[:, None].to(rows)
-                few = rows.new_empty(len(rows), self.features)
-                torch.mul(rows, ones, out=few[:, : rows.shape[1]])
+                weighted = rows.new_empty(len(rows), self.features)
+                torch.mul(rows, ones, out=weighted[:, : rows.shape[1]])
                 if bias:
-                    few[:, -1:] = ones
-                self.few.append(few)
+                    weighted[:, -1:] = ones
+                self.sampled.append(weighted)
                 continue
             self.s = add_gram(self.s, rows, None if even else weight, bias, scale * (least if even else 1.0))
 
     def rounds(self) -> list[dict[str, ConvPath]]:
-        """The i-th use of every producer, for each i: a module used twice writes twice, as two positions would."""
+        """For each i the i-th use of every producer: further uses of a module count like further positions."""
         uses: dict[str, dict[fx.Node, ConvPath]] = {name: {} for name in self.spans}
-        for link in self.reading().links:
-            uses[link.writes.weight].setdefault(link.writes.node, link)
+        for path in self.patch_map().paths:
+            uses[path.producer.weight].setdefault(path.producer.node, path)
+        lists = {name: list(paths.values()) for name, paths in uses.items()}
         return [
-            {name: links[i] for name, links in ((n, list(u.values())) for n, u in uses.items()) if i < len(links)}
-            for i in range(max(len(u) for u in uses.values()))
+            {name: paths[i] for name, paths in lists.items() if i < len(paths)}
+            for i in range(max(map(len, lists.values())))
         ]
 
     def positions(self, inputs: Mapping[fx.Node, Tensor]) -> int:
-        links, shape, _, _ = self.reading()
-        link = links[0]
-        return math.prod(shape) if shape else producer_map(inputs[link.writes.source], link).shape[1]
+        """Positions of a sample on the map of patches."""
+        paths, shape, _, _ = self.patch_map()
+        return math.prod(shape) if shape else producer_map(inputs[paths[0].producer.source], paths[0]).shape[1]
 
     def stacked(
         self,
@@ -187,12 +210,14 @@ class WidthMoments:
         limit: int | None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor, bool]:
-        """Rows b of all producers side by side, `[m, P]` (zero for one without a use), and how often each is read.
+        """Rows b of all producers side by side, at most `limit` of them (None: all).
 
-        True: the last feature, which is 1, is left out.
+        Returns:
+            The rows `[m, P]` (zero for a producer without a use), how often each is read `[m]`, and whether the last
+            feature, which is 1, is left out.
         """
-        _, shape, pooled, cover = self.reading()
-        maps = {name: producer_map(inputs[k.writes.source], k) for name, k in uses.items()}
+        _, shape, pooled, cover = self.patch_map()
+        maps = {name: producer_map(inputs[path.producer.source], path) for name, path in uses.items()}
         first = next(iter(maps.values()))
         n, device, positions = first.shape[0], first.device, self.positions(inputs)
         chosen = None if limit is None else some_rows(n * positions, limit, generator, device)
@@ -204,28 +229,29 @@ class WidthMoments:
             weight = cover.repeat(n) if chosen is None else cover[chosen % positions]
 
         def patches(name: str, bias: bool) -> Tensor:
-            k = uses[name]
-            return patch_rows(maps[name], k.producer, chosen, bias, k.pool if pooled else ())
+            path = uses[name]
+            return patch_rows(maps[name], path.producer_window, chosen, bias, path.pool if pooled else ())
 
         if len(self.spans) == 1:
-            ((name, k),) = uses.items()
-            return patches(name, False), weight, k.writes.bias is not None
+            ((name, path),) = uses.items()
+            return patches(name, False), weight, path.producer.bias is not None
         parts = []
         for name, (start, stop) in self.spans.items():
             if name in uses:
-                parts.append(patches(name, uses[name].writes.bias is not None))
+                parts.append(patches(name, uses[name].producer.bias is not None))
             else:
                 parts.append(accumulating(first.new_zeros(count, stop - start)))
         return torch.cat(parts, 1), weight, False
 
 
-def spans_of(h: GrowableWidth, analysed: AnalysedGraph) -> dict[str, tuple[int, int]]:
+def feature_spans(h: GrowableWidth, analysed: AnalysedGraph) -> dict[str, tuple[int, int]]:
+    """The range of each producer's features in b, by weight."""
     spans: dict[str, tuple[int, int]] = {}
     at = 0
     for p in h.producers:
         if p.weight not in spans:
-            own = analysed.structure.parameters[p.weight]
-            size = math.prod(length(a) for d, a in enumerate(own) if d != p.out_dim) + (p.bias is not None)
+            dims = analysed.structure.parameters[p.weight]
+            size = math.prod(length(a) for d, a in enumerate(dims) if d != p.out_dim) + (p.bias is not None)
             spans[p.weight] = (at, at + size)
             at += size
     return spans

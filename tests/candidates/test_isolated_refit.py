@@ -77,7 +77,7 @@ def test_the_widened_network_says_the_same(case: str, again: bool, monkeypatch: 
     for module in (_consumer, _statistics):  # every row, so that both draw the same
         monkeypatch.setattr(module, "rows_for", lambda features: 10**6)
     if again:
-        monkeypatch.setattr(_measure, "CACHE_BYTES", 0)
+        monkeypatch.setattr(_measure, "ISOLATED_CACHE_BYTES", 0)
     found = fxgrow.profile(model, loader, **options)
     assert found.found is None
     monkeypatch.setattr(_measure, "apart", lambda *_: {})
