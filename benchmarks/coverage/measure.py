@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import random
 import statistics
+import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 import fxgrow
+from benchmarks.coverage.modes import InDouble, SameNoise
+from benchmarks.coverage.process import Findings
 from benchmarks.coverage.subjects import Inputs, Subject
 from fxgrow.analysis.analyse import analyse
 from fxgrow.axes.axes import resolve
@@ -25,7 +29,6 @@ from fxgrow.rewriting.rewrite import rewrite
 from fxgrow.tracing.leaf_modules import is_layer
 
 T = TypeVar("T")
-Findings = dict[str, Any]
 #: largest relative difference of outputs in float64 that counts as equal
 EXACT = 1e-9
 #: the same in float32, for networks with an operator that has no float64
@@ -68,22 +71,19 @@ def measure(subject: Subject, options: Mapping[str, bool]) -> Iterator[Findings]
         if w.pinned is not None:
             reasons[f"{w.pinned.code}: {w.pinned.message}"] += 1
     yield {"free": len(free), "pinned": dict(reasons), **_shares(gm)}
-    if not free:
-        return
-    bound = EXACT
-    try:
-        model = model.double()
-        _run(model, _cast(example), False)
-    except RuntimeError:  # an operator that has no float64
-        model, bound = model.float(), SINGLE
+    bound = _in_double(model, example)
 
     def inputs(batch: int, other: int) -> Inputs:
         given = subject.inputs(batch, other)
         return _cast(given) if bound == EXACT else given
 
     yield {"dtype": "float64" if bound == EXACT else "float32"}
-    units = {w.name: w.step * (1 + i % 2) for i, w in enumerate(free)}
+    yield _faithful(model, fxgrow.capture(model, inputs(2, 0)), inputs, bound, subject.outputs)
+    if not free:
+        return
+    without_dropout(model)
     gm = fxgrow.capture(model, inputs(2, 0))
+    units = {w.name: w.step * (1 + i % 2) for i, w in enumerate(free)}
     try:
         grown, _ = rewrite(gm, units, generator=torch.Generator().manual_seed(0))
     except Exception as error:
@@ -102,7 +102,27 @@ def measure(subject: Subject, options: Mapping[str, bool]) -> Iterator[Findings]
     if _train_step(copy_graph(gm), inputs(2, 0)).get("train_step"):
         yield _train_step(grown, inputs(2, 0))
     if options.get("onnx"):
-        yield _onnx(grown, inputs(2, 0))
+        yield _onnx(model, grown, inputs(2, 0))
+
+
+def _in_double(model: nn.Module, example: Inputs) -> float:
+    """Casts the model to float64, unless an operator of it has none; returns how far outputs may differ."""
+    try:
+        run(model.double(), _cast(example), False)
+    except RuntimeError:
+        model.float()
+        return SINGLE
+    return EXACT
+
+
+def without_dropout(model: nn.Module) -> None:
+    """Train mode must be the same for a wider network: every dropout and stochastic depth keeps everything."""
+    for module in model.modules():
+        kind = type(module).__name__.lower()
+        for name, value in list(vars(module).items()):
+            drops = "drop" in name or (name == "p" and ("drop" in kind or "depth" in kind))
+            if drops and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 def _warm_up() -> None:
@@ -120,7 +140,7 @@ def _baseline(model: nn.Module, example: Inputs) -> Findings:
     except Exception as error:  # what it raises on code it cannot trace is anything
         return {"symbolic_trace": None, "symbolic_trace_error": f"{type(error).__name__}: {error}"[:200]}
     with torch.no_grad():
-        forward, _ = _median(lambda: _call(model, example))
+        forward, _ = _median(lambda: call(model, example))
     return {"symbolic_trace": traced, "forward": forward}
 
 
@@ -180,18 +200,39 @@ def _why(structure: Structure, name: str | None) -> str:
 
 
 @torch.no_grad()
-def _run(
-    module: nn.Module, inputs: Inputs, training: bool, outputs: Callable[[Any], Any] = lambda given: given
+def run(
+    module: nn.Module,
+    inputs: Inputs,
+    training: bool,
+    outputs: Callable[[Any], Any] = lambda given: given,
+    *,
+    buffers: Iterable[str] = (),
+    seeded: bool = False,
 ) -> list[Tensor]:
-    """Outputs, with buffers and flags left as they were."""
+    """Outputs, with buffers and flags left as they were.
+
+    Args:
+        module: a model or a graph.
+        inputs: for it.
+        training: the mode.
+        outputs: what of its output is returned.
+        buffers: names of buffers whose values after the forward pass are returned too.
+        seeded: draws random numbers from a seed; else those of a wider tensor begin with those of a narrow one.
+    """
     state = [(b, b.clone()) for b in module.buffers()]
     modes = [(m, m.training) for m in module.modules()]
     module.train(training)
+    random.seed(0)
     torch.manual_seed(0)
     double = any(p.dtype is torch.float64 for p in module.parameters())
     try:
-        with _InDouble() if double else contextlib.nullcontext():
-            return [t.clone() for t in flat(outputs(_call(module, inputs)))]
+        with contextlib.ExitStack() as stack:
+            if double:
+                stack.enter_context(InDouble())
+            if not seeded:
+                stack.enter_context(SameNoise())
+            found = [t.clone() for t in flat(outputs(call(module, inputs)))]
+        return found + [module.get_buffer(name).clone() for name in buffers]
     finally:
         for b, before in state:
             b.copy_(before)
@@ -199,17 +240,17 @@ def _run(
             m.training = mode
 
 
-def _call(module: nn.Module, inputs: Inputs) -> Any:
+def call(module: nn.Module, inputs: Inputs) -> Any:
     return module(**inputs) if isinstance(inputs, dict) else module(*inputs)
 
 
-def _distance(a: list[Tensor], b: list[Tensor]) -> float:
+def distance(a: list[Tensor], b: list[Tensor]) -> float:
     """Largest relative difference of corresponding outputs; infinite where they are not alike."""
     if [t.shape for t in a] != [t.shape for t in b]:
         return float("inf")
     worst = 0.0
     for x, y in zip(a, b, strict=True):
-        if not x.is_floating_point():
+        if not (x.is_floating_point() or x.is_complex()):
             worst = max(worst, 0.0 if torch.equal(x, y) else float("inf"))
         elif x.numel():
             # where both have the same infinity or nothing (masked scores) they agree
@@ -220,12 +261,29 @@ def _distance(a: list[Tensor], b: list[Tensor]) -> float:
     return worst
 
 
+def _faithful(
+    model: nn.Module,
+    gm: fx.GraphModule,
+    inputs: Callable[[int, int], Inputs],
+    bound: float,
+    outputs: Callable[[Any], Any],
+) -> Findings:
+    """The graph against the model, dropout and other noise included, and how their buffers move."""
+    buffers = [name for name, b in model.named_buffers() if b.is_floating_point() and name in dict(gm.named_buffers())]
+    found = _compare(model, gm, inputs, bound, outputs, buffers=buffers, seeded=True)
+    return {
+        "faithful": found["widened"],
+        "faithful_error": found.get("error", f"differs: {found['differences']}"),
+    }
+
+
 def _compare(
     reference: nn.Module,
     wide: nn.Module,
     inputs: Callable[[int, int], Inputs],
     bound: float,
     outputs: Callable[[Any], Any],
+    **options: Any,
 ) -> Findings:
     """Two batch sizes, eval and train mode; a mode that the network itself has not is left out."""
     worst: dict[str, float] = {}
@@ -235,11 +293,11 @@ def _compare(
             key = f"{'train' if training else 'eval'} {batch}"
             given = inputs(batch, 0)
             try:
-                expected = _run(reference, given, training, outputs)
+                expected = run(reference, given, training, outputs, **options)
             except Exception:  # detection in train mode wants targets
                 continue
             try:
-                worst[key] = _distance(expected, _run(wide, given, training, outputs))
+                worst[key] = distance(expected, run(wide, given, training, outputs, **options))
             except Exception as error:
                 errors[key] = f"{type(error).__name__}: {error}"[:500]
     ok = bool(worst) and not errors and max(worst.values()) <= bound
@@ -250,29 +308,29 @@ def _other_size(
     reference: nn.Module, wide: nn.Module, inputs: Inputs, bound: float, outputs: Callable[[Any], Any]
 ) -> Findings:
     try:
-        expected = _run(reference, inputs, False, outputs)
+        expected = run(reference, inputs, False, outputs)
     except Exception:  # the network itself has one size only
         return {}
     try:
-        distance = _distance(expected, _run(wide, inputs, False, outputs))
+        differs = distance(expected, run(wide, inputs, False, outputs))
     except Exception as error:
         return {"other_size": False, "other_size_error": f"{type(error).__name__}: {error}"[:500]}
-    return {"other_size": distance <= bound, "other_size_error": f"differs by {distance:.2g}"}
+    return {"other_size": differs <= bound, "other_size_error": f"differs by {differs:.2g}"}
 
 
 def _blame(gm: fx.GraphModule, given: Inputs, units: Mapping[str, int], bound: float) -> dict[str, str]:
     """The widths that break the network on their own, as far as time allows."""
     found: dict[str, str] = {}
     start = time.monotonic()
-    expected = _run(gm, given, False)
+    expected = run(gm, given, False)
     for name, k in units.items():
         if time.monotonic() - start > BLAME or len(found) == 6:
             break
         try:
             grown, _ = rewrite(gm, {name: k}, generator=torch.Generator().manual_seed(0))
-            distance = _distance(expected, _run(grown, given, False))
-            if distance > bound:
-                found[name] = f"differs by {distance:.2g}"
+            differs = distance(expected, run(grown, given, False))
+            if differs > bound:
+                found[name] = f"differs by {differs:.2g}"
         except Exception as error:
             found[name] = f"{type(error).__name__}: {error}"[:300]
     return found
@@ -293,35 +351,30 @@ def _train_step(grown: fx.GraphModule, inputs: Inputs) -> Findings:
         return {}  # memory and time
     torch.manual_seed(0)
     try:
-        out = [t for t in flat(_call(grown.train(), inputs)) if t.is_floating_point() and t.requires_grad]
+        out = [t for t in flat(call(grown.train(), inputs)) if t.is_floating_point() and t.requires_grad]
     except Exception as error:
-        return {"train_step": False, "train_error": f"{type(error).__name__}: {error}"[:300]}
+        return {"train_step": False, "train_step_error": f"{type(error).__name__}: {error}"[:300]}
     torch.stack([t[t.isfinite()].square().mean() for t in out]).sum().backward()
     gradients = [p.grad for p in grown.parameters() if p.grad is not None]
     return {"train_step": bool(gradients) and all(bool(g.isfinite().all()) for g in gradients)}
 
 
-def _onnx(grown: fx.GraphModule, inputs: Inputs) -> Findings:
-    import tempfile
-
-    single = pytree.tree_map_only(Tensor, lambda t: t.float() if t.is_floating_point() else t, inputs)
+def _onnx(model: nn.Module, grown: fx.GraphModule, inputs: Inputs) -> Findings:
+    """The export of the grown graph; nothing where the network itself cannot be exported."""
+    single = pytree.tree_map_only(Tensor, lambda t: t.float() if t.dtype is torch.float64 else t, inputs)
     with tempfile.TemporaryDirectory() as folder:
         try:
             fxgrow.export_onnx(grown.float(), f"{folder}/net.onnx", single)
         except fxgrow.FxgrowError as error:
+            args, kwargs = ((), single) if isinstance(single, dict) else (single, {})
+            with contextlib.redirect_stdout(io.StringIO()):
+                try:
+                    torch.onnx.export(model.float().eval(), args, f"{folder}/own.onnx", kwargs=kwargs, dynamo=True)
+                except Exception:
+                    return {}
             return {"onnx": False, "onnx_error": str(error)[:300]}
     return {"onnx": True}
 
 
 def _cast(inputs: Inputs) -> Inputs:
     return pytree.tree_map_only(Tensor, lambda t: t.double() if t.is_floating_point() else t, inputs)
-
-
-class _InDouble(TorchFunctionMode):
-    """Code that computes in float32 by name (norms, softmax) would round away what is compared."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        args, kwargs = pytree.tree_map(lambda a: torch.float64 if a is torch.float32 else a, (args, kwargs or {}))
-        return (torch.Tensor.double if func is torch.Tensor.float else func)(*args, **kwargs)

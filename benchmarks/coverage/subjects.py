@@ -22,7 +22,7 @@ class Subject:
     """A network and how to make inputs for it.
 
     Attributes:
-        model: untrained, without dropout.
+        model: untrained.
         inputs: inputs for so many samples; the second argument is 1 for another image size or sequence length.
         sizes: whether there is another size.
         targets: what the last layer must keep for the peer that removes channels: its number of outputs.
@@ -74,8 +74,7 @@ def build(family: str, name: str) -> Subject:
         subject = _video(name)
     else:
         subject = _image(family, name)
-    _without_dropout(subject.model)
-    _perturb(subject.model)
+    perturb(subject.model)
     return subject
 
 
@@ -126,7 +125,7 @@ def _video(name: str) -> Subject:
 
     def inputs(batch: int, other: int) -> Inputs:
         frames, side = shape[1], shape[-1] + 32 * other
-        return (_seeded(batch, 3, frames, side, side),)
+        return (seeded(batch, 3, frames, side, side),)
 
     return Subject(model, inputs, not name.startswith("mvit"), 400)
 
@@ -146,7 +145,7 @@ def _detection(name: str) -> Subject:
     def inputs(batch: int, other: int) -> Inputs:
         # images of different sizes: the model's own transform makes a batch of them. Their number is that of the
         # example's, because a graph reads a list item by item
-        return ([_seeded(batch + i, 3, 96 + 32 * ((i + other) % 2), 128)[0].abs() for i in range(2)],)
+        return ([seeded(batch + i, 3, 96 + 32 * ((i + other) % 2), 128)[0].abs() for i in range(2)],)
 
     def outputs(found: Any) -> Any:
         # in an untrained network scores are so close that rounding decides which boxes come first
@@ -156,10 +155,10 @@ def _detection(name: str) -> Subject:
 
 
 def _images(side: int, channels: int = 3) -> Callable[[int, int], Inputs]:
-    return lambda batch, other: (_seeded(batch, channels, side + 32 * other, side + 32 * other),)
+    return lambda batch, other: (seeded(batch, channels, side + 32 * other, side + 32 * other),)
 
 
-def _seeded(*shape: int) -> Tensor:
+def seeded(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(shape[0]))
 
 
@@ -177,18 +176,8 @@ def _smallest(model: nn.Module, shapes: list[tuple[int, ...]]) -> tuple[int, ...
     raise RuntimeError(f"no input size of {shapes} fits: {failure}")
 
 
-def _without_dropout(model: nn.Module) -> None:
-    """Train mode must be repeatable: every dropout and stochastic depth keeps everything."""
-    for module in model.modules():
-        kind = type(module).__name__.lower()
-        for name, value in list(vars(module).items()):
-            drops = "drop" in name or (name == "p" and ("drop" in kind or "depth" in kind))
-            if drops and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
 @torch.no_grad()
-def _perturb(model: nn.Module) -> None:
+def perturb(model: nn.Module) -> None:
     """Constant parameters and statistics (biases, layer scales, norms) would hide an entry in the wrong place."""
     generator = torch.Generator().manual_seed(1)
 

@@ -4,52 +4,78 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 Record = Mapping[str, Any]
-_HEAD = (
-    "family | captured | exact at every free width | other sizes | train step | into module | seconds (worst) | "
-    "× symbolic_trace + forward (median, worst) | widths free of all | parameters in layers with a free width | "
-    "behind opaque leaves"
-)
+Column = Callable[[Sequence[Record]], str]
+#: checks whose error stands under the same key
+CHECKS = {
+    "faithful": "graph equals model", "other_size": "another size", "train_step": "train step",
+    "into_module": "into module", "onnx": "ONNX", "grown": "grown on batches", "saved": "saved and loaded",
+}  # fmt: skip
 _PEER = "family | Torch-Pruning builds | runs after | layers narrower (mean where it runs) | fxgrow exact"
 
 
-def tables(records: Sequence[Record]) -> str:
+def tables(records: Sequence[Record], columns: Mapping[str, Column] | None = None) -> str:
+    """A row per family with these columns, or those of `COLUMNS`; then reasons and failures of all networks."""
+    columns = COLUMNS if columns is None else columns
     families: dict[str, list[Record]] = defaultdict(list)
     for r in records:
         families[r["family"]].append(r)
-    rows = [_row(name, of) for name, of in families.items()]
-    lines = [*_markdown(_HEAD, [*rows, _row("all", records)]), "", *_reasons(records), "", *_failures(records)]
+    rows = [
+        [name, *(of(members) for of in columns.values())] for name, members in (*families.items(), ("all", records))
+    ]
+    lines = [*_markdown(" | ".join(("family", *columns)), rows), "", *_reasons(records), "", *_failures(records)]
     peers = {n: [r for r in of if "peer_builds" in r] for n, of in families.items()}
     if any(peers.values()):
         lines += ["", *_markdown(_PEER, [_peer(n, of) for n, of in peers.items() if of])]
     return "\n".join([*lines, "", _summary(records)])
 
 
-def _row(name: str, of: Sequence[Record]) -> list[str]:
-    captured = [r for r in of if r.get("captured")]
-    growing = [r for r in captured if r.get("free")]
-    ratios = sorted(
-        r["seconds"] / (r["symbolic_trace"] + r["forward"]) for r in captured if r.get("symbolic_trace") is not None
-    )
-    parameters = sum(r["parameters"] for r in captured)
-    pinned = [sum(r["pinned"].values()) for r in captured if "pinned" in r]
-    worst = max((r["seconds"] for r in captured), default=0.0)
-    return [
-        name,
-        f"{len(captured)}/{len(of)}",
-        f"{sum(bool(r.get('widened')) for r in growing)}/{len(growing)}",
-        _of(growing, "other_size"),
-        _of(growing, "train_step"),
-        _of(growing, "into_module"),
-        f"{worst:.1f}",
-        f"{ratios[len(ratios) // 2]:.1f}, {ratios[-1]:.1f} of {len(ratios)}" if ratios else "·",
-        f"{sum(r.get('free', 0) for r in captured)}/{sum(r.get('free', 0) for r in captured) + sum(pinned)}",
-        f"{sum(r.get('open', 0) for r in captured) / max(1, parameters):.1%}",
-        f"{sum(sum(r['opaque'].values()) for r in captured) / max(1, parameters):.1%}",
-    ]
+def _captured(of: Iterable[Record]) -> list[Record]:
+    return [r for r in of if r.get("captured")]
+
+
+def _growing(of: Iterable[Record]) -> list[Record]:
+    return [r for r in _captured(of) if r.get("free")]
+
+
+def share(key: str, missing: bool = False) -> Column:
+    """Networks with something to grow where this worked, of those that have an answer (or of all: `missing`)."""
+    return lambda of: _of([{key: r.get(key)} for r in _growing(of)] if missing else _growing(of), key)
+
+
+def _ratios(of: Sequence[Record]) -> str:
+    known = [r for r in _captured(of) if r.get("symbolic_trace") is not None]
+    ratios = sorted(r["seconds"] / (r["symbolic_trace"] + r["forward"]) for r in known)
+    return f"{ratios[len(ratios) // 2]:.1f}, {ratios[-1]:.1f} of {len(ratios)}" if ratios else "·"
+
+
+def _free(of: Sequence[Record]) -> str:
+    free = sum(r.get("free", 0) for r in of)
+    pinned = sum(sum(r.get("pinned", {}).values()) for r in of)
+    return f"{free}/{free + pinned}"
+
+
+def _parameters(count: Callable[[Record], int]) -> Column:
+    """As a share of all parameters of captured networks."""
+    return lambda of: f"{sum(map(count, _captured(of))) / max(1, sum(r['parameters'] for r in _captured(of))):.1%}"
+
+
+COLUMNS: dict[str, Column] = {
+    "captured": lambda of: f"{len(_captured(of))}/{len(of)}",
+    "graph equals model": lambda of: _of(_captured(of), "faithful"),
+    "exact at every free width": share("widened", missing=True),
+    "other sizes": share("other_size"),
+    "train step": share("train_step"),
+    "into module": share("into_module"),
+    "seconds (worst)": lambda of: f"{max((r['seconds'] for r in _captured(of)), default=0.0):.1f}",
+    "× symbolic_trace + forward (median, worst)": _ratios,
+    "widths free of all": _free,
+    "parameters in layers with a free width": _parameters(lambda r: r.get("open", 0)),
+    "behind opaque leaves": _parameters(lambda r: sum(r["opaque"].values())),
+}
 
 
 def _of(records: Iterable[Record], key: str) -> str:
@@ -98,7 +124,7 @@ def _failures(records: Sequence[Record]) -> list[str]:
         if r.get("free") and r.get("widened") is False:
             differs = {k: f"{v:.1g}" for k, v in r.get("differences", {}).items()}
             rows.append([name, "not exact", f"{r.get('error', differs)}; alone: {r.get('blame', {})}"])
-        for key, what in (("other_size", "another size"), ("train_step", "train step"), ("into_module", "into module")):
+        for key, what in CHECKS.items():
             if r.get(key) is False:
                 rows.append([name, what, r.get(f"{key}_error", "gradients are not finite")])
     return _markdown("network | failed at | with", [[_cell(c) for c in row] for row in rows])
@@ -115,8 +141,7 @@ def _markdown(head: str, rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 def _summary(records: Sequence[Record]) -> str:
-    captured = [r for r in records if r.get("captured")]
-    growing = [r for r in captured if r.get("free")]
+    captured, growing = _captured(records), _growing(records)
     parameters = sum(r["parameters"] for r in captured)
     mean = sum(r.get("open", 0) / max(1, r["parameters"]) for r in captured) / max(1, len(captured))
     return (

@@ -1,0 +1,1 @@
+"""Networks of packages that fxgrow was not built against: `python -m benchmarks.wild`."""

@@ -1,0 +1,94 @@
+"""One network of a table: the stages of `benchmarks.coverage`, then growth on batches, and saving what has grown."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+import fxgrow
+from benchmarks.coverage.measure import call, distance, measure, run
+from benchmarks.coverage.process import Findings, described
+from benchmarks.coverage.subjects import Inputs, Subject
+from benchmarks.wild.entries import Entry
+from fxgrow.rewriting.into_module import flat
+
+#: samples of the batches to grow on: the last one is smaller, and one of the two that are held back
+BATCHES = (4, 4, 4, 4, 4, 4, 4, 2)
+#: the held-back loss may be so much larger afterwards
+WORSE = 0.01
+
+
+def steps(entry: Entry, options: Mapping[str, Any]) -> Iterator[Findings]:
+    """Yields findings; a stage that fails does not end those after it."""
+    found: Findings = {}
+    yield {"stage": "build"}
+    subject = entry.subject()
+    run(subject.model, subject.inputs(2, 0), False)  # a failure here is one of the table
+    yield {"builds": True}
+    try:
+        for findings in measure(subject, options):
+            found.update(findings)
+            yield findings
+    except Exception as error:
+        yield {"crash": described(error)}
+    if found.get("captured") and found.get("free"):
+        yield from _growth(entry)
+
+
+def _growth(entry: Entry) -> Iterator[Findings]:
+    """Growth by two units at every width, from targets that other weights give, and the file of what has grown."""
+    subject = entry.subject()
+    data = [(given, _targets(entry, given)) for given in (subject.inputs(batch, 0) for batch in BATCHES)]
+
+    def loss(output: Any, targets: list[Tensor]) -> Tensor:
+        pairs = zip(_floating(subject, output), targets, strict=False)
+        return torch.stack([(a - b).abs().square().mean() for a, b in pairs if a.shape == b.shape]).mean()
+
+    subject.model.eval()
+    try:
+        grown = fxgrow.grow(subject.model, data, loss_fn=loss, neurons=2, progress=False)
+    except Exception as error:
+        yield {"grown": False, "grown_error": described(error)}
+        return
+    yield _grown(grown)
+    try:
+        yield _saved(entry, grown, data[0][0])
+    except Exception as error:
+        yield {"saved": False, "saved_error": described(error)}
+
+
+def _targets(entry: Entry, given: Inputs) -> list[Tensor]:
+    teacher = entry.subject(1)
+    with torch.no_grad():
+        return _floating(teacher, call(teacher.model.eval(), given))
+
+
+def _floating(subject: Subject, output: Any) -> list[Tensor]:
+    return [t for t in flat(subject.outputs(output)) if t.is_floating_point() or t.is_complex()]
+
+
+def _grown(grown: fx.GraphModule) -> Findings:
+    record = grown.meta["fxgrow"]
+    before, after = record.losses["eval"]
+    error = ""
+    if not record.plan.units:
+        error = f"added nothing: {record.declined}"
+    elif not all(bool(p.isfinite().all()) for p in grown.parameters()) or not math.isfinite(after):
+        error = "not finite"
+    elif after > before * (1 + WORSE) + 1e-12:
+        error = f"held-back loss {before:.4g} became {after:.4g}"
+    return {"grown": not error, "grown_error": error, "losses": [before, after]}
+
+
+def _saved(entry: Entry, grown: fx.GraphModule, given: Inputs) -> Findings:
+    with tempfile.TemporaryDirectory() as folder:
+        path = f"{folder}/net.safetensors"
+        fxgrow.save(grown, path)
+        again = fxgrow.load(entry.subject(2).model.eval(), path)
+    differs = distance(run(grown, given, False), run(again, given, False))
+    return {"saved": differs == 0.0, "saved_error": f"outputs differ by {differs:.2g}"}

@@ -1,0 +1,1 @@
+"""One file per kind of network, each with a list `ENTRIES`."""
