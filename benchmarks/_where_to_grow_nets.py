@@ -124,7 +124,7 @@ class Trained:
         optimizer.param_groups[0]["lr"] = FURTHER
         if plan is None:
             return old, optimizer, None
-        grown = apply_best(self.gm, plan, self.profile.record(), self.held_out, forced=True, follow=True)
+        grown = apply_best(plan, self.profile, self.held_out, forced=True, follow=True)
         repoint(optimizer, old, grown.model, grown.index)
         return grown.model, optimizer, grown.record
 

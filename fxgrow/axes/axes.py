@@ -150,16 +150,15 @@ def multiplicity(axis: Axis) -> Counter[UnitVar]:
     return count
 
 
-def unit_entries(axis: Axis, var: UnitVar, grow: Mapping[UnitVar, int] | None = None) -> Tensor:
-    """Positions of each unit's entries in an axis, `[units, entries]`; after growth by `grow`, with new units last."""
-    grow = grow or {}
-    units: list[list[int]] = [[] for _ in range(var.size + grow.get(var, 0))]
+def unit_entries(axis: Axis, var: UnitVar) -> Tensor:
+    """Positions of each unit's entries in an axis, `[units, entries]`."""
+    units: list[list[int]] = [[] for _ in range(var.size)]
     at = 0
     for s in resolve(axis):
         if s.var is var:
             for i, unit in enumerate(units):
                 unit.extend(range(at + i * s.inner, at + (i + 1) * s.inner))
-        at += s.inner if s.var is None else (s.var.size + grow.get(s.var, 0)) * s.inner
+        at += s.length
     return torch.tensor(units, dtype=torch.long)
 
 

@@ -30,7 +30,7 @@ from fxgrow.ops.registry import Rule, find_rule
 from fxgrow.ops.views import clone, flatten, identity
 from fxgrow.rewriting.batch_norm import can_be_identity
 from fxgrow.rewriting.parametrizations import spectral
-from fxgrow.rewriting.rewrite import Values
+from fxgrow.rewriting.values import Values
 from fxgrow.statistics.batch_dimension import nodes_with_batch_second
 from fxgrow.statistics.consumer_moments import ConsumerMoments
 

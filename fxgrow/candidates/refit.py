@@ -100,8 +100,8 @@ def run_refit(
     widths: Collection[str] | None = None,
 ) -> Refit:
     """Two passes over the candidate graph for these of its widths (None: all): fitting batches, then held-back ones."""
-    graph, process_group = found.graph, data.process_group
-    atoms = {w: k for w, k in found.atoms.items() if widths is None or w in widths}
+    graph, process_group = found.gm, data.process_group
+    atoms = {w: k for w, k in found.unit_groups.items() if widths is None or w in widths}
     consumers = _consumers(found, atoms)
     if not consumers:
         return Refit()
@@ -164,7 +164,7 @@ def run_refit(
 
 def _consumers(found: Candidates, wanted: Collection[str]) -> dict[str, ConsumerMoments]:
     readers = {
-        p.weight for p in found.projections if any((w, p.in_dim) in found.places.get(p.weight, {}) for w in wanted)
+        p.weight for p in found.projections if any((w, p.in_dim) in found.new_indices.get(p.weight, {}) for w in wanted)
     }
     order = dict.fromkeys(p.weight for p in found.projections if p.weight in readers)
     return {name: c for weight in order for name, c in consumers_of(weight, found.projections).items()}
@@ -172,7 +172,7 @@ def _consumers(found: Candidates, wanted: Collection[str]) -> dict[str, Consumer
 
 def _places(c: ConsumerMoments, found: Candidates) -> dict[str, Tensor]:
     """Of each width's new channels in what a weight reads."""
-    return {w: at for (w, dim), at in found.places[c.weight].items() if dim == c.uses[0].in_dim}
+    return {w: at for (w, dim), at in found.new_indices[c.weight].items() if dim == c.uses[0].in_dim}
 
 
 def _sides(c: ConsumerMoments, found: Candidates) -> tuple[Tensor, Tensor]:
@@ -195,10 +195,10 @@ def _readout(c: ConsumerMoments, found: Candidates, old: Tensor, z: Tensor) -> O
         raise RuntimeError("no rows were added")
     own = _places(c, found)
     parts = torch.arange(len(z), device=z.device).split([len(at) * c.window.taps for at in own.values()])
-    new = {w: part.view(found.atoms[w], -1) for w, part in zip(own, parts, strict=True)}
+    new = {w: part.view(found.unit_groups[w], -1) for w, part in zip(own, parts, strict=True)}
     groups = 1 if c.uses[0].experts else c.groups
     rows = torch.ones(len(c.vh) * groups, dtype=torch.bool)
-    for (_, dim), positions in found.places[c.weight].items():
+    for (_, dim), positions in found.new_indices[c.weight].items():
         if dim == c.uses[0].out_dim:
             rows[(positions[:, None] * c.kernel_taps + torch.arange(c.kernel_taps)).flatten()] = False
     rows = rows if groups == 1 else rows.unflatten(0, (groups, -1))[c.group]

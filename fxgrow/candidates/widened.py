@@ -1,14 +1,15 @@
 """Candidate units inside the real graph: a wider copy in which nobody reads them yet.
 
-What new units put out depends on everything between producer and consumer: norms, activations, pools, gates. Rather
-than describe that again, the graph is widened with the candidates (outgoing weights zero, so nothing changes) and run.
+The activations of new units depend on everything between producer and consumer: norms, activations, pools, gates.
+Rather than describe that again, the graph is widened with the candidates (outgoing weights zero, so nothing changes)
+and run.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,82 +21,61 @@ from fxgrow.axes.structure import Projection
 from fxgrow.graph.evaluate import eval_mode
 from fxgrow.graph.graph import lookup
 from fxgrow.initialisers.registry import Proposal
-from fxgrow.rewriting.axis_growth import Places, places
 from fxgrow.rewriting.batch_norm import IdentityBatchNorm
-from fxgrow.rewriting.rewrite import Values, widened
+from fxgrow.rewriting.size_change import SizeChange
+from fxgrow.rewriting.values import Values
+from fxgrow.rewriting.widened_graph import WidenedGraph
 
 
-@dataclass(frozen=True)
-class Candidates:
-    """The widened copy and where it holds what.
-
-    Attributes:
-        graph: the copy; it computes the same function as the original.
-        projections: uses of weights in the copy.
-        units: candidates per width.
-        atoms: the same in steps of the width: what is added or left out as one.
-        places: new entries per parameter, in the copy.
-        values: their values as slices for `rewrite`, outgoing weights left out.
-    """
-
-    graph: fx.GraphModule
-    projections: list[Projection]
-    units: dict[str, int]
-    atoms: dict[str, int]
-    places: Places
-    values: dict[str, dict[tuple[str, int], Tensor]]
-
-
-def candidates(
-    analysed: AnalysedGraph,
-    proposals: Mapping[str, Proposal],
-    additions: Mapping[str, int],
-    inputs: Sequence[Any],
-    generator: torch.Generator,
-) -> Candidates:
-    """Widens a copy of a graph by the proposed units, padded with random ones, and makes its BatchNorms transparent.
+class Candidates(WidenedGraph):
+    """A copy of a graph with the proposed units, padded with random ones; it computes the same function.
 
     Args:
         analysed: the original.
         proposals: per width; fewer units than asked for are padded.
         additions: units per width.
-        inputs: placeholder values to measure what enters the norms.
+        inputs: placeholder values to measure what enters the BatchNorms, whose new channels become the identity.
         generator: draws the random rows.
+
+    Attributes:
+        unit_groups: candidates per width, in steps of the width: what is added or left out as one.
+        slices: new entries as slices for `rewrite`, outgoing weights left out.
     """
-    gm, structure = analysed.gm, analysed.structure
-    where = places(analysed, additions)
-    values = Values(new_units_see_each_other=False)
-    for name in additions:
-        _rows(gm, analysed.widths[name], proposals[name], where, values, generator)
-        _pass_on(analysed, name, proposals[name], where, values)
-    wide = widened(analysed, additions, values, generator)
-    graph = wide.graph
-    transparent = IdentityBatchNorm(graph, where)
-    if transparent.channels:
-        with torch.no_grad(), eval_mode(graph):
-            transparent.run(*inputs, enable_io_processing=False)
-    outgoing = {(p.weight, p.in_dim) for p in structure.projections}
-    slices: dict[str, dict[tuple[str, int], Tensor]] = {}
-    for parameter, new in where.items():
-        for (name, dim), positions in new.items():
-            if (parameter, dim) not in outgoing:
-                slices.setdefault(parameter, {})[name, dim] = _slice(lookup(graph, parameter), dim, positions, new)
-    node_map = wide.node_map
-    projections = [replace(p, node=node_map[p.node], source=node_map[p.source]) for p in structure.projections]
-    atoms = {name: k // analysed.widths[name].step for name, k in additions.items()}
-    return Candidates(graph, projections, dict(additions), atoms, where, slices)
 
+    def __init__(
+        self,
+        analysed: AnalysedGraph,
+        proposals: Mapping[str, Proposal],
+        additions: Mapping[str, int],
+        inputs: Sequence[Any],
+        generator: torch.Generator,
+    ) -> None:
+        change = SizeChange(analysed, additions)
+        values = Values(new_units_see_each_other=False)
+        for name in additions:
+            _put_proposed_rows(change, name, proposals[name], values, generator)
+            if proposals[name].alpha:
+                _put_identity_kernels(change, name, values)
+        super().__init__(change, values, generator)
+        identity = IdentityBatchNorm(self.gm, self.new_indices)
+        if identity.channels:
+            with torch.no_grad(), eval_mode(self.gm):
+                identity.run(*inputs, enable_io_processing=False)
+        self.unit_groups = {name: k // analysed.widths[name].step for name, k in additions.items()}
+        outgoing = {(p.weight, p.in_dim) for p in self.projections}
+        self.slices: dict[str, dict[tuple[str, int], Tensor]] = {}
+        for parameter, new in self.new_indices.items():
+            for (name, dim), positions in new.items():
+                if (parameter, dim) not in outgoing:
+                    self.slices.setdefault(parameter, {})[name, dim] = self._slice(parameter, dim, positions)
 
-def _slice(tensor: Tensor, dim: int, positions: Tensor, new: Mapping[tuple[str, int], Tensor]) -> Tensor:
-    """New entries along one dimension; along the others the old ones (new ones are zero, nobody reads them yet)."""
-    out = tensor.detach().index_select(dim, positions.to(tensor.device))
-    for d in range(tensor.dim()):
-        gone = [p for (_, other), p in new.items() if other == d]
-        if d != dim and gone:
-            keep = torch.ones(tensor.shape[d], dtype=torch.bool)
-            keep[torch.cat(gone)] = False
-            out = out.index_select(d, keep.nonzero().flatten().to(tensor.device))
-    return out.clone()
+    def _slice(self, parameter: str, dim: int, positions: Tensor) -> Tensor:
+        """New entries along one dimension; along the others the old ones (new ones are zero, nobody reads them yet)."""
+        out = lookup(self.gm, parameter).detach()
+        for d, axis in enumerate(self.change.parameters[parameter]):
+            if d == dim or axis.changed:
+                out = out.index_select(d, (positions if d == dim else axis.moved).to(out.device))
+        return out
 
 
 def padded(gm: fx.GraphModule, h: GrowableWidth, proposal: Proposal, k: int, generator: torch.Generator) -> Proposal:
@@ -115,17 +95,15 @@ def padded(gm: fx.GraphModule, h: GrowableWidth, proposal: Proposal, k: int, gen
     return replace(proposal, alpha=alpha)
 
 
-def _rows(
-    gm: fx.GraphModule, h: GrowableWidth, proposal: Proposal, where: Places, values: Values, generator: torch.Generator
+def _put_proposed_rows(
+    change: SizeChange, name: str, proposal: Proposal, values: Values, generator: torch.Generator
 ) -> None:
     """Proposed incoming weights as slices of the producers' weights and biases; random ones fill up."""
-    if not proposal.alpha:
-        return
-    proposed = {p.weight: p for p in h.producers if p.weight in proposal.alpha}.values()
-    for p in proposed:
-        k = len(where[p.weight][h.name, p.out_dim])
-        rows = padded(gm, replace(h, producers=(p,)), proposal, k, generator).alpha[p.weight]
-        put_rows(gm, p, h.name, rows, values)
+    width = change.analysed.widths[name]
+    for p in {p.weight: p for p in width.producers if p.weight in proposal.alpha}.values():
+        k = len(change.new_indices[p.weight][name, p.out_dim])
+        rows = padded(change.gm, replace(width, producers=(p,)), proposal, k, generator).alpha[p.weight]
+        put_rows(change.gm, p, name, rows, values)
 
 
 def put_rows(gm: fx.GraphModule, use: Projection, name: str, rows: Tensor, values: Values) -> None:
@@ -138,16 +116,15 @@ def put_rows(gm: fx.GraphModule, use: Projection, name: str, rows: Tensor, value
         values.new.setdefault(use.bias, {})[name, 0] = rows[:, -1]
 
 
-def _pass_on(analysed: AnalysedGraph, name: str, proposal: Proposal, where: Places, values: Values) -> None:
+def _put_identity_kernels(change: SizeChange, name: str, values: Values) -> None:
     """New slices of depthwise kernels are a delta: the proposal assumed that they pass their unit on."""
-    for parameter, fill in analysed.structure.fills.items():
-        positions = where.get(parameter, {}).get((name, 0))
-        if fill == "random" and positions is not None and proposal.alpha:
-            shape = lookup(analysed.gm, parameter).shape[1:]
-            delta = torch.zeros(len(positions), math.prod(shape))
+    for parameter, fill in change.structure.fills.items():
+        positions = change.new_indices.get(parameter, {}).get((name, 0))
+        if fill == "random" and positions is not None:
+            shape = lookup(change.gm, parameter).shape[1:]
+            kernel = torch.zeros(len(positions), math.prod(shape))
             centre = 0
             for n in shape[1:]:
                 centre = centre * n + n // 2
-            delta[:, centre] = 1.0
-            delta = delta.reshape(-1, *shape)
-            values.new.setdefault(parameter, {})[name, 0] = delta
+            kernel[:, centre] = 1.0
+            values.new.setdefault(parameter, {})[name, 0] = kernel.reshape(-1, *shape)

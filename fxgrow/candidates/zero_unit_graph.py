@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -25,8 +25,9 @@ from fxgrow.data.batches import Batch
 from fxgrow.data.loss import LossFn
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
 from fxgrow.graph.graph import lookup
-from fxgrow.rewriting.axis_growth import places
-from fxgrow.rewriting.rewrite import Values, widened
+from fxgrow.rewriting.size_change import SizeChange
+from fxgrow.rewriting.values import Values
+from fxgrow.rewriting.widened_graph import WidenedGraph
 from fxgrow.statistics.consumer_moments import ConsumerMoments, like_weight, rows_for, some_rows
 from fxgrow.statistics.cross_moment import patch_rows
 from fxgrow.statistics.factorisation import factor
@@ -116,8 +117,8 @@ def start(h: GrowableWidth, analysed: AnalysedGraph) -> WidthSketch:
     return WidthSketch(h, producers)
 
 
-class ZeroUnitGraph:
-    """A copy of the graph with silent units, and one pass over it."""
+class ZeroUnitGraph(WidenedGraph):
+    """A copy of a graph with new units whose output is zero, and passes over it."""
 
     def __init__(
         self,
@@ -130,37 +131,32 @@ class ZeroUnitGraph:
     ) -> None:
         self.sketches, self.consumers, self.updates = sketches, consumers, updates
         self.generator, self.process_group = generator, process_group
-        additions = {s.name: s.atoms * s.hidden.step for s in sketches}
-        self.where = places(analysed, additions)
+        change = SizeChange(analysed, {s.name: s.atoms * s.hidden.step for s in sketches})
         values = Values(new_units_see_each_other=False)
         for s in sketches:
-            self._incoming(analysed.gm, s, values)
-            self._outgoing(analysed.gm, s, values)
-        wide = widened(analysed, additions, values, generator)
-        self.graph, node_map = wide.graph, wide.node_map
-        projections = analysed.structure.projections
-        self.uses = [replace(p, node=node_map[p.node], source=node_map[p.source]) for p in projections]
+            self._put_incoming(change, s, values)
+            if not s.groups:
+                self._put_random_outgoing(change, s, values)
+        super().__init__(change, values, generator)
         #: whether all that a width's readers saw of its new units was zero
         self.silent = {s.name: True for s in sketches}
 
-    def _incoming(self, gm: fx.GraphModule, s: WidthSketch, values: Values) -> None:
+    def _put_incoming(self, change: SizeChange, s: WidthSketch, values: Values) -> None:
         for p in s.producers.values():
-            rows = incoming(gm, p, s.contexts, s.atoms)
+            rows = incoming(change.gm, p, s.contexts, s.atoms)
             for group in s.groups if p in s.steep else []:
                 alpha = s.split(group.basis.mT)[s.steep.index(p)].unflatten(0, (len(group.atoms), len(group.slots)))
                 rows[group.atoms[:, None], group.slots] = alpha.to(rows)
             rows = rows.flatten(0, 1)
-            put_rows(gm, p.use, s.name, rows, values)
+            put_rows(change.gm, p.use, s.name, rows, values)
             p.slope, p.s, p.rows, p.features = None, None, 0, rows.shape[1]
 
-    def _outgoing(self, gm: fx.GraphModule, s: WidthSketch, values: Values) -> None:
+    def _put_random_outgoing(self, change: SizeChange, s: WidthSketch, values: Values) -> None:
         for p in {p.weight: p for p in s.hidden.consumers}.values():
-            weight = lookup(gm, p.weight)
-            n = len(self.where[p.weight][s.name, p.in_dim])
+            weight = lookup(change.gm, p.weight)
+            n = len(change.new_indices[p.weight][s.name, p.in_dim])
             shape = [n if d == p.in_dim else size for d, size in enumerate(weight.shape)]
             c = self.consumers[p.weight]
-            if s.groups:
-                continue  # zero
             omega = torch.randn(shape, generator=self.generator, dtype=torch.float64)
             if c.g is not None:
                 g = factor(c.curvature(), ridge=OUTPUT_RIDGE)
@@ -171,11 +167,11 @@ class ZeroUnitGraph:
         """One pass; slopes and second moments are added to the producers."""
         producers = [(s, p) for s in self.sketches for p in s.producers.values()]
         names = {n for _, p in producers for n in (p.use.weight, p.use.bias) if n is not None}
-        written = {p.use.weight: [u for u in self.uses if u.weight == p.use.weight] for _, p in producers}
+        written = {p.use.weight: [u for u in self.projections if u.weight == p.use.weight] for _, p in producers}
         readers: dict[fx.Node, list[tuple[WidthSketch, Projection]]] = {}
         for s in self.sketches:
             reads = {p.weight for p in s.hidden.consumers}
-            for u in self.uses:
+            for u in self.projections:
                 if u.weight in reads:
                     readers.setdefault(u.source, []).append((s, u))
 
@@ -186,7 +182,7 @@ class ZeroUnitGraph:
                     self._add_inputs(p, u, seen.inputs[u.source])
             for node, own in readers.items():
                 for s, u in own:
-                    columns = self.where[u.weight][s.name, u.in_dim].to(seen.inputs[node].device)
+                    columns = self.new_indices[u.weight][s.name, u.in_dim].to(seen.inputs[node].device)
                     if seen.inputs[node].index_select(_channels(u), columns).any():
                         self.silent[s.name] = False
 
@@ -194,10 +190,10 @@ class ZeroUnitGraph:
             {*readers, *(u.source for uses in written.values() for u in uses)},
             done,
             # a frozen bias too: new units may have any, and the copy is ours
-            weights={n: lookup(self.graph, n).requires_grad_() for n in sorted(names)},
+            weights={n: lookup(self.gm, n).requires_grad_() for n in sorted(names)},
             corrections={node: partial(self._without_expressible, own) for node, own in readers.items()},
         )
-        forward_backward(self.graph, batches, loss_fn, request)
+        forward_backward(self.gm, batches, loss_fn, request)
         process_group = self.process_group
         process_group.sum_([t for _, p in producers for t in (p.slope, p.s) if t is not None])
         for _, p in producers:
@@ -210,18 +206,20 @@ class ZeroUnitGraph:
     def reads_slots(self, s: WidthSketch) -> bool:
         """Whether what a reader takes of a unit comes apart into its slots."""
         p = s.hidden.consumers[0]
-        return len(self.where[p.weight][s.name, p.in_dim]) // s.atoms % int(s.slots.sum()) == 0
+        return len(self.new_indices[p.weight][s.name, p.in_dim]) // s.atoms % int(s.slots.sum()) == 0
 
     def probe(self, batches: Iterable[Batch], loss_fn: LossFn | None) -> None:
         """What units with the groups' bases for incoming weights put out where they are read."""
-        reads = {s.name: next(u for u in self.uses if u.weight == s.hidden.consumers[0].weight) for s in self.sketches}
+        reads = {
+            s.name: next(u for u in self.projections if u.weight == s.hidden.consumers[0].weight) for s in self.sketches
+        }
         rows = dict.fromkeys(reads, 0)
 
         def done(batch: Batch, seen: BatchRecord) -> None:
             for s in self.sketches:
                 u = reads[s.name]
                 h = seen.inputs[u.source]
-                z = h.index_select(_channels(u), self.where[u.weight][s.name, u.in_dim].to(h.device))
+                z = h.index_select(_channels(u), self.new_indices[u.weight][s.name, u.in_dim].to(h.device))
                 # entries of one slot at several positions, or read by several heads, are rows
                 z = z.movedim(_channels(u), -1).unflatten(-1, (s.atoms, int(s.slots.sum()), -1)).movedim(-1, 0)
                 z = accumulating(z).flatten(0, -3)
@@ -232,7 +230,7 @@ class ZeroUnitGraph:
                 rows[s.name] += len(z)
 
         few = list(itertools.islice(batches, PROBES))
-        forward_backward(self.graph, few, loss_fn, PassRequest({u.source for u in reads.values()}, done))
+        forward_backward(self.gm, few, loss_fn, PassRequest({u.source for u in reads.values()}, done))
         self.process_group.sum_([group.second for s in self.sketches for group in s.groups])
         for s in self.sketches:
             (total,) = self.process_group.sum_numbers(rows[s.name])
@@ -248,7 +246,7 @@ class ZeroUnitGraph:
             old = h.index_select(dim, self._old(u.weight, u.in_dim).to(h.device))
             moved = c.apply(self.updates[u.weight], c.layer_input(old))
             # its own new rows belong to other widths
-            omega = lookup(self.graph, u.weight).detach().index_select(u.in_dim, new)
+            omega = lookup(self.gm, u.weight).detach().index_select(u.in_dim, new)
             omega = omega.index_select(u.out_dim, self._old(u.weight, u.out_dim).to(h.device))
             with torch.enable_grad():
                 z = moved.new_zeros([len(new) if d == dim else n for d, n in enumerate(h.shape)], requires_grad=True)
@@ -260,7 +258,7 @@ class ZeroUnitGraph:
     def _add_slope(self, s: WidthSketch, p: Producer, seen: BatchRecord) -> None:
         use = p.use
         gradient = seen.gradients[use.weight]
-        own = self.where[use.weight][s.name, use.out_dim].to(gradient.device)
+        own = self.new_indices[use.weight][s.name, use.out_dim].to(gradient.device)
         rows = gradient.index_select(use.out_dim, own)
         rows = rows.index_select(use.in_dim, self._old(use.weight, use.in_dim).to(own.device))
         rows = rows.movedim(use.out_dim, 0).flatten(1)
@@ -285,11 +283,11 @@ class ZeroUnitGraph:
 
     def _new(self, weight: str, dim: int) -> Tensor:
         """Entries of a weight that the original does not have."""
-        found = [positions for (_, d), positions in self.where.get(weight, {}).items() if d == dim]
+        found = [positions for (_, d), positions in self.new_indices.get(weight, {}).items() if d == dim]
         return torch.cat([torch.zeros(0, dtype=torch.long), *found])
 
     def _old(self, weight: str, dim: int) -> Tensor:
-        kept = torch.ones(lookup(self.graph, weight).shape[dim], dtype=torch.bool)
+        kept = torch.ones(lookup(self.gm, weight).shape[dim], dtype=torch.bool)
         kept[self._new(weight, dim)] = False
         return kept.nonzero().flatten()
 

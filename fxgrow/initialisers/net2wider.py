@@ -13,8 +13,7 @@ import torch
 
 from fxgrow.initialisers.copies import CopyInitialiser
 from fxgrow.initialisers.registry import Outgoing, WriteRequest, initialiser
-from fxgrow.rewriting.copied_units import CopiedUnits
-from fxgrow.rewriting.rewrite import Values
+from fxgrow.rewriting.values import CopiedUnits, Values
 
 #: shares are drawn between 1 and this, then divided by their sum
 MOST = 3.0

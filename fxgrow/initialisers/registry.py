@@ -19,7 +19,7 @@ from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.data.batches import Data
 from fxgrow.data.loss import LossFn
 from fxgrow.errors import ProfileError
-from fxgrow.rewriting.rewrite import Values
+from fxgrow.rewriting.values import Values
 from fxgrow.statistics.consumer_moments import ConsumerMoments
 from fxgrow.statistics.width_moments import WidthMoments
 

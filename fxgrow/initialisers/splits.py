@@ -30,10 +30,10 @@ from fxgrow.errors import ProfileError
 from fxgrow.graph.graph import lookup
 from fxgrow.initialisers.copies import CopyInitialiser, why_no_copies
 from fxgrow.initialisers.registry import Outgoing, Proposal, SearchRequest, Splits, WriteRequest
-from fxgrow.rewriting.axis_growth import places
 from fxgrow.rewriting.batch_norm import RunningStatistics
-from fxgrow.rewriting.copied_units import CopiedUnits
-from fxgrow.rewriting.rewrite import Values, entries, widened
+from fxgrow.rewriting.size_change import SizeChange
+from fxgrow.rewriting.values import CopiedUnits, Values
+from fxgrow.rewriting.widened_graph import WidenedGraph
 from fxgrow.statistics.forward_backward import forward
 
 #: splits are searched on about so many samples
@@ -153,10 +153,10 @@ class SplitGraph:
 
     def __init__(self, request: SearchRequest, splits: Mapping[str, Splits]) -> None:
         self.request, self.analysed = request, request.analysed
-        self.additions = {n: len(s.origin) * self.analysed.widths[n].step for n, s in splits.items()}
-        generator = torch.Generator().manual_seed(0)
-        self.graph = widened(self.analysed, self.additions, self._values(splits), generator).graph
-        self.graph.eval()
+        units = {n: len(s.origin) * self.analysed.widths[n].step for n, s in splits.items()}
+        change, generator = SizeChange(self.analysed, units), torch.Generator().manual_seed(0)
+        self.widened = WidenedGraph(change, self._values(splits), generator)
+        self.graph = self.widened.gm.eval()
         #: in which the graph runs
         self.mode: AbstractContextManager[Any] = nullcontext()
         # as the line search sees it: what training would normalise away is no gain
@@ -183,8 +183,7 @@ class SplitGraph:
 
     def parameters(self, splits: Mapping[str, Splits]) -> dict[str, Tensor]:
         """The parameters with these splits; gradients flow to what the splits are made of."""
-        generator = torch.Generator().manual_seed(0)
-        return entries(self.analysed, self.additions, self._values(splits), generator)[0]
+        return self.widened.parameters(self._values(splits))
 
     def loss(self, parameters: dict[str, Tensor], batch: Batch) -> Tensor:
         """The mean loss of a batch."""
@@ -212,11 +211,10 @@ class SplitGraph:
         with self.running.batch_statistics() as moments:
             for batch in self.batches() if self.running.live else ():
                 self.loss(parameters, batch)
-        where = places(self.analysed, self.additions)
         out: dict[str, dict[str, Tensor]] = {name: {} for name in splits}
         for name, pair in moments.items():
             for key, t in zip(("running_mean", "running_var"), pair, strict=True):
-                for (width, _), at in where.get(buffer := f"{name}.{key}", {}).items():
+                for (width, _), at in self.widened.new_indices.get(buffer := f"{name}.{key}", {}).items():
                     s = splits[width]
                     old = unit_rows(self.analysed, self.analysed.widths[width], {buffer: 0})[buffer]
                     old = old[s.origin.to(t.device)]

@@ -18,8 +18,7 @@ from fxgrow.errors import PlanError
 from fxgrow.graph.graph import lookup
 from fxgrow.initialisers.copies import CopyInitialiser
 from fxgrow.initialisers.registry import Outgoing, WriteRequest, initialiser
-from fxgrow.rewriting.copied_units import CopiedUnits
-from fxgrow.rewriting.rewrite import Values
+from fxgrow.rewriting.values import CopiedUnits, Values
 
 
 @initialiser("variance-transfer", moments=False)

@@ -19,7 +19,8 @@ from fxgrow.axes.axes import Axis, Dims, UnitVar, length, multiplicity
 from fxgrow.errors import PlanError
 from fxgrow.graph.evaluate import eval_mode
 from fxgrow.graph.graph import lookup
-from fxgrow.rewriting.rewrite import rewrite
+from fxgrow.rewriting.size_change import SizeChange
+from fxgrow.rewriting.widened_graph import WidenedGraph
 
 #: a latency is the median of so many runs, and a width is measured when it is larger by this part
 RUNS, PROBE = 9, 0.5
@@ -126,8 +127,8 @@ class Latency:
         for name in names:
             w = analysed.widths[name].width
             k = max(1, round(PROBE * w.size / w.step)) * w.step
-            wide, _ = rewrite(gm, {name: k}, generator=torch.Generator().manual_seed(0))
-            before, after = _seconds(gm, inputs), _seconds(wide, inputs)
+            wide = WidenedGraph(SizeChange(analysed, {name: k}), generator=torch.Generator().manual_seed(0)).check()
+            before, after = _seconds(gm, inputs), _seconds(wide.gm, inputs)
             expected = self.base * (sums.total({name: k}) / max(1.0, sums.total({})) - 1)
             self.slopes[name] = max(after - before, LEAST * expected, 1e-12) / k
 

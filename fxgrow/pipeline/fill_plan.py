@@ -11,7 +11,7 @@ from fxgrow.graph.graph import lookup
 from fxgrow.initialisers.registry import WriteRequest
 from fxgrow.pipeline.profile_record import Profile
 from fxgrow.rewriting.plan import Plan
-from fxgrow.rewriting.rewrite import Values
+from fxgrow.rewriting.values import Values
 from fxgrow.statistics.consumer_moments import like_weight
 
 
@@ -27,17 +27,17 @@ def _from_candidates(
     found, refit = profile.candidates(), profile.refit
     order = {
         name: refit.evidence[name].order[:k] if refit is not None and name in refit.evidence else torch.arange(k)
-        for name, k in ((n, k * found.atoms[n] // found.units[n]) for n, k in units.items())
+        for name, k in ((n, k // analysed.widths[n].step) for n, k in units.items())
     }
     values = Values(new_units_see_each_other=False)
     incoming: list[tuple[str, str, int]] = []
     outgoing: list[tuple[str, str, int]] = []
     produces = {(p.weight, p.out_dim) for p in analysed.structure.projections}
     produces |= {(p.bias, 0) for p in analysed.structure.projections if p.bias is not None}
-    for name, slices in found.values.items():
+    for name, slices in found.slices.items():
         for (width, dim), t in slices.items():
             if width in units:
-                values.new.setdefault(name, {})[width, dim] = _pick(t, dim, order[width], found.atoms[width])
+                values.new.setdefault(name, {})[width, dim] = _pick(t, dim, order[width], found.unit_groups[width])
                 if (name, dim) in produces:
                     incoming.append((name, width, dim))
     terms, scale = (0.0, 0.0), 1.0

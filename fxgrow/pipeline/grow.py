@@ -27,8 +27,9 @@ from fxgrow.rewriting.into_module import check_into, into_module
 from fxgrow.rewriting.parametrizations import remove_parametrizations, restore_parametrizations
 from fxgrow.rewriting.plan import Plan
 from fxgrow.rewriting.replay import record
-from fxgrow.rewriting.rewrite import rewrite
+from fxgrow.rewriting.size_change import SizeChange
 from fxgrow.rewriting.verify import check_function
+from fxgrow.rewriting.widened_graph import WidenedGraph
 from fxgrow.tracing.capture import capture
 from fxgrow.transfer.optimizer_state import repoint
 
@@ -160,7 +161,7 @@ def _run(model: nn.Module, data: Data, options: GrowOptions) -> GrowthResult[nn.
     clock.lap("plan")
     held_out = HeldOut.of(data, options["loss_fn"])
     forced = options["neurons"] is not None
-    result = apply_best(gm, decided, profile.record(), held_out, forced, options["update_existing"])
+    result = apply_best(decided, profile, held_out, forced, options["update_existing"])
     clock.lap("search")
     grown, index = restore_parametrizations(result.model, result.index)
     out = into_module(model, inputs, captured, grown) if options["into"] == "module" else grown
@@ -193,14 +194,13 @@ def _profile(gm: fx.GraphModule, data: Data, options: GrowOptions) -> Profile:
 
 
 def apply_best(
-    gm: fx.GraphModule, plan: Plan, profile: Profile, held_out: HeldOut, forced: bool, follow: bool
+    plan: Plan, profile: Profile, held_out: HeldOut, forced: bool, follow: bool
 ) -> GrowthResult[fx.GraphModule]:
     """Searches gamma and rewrites.
 
     Args:
-        gm: the graph to grow.
         plan: what to add.
-        profile: for the record.
+        profile: of the graph to grow.
         held_out: what the line search measures.
         forced: the units were asked for by number: they are added although no gamma lowers the loss.
         follow: running statistics move as batch statistics do.
@@ -208,6 +208,7 @@ def apply_best(
     Returns:
         The grown graph; an unchanged copy where nothing is worth adding, and the record says why.
     """
+    gm = profile.graph
     pinned = {w.name: w.pinned for w in profile.widths if w.pinned is not None}
     before = held_out.losses(gm)
 
@@ -215,15 +216,16 @@ def apply_best(
         after = held_out.losses(grown) if plan.units else before
         losses = {mode: (loss, after[mode]) for mode, loss in before.items()}
         declined = None if plan.units else plan.reason
-        return GrowthResult(grown, index, Growth(plan, profile, search, losses, pinned, {}, declined))
+        return GrowthResult(grown, index, Growth(plan, profile.record(), search, losses, pinned, {}, declined))
 
     if not plan.units:
         return result(copy_graph(gm), {}, plan, None)
     if not plan.moves:
-        grown, index = rewrite(gm, plan.units, plan.at(plan.scale), torch.Generator().manual_seed(0))
-        check_function(gm, grown, gm.meta["example_inputs"])
-        return result(grown, index, plan, None)
-    line = GammaLine(gm, plan, held_out)
+        change, generator = SizeChange(profile.analysed, plan.units), torch.Generator().manual_seed(0)
+        widened = WidenedGraph(change, plan.at(plan.scale), generator).check()
+        check_function(gm, widened.gm, gm.meta["example_inputs"])
+        return result(widened.gm, widened.index, plan, None)
+    line = GammaLine(profile.analysed, plan, held_out)
     check_function(gm, line.move(0.0), gm.meta["example_inputs"])
     found = search(line, profile.method.needs.share, follow)
     # two halves of a split unit that do not move would stay the same for ever

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
-from fxgrow.analysis.analyse import analyse
+from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.data.batches import Batch, Data
 from fxgrow.data.loss import LossFn, loss_of
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
 from fxgrow.graph.evaluate import eval_mode
-from fxgrow.graph.graph import copy_graph
-from fxgrow.rewriting.axis_growth import places
+from fxgrow.graph.graph import copy_graph, lookup
 from fxgrow.rewriting.batch_norm import Moments, RunningStatistics
 from fxgrow.rewriting.plan import Plan
-from fxgrow.rewriting.rewrite import rewrite
+from fxgrow.rewriting.size_change import SizeChange
+from fxgrow.rewriting.widened_graph import WidenedGraph
 from fxgrow.statistics.forward_backward import forward
 
 #: gamma moves by this factor, at most so many times
@@ -98,24 +98,22 @@ class HeldOut:
 class GammaLine:
     """A grown graph that moves along gamma, and the held-out batches it is measured on."""
 
-    def __init__(self, gm: fx.GraphModule, plan: Plan, held_out: HeldOut) -> None:
-        self.original, self.plan, self.held_out = gm, plan, held_out
-        self.graph, self.index = self._rewritten(0.0)
+    def __init__(self, analysed: AnalysedGraph, plan: Plan, held_out: HeldOut) -> None:
+        self.plan, self.held_out = plan, held_out
+        # random numbers are those of `apply`: only what depends on gamma differs
+        change, generator = SizeChange(analysed, plan.units), torch.Generator().manual_seed(0)
+        self.widened = WidenedGraph(change, plan.at(0.0), generator).check()
+        self.graph, self.index = self.widened.gm, self.widened.index
         self.norms = RunningStatistics(self.graph, held_out.batches, held_out.process_group)
-        whole = dict(self._rewritten(1.0)[0].named_parameters())
+        whole = self.widened.parameters(plan.at(1.0))
         # new entries and updates of old ones move at one rate, unless incoming weights share gamma
-        units = dict(self._rewritten(1.0, update=False)[0].named_parameters()) if plan.symmetric else whole
+        units = self.widened.parameters(plan.at(1.0, update=False)) if plan.symmetric else whole
         self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        for name, p in self.graph.named_parameters():
-            new, update = (units[name] - p).detach(), (whole[name] - units[name]).detach()
-            if bool(new.any()) or bool(update.any()):
+        for name, end in whole.items():
+            p = lookup(self.graph, name)
+            new, update = (units.get(name, p) - p).detach(), (end - units.get(name, p)).detach()
+            if isinstance(p, nn.Parameter) and (bool(new.any()) or bool(update.any())):
                 self.steps.append((p, p.detach().clone(), new, update))
-
-    def _rewritten(
-        self, gamma: float, update: bool = True
-    ) -> tuple[fx.GraphModule, dict[str, tuple[Tensor | None, ...]]]:
-        # what is drawn at random is drawn alike, as in `apply`: only what depends on gamma differs
-        return rewrite(self.original, self.plan.units, self.plan.at(gamma, update), torch.Generator().manual_seed(0))
 
     def move(self, gamma: float) -> fx.GraphModule:
         """The graph with the parameters of this gamma, the same object every time."""
@@ -127,11 +125,10 @@ class GammaLine:
 
     def plan_here(self, gamma: float) -> Plan:
         """The plan, with the running statistics that the graph has now, at this gamma."""
-        where = places(analyse(self.original), self.plan.units)
         values = self.plan.values
         new, delta = {n: dict(s) for n, s in values.new.items()}, dict(values.delta)
         for name, (buffer, shift) in self.norms.shifts().items():
-            for (width, dim), positions in where.get(name, {}).items():
+            for (width, dim), positions in self.widened.new_indices.get(name, {}).items():
                 new.setdefault(name, {})[width, dim] = buffer[positions.to(buffer.device)].clone()
             (old,) = self.index.get(name, (None,))
             # a plan multiplies its deltas by gamma

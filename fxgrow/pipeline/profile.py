@@ -22,7 +22,7 @@ from fxgrow.axes.records import Width
 from fxgrow.candidates.first_pass import Measured, Reader
 from fxgrow.candidates.isolated_refit import IsolatedRefit
 from fxgrow.candidates.refit import Refit, run_refit
-from fxgrow.candidates.widened import candidates, padded
+from fxgrow.candidates.widened import Candidates, padded
 from fxgrow.data.batches import Data, check_device
 from fxgrow.data.loss import LossFn
 from fxgrow.data.random_state import random_state_kept
@@ -175,7 +175,7 @@ def profiled(
                 proposals[name] = padded(gm, h, proposals[name], additions[name], generator)
             refit = IsolatedRefit(measured.ways, proposals, atoms, measured.stats, measured.held, data, loss_fn).run()
         if rest:
-            found = candidates(analysed, proposals, additions, calibration, generator)
+            found = Candidates(analysed, proposals, additions, calibration, generator)
             refit.join(run_refit(found, data, loss_fn, generator, rest))
     if refit is not None and data.batches != 1:
         samples, loss = samples + refit.samples, loss + refit.loss

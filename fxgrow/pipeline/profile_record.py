@@ -13,7 +13,7 @@ from torch import Tensor, fx
 from fxgrow.analysis.analyse import AnalysedGraph, analyse
 from fxgrow.axes.records import Width
 from fxgrow.candidates.refit import Refit
-from fxgrow.candidates.widened import Candidates, candidates
+from fxgrow.candidates.widened import Candidates
 from fxgrow.errors import PlanError
 from fxgrow.initialisers.registry import Initialiser, Proposal
 
@@ -115,7 +115,7 @@ class Profile(Mapping[str, Bottleneck]):
         if self.found is not None:
             return self.found
         generator = torch.Generator().manual_seed(self.seed)
-        return candidates(self.analysed, self.proposals, self.proposed, self.calibration, generator)
+        return Candidates(self.analysed, self.proposals, self.proposed, self.calibration, generator)
 
     @classmethod
     def merge(

@@ -96,7 +96,7 @@ def try_widths(
                 f"Units by {profile.method.name!r} change nothing at first, so there is nothing to try: profile with "
                 "method='default'."
             )
-        result = search(GammaLine(profile.graph, decided, held_out))
+        result = search(GammaLine(profile.analysed, decided, held_out))
         before, after = decided.parameters
         tried[name] = Tried(k, after - before, result.best, result.losses[0] - min(result.losses))
     return dict(sorted(tried.items(), key=lambda item: -item[1].per_parameter))

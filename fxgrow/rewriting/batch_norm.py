@@ -21,7 +21,7 @@ from fxgrow.data.batches import Batch
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
 from fxgrow.graph.evaluate import eval_mode
 from fxgrow.graph.graph import accumulation_dtype
-from fxgrow.rewriting.axis_growth import Places
+from fxgrow.rewriting.size_change import NewIndices
 
 #: mean and variance of what enters a norm, per channel, averaged over batches
 Moments = tuple[Tensor, Tensor]
@@ -43,13 +43,13 @@ class IdentityBatchNorm(fx.Interpreter):
     running_mean and running_var become those of the channel's input, weight = sqrt(var + eps), bias = mean.
     """
 
-    def __init__(self, gm: fx.GraphModule, where: Places) -> None:
+    def __init__(self, gm: fx.GraphModule, new_indices: NewIndices) -> None:
         super().__init__(gm)
         #: new channels of each norm that has statistics and an affine map
         self.channels = {
-            name: torch.cat(list(where[f"{name}.weight"].values())).to(m.weight.device)
+            name: torch.cat(list(new_indices[f"{name}.weight"].values())).to(m.weight.device)
             for name, m in gm.named_modules()
-            if isinstance(m, _BatchNorm) and m.running_mean is not None and f"{name}.weight" in where
+            if isinstance(m, _BatchNorm) and m.running_mean is not None and f"{name}.weight" in new_indices
         }
 
     def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

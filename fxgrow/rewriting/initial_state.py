@@ -1,4 +1,7 @@
-"""Writes what `fxgrow.analysis.initial_state` proved: the new entries, norms and numbers of a widened graph."""
+"""Writes what `fxgrow.analysis.initial_state` proved: the new entries, norms and numbers of a resized graph.
+
+The same formulas serve units that are left out: a norm keeps its function where these were zero, or the mean.
+"""
 
 from __future__ import annotations
 
@@ -10,108 +13,92 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from fxgrow.analysis.initial_state import COPY, MEAN, SPLIT, ZERO, InitialState
-from fxgrow.axes.axes import Dims, UnitVar, multiplicity, unit_entries
-from fxgrow.axes.structure import Structure
+from fxgrow.analysis.initial_state import COPY, MEAN, SPLIT, ZERO
+from fxgrow.axes.axes import UnitVar, unit_entries
+from fxgrow.axes.structure import Invariant
 from fxgrow.graph.evaluate import eval_mode
 from fxgrow.graph.graph import lookup
+from fxgrow.rewriting.size_change import AxisChange, SizeChange
 
 #: position of eps among the arguments of a functional norm
 _EPS = {F.layer_norm: 4, F.rms_norm: 3}
+NodeMap = Mapping[fx.Node, fx.Node]
 
 
-def growing(structure: Structure, grow: Mapping[UnitVar, int]) -> dict[UnitVar, InitialState]:
-    """What is made up for when these variables grow."""
-    return {var: c for var, c in structure.initial_states.items() if grow.get(var)}
-
-
-def rescaled(old: Tensor, name: str, structure: Structure, grow: Mapping[UnitVar, int]) -> Tensor:
-    """A norm's old weights times sqrt(d / (d + k)): new units count in the mean and add nothing to it.
+def rescaled(old: Tensor, name: str, change: SizeChange) -> Tensor:
+    """A norm's old weights times sqrt(d / d'): new units count in the mean and add nothing to it.
 
     The mean of responses is one of lengths, not of squares. Where a norm has no weights, what reads it is scaled.
     """
-    for var, c in growing(structure, grow).items():
-        for d in c.norms:
-            if d.weight == name:
-                ratio = _ratio(var, grow)
-                return (old + d.offset) * (ratio if d.kind == "response" else math.sqrt(ratio)) - d.offset
-        if name in c.scaled:
-            return old * math.sqrt(_ratio(var, grow))
+    for var, state in change.initial_states.items():
+        for invariant in state.norms:
+            if invariant.weight == name:
+                ratio = _ratio(var, change)
+                factor = ratio if invariant.kind == "response" else math.sqrt(ratio)
+                return (old + invariant.offset) * factor - invariant.offset
+        if name in state.scaled:
+            return old * math.sqrt(_ratio(var, change))
     return old
 
 
-def _ratio(var: UnitVar, grow: Mapping[UnitVar, int]) -> float:
-    return var.size / (var.size + grow[var])
+def _ratio(var: UnitVar, change: SizeChange) -> float:
+    return var.size / change.units(var)
 
 
-def apply_initial_entries(
-    new: Tensor,
-    name: str,
-    entries: Sequence[Mapping[UnitVar, Tensor]],
-    structure: Structure,
-    grow: Mapping[UnitVar, int],
-    scale_of: Mapping[str, Tensor],
-) -> None:
-    """New entries of a parameter that writes such a width: the mean of the old ones, zero, parts or copies.
+def write_initial_entries(new: Tensor, name: str, change: SizeChange, axes: Sequence[AxisChange]) -> None:
+    """New entries of a parameter that writes a width with an invariant.
+
+    They are the mean of the old ones, zero, parts or copies.
 
     Args:
-        new: the widened parameter, complete but for these entries.
+        new: the resized parameter, complete but for these entries.
         name: its name.
-        entries: per dimension, the positions of each variable's new entries.
-        structure: of the graph before.
-        grow: units per variable.
-        scale_of: old values of the parameters that scale a writer unit by unit.
+        change: of the graph's widths.
+        axes: of the parameter.
     """
-    for var, c in growing(structure, grow).items():
-        for dim, found in enumerate(entries):
-            if (name, dim) not in c.writers or var not in found:
+    for var, state in change.initial_states.items():
+        for dim, axis in enumerate(axes):
+            if (name, dim) not in state.writers or var not in axis.new:
                 continue
-            positions = found[var].to(new.device)
-            if c.kind == MEAN:
-                keep = torch.ones(new.shape[dim], dtype=torch.bool, device=new.device)
-                keep[positions] = False
-                old = new.movedim(dim, 0)[keep]
-                if name in c.scales:
-                    scale = scale_of[c.scales[name]].to(new).flatten()
-                    old = old * scale.view(-1, *[1] * (old.dim() - 1))
-                mean = old.mean(0, keepdim=True).expand(len(positions), *old.shape[1:])
-                new.index_copy_(dim, positions, mean.movedim(0, dim).contiguous())
-            elif c.kind == COPY:
-                kept = torch.ones(new.shape[dim], dtype=torch.bool, device=new.device)
-                kept[positions] = False
-                old = new.movedim(dim, 0)[kept]
-                copies = old.repeat(grow[var], *[1] * (old.dim() - 1)).movedim(0, dim)
-                new.index_copy_(dim, positions, copies.contiguous())
-            elif c.kind == SPLIT:
-                _split(new.movedim(dim, 0), unit_entries(structure.parameters[name][dim], var, grow), grow[var])
-            elif not c.products:
+            positions = axis.new[var].to(new.device)
+            if state.kind in (MEAN, COPY):
+                old = new.movedim(dim, 0).index_select(0, axis.moved.to(new.device))
+                ones = [1] * (old.dim() - 1)
+                if name in state.scales:
+                    old = old * lookup(change.gm, state.scales[name]).detach().to(new).view(-1, *ones)
+                if state.kind == MEAN:
+                    rows = old.mean(0, keepdim=True).expand(len(positions), *old.shape[1:])
+                else:
+                    rows = old.repeat(change.added[var], *ones)
+                new.index_copy_(dim, positions, rows.movedim(0, dim).contiguous())
+            elif state.kind == SPLIT:
+                units = axis.moved[unit_entries(change.structure.parameters[name][dim], var)]
+                _split(new.movedim(dim, 0), units.to(new.device), positions.view(-1, units.shape[1]))
+            elif not state.products:
                 new.index_fill_(dim, positions, 0)
 
 
-def _split(rows: Tensor, units: Tensor, count: int) -> None:
+def _split(rows: Tensor, old: Tensor, new: Tensor) -> None:
     """Turns units into planes: (a u, b u) for u, with a^2 + b^2 = 1, keeps lengths and products."""
-    old, new = units[:-count].to(rows.device), units[-count:].to(rows.device)
-    for i in range(min(count, len(old))):
+    for i in range(min(len(new), len(old))):
         parts = new[i :: len(old)]
         for part in parts:
             rows[part] = rows[old[i]] * (0.6 / math.sqrt(len(parts)))
         rows[old[i]] *= 0.8
 
 
-def apply_initial_norms(
-    gm: fx.GraphModule, structure: Structure, grow: Mapping[UnitVar, int], node_map: Mapping[fx.Node, fx.Node]
-) -> None:
-    """Epsilons for the new sizes: variances shrink by d / (d + k), and eps with them."""
-    for var, c in growing(structure, grow).items():
-        for d in c.norms:
-            if d.kind == "length":
+def write_norm_eps(gm: fx.GraphModule, change: SizeChange, node_map: NodeMap) -> None:
+    """Epsilons for the new sizes: variances change by d / d', and eps with them."""
+    for var, state in change.initial_states.items():
+        for invariant in state.norms:
+            if invariant.kind == "length":
                 continue
-            node, eps = node_map[d.node], d.eps * _ratio(var, grow)
-            if d.eps_at is not None:
-                adds, at = node_map[d.eps_at[0]], d.eps_at[1]
+            node, eps = node_map[invariant.node], invariant.eps * _ratio(var, change)
+            if invariant.eps_at is not None:
+                adds, at = node_map[invariant.eps_at[0]], invariant.eps_at[1]
                 adds.args = tuple(eps if i == at else a for i, a in enumerate(adds.args))
             elif node.op == "call_module":
-                setattr(gm.get_submodule(str(node.target)), d.eps_name, eps)
+                setattr(gm.get_submodule(str(node.target)), invariant.eps_name, eps)
             elif len(node.args) > _EPS[node.target]:  # type: ignore[index]
                 at = _EPS[node.target]  # type: ignore[index]
                 node.args = (*node.args[:at], eps, *node.args[at + 1 :])
@@ -119,18 +106,16 @@ def apply_initial_norms(
                 node.kwargs = {**node.kwargs, "eps": eps}
 
 
-def apply_initial_numbers(
-    structure: Structure, grow: Mapping[UnitVar, int], node_map: Mapping[fx.Node, fx.Node]
-) -> None:
-    """Numbers that a growing size gave keep their old value."""
-    for node, keyword, value, axes in structure.kept_numbers:
-        if not any(grow.get(var) for axis in axes for var in multiplicity(axis)):
+def write_kept_numbers(change: SizeChange, node_map: NodeMap) -> None:
+    """Numbers that were computed from a size that changes keep their old value."""
+    for node, keyword, value, axes in change.structure.kept_numbers:
+        if not change.changes(axes):
             continue
-        twin = node_map[node]
+        copy = node_map[node]
         if keyword is not None:
-            twin.kwargs = {**twin.kwargs, keyword: value}
+            copy.kwargs = {**copy.kwargs, keyword: value}
             continue
-        _replace(twin, value)
+        _replace(copy, value)
 
 
 def _replace(node: fx.Node, value: float) -> None:
@@ -141,46 +126,39 @@ def _replace(node: fx.Node, value: float) -> None:
     node.graph.erase_node(node)
 
 
-def apply_initial_products(
-    gm: fx.GraphModule,
-    structure: Structure,
-    grow: Mapping[UnitVar, int],
-    node_map: Mapping[fx.Node, fx.Node],
-    inputs: Sequence[object],
-    index: Mapping[str, tuple[Tensor | None, ...]],
-) -> None:
-    """Zero rows for what flows into the second operand of a product, found by running the graph.
+def rows_that_must_be_zero(gm: fx.GraphModule, change: SizeChange, node_map: NodeMap) -> dict[tuple[str, int], Tensor]:
+    """New rows that flow into the second operand of a product, per parameter and dimension, found by running the graph.
 
     A weight may write both operands (a packed query, key and value); which of its new rows arrive where, the gradient
     of the operand's new entries says.
     """
-    silent = {var: c for var, c in growing(structure, grow).items() if c.kind == ZERO}
-    wanted = {node_map[d.source]: (var, d, c) for var, c in silent.items() for d in c.products}
+    wanted = [
+        (var, invariant, sorted(w for w in state.writers if var in _new(change, *w)))
+        for var, state in change.initial_states.items()
+        for invariant in (state.products if state.kind == ZERO and var in change.added else ())
+    ]
     if not wanted:
-        return
-    writing = {
-        d.source: sorted(w for w in c.writers if index.get(w[0], ()) and index[w[0]][w[1]] is not None)
-        for _, d, c in wanted.values()
-    }
-    seen = _Values(gm, wanted)
+        return {}
+    run = _NodeValues(gm, {node_map[invariant.source] for _, invariant, _ in wanted})
     generator = torch.Generator().manual_seed(0)
     hits: dict[tuple[str, int], Tensor] = {}
-    with eval_mode(gm), torch.enable_grad(), _trained([lookup(gm, w[0]) for ws in writing.values() for w in ws]):
-        seen.run(*inputs, enable_io_processing=False)
-        for source, (var, d, _) in wanted.items():
-            total = _new_entries(seen.values[source], structure.outputs[d.source], var, grow, generator)
-            parameters = [lookup(gm, name) for name, _ in writing[d.source]]
-            gradients = torch.autograd.grad(total, parameters, allow_unused=True, retain_graph=True)
-            for writer, g in zip(writing[d.source], gradients, strict=True):
+    with eval_mode(gm), torch.enable_grad(), _trained([lookup(gm, w[0]) for *_, writers in wanted for w in writers]):
+        run.run(*gm.meta["example_inputs"], enable_io_processing=False)
+        for var, invariant, writers in wanted:
+            total = _random_sum(run.values[node_map[invariant.source]], invariant, var, change, generator)
+            tensors = [lookup(gm, name) for name, _ in writers]
+            gradients = torch.autograd.grad(total, tensors, allow_unused=True, retain_graph=True)
+            for writer, g in zip(writers, gradients, strict=True):
                 if g is not None:
                     hit = g.movedim(writer[1], 0).flatten(1).ne(0).any(1) if g.dim() > 1 else g.ne(0)
                     hits[writer] = hit | hits[writer] if writer in hits else hit
-    with torch.no_grad():
-        for (name, dim), hit in hits.items():
-            old = index[name][dim]
-            if old is not None:
-                hit[old.to(hit.device)] = False
-            lookup(gm, name).index_fill_(dim, hit.nonzero().flatten(), 0)
+    for (name, dim), hit in hits.items():
+        hit[change.parameters[name][dim].moved.to(hit.device)] = False
+    return {writer: hit.nonzero().flatten() for writer, hit in hits.items()}
+
+
+def _new(change: SizeChange, name: str, dim: int) -> dict[UnitVar, Tensor]:
+    return change.parameters[name][dim].new if name in change.parameters else {}
 
 
 @contextlib.contextmanager
@@ -196,14 +174,13 @@ def _trained(tensors: Sequence[Tensor]) -> Iterator[None]:
             t.requires_grad_(False)
 
 
-def _new_entries(
-    value: Tensor, dims: Dims, var: UnitVar, grow: Mapping[UnitVar, int], generator: torch.Generator
+def _random_sum(
+    value: Tensor, invariant: Invariant, var: UnitVar, change: SizeChange, generator: torch.Generator
 ) -> Tensor:
-    from fxgrow.rewriting.axis_growth import extend
-
+    """A random linear function of the new entries of an operand."""
     total = value.new_zeros(())
-    for i, axis in enumerate(dims):
-        positions = extend(axis, grow).new.get(var)
+    for i, axis in enumerate(change.structure.outputs[invariant.source]):
+        positions = change.axis(axis).new.get(var)
         if positions is not None:
             part = value.index_select(i, positions.to(value.device))
             weights = torch.rand(part.shape, generator=generator, dtype=torch.float64) + 0.5
@@ -211,10 +188,10 @@ def _new_entries(
     return total
 
 
-class _Values(fx.Interpreter):
-    """Runs a graph and keeps what some nodes put out."""
+class _NodeValues(fx.Interpreter):
+    """Runs a graph and keeps the outputs of some nodes."""
 
-    def __init__(self, gm: fx.GraphModule, wanted: Mapping[fx.Node, object]) -> None:
+    def __init__(self, gm: fx.GraphModule, wanted: set[fx.Node]) -> None:
         super().__init__(gm)
         self.wanted = wanted
         self.values: dict[fx.Node, Tensor] = {}

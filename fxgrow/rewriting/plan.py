@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from fxgrow.errors import PlanError
-from fxgrow.rewriting.copied_units import CopiedUnits
-from fxgrow.rewriting.rewrite import Values
+from fxgrow.rewriting.values import CopiedUnits, Values
 
 
 @dataclass(frozen=True)

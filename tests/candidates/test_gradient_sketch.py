@@ -86,7 +86,7 @@ def test_values_slope_is_naive_n():
     net, data = Attention(heads=2).double(), batches()
     copy, s, updates = sketched(net, data, "v", atoms=3)
     n = naive(net, data, updates["o.weight"])
-    omega = copy.graph.o.weight[:, copy.where["o.weight"]["v", 1]].unflatten(1, (3, 2))  # [O, atoms, heads]
+    omega = copy.gm.o.weight[:, copy.new_indices["o.weight"]["v", 1]].unflatten(1, (3, 2))  # [O, atoms, heads]
     want = torch.einsum("hpo,oah->ahp", n, omega)
     torch.testing.assert_close(s.producers["v.weight"].slope, want, rtol=1e-8, atol=1e-10)
     assert copy.silent["v"]
@@ -97,7 +97,7 @@ def test_a_new_head_sees_what_the_head_it_is_like_sees():
     net, data = Attention().double(), batches()
     copy, s, updates = sketched(net, data, "q", atoms=2, contexts=(1, 0))
     n = naive(net, data, updates["o.weight"])
-    omega = copy.graph.o.weight[:, copy.where["o.weight"]["q", 1]].unflatten(1, (2, 4))  # [O, atoms, slots]
+    omega = copy.gm.o.weight[:, copy.new_indices["o.weight"]["q", 1]].unflatten(1, (2, 4))  # [O, atoms, slots]
     want = torch.stack([(n[1] @ omega[:, 0]).T, (n[0] @ omega[:, 1]).T])
     torch.testing.assert_close(s.producers["v.weight"].slope, want, rtol=1e-8, atol=1e-10)
 

@@ -11,7 +11,7 @@ import fxgrow
 from fxgrow.analysis.analyse import analyse
 from fxgrow.candidates import first_pass as _measure
 from fxgrow.candidates.isolated import apart
-from fxgrow.candidates.widened import candidates, padded
+from fxgrow.candidates.widened import Candidates, padded
 from fxgrow.graph.evaluate import eval_mode
 from fxgrow.initialisers import registry
 from fxgrow.initialisers.registry import Proposal
@@ -117,7 +117,7 @@ def test_widths_of_both_kinds_are_tried_on_the_same_units() -> None:
     assert set(profile.refit.evidence) == set(profile)
     assert 0 < len([n for n in profile if "mlp" in n]) < len(profile)
     for name in ("blocks.0.mlp.0", "blocks.1.mlp.0"):
-        rows = profile.candidates().values[f"{name}.weight"][name, 0]
+        rows = profile.candidates().slices[f"{name}.weight"][name, 0]
         torch.testing.assert_close(rows, profile.proposals[name].alpha[f"{name}.weight"][:, :-1])
         (readout,) = profile.refit.of(name)
         assert readout.weight == name.replace("mlp.0", "mlp.2.weight")
@@ -148,7 +148,7 @@ def test_new_channels_are_those_of_the_widened_network(case: str) -> None:
     ways = apart(analysed, hiddens, consumers)
     assert len(ways) == len(hiddens)
     proposals = {h.name: padded(gm, h, Proposal(), 3, generator) for h in hiddens}
-    found = candidates(analysed, proposals, dict.fromkeys(ways, 3), [x], generator)
+    found = Candidates(analysed, proposals, dict.fromkeys(ways, 3), [x], generator)
 
     def values(graph: fxgrow.GraphModule) -> dict[str, Tensor]:
         class Keep(torch.fx.Interpreter):
@@ -162,12 +162,12 @@ def test_new_channels_are_those_of_the_widened_network(case: str) -> None:
             Keep(graph).run(x, enable_io_processing=False)
         return kept
 
-    old, new = values(gm), values(found.graph)
+    old, new = values(gm), values(found.gm)
     for name, way in ways.items():
         with eval_mode(gm):
             z = way.put_out(proposals[name], {n: old[n.name] for n in way.sources})
         for p in way.hidden.consumers:
-            entries = found.places[p.weight][name, p.in_dim]
+            entries = found.new_indices[p.weight][name, p.in_dim]
             torch.testing.assert_close(z[p.source], new[p.source.name].index_select(1, entries))
 
 

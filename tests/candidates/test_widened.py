@@ -7,7 +7,7 @@ from torch import nn
 
 import fxgrow
 from fxgrow.analysis.analyse import analyse
-from fxgrow.candidates.widened import candidates
+from fxgrow.candidates.widened import Candidates
 from fxgrow.graph.evaluate import outputs
 from fxgrow.initialisers.registry import Proposal
 
@@ -32,19 +32,19 @@ def build(k: int = 3):
     gm = fxgrow.capture(model.eval(), (x,))
     rows = torch.randn(2, 2 * 9 + 1).double()
     proposals = {"0": Proposal({"0.weight": rows}), "5": Proposal()}
-    found = candidates(analyse(gm), proposals, {"0": k, "5": 2}, [x], torch.Generator().manual_seed(0))
+    found = Candidates(analyse(gm), proposals, {"0": k, "5": 2}, [x], torch.Generator().manual_seed(0))
     return gm, found, rows, x
 
 
 def test_the_function_is_unchanged():
     gm, found, _, x = build()
-    for a, b in zip(outputs(gm, (x,)), outputs(found.graph, (x,)), strict=True):
+    for a, b in zip(outputs(gm, (x,)), outputs(found.gm, (x,)), strict=True):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-13)
 
 
 def test_new_channels_put_out_what_they_get_in_both_modes():
     _, found, rows, x = build()
-    conv, norm = found.graph.get_submodule("0"), found.graph.get_submodule("1")
+    conv, norm = found.gm.get_submodule("0"), found.gm.get_submodule("1")
     assert torch.equal(conv.weight[4:6].detach().flatten(1), rows[:, :-1])
     assert torch.equal(conv.bias[4:6].detach(), rows[:, -1])
     with torch.no_grad():
@@ -56,7 +56,7 @@ def test_new_channels_put_out_what_they_get_in_both_modes():
 
 def test_depthwise_kernels_pass_proposed_units_on():
     _, found, _, _ = build()
-    kernel = found.graph.get_submodule("3").weight[4:].detach()
+    kernel = found.gm.get_submodule("3").weight[4:].detach()
     expected = torch.zeros(3, 1, 3, 3).double()
     expected[:, 0, 1, 1] = 1
     assert torch.equal(kernel, expected)
@@ -64,7 +64,7 @@ def test_depthwise_kernels_pass_proposed_units_on():
 
 def test_values_are_slices_of_old_sizes():
     _, found, _, _ = build()
-    assert found.values["0.weight"]["0", 0].shape == (3, 2, 3, 3)
+    assert found.slices["0.weight"]["0", 0].shape == (3, 2, 3, 3)
     # the rows of the second width read the old channels of the first only
-    assert found.values["5.weight"]["5", 0].shape == (2, 4, 1, 1)
-    assert ("5", 1) not in found.values.get("7.weight", {})
+    assert found.slices["5.weight"]["5", 0].shape == (2, 4, 1, 1)
+    assert ("5", 1) not in found.slices.get("7.weight", {})

@@ -302,7 +302,7 @@ def test_silent_units_see_what_the_weights_cannot_express(batch_first: bool) -> 
         g = expected[name]
         rest[name] = torch.stack(g.v) - torch.stack(g.h) @ moments(g, 48)[0].T
         rest[name] = rest[name].unflatten(0, (48, STEPS))
-    omega = {p.weight: lookup(copy.graph, p.weight)[: len(rest[p.weight][0, 0]), UNITS:].detach() for p in h.consumers}
+    omega = {p.weight: lookup(copy.gm, p.weight)[: len(rest[p.weight][0, 0]), UNITS:].detach() for p in h.consumers}
     later = F.pad(rest["r.weight_hh_l0"] @ omega["r.weight_hh_l0"], (0, 0, 0, 1))[:, 1:]
     asked = (later + rest["out.weight"] @ omega["out.weight"]).flatten(0, 1)
     for name in ("ih", "hh"):

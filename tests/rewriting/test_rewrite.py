@@ -14,7 +14,8 @@ from torch.nn import functional as F
 
 from fxgrow.analysis.analyse import widths
 from fxgrow.errors import PlanError, RewriteError
-from fxgrow.rewriting.rewrite import Values, rewrite
+from fxgrow.rewriting.rewrite import rewrite
+from fxgrow.rewriting.values import Values
 from fxgrow.rewriting.verify import check_function, check_shapes
 from fxgrow.tracing.capture import capture
 

@@ -1,0 +1,176 @@
+"""Every entry of the parameters that a change of size touches.
+
+All parameters are treated alike: their axes say where old entries go and where new ones appear. Left alone, new rows of
+a producer are random, new columns of a consumer are zero and followers are the identity, so that the function stays.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from fxgrow.axes.axes import UnitVar, unit_entries
+from fxgrow.axes.structure import Projection
+from fxgrow.errors import PlanError
+from fxgrow.graph.graph import lookup, put
+from fxgrow.rewriting.initial_state import rescaled, write_initial_entries
+from fxgrow.rewriting.parametrizations import orthogonalise_new_rows
+from fxgrow.rewriting.size_change import SizeChange
+from fxgrow.rewriting.values import Values
+
+
+def resized_parameters(
+    change: SizeChange, values: Values, generator: torch.Generator | None = None
+) -> dict[str, Tensor]:
+    """Every parameter and buffer that changes, new and old entries in their places.
+
+    Args:
+        change: of the graph's widths.
+        values: new and old entries, where the defaults are not wanted; gradients flow back to them.
+        generator: draws the random rows.
+    """
+    if change.kept and values.copies:
+        raise PlanError("Units cannot be copied and left out at once: leave them out first.")
+    names = [n for n in change.structure.parameters if n in change.parameters or n in values.delta]
+    return {name: _ResizedParameter(change, name, values, generator).filled() for name in names}
+
+
+class _ResizedParameter:
+    """One parameter on its way to its new size."""
+
+    def __init__(self, change: SizeChange, name: str, values: Values, generator: torch.Generator | None) -> None:
+        self.change, self.name, self.values, self.generator = change, name, values, generator
+        self.old = lookup(change.gm, name).detach()
+        self.dims = change.structure.parameters[name]
+        self.axes = change.parameters.get(name) or tuple(change.axis(a) for a in self.dims)
+        self.moved = [axis.moved for axis in self.axes]
+        self.uses = [p for p in change.structure.projections if p.weight == name]
+        self.new = self.old.new_empty([axis.size for axis in self.axes])
+
+    def filled(self) -> Tensor:
+        """The parameter with all its entries."""
+        self._fill_new()
+        self._put_given()
+        self._put_old()
+        if self.values.copies:
+            self._copy_units()
+        write_initial_entries(self.new, self.name, self.change, self.axes)
+        orthogonalise_new_rows(self.change.gm, self.name, self.new, self.moved)
+        return self.new
+
+    def _fill_new(self) -> None:
+        """Random rows of producers, zero columns of consumers, constants elsewhere."""
+        structure = self.change.structure
+        is_bias = any(p.bias == self.name for p in structure.projections)
+        fill = 0.0 if self.uses or is_bias else structure.fills.get(self.name, "mean")
+        for dim, axis in enumerate(self.axes):
+            for positions in axis.new.values():
+                self.new.index_fill_(dim, positions.to(self.new.device), _constant(fill, self.old))
+        if self.uses or fill == "random":
+            use = self.uses[0] if self.uses else None
+            out_dim = use.out_dim if use is not None else 0
+            self._draw(out_dim, self.axes[out_dim].new.values(), use)
+        for use in self.uses:
+            # whoever read the width before must not see the new units, except where they are zero
+            states = self.change.initial_states.items()
+            free = {var for var, state in states if (self.name, use.in_dim) in state.free}
+            new = self.axes[use.in_dim].new
+            self._draw(use.in_dim, [positions for var, positions in new.items() if var in free], use)
+            for var, positions in new.items():
+                if var not in free:
+                    self._zero_columns(use, positions.to(self.new.device))
+
+    def _draw(self, dim: int, places: Iterable[Tensor], use: Projection | None) -> None:
+        """Kaiming-normal entries (He et al. 2015, eq. 10) at places of a dimension; each expert has its own inputs."""
+        rows = self.new.shape[use.out_dim if use is not None else 0]
+        fan_in = self.new.numel() // max(1, rows * (len(self.new) if use is not None and use.experts else 1))
+        std = math.sqrt(2 / max(1, fan_in))
+        for positions in places:
+            shape = [len(positions) if d == dim else n for d, n in enumerate(self.new.shape)]
+            dtype = torch.promote_types(self.new.dtype, torch.float32)
+            drawn = torch.randn(shape, generator=self.generator, dtype=dtype)
+            self.new.index_copy_(dim, positions.to(self.new.device), (drawn * std).to(self.new))
+
+    def _zero_columns(self, use: Projection, positions: Tensor) -> None:
+        if use.in_dim == use.out_dim:
+            self.new.index_fill_(use.in_dim, positions, 0)
+            return
+        rows = self.axes[use.out_dim]
+        zero = rows.moved if self.values.new_units_see_each_other else torch.arange(rows.size)
+        columns = self.new.index_select(use.in_dim, positions)
+        columns.index_fill_(use.out_dim, zero.to(self.new.device), 0)
+        self.new.index_copy_(use.in_dim, positions, columns)
+
+    def _put_given(self) -> None:
+        names = self.change.names
+        for (width, dim), given in self.values.new.get(self.name, {}).items():
+            for d, axis in enumerate(self.axes):
+                given = given if d == dim else axis.select(given, d)
+            for var, positions in self.axes[dim].new.items():
+                if names[var] == width:
+                    put(self.new, [positions if d == dim else m for d, m in enumerate(self.moved)], given.to(self.old))
+
+    def _put_old(self) -> None:
+        old, delta = rescaled(self.old, self.name, self.change), self.values.delta.get(self.name)
+        self._put_kept(self.new, old if delta is None else old + delta.to(old))
+
+    def _put_kept(self, new: Tensor, old: Tensor) -> None:
+        for dim, axis in enumerate(self.axes):
+            old = axis.select(old, dim)
+        put(new, self.moved, old)
+
+    def _copy_units(self) -> None:
+        """Entries of units that are like old ones.
+
+        Where a delta moves an old unit's incoming weights, its copy's move the other way: a split. Consumers come last,
+        so that rows which are copies themselves share columns too.
+        """
+        delta = None
+        if self.name in self.values.delta:
+            delta = torch.zeros_like(self.new)
+            self._put_kept(delta, self.values.delta[self.name].to(self.old))
+        reads = {use.in_dim for use in self.uses}
+        for reading in (False, True):
+            for dim, axis in enumerate(self.axes):
+                for var in axis.new:
+                    if self.change.names[var] in self.values.copies and (dim in reads) is reading:
+                        self._copy_along(dim, var, delta, reading)
+
+    def _copy_along(self, dim: int, var: UnitVar, delta: Tensor | None, reading: bool) -> None:
+        new, axis, name = self.new, self.axes[dim], self.change.names[var]
+        copies = self.values.copies[name]
+        projections = self.change.structure.projections
+        writes = any((self.name, dim) in ((p.weight, p.out_dim), (p.bias, 0)) for p in projections)
+        # a follower's given entries stand already; those of a producer or consumer are added
+        given = (name, dim) in self.values.new.get(self.name, {})
+        if given and not reading and not writes:
+            return
+        old = axis.moved[unit_entries(self.dims[dim], var)].to(new.device)
+        entries = axis.new[var].to(new.device)
+        origin = old[copies.origin.to(new.device)].flatten()
+        along = [-1 if d == dim else 1 for d in range(new.dim())]
+        copied = new.index_select(dim, origin)
+        if reading:
+            parts = copies.shares.to(new).repeat_interleave(old.shape[1])
+            copied = copied * parts[old.numel() :].view(along)
+            kept = new.index_select(dim, old.flatten()) * parts[: old.numel()].view(along)
+            new.index_copy_(dim, old.flatten(), kept)
+        else:
+            if delta is not None:
+                copied = copied - 2 * delta.index_select(dim, origin)
+            if writes:
+                like = (copies.shares[len(old) :] != 0).to(new).repeat_interleave(old.shape[1])
+                copied = torch.where(like.view(along) != 0, copied, 0.0)
+        if given:
+            copied = copied + new.index_select(dim, entries)
+        new.index_copy_(dim, entries, copied)
+
+
+def _constant(fill: float | str, old: Tensor) -> float:
+    """The value of a follower's new entries; the mean of the old ones where no rule gives one."""
+    if not isinstance(fill, str):
+        return fill
+    return float(old.double().mean()) if old.is_floating_point() and old.numel() else 0.0
