@@ -13,6 +13,8 @@ KEY = "opaque"
 KEYWORDS = "fxgrow.keywords"
 #: key in `node.meta`: the module that a node stands for a part of, where it is no call of that module
 OWNER = "fxgrow.owner"
+#: key in `node.meta`: names of nodes with a truth value, and the values at which the node runs
+CONDITIONS = "fxgrow.conditions"
 #: key in `node.meta` of a guard: whether the model's code raises where it gives another answer
 CHECK = "fxgrow.check"
 

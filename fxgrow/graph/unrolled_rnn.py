@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from fxgrow.graph.conditional import graph_like
 from fxgrow.graph.graph import release_generated_source, submodule
 from fxgrow.graph.node_meta import KEY, OWNER, set_value
 
@@ -97,9 +98,7 @@ def unroll_recurrent_layers(gm: fx.GraphModule) -> fx.GraphModule:
     found = [n for n in gm.graph.nodes if _can(gm, n)]
     if not found:
         return gm
-    graph = fx.Graph()
-    node_map: dict[fx.Node, fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, node_map))
+    graph, node_map = graph_like(gm.graph)
     new = fx.GraphModule(nn.Module(), fx.Graph())
     new._modules.update(gm._modules)
     new._parameters.update(gm._parameters)

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fxgrow.data.batches import Batch
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
+from fxgrow.graph.conditional import ConditionalInterpreter
 from fxgrow.graph.evaluate import eval_mode
 from fxgrow.graph.graph import accumulation_dtype
 from fxgrow.rewriting.size_change import NewIndices
@@ -37,7 +38,7 @@ def can_be_identity(module: nn.Module | None) -> bool:
     return isinstance(module, _BatchNorm) and module.running_mean is not None and module.weight is not None
 
 
-class IdentityBatchNorm(fx.Interpreter):
+class IdentityBatchNorm(ConditionalInterpreter):
     """Sets new BatchNorm channels so that they put out what they get: in eval mode exactly, in train mode nearly.
 
     running_mean and running_var become those of the channel's input, weight = sqrt(var + eps), bias = mean.

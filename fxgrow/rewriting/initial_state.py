@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fxgrow.analysis.initial_state import COPY, MEAN, SPLIT, ZERO
 from fxgrow.axes.axes import UnitVar, unit_entries
 from fxgrow.axes.structure import Invariant
+from fxgrow.graph.conditional import ConditionalInterpreter
 from fxgrow.graph.evaluate import eval_mode
 from fxgrow.graph.graph import lookup
 from fxgrow.rewriting.size_change import AxisChange, SizeChange
@@ -188,7 +189,7 @@ def _random_sum(
     return total
 
 
-class _NodeValues(fx.Interpreter):
+class _NodeValues(ConditionalInterpreter):
     """Runs a graph and keeps the outputs of some nodes."""
 
     def __init__(self, gm: fx.GraphModule, wanted: set[fx.Node]) -> None:

@@ -20,6 +20,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from fxgrow.data.batches import Batch, check_device
 from fxgrow.data.loss import LossFn, loss_of
 from fxgrow.errors import FxgrowError, ProfileError
+from fxgrow.graph.conditional import graph_like
 from fxgrow.graph.evaluate import eval_mode
 from fxgrow.ops.expert_routing import all_routes
 from fxgrow.statistics.batch_dimension import nodes_with_batch_second
@@ -101,9 +102,7 @@ class _ActivationRecorder:
 
     def _tapped(self) -> fx.Graph:
         """A copy of the graph in which every value of `nodes` goes through `tap`."""
-        graph = fx.Graph()
-        node_map: dict[fx.Node, fx.Node] = {}
-        graph.output(graph.graph_copy(self.gm.graph, node_map))
+        graph, node_map = graph_like(self.gm.graph)
         first = next(n for n in graph.nodes if n.op != "placeholder")
         for i, node in enumerate(self.nodes):
             copy = node_map[node]

@@ -164,10 +164,8 @@ def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]],
                 other.record(model)
             keep_input_sizes(other, functools.partial(retrace, flipped=other.flipped))
             _prune(other.graph)
-            merged = merge_modes(tracer, other)
+            merge_modes(tracer, other)
         except CaptureError:
-            merged = False
-        if not merged:
             guard_modes(tracer)
     tracer.wholes.update({name: whole for name, (_, whole) in obstacles.wholes.items()})
     return tracer

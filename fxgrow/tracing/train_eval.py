@@ -5,80 +5,108 @@ The model is traced once in each mode, and the two graphs are merged.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import is_dataclass
+from collections.abc import Callable, Sequence
 from difflib import SequenceMatcher
+from itertools import count
 from typing import Any
 
 import torch
 from torch import fx
-from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.modules.dropout import _DropoutNd
 
+from fxgrow.graph.conditional import run_only_if
 from fxgrow.graph.node_functions import guard_mode, in_mode
-from fxgrow.graph.node_meta import set_value
-from fxgrow.graph.purity import is_pure
+from fxgrow.graph.node_meta import CONDITIONS, set_value
 from fxgrow.tracing.tracer import ValueTracer
 
 _LITERALS = (bool, int, float, type(None), str, torch.dtype)
+
+
+#: kind, and the runs of nodes in either graph
+Step = tuple[str, int, int, int, int]
 
 
 class _Different(Exception):
     pass
 
 
-def merge_modes(tracer: ValueTracer, other: ValueTracer) -> bool:
-    """Make ``tracer.graph`` right in both modes, if that takes no more than choosing between values.
+def merge_modes(tracer: ValueTracer, other: ValueTracer) -> None:
+    """Makes ``tracer.graph`` right in both modes.
 
-    A value that differs becomes a node that picks the one of the mode the module is in: of two constants, as in
-    ``dropout(x, 0.1 if self.training else 0.0)``, or of two nodes, as for heads that only training reads. Both nodes
-    are computed then, so what one mode alone computes must change nothing that lasts.
+    What one mode alone computes becomes conditional nodes, which the other mode leaves out: no random number is drawn
+    and no buffer is moved there. A value that differs becomes a node that picks the one of the mode the module is
+    in: of two constants, as in ``dropout(x, 0.1 if self.training else 0.0)``, or of two nodes.
 
-    Returns:
-        False, with the graph unchanged, if the traces differ in more than that.
+    Args:
+        tracer: a trace in the mode that the model is in; its graph is changed.
+        other: a trace with every flag flipped that the first one branched on.
     """
+    _share_constants(tracer, other)
+    try:
+        _merge(tracer, other, _matching_calls(tracer, other))
+    except _Different:
+        # they have nothing in common that could be found: two graphs, one of which runs
+        _merge(tracer, other, [("replace", *_code_of(tracer), *_code_of(other))])
+
+
+def _matching_calls(tracer: ValueTracer, other: ValueTracer) -> Sequence[Step]:
+    """Runs of nodes that both graphs have, and runs that one has, in the form of `SequenceMatcher.get_opcodes`."""
     ours, theirs = list(tracer.graph.nodes), list(other.graph.nodes)
     keys = [[(n.op, n.name if n.op == "placeholder" else n.target) for n in nodes] for nodes in (ours, theirs)]
     kinds = {key: i for i, key in enumerate(dict.fromkeys(keys[0] + keys[1]))}
-    mine_kinds, your_kinds = ([kinds[k] for k in own] for own in keys)
-    steps = SequenceMatcher(None, mine_kinds, your_kinds, autojunk=False).get_opcodes()
-    training, *others = {value for _, value, _ in tracer.branches.values()}
-    mine_only = {n for kind, a, b, _, _ in steps if kind != "equal" for n in ours[a:b]}
-    yours_only = {n for kind, _, _, a, b in steps if kind != "equal" for n in theirs[a:b]}
-    if others and (mine_only or yours_only):
-        return False  # captured with parts in train and parts in eval mode
-    if not all(_leaves_no_trace(tracer, n, training, mine_only) for n in mine_only):
-        return False
-    if not all(_leaves_no_trace(other, n, not training, yours_only) for n in yours_only):
-        return False
+    my_kinds, their_kinds = ([kinds[k] for k in own] for own in keys)
+    return SequenceMatcher(None, my_kinds, their_kinds, autojunk=False).get_opcodes()
+
+
+def _code_of(tracer: ValueTracer) -> tuple[int, int]:
+    """The nodes of a graph between its inputs and its output."""
+    nodes = list(tracer.graph.nodes)
+    first = next(i for i, n in enumerate(nodes) if n.op != "placeholder" and not _is_flag(tracer, n))
+    return first, len(nodes) - 1
+
+
+def _is_flag(tracer: ValueTracer, node: fx.Node) -> bool:
+    return node.op == "get_attr" and str(node.target) in tracer.branches
+
+
+def _merge(tracer: ValueTracer, other: ValueTracer, steps: Sequence[Step]) -> None:
+    """Merges the graphs along the matching nodes.
+
+    Raises:
+        _Different: matching nodes differ in more than a literal or a node of one mode alone; nothing has changed then.
+    """
+    ours, theirs = list(tracer.graph.nodes), list(other.graph.nodes)
+    my_own = {n for kind, a, b, _, _ in steps if kind != "equal" for n in ours[a:b] if not _is_flag(tracer, n)}
+    their_own = {n for kind, _, _, a, b in steps if kind != "equal" for n in theirs[a:b]}
     pairs: dict[fx.Node, fx.Node] = {}
-    extra = mine_only | yours_only
+    extra = my_own | their_own
     changes: list[tuple[fx.Node, Any, Any]] = []
     copies: list[tuple[fx.Node, fx.Node]] = []
     results: tuple[Any, Any] = None, None
-    try:
-        for kind, a, b, c, d in steps:
-            if kind != "equal":
-                copies += [(yours, ours[b]) for yours in theirs[c:d]]
-                # stands for its copy until it is known that there will be one
-                pairs.update({yours: yours for yours in theirs[c:d]})
+    for kind, a, b, c, d in steps:
+        if kind != "equal":
+            copies += [(yours, ours[b]) for yours in theirs[c:d]]
+            # stands for its copy until it is known that there will be one
+            pairs.update({yours: yours for yours in theirs[c:d]})
+            continue
+        for mine, yours in zip(ours[a:b], theirs[c:d], strict=True):
+            if mine.op == "output":
+                results = mine.args[0], yours.args[0]
                 continue
-            for mine, yours in zip(ours[a:b], theirs[c:d], strict=True):
-                if not _same_constant(tracer, other, mine):
-                    return False
-                if mine.op == "output":
-                    results = mine.args[0], yours.args[0]
-                    continue
-                same = [_equal(x, y, pairs, extra) for x, y in ((mine.args, yours.args), (mine.kwargs, yours.kwargs))]
-                if not all(same):
-                    changes.append((mine, yours.args, yours.kwargs))
-                pairs[yours] = mine
-    except _Different:
-        return False
+            same = [_equal(x, y, pairs, extra) for x, y in ((mine.args, yours.args), (mine.kwargs, yours.kwargs))]
+            if not all(same):
+                changes.append((mine, yours.args, yours.kwargs))
+            pairs[yours] = mine
+    if results == (None, None):
+        results = ours[-1].args[0], theirs[-1].args[0]
+    for flag in tracer.branches:
+        _flag_node(tracer, flag)
+    for mine in my_own:
+        _run_in_one_mode(tracer, mine, captured=True)
     for yours, before in copies:
         with tracer.graph.inserting_before(before):
             copy = tracer.graph.node_copy(yours, pairs.__getitem__)
         copy.meta = dict(yours.meta)
+        _run_in_one_mode(tracer, copy, captured=False)
         pairs[yours] = copy
     _merge_results(tracer, *results, pairs, extra)
     for node, args, kwargs in changes:
@@ -86,7 +114,37 @@ def merge_modes(tracer: ValueTracer, other: ValueTracer) -> bool:
         args, kwargs = fx.node.map_arg((args, kwargs), pairs.__getitem__)
         node.args = _merged(node.args, args, choose)
         node.kwargs = _merged(node.kwargs, kwargs, choose)
-    return True
+
+
+def _run_in_one_mode(tracer: ValueTracer, node: fx.Node, captured: bool) -> None:
+    """Lets a node run in the mode that was captured alone, or in the other one."""
+    if node.op == "get_attr":
+        return  # costs nothing
+    flag = _flag_of(tracer, node)
+    run_only_if(node, _flag_node(tracer, flag), tracer.branches[flag][1] is captured)
+
+
+def _share_constants(tracer: ValueTracer, other: ValueTracer) -> None:
+    """Gives equal constants of both traces one name, and those that the other has alone new ones."""
+    names = {}
+    for name, value in other.constants.items():
+        same = [mine for mine, t in tracer.constants.items() if t is value or _equal_tensors(t, value)]
+        names[name] = (
+            same[0]
+            if same
+            else next(
+                new
+                for i in count()
+                if (new := f"_constant{i}") not in tracer.constants and not hasattr(tracer.root, new)
+            )
+        )
+        tracer.constants[names[name]] = value
+    for node in other.graph.find_nodes(op="get_attr"):
+        node.target = names.get(str(node.target), node.target)
+
+
+def _equal_tensors(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 def _merge_results(
@@ -101,24 +159,6 @@ def _merge_results(
         output.args = (_merged(mine, yours, choose),)
     except _Different:
         output.args = (choose(mine, yours),)
-
-
-def _leaves_no_trace(tracer: ValueTracer, node: fx.Node, training: bool, own: set[fx.Node]) -> bool:
-    """Whether a node that one mode alone has may run in the other too.
-
-    Norms that only training reaches use their own flag and keep their statistics in eval mode; those that only eval
-    mode reaches would be fed in training.
-    """
-    if node.op in ("placeholder", "output") or (node.op == "get_attr" and str(node.target) in tracer.constants):
-        return False  # constants are numbered by each trace on its own
-    if node.op == "call_module":
-        module = tracer.root.get_submodule(str(node.target))
-        return training or not any(isinstance(m, (_NormBase, _DropoutNd)) for m in module.modules())
-    inplace = node.kwargs.get("inplace")
-    if inplace and node.args and node.args[0] in own:
-        return True  # an activation in place of what this mode alone has made
-    structure = isinstance(node.target, type) and (issubclass(node.target, (tuple, dict)) or is_dataclass(node.target))
-    return structure or is_pure(node)
 
 
 def guard_modes(tracer: ValueTracer) -> None:
@@ -171,9 +211,7 @@ def _merged(mine: Any, yours: Any, choose: Callable[[Any, Any], fx.Node]) -> Any
 
 def _chooser(tracer: ValueTracer, node: fx.Node) -> Callable[[Any, Any], fx.Node]:
     """A maker of ``in_mode`` nodes in front of ``node``, on the flag of the nearest module that branched."""
-    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    names = [f"{path}.training" for path in reversed(stack)] + ["training"]
-    flag = next((name for name in names if name in tracer.branches), next(iter(tracer.branches)))
+    flag = _flag_of(tracer, node)
     training = tracer.branches[flag][1]
 
     def choose(mine: Any, yours: Any) -> fx.Node:
@@ -182,12 +220,19 @@ def _chooser(tracer: ValueTracer, node: fx.Node) -> Callable[[Any, Any], fx.Node
             values = (mine, yours) if training else (yours, mine)
             chosen = tracer.graph.call_function(in_mode, (flag_node, *values))
         set_value(chosen, mine.meta["val"] if isinstance(mine, fx.Node) else mine)
-        for key in ("nn_module_stack", "stack_trace"):
+        for key in ("nn_module_stack", "stack_trace", CONDITIONS):
             if key in node.meta:
                 chosen.meta[key] = node.meta[key]
         return chosen
 
     return choose
+
+
+def _flag_of(tracer: ValueTracer, node: fx.Node) -> str:
+    """The flag of the nearest module around a node that branched on its own."""
+    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
+    names = [f"{path}.training" for path in reversed(stack)] + ["training"]
+    return next((name for name in names if name in tracer.branches), next(iter(tracer.branches)))
 
 
 def _flag_node(tracer: ValueTracer, flag: str) -> fx.Node:
@@ -204,11 +249,3 @@ def _flag_node(tracer: ValueTracer, flag: str) -> fx.Node:
         node = tracer.graph.create_node("get_attr", flag)
     set_value(node, tracer.branches[flag][1])
     return node
-
-
-def _same_constant(tracer: ValueTracer, other: ValueTracer, node: fx.Node) -> bool:
-    name = str(node.target)
-    if node.op != "get_attr" or name not in tracer.constants:
-        return True
-    mine, yours = tracer.constants[name], other.constants.get(name)
-    return mine is yours or (yours is not None and mine.dtype == yours.dtype and torch.equal(mine, yours))
