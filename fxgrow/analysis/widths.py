@@ -10,6 +10,7 @@ from fxgrow.analysis.initial_state import COPY, InitialState
 from fxgrow.axes.axes import UnitVar, multiplicity, variables
 from fxgrow.axes.records import Reason, Width
 from fxgrow.axes.structure import Projection, Structure
+from fxgrow.graph.conditional import runs_in_eval_mode
 from fxgrow.graph.node_meta import OWNER
 
 
@@ -21,7 +22,7 @@ class GrowableWidth:
         width: the public record.
         var: the variable of its units.
         producers: uses of weights that write it.
-        consumers: uses of weights that read it.
+        consumers: uses of weights that read it in eval mode.
         initial_state: how its new units must start, where a norm or a product asks for it.
     """
 
@@ -85,7 +86,9 @@ def find_widths(structure: Structure) -> dict[str, GrowableWidth]:
             step=step,
             pinned=pinned,
         )
-        widths[name] = GrowableWidth(width, var, tuple(writes), tuple(reads), initial_state)
+        # a profile sees what runs in eval mode; new units start without effect on the rest
+        used = tuple(p for p in reads if runs_in_eval_mode(p.node))
+        widths[name] = GrowableWidth(width, var, tuple(writes), used, initial_state)
     return widths
 
 

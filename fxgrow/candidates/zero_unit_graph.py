@@ -24,6 +24,7 @@ from fxgrow.candidates.widened import put_rows
 from fxgrow.data.batches import Batch
 from fxgrow.data.loss import LossFn
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
+from fxgrow.graph.conditional import runs_in_eval_mode
 from fxgrow.graph.graph import lookup
 from fxgrow.rewriting.size_change import SizeChange
 from fxgrow.rewriting.values import Values
@@ -167,11 +168,12 @@ class ZeroUnitGraph(WidenedGraph):
         """One pass; slopes and second moments are added to the producers."""
         producers = [(s, p) for s in self.sketches for p in s.producers.values()]
         names = {n for _, p in producers for n in (p.use.weight, p.use.bias) if n is not None}
-        written = {p.use.weight: [u for u in self.projections if u.weight == p.use.weight] for _, p in producers}
+        uses = [u for u in self.projections if runs_in_eval_mode(u.node)]
+        written = {p.use.weight: [u for u in uses if u.weight == p.use.weight] for _, p in producers}
         readers: dict[fx.Node, list[tuple[WidthSketch, Projection]]] = {}
         for s in self.sketches:
             reads = {p.weight for p in s.hidden.consumers}
-            for u in self.projections:
+            for u in uses:
                 if u.weight in reads:
                     readers.setdefault(u.source, []).append((s, u))
 
@@ -211,7 +213,10 @@ class ZeroUnitGraph(WidenedGraph):
     def probe(self, batches: Iterable[Batch], loss_fn: LossFn | None) -> None:
         """What units with the groups' bases for incoming weights put out where they are read."""
         reads = {
-            s.name: next(u for u in self.projections if u.weight == s.hidden.consumers[0].weight) for s in self.sketches
+            s.name: next(
+                u for u in self.projections if u.weight == s.hidden.consumers[0].weight and runs_in_eval_mode(u.node)
+            )
+            for s in self.sketches
         }
         rows = dict.fromkeys(reads, 0)
 

@@ -87,8 +87,10 @@ def graph_like(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:
 
 def runs_in_eval_mode(node: fx.Node) -> bool:
     """Whether a node runs when all `training` flags are off."""
+    if not node.meta.get(CONDITIONS):
+        return True
     flags = {n.name for n in node.graph.find_nodes(op="get_attr") if str(n.target).rpartition(".")[2] == "training"}
-    return not any(name in flags and outcome for name, outcome in node.meta.get(CONDITIONS, ()))
+    return not any(name in flags and outcome for name, outcome in node.meta[CONDITIONS])
 
 
 class ConditionalInterpreter(fx.Interpreter):

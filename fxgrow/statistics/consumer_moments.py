@@ -15,6 +15,7 @@ from torch import Tensor, fx
 from torch.nn import functional as F
 
 from fxgrow.axes.structure import Projection
+from fxgrow.graph.conditional import runs_in_eval_mode
 from fxgrow.graph.graph import accumulation_dtype, lookup
 from fxgrow.statistics.activation_cache import Span
 from fxgrow.statistics.conv_geometry import Window
@@ -43,7 +44,7 @@ def rows_for(features: int) -> int:
 
 def uses_of(weight: str, projections: list[Projection]) -> list[Projection]:
     """Every use of a weight, if all of them are alike; a weight that is also an embedding has no statistics."""
-    uses = [p for p in projections if p.weight == weight]
+    uses = [p for p in projections if p.weight == weight and runs_in_eval_mode(p.node)]
     kinds = {(p.out_dim, p.transposed, p.groups) for p in uses}
     return uses if len(kinds) == 1 and all(p.plain or p.transposed or 1 < p.groups <= GROUPS for p in uses) else []
 

@@ -44,8 +44,11 @@ def merge_modes(tracer: ValueTracer, other: ValueTracer) -> None:
     try:
         _merge(tracer, other, _matching_calls(tracer, other))
     except _Different:
-        # they have nothing in common that could be found: two graphs, one of which runs
-        _merge(tracer, other, [("replace", *_code_of(tracer), *_code_of(other))])
+        if len(tracer.branches) > 1:
+            guard_modes(tracer)  # there are more than two ways
+            return
+        # nothing in common that could be found: two graphs, one of which runs
+        _merge(tracer, other, [("replace", 0, len(tracer.graph.nodes) - 1, 0, len(other.graph.nodes) - 1)])
 
 
 def _matching_calls(tracer: ValueTracer, other: ValueTracer) -> Sequence[Step]:
@@ -57,15 +60,8 @@ def _matching_calls(tracer: ValueTracer, other: ValueTracer) -> Sequence[Step]:
     return SequenceMatcher(None, my_kinds, their_kinds, autojunk=False).get_opcodes()
 
 
-def _code_of(tracer: ValueTracer) -> tuple[int, int]:
-    """The nodes of a graph between its inputs and its output."""
-    nodes = list(tracer.graph.nodes)
-    first = next(i for i, n in enumerate(nodes) if n.op != "placeholder" and not _is_flag(tracer, n))
-    return first, len(nodes) - 1
-
-
-def _is_flag(tracer: ValueTracer, node: fx.Node) -> bool:
-    return node.op == "get_attr" and str(node.target) in tracer.branches
+def _in_both_modes(tracer: ValueTracer, node: fx.Node) -> bool:
+    return node.op == "placeholder" or (node.op == "get_attr" and str(node.target) in tracer.branches)
 
 
 def _merge(tracer: ValueTracer, other: ValueTracer, steps: Sequence[Step]) -> None:
@@ -75,18 +71,20 @@ def _merge(tracer: ValueTracer, other: ValueTracer, steps: Sequence[Step]) -> No
         _Different: matching nodes differ in more than a literal or a node of one mode alone; nothing has changed then.
     """
     ours, theirs = list(tracer.graph.nodes), list(other.graph.nodes)
-    my_own = {n for kind, a, b, _, _ in steps if kind != "equal" for n in ours[a:b] if not _is_flag(tracer, n)}
+    my_own = {n for kind, a, b, _, _ in steps if kind != "equal" for n in ours[a:b] if not _in_both_modes(tracer, n)}
     their_own = {n for kind, _, _, a, b in steps if kind != "equal" for n in theirs[a:b]}
-    pairs: dict[fx.Node, fx.Node] = {}
+    inputs = {n.name: n for n in ours if n.op == "placeholder"}
+    pairs = {n: inputs[n.name] for n in theirs if n.op == "placeholder"}
     extra = my_own | their_own
     changes: list[tuple[fx.Node, Any, Any]] = []
     copies: list[tuple[fx.Node, fx.Node]] = []
     results: tuple[Any, Any] = None, None
     for kind, a, b, c, d in steps:
         if kind != "equal":
-            copies += [(yours, ours[b]) for yours in theirs[c:d]]
+            new = [yours for yours in theirs[c:d] if yours.op != "placeholder"]
+            copies += [(yours, ours[b]) for yours in new]
             # stands for its copy until it is known that there will be one
-            pairs.update({yours: yours for yours in theirs[c:d]})
+            pairs.update({yours: yours for yours in new})
             continue
         for mine, yours in zip(ours[a:b], theirs[c:d], strict=True):
             if mine.op == "output":
@@ -179,6 +177,9 @@ def _equal(mine: Any, yours: Any, pairs: dict[fx.Node, fx.Node], extra: set[fx.N
             return False
         raise _Different
     if isinstance(mine, fx.Node) or isinstance(yours, fx.Node):
+        node, value = (mine, yours) if isinstance(mine, fx.Node) else (yours, mine)
+        if node in extra and isinstance(value, _LITERALS):
+            return False
         raise _Different
     if isinstance(mine, (tuple, list)) and type(mine) is type(yours) and len(mine) == len(yours):
         return all([_equal(a, b, pairs, extra) for a, b in zip(mine, yours, strict=True)])
@@ -195,7 +196,7 @@ def _equal(mine: Any, yours: Any, pairs: dict[fx.Node, fx.Node], extra: set[fx.N
 
 
 def _merged(mine: Any, yours: Any, choose: Callable[[Any, Any], fx.Node]) -> Any:
-    if isinstance(mine, fx.Node):
+    if isinstance(mine, fx.Node) or isinstance(yours, fx.Node):
         return mine if mine is yours else choose(mine, yours)
     if isinstance(mine, (tuple, list)):
         return type(mine)(_merged(a, b, choose) for a, b in zip(mine, yours, strict=True))
