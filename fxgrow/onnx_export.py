@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import ExportError, FxgrowError, MissingExtraError
+from fxgrow.graph.evaluate import difference, tensors_in
 
 ExampleInputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 _NOISY = ("torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "onnxscript", "onnx_ir", "onnx")
@@ -185,7 +186,7 @@ def _reference(module: nn.Module, case: _Case) -> list[Tensor]:
     """The module's output tensors, flattened, on the CPU."""
     try:
         with torch.no_grad(), _quiet():
-            return _tensors(module(*case.args, **case.kwargs))
+            return [t.detach().cpu() for t in tensors_in(module(*case.args, **case.kwargs))]
     except Exception as error:
         if case.repeated:
             advice = "; where only the example's batch size is possible, pass dynamic_batch=False"
@@ -269,29 +270,12 @@ def _compare(path: Path, case: _Case, expected: list[Tensor], tolerance: float) 
             f"module {[list(t.shape) for t in expected]}; no file was written"
         )
     for number, (got, want) in enumerate(zip(found, expected, strict=True)):
-        error_found = _relative_error(got, want)
+        error_found = difference(got, want).relative
         if not error_found <= tolerance:
             raise ExportError(
                 f"{case.where} output {number} of the ONNX file differs from the module's by "
                 f"{error_found:.2e} of its largest value (tolerance {tolerance:.0e}); no file was written"
             )
-
-
-def _relative_error(got: Tensor, want: Tensor) -> float:
-    """``max|got - want| / max|want|``; an infinity or NaN counts as equal to itself, and to nothing else."""
-    dtype = torch.complex128 if want.is_complex() else torch.float64
-    got, want = got.to(dtype), want.to(dtype)
-    same = (got == want) | (got.isnan() & want.isnan())
-    if bool(same.all()):
-        return 0.0
-    if not bool(torch.isfinite(got[~same]).all() and torch.isfinite(want[~same]).all()):
-        return float("inf")
-    scale = want[torch.isfinite(want)].abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    return float(((got - want)[~same].abs().max() / scale).item())
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [leaf.detach().cpu() for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
 
 
 def _first_lines(error: BaseException, count: int = 3) -> str:

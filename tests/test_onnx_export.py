@@ -17,6 +17,7 @@ onnxruntime = pytest.importorskip("onnxruntime")
 
 from fxgrow import onnx_export as _export  # noqa: E402
 from fxgrow.errors import CaptureError, ExportError, MissingExtraError  # noqa: E402
+from fxgrow.graph.evaluate import difference  # noqa: E402
 from fxgrow.graph.node_functions import guard  # noqa: E402
 from fxgrow.onnx_export import export_onnx  # noqa: E402
 
@@ -218,17 +219,6 @@ def test_the_exporters_are_silent(tmp_path: Path, capfd: pytest.CaptureFixture[s
     assert logging.getLogger("torch.onnx").level == level
 
 
-def test_relative_error() -> None:
-    inf, nan = float("inf"), float("nan")
-    want = torch.tensor([1.0, -4.0, inf, nan])
-    assert _export._relative_error(want.clone(), want) == 0.0
-    assert _export._relative_error(torch.tensor([1.0, -3.0, inf, nan]), want) == pytest.approx(0.25)
-    assert _export._relative_error(torch.tensor([1.0, nan, inf, nan]), want) == inf
-    assert _export._relative_error(torch.tensor([1.0, -4.0, 0.0, nan]), want) == inf
-    assert _export._relative_error(torch.zeros(2), torch.zeros(2)) == 0.0
-    assert _export._relative_error(torch.ones(2), torch.zeros(2)) > 1
-
-
 @pytest.mark.parametrize("traced", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_resnet18(tmp_path: Path, traced: bool) -> None:
     from fxgrow.integrations._torchvision import import_torchvision
@@ -244,4 +234,4 @@ def test_resnet18(tmp_path: Path, traced: bool) -> None:
     for batch in (1, 7):
         x = torch.randn(batch, 3, 32, 32)
         want = module(x)
-        assert _export._relative_error(run(path, x)[0], want.detach()) < 1e-4
+        assert difference(run(path, x)[0], want.detach()).relative < 1e-4

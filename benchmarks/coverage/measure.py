@@ -23,8 +23,9 @@ from benchmarks.coverage.subjects import Inputs, Subject
 from fxgrow.analysis.analyse import analyse
 from fxgrow.axes.axes import resolve
 from fxgrow.axes.structure import Structure
+from fxgrow.graph.evaluate import tensors_in
 from fxgrow.graph.graph import copy_graph, lookup
-from fxgrow.rewriting.into_module import flat, into_module
+from fxgrow.rewriting.into_module import into_module
 from fxgrow.rewriting.rewrite import rewrite
 from fxgrow.tracing.leaf_modules import is_layer
 
@@ -231,7 +232,7 @@ def run(
                 stack.enter_context(InDouble())
             if not seeded:
                 stack.enter_context(SameNoise())
-            found = [t.clone() for t in flat(outputs(call(module, inputs)))]
+            found = [t.clone() for t in tensors_in(outputs(call(module, inputs)))]
         return found + [module.get_buffer(name).clone() for name in buffers]
     finally:
         for b, before in state:
@@ -351,7 +352,7 @@ def _train_step(grown: fx.GraphModule, inputs: Inputs) -> Findings:
         return {}  # memory and time
     torch.manual_seed(0)
     try:
-        out = [t for t in flat(call(grown.train(), inputs)) if t.is_floating_point() and t.requires_grad]
+        out = [t for t in tensors_in(call(grown.train(), inputs)) if t.is_floating_point() and t.requires_grad]
     except Exception as error:
         return {"train_step": False, "train_step_error": f"{type(error).__name__}: {error}"[:300]}
     torch.stack([t[t.isfinite()].square().mean() for t in out]).sum().backward()

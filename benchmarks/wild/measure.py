@@ -15,7 +15,7 @@ from benchmarks.coverage.measure import call, distance, measure, run
 from benchmarks.coverage.process import Findings, described
 from benchmarks.coverage.subjects import Inputs, Subject
 from benchmarks.wild.entries import Entry
-from fxgrow.rewriting.into_module import flat
+from fxgrow.graph.evaluate import tensors_in
 
 #: samples of the batches to grow on: the last one is smaller, and one of the two that are held back
 BATCHES = (4, 4, 4, 4, 4, 4, 4, 2)
@@ -69,7 +69,7 @@ def _targets(entry: Entry, given: Inputs) -> list[Tensor]:
 
 
 def _floating(subject: Subject, output: Any) -> list[Tensor]:
-    return [t for t in flat(subject.outputs(output)) if t.is_floating_point() or t.is_complex()]
+    return [t for t in tensors_in(subject.outputs(output)) if t.is_floating_point() or t.is_complex()]
 
 
 def _grown(grown: fx.GraphModule) -> Findings:

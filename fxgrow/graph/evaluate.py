@@ -1,42 +1,97 @@
-"""Runs a module for its outputs: in eval mode, without gradients, and compared within one tolerance."""
+"""Runs a module for its outputs in eval mode, and compares outputs within one tolerance."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-
-
-@contextlib.contextmanager
-def eval_mode(gm: torch.nn.Module) -> Iterator[None]:
-    """Eval mode for the time being; every module gets its own flag back."""
-    modes = [(m, m.training) for m in gm.modules()]
-    gm.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
 
 #: largest relative difference of outputs that rounding explains, per dtype
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
 
-@torch.no_grad()
-def outputs(gm: fx.GraphModule, inputs: tuple[Any, ...]) -> list[Tensor]:
-    """The tensors `gm` returns in eval mode, with modes and random state as before."""
-    modes = [(m, m.training) for m in gm.modules()]
-    gm.eval()
+@contextlib.contextmanager
+def eval_mode(module: nn.Module) -> Iterator[None]:
+    """Switches to eval mode inside the block; every submodule gets its flag back."""
+    modes = [(m, m.training) for m in module.modules()]
+    module.eval()
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            out = gm(*inputs)
+        yield
     finally:
         for m, training in modes:
             m.training = training
-    return [t for t in pytree.tree_leaves(out) if isinstance(t, Tensor)]
+
+
+@torch.no_grad()
+def eval_outputs(module: nn.Module, inputs: Any) -> list[Tensor]:
+    """Returns the tensors that a module outputs in eval mode; modes, buffers and random state are as before.
+
+    Args:
+        module: to run.
+        inputs: a tensor, a tuple of positional inputs, or a mapping of keyword inputs.
+    """
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    try:
+        with eval_mode(module), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            if isinstance(inputs, Mapping):
+                out = module(**inputs)
+            else:
+                out = module(inputs) if isinstance(inputs, Tensor) else module(*inputs)
+        return [t.clone() for t in tensors_in(out)]
+    finally:
+        for buffer, before in buffers:
+            buffer.copy_(before)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Yields the tensors in nested containers and dataclasses."""
+    for leaf in pytree.tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            yield leaf
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            yield from tensors_in([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
+
+
+class Difference(NamedTuple):
+    """How far an output is from the expected one.
+
+    Attributes:
+        error: largest absolute difference; an infinity or NaN equals itself and nothing else.
+        scale: largest finite magnitude of what is expected.
+        tolerance: relative error that rounding explains; 0 for numbers that are not rounded.
+    """
+
+    error: float
+    scale: float
+    tolerance: float
+
+    @property
+    def relative(self) -> float:
+        return self.error / max(self.scale, torch.finfo(torch.float32).tiny) if self.error else 0.0
+
+    @property
+    def is_rounding(self) -> bool:
+        return self.relative <= self.tolerance
+
+    def __str__(self) -> str:
+        return f"{self.error:.3g} (largest output {self.scale:.3g})"
+
+
+def difference(output: Tensor, expected: Tensor) -> Difference:
+    """Compares two tensors of one shape."""
+    rounded = expected.is_floating_point() or expected.is_complex()
+    dtype = torch.complex128 if expected.is_complex() else torch.float64
+    a, b = output.detach().cpu().to(dtype), expected.detach().cpu().to(dtype)
+    differ = (a != b) & ~(a.isnan() & b.isnan())
+    errors, sizes = (a - b)[differ].abs(), b[torch.isfinite(b)].abs()
+    error = float(errors.nan_to_num(math.inf, math.inf).max()) if len(errors) else 0.0
+    return Difference(
+        error, float(sizes.max()) if len(sizes) else 0.0, TOLERANCE.get(expected.dtype, 1e-4) if rounded else 0.0
+    )

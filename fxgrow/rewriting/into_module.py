@@ -11,19 +11,17 @@ only if the code then traces to the grown graph.
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import operator
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import CaptureError, PlanError
-from fxgrow.graph.evaluate import TOLERANCE
+from fxgrow.graph.evaluate import difference, eval_outputs
 from fxgrow.graph.graph import caller, copy_module, named_tensors
 from fxgrow.rewriting.transplant import transplant
 from fxgrow.tracing.capture import capture
@@ -254,51 +252,23 @@ def _place(node: fx.Node) -> str:
 
 
 def _check_outputs(module: nn.Module, example_inputs: Any, grown: fx.GraphModule) -> None:
-    """The last word: the module's outputs on the example inputs, in eval mode.
+    """Compares the outputs of module and graph on the example inputs, in eval mode.
 
     Raises:
         PlanError: they differ by more than rounding explains.
     """
-    inputs = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
-    expected = _outputs(grown, grown.meta["example_inputs"])
-    found = _outputs(module, inputs)
-    for a, b in itertools.zip_longest(expected, found):
+    expected = eval_outputs(grown, grown.meta["example_inputs"])
+    outputs = eval_outputs(module, example_inputs)
+    for a, b in itertools.zip_longest(expected, outputs):
         if a is None or b is None or a.shape != b.shape:
             shapes = ["nothing" if t is None else str(tuple(t.shape)) for t in (a, b)]
             raise PlanError(
                 f'into="module" is not possible: an output of the grown graph is {shapes[0]}, that of its code '
                 f"{shapes[1]}. {_ADVICE}."
             )
-        scale = float(a.abs().max()) if a.numel() and a.is_floating_point() else 0.0
-        error = float((a - b).abs().max()) if a.numel() and a.is_floating_point() else float(not torch.equal(a, b))
-        if not error <= TOLERANCE.get(a.dtype, 1e-4) * scale:
+        found = difference(b, a)
+        if not found.is_rounding:
             raise PlanError(
                 f'into="module" is not possible: the outputs of the grown {type(module).__name__} differ from the '
-                f"graph's by {error:.3g} (largest output {scale:.3g}). {_ADVICE}, and please report the model."
+                f"graph's by {found}. {_ADVICE}, and please report the model."
             )
-
-
-@torch.no_grad()
-def _outputs(module: nn.Module, inputs: Any) -> list[Tensor]:
-    """The tensors a module returns in eval mode; modes, buffers and random state are as before."""
-    modes = [(m, m.training) for m in module.modules()]
-    buffers = [(b, b.detach().clone()) for b in module.buffers()]
-    module.eval()
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            out = module(**inputs) if isinstance(inputs, Mapping) else module(*inputs)
-        return [t.clone() for t in flat(out)]
-    finally:
-        for m, training in modes:
-            m.training = training
-        for buffer, before in buffers:
-            buffer.copy_(before)
-
-
-def flat(value: Any) -> Iterator[Tensor]:
-    for leaf in pytree.tree_leaves(value):
-        if isinstance(leaf, Tensor):
-            yield leaf
-        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
-            yield from flat([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])

@@ -8,7 +8,7 @@ from torch import nn
 import fxgrow
 from fxgrow.analysis.analyse import analyse
 from fxgrow.candidates.widened import Candidates
-from fxgrow.graph.evaluate import outputs
+from fxgrow.graph.evaluate import eval_outputs
 from fxgrow.initialisers.registry import Proposal
 
 
@@ -38,7 +38,7 @@ def build(k: int = 3):
 
 def test_the_function_is_unchanged():
     gm, found, _, x = build()
-    for a, b in zip(outputs(gm, (x,)), outputs(found.gm, (x,)), strict=True):
+    for a, b in zip(eval_outputs(gm, (x,)), eval_outputs(found.gm, (x,)), strict=True):
         assert torch.allclose(a, b, rtol=1e-12, atol=1e-13)
 
 
