@@ -20,7 +20,7 @@ from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.candidates.zero_unit_graph import Group, Producer, WidthSketch, ZeroUnitGraph, incoming, start
 from fxgrow.data.batches import Data
 from fxgrow.data.loss import LossFn
-from fxgrow.graph.unrolled_rnn import before
+from fxgrow.graph.unrolled_rnn import rnn_previous_state
 from fxgrow.initialisers.registry import Proposal
 from fxgrow.statistics.consumer_moments import ConsumerMoments
 from fxgrow.statistics.factorisation import factor
@@ -86,7 +86,7 @@ def sketch(
 def _possible(h: GrowableWidth, consumers: Mapping[str, ConsumerMoments]) -> bool:
     written = {p.weight for p in h.producers}
     # of a recurrence what it reads of itself was there a step before
-    apart = all(p.weight not in written or p.source.target is before for p in h.consumers)
+    apart = all(p.weight not in written or p.source.target is rnn_previous_state for p in h.consumers)
     known = bool(h.consumers) and all(p.weight in consumers for p in h.consumers)
     return apart and known and all(p.plain for p in h.producers)
 
@@ -100,7 +100,7 @@ def _keep_steep(s: WidthSketch) -> bool:
     if len(s.steep) != 2:
         return len(s.steep) == 1
     first, second = s.steep
-    added = second.use.source.target is before and first.use.node in second.use.node.all_input_nodes
+    added = second.use.source.target is rnn_previous_state and first.use.node in second.use.node.all_input_nodes
     return added and torch.equal(first.steep, second.steep)
 
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, fixed, length
-from fxgrow.graph.unrolled_rnn import before, outputs, rnn_input_gates, steps
+from fxgrow.graph.unrolled_rnn import rnn_input_gates, rnn_outputs, rnn_previous_state, rnn_scan
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.registry import op
 
@@ -50,7 +50,7 @@ def _cell(ctx: Context, name: str, reads: Axis, hidden: Axis, gates: int) -> Non
 
 
 @op(rnn_input_gates)
-def _into_gates(ctx: Context, x: Dims, weight: Dims, bias: Dims | None, recurrent: Dims) -> Dims:
+def _rnn_input_gates(ctx: Context, x: Dims, weight: Dims, bias: Dims | None, recurrent: Dims) -> Dims:
     hidden = recurrent[1]
     gates = hidden * (length(weight[0]) // length(hidden))
     ctx.same(recurrent[0], gates)
@@ -60,27 +60,31 @@ def _into_gates(ctx: Context, x: Dims, weight: Dims, bias: Dims | None, recurren
     return Dims((*x[:-1], gates))
 
 
-@op(steps)
-def _steps(ctx: Context, given: Dims, echo: Dims, weight: Dims, bias: Any, h: Any, c: Any, *how: Any) -> Any:
-    hidden, time = weight[1], how[1]
-    for state in (h, c):
-        if state is not None:
-            ctx.same(state[-1], hidden)
-    batch = given[:-1][:time] + given[:-1][time + 1 :]
+@op(rnn_scan)
+def _rnn_scan(
+    ctx: Context, gates: Dims, probe: Dims, weight: Dims, bias: Any, state: Any, cell: str, order: tuple[int, bool]
+) -> Any:
+    hidden, time = weight[1], order[0]
+    for start in state:
+        if start is not None:
+            ctx.same(start[-1], hidden)
+    batch = gates[:-1][:time] + gates[:-1][time + 1 :]
     last = Dims((*batch, hidden))
-    return Dims((*given[:-1], hidden)), last, last
+    return Dims((*gates[:-1], hidden)), last, last
 
 
-@op(before)
-def _before(ctx: Context, hidden: Dims, h: Any, echo: Dims, weight: Dims, bias: Dims | None, *how: Any) -> Dims:
-    ctx.project(weight, bias, echo[-1], units=hidden[-1])
+@op(rnn_previous_state)
+def _rnn_previous_state(
+    ctx: Context, hidden: Dims, h: Any, probe: Dims, weight: Dims, bias: Dims | None, order: Any
+) -> Dims:
+    ctx.project(weight, bias, probe[-1], units=hidden[-1])
     projections = ctx.structure.projections
-    projections[-1] = replace(projections[-1], node=ctx.argument(2, "echo"), source=ctx.node)
+    projections[-1] = replace(projections[-1], node=ctx.argument(2, "probe"), source=ctx.node)
     return Dims(hidden)
 
 
-@op(outputs)
-def _outputs(ctx: Context, hidden: Dims, h: list[Dims], c: list[Dims]) -> Any:
+@op(rnn_outputs)
+def _rnn_outputs(ctx: Context, hidden: Dims, h: list[Dims], c: list[Dims]) -> Any:
     for state in (*h, *c):
         ctx.same(state[-1], h[0][-1])
     last = Dims((fixed(len(h)), *h[0]))

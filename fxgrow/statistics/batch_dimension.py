@@ -12,7 +12,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
-from fxgrow.graph.unrolled_rnn import outputs
+from fxgrow.graph.unrolled_rnn import rnn_outputs
 
 _MOVES = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t"}
 _STACKS = {"stack", "unsqueeze"}
@@ -34,7 +34,7 @@ def nodes_with_batch_second(graph: fx.Graph) -> set[fx.Node]:
 def _second(node: fx.Node, source: fx.Node, found: set[fx.Node]) -> bool:
     before, after = source.meta.get("val"), node.meta.get("val")
     second = source in found
-    if source.target is outputs and node.target is operator.getitem:
+    if source.target is rnn_outputs and node.target is operator.getitem:
         return second if node.args[1] == 0 else True  # last states: [layers, samples, units]
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
         return second

@@ -33,7 +33,7 @@ Slot = tuple[fx.Node, tuple[Any, ...]]
 
 
 @dataclass(frozen=True)
-class Group:
+class SizeGroup:
     """Dimensions of the inputs that change together: the batch dimension, or all others of one size."""
 
     batch: bool
@@ -67,7 +67,7 @@ def keep_input_sizes(tracer: ValueTracer, retrace: Retrace) -> None:
     numbers = {node: convert for node, convert in tracer.numbers.items() if node in there}
     if not numbers:
         return
-    bound: dict[fx.Node, list[Group]] = {node: [] for node in numbers}
+    bound: dict[fx.Node, list[SizeGroup]] = {node: [] for node in numbers}
     groups = _groups(tracer.inputs)
     for group in groups:
         _keep_group(tracer, retrace, group, numbers, bound)
@@ -79,7 +79,7 @@ def keep_input_sizes(tracer: ValueTracer, retrace: Retrace) -> None:
         tracer.graph.erase_node(question)
 
 
-def _bind(graph: fx.Graph, group: Group, question: fx.Node) -> None:
+def _bind(graph: fx.Graph, group: SizeGroup, question: fx.Node) -> None:
     """Guards the dimensions of a group on the inputs themselves, in the place of a question about a number."""
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta["val"]
@@ -91,19 +91,19 @@ def _bind(graph: fx.Graph, group: Group, question: fx.Node) -> None:
             set_value(refusal, None)
 
 
-def _groups(inputs: Mapping[str, Any]) -> list[Group]:
+def _groups(inputs: Mapping[str, Any]) -> list[SizeGroup]:
     tensors = [t for t in pytree.tree_leaves(list(inputs.values())) if isinstance(t, Tensor) and t.dim()]
     batches = [t.shape[0] for t in tensors]
-    groups = [Group(True, size) for size in sorted(set(batches), key=batches.count, reverse=True)[:1]]
-    return groups + [Group(False, n) for n in dict.fromkeys(n for t in tensors for n in t.shape[1:])]
+    groups = [SizeGroup(True, size) for size in sorted(set(batches), key=batches.count, reverse=True)[:1]]
+    return groups + [SizeGroup(False, n) for n in dict.fromkeys(n for t in tensors for n in t.shape[1:])]
 
 
 def _keep_group(
     tracer: ValueTracer,
     retrace: Retrace,
-    group: Group,
+    group: SizeGroup,
     numbers: Mapping[fx.Node, Callable[[Any], Any]],
-    bound: dict[fx.Node, list[Group]],
+    bound: dict[fx.Node, list[SizeGroup]],
 ) -> None:
     """Replaces literals that change with one group of dimensions; else notes who is bound to it."""
     traces: list[dict[fx.Node, fx.Node]] = []

@@ -7,18 +7,14 @@ import contextlib
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 
 from fxgrow.graph.node_functions import function_call
-from fxgrow.tracing.proxy import STATIC_METHODS, ValueProxy, has_proxy
-
-if TYPE_CHECKING:
-    from fxgrow.tracing.tracer import ValueTracer
-
+from fxgrow.tracing.proxy import STATIC_METHODS, RecordingTracer, ValueProxy, has_proxy
 
 _FACTORY_NAMES = (
     "zeros ones full empty rand randn randint randperm normal arange linspace logspace eye tril_indices "
@@ -44,7 +40,7 @@ _STATIC_FUNCTIONS = {
 
 
 @contextlib.contextmanager
-def intercept(tracer: ValueTracer) -> Iterator[None]:
+def intercept(tracer: RecordingTracer) -> Iterator[None]:
     """While open, torch calls with proxies, and calls that make tensors, become nodes of ``tracer``."""
     saved: list[tuple[Any, str, Any, bool]] = []
     # torch remembers its tables of functions for good: ours must not be among them, and with them the model
@@ -111,7 +107,7 @@ def intercept(tracer: ValueTracer) -> Iterator[None]:
 
 
 class _Recorder(TorchFunctionMode):
-    def __init__(self, tracer: ValueTracer) -> None:
+    def __init__(self, tracer: RecordingTracer) -> None:
         self.tracer = tracer
 
     def __torch_function__(
@@ -129,7 +125,7 @@ class _Recorder(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _record(tracer: ValueTracer, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _record(tracer: RecordingTracer, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """A node for a torch function or a tensor method; a plain value where no size can change it."""
     name = getattr(function, "__name__", "")
     method = function not in FACTORIES and is_tensor_method_or_property(function)

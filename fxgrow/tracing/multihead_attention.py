@@ -1,4 +1,4 @@
-"""`nn.MultiheadAttention` written out, so that a graph shows its queries, keys, values and heads.
+"""`nn.MultiheadAttention` by its parts, so that a graph shows queries, keys, values and heads.
 
 The module keeps its parameters and their names; only its call is traced through this instead of staying one node.
 """
@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def is_plain(m: nn.MultiheadAttention) -> bool:
-    """Whether nothing is added to the keys."""
+def has_no_extra_keys(m: nn.MultiheadAttention) -> bool:
+    """Whether no learnt or zero key is added to the given ones."""
     return m.bias_k is None and not m.add_zero_attn
 
 
-def attention(
+def multihead_attention(
     m: nn.MultiheadAttention,
     query: Tensor,
     key: Tensor,
@@ -28,7 +28,7 @@ def attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Tensor, Any]:
-    """What `m(query, key, value, ...)` returns, by its parameters."""
+    """Returns what `m(query, key, value, ...)` returns, computed from its parameters."""
     batch_first = m.batch_first or query.dim() == 2
     q, k, v = _projected(m, *(x if batch_first else x.transpose(0, 1) for x in (query, key, value)))
     q, k, v = (t.unflatten(-1, (m.num_heads, m.head_dim)).transpose(-3, -2) for t in (q, k, v))
@@ -48,7 +48,7 @@ def attention(
 
 
 def _projected(m: nn.MultiheadAttention, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Queries, keys and values; in self-attention of one product."""
+    """Returns queries, keys and values; in self-attention they come from one product."""
     if m._qkv_same_embed_dim and len({getattr(x, "node", x) for x in inputs}) == 1:
         return F.linear(inputs[0], m.in_proj_weight, m.in_proj_bias).chunk(3, -1)
     separate = m.q_proj_weight, m.k_proj_weight, m.v_proj_weight
@@ -58,7 +58,7 @@ def _projected(m: nn.MultiheadAttention, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 def _mask(m: nn.MultiheadAttention, q: Tensor, attn: Tensor | None, padding: Tensor | None) -> Tensor | None:
-    """One mask that is added to the scores."""
+    """Returns one mask that is added to the scores."""
     masks = []
     if attn is not None:
         attn = torch.zeros_like(attn, dtype=q.dtype).masked_fill(attn, -torch.inf) if attn.dtype == torch.bool else attn

@@ -99,7 +99,7 @@ def _why(error: CaptureError) -> str:
     return re.split(r"\. (?=A graph |Check that )", str(error).removeprefix("Cannot capture "))[0]
 
 
-def run(node: fx.Node, root: nn.Module, runner: FakeRunner) -> Any:
+def opaque_value(node: fx.Node, root: nn.Module, runner: FakeRunner) -> Any:
     """The value of an opaque node: on fake tensors, and where its code looks at data on random real ones."""
     try:
         return runner.call(node, root)

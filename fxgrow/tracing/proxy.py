@@ -6,14 +6,13 @@ import dis
 import operator
 import sys
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Any
+from types import FrameType
+from typing import Any, Protocol
 
 import torch
-from torch import fx
+from torch import fx, nn
 
-if TYPE_CHECKING:
-    from fxgrow.tracing.tracer import ValueTracer
-
+from fxgrow.tracing.fake_values import FakeRunner
 
 # What a method with one of these names returns never depends on the sizes of the tensor.
 STATIC_METHODS = {
@@ -23,6 +22,30 @@ STATIC_METHODS = {
 _INPLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor")
 
 
+class RecordingTracer(Protocol):
+    """What proxies and intercepted calls need of the tracer that records them."""
+
+    runner: FakeRunner
+
+    def create_proxy(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Records a node; returns its proxy, or plain Python where its value is static."""
+
+    def concrete(self, proxy: ValueProxy, convert: Callable[[Any], Any], asked_by: FrameType | None = None) -> Any:
+        """Returns the plain value of a proxy that Python code looks at."""
+
+    def assign(self, module: nn.Module, name: str, value: ValueProxy) -> bool:
+        """Records `module.name = value`; False if that is no buffer."""
+
+    def training(self, module: nn.Module, value: bool) -> Any:
+        """Returns what `module.training` gives."""
+
+    def record_grad_mode(self, enabled: bool) -> None:
+        """Records a switch of gradient recording."""
+
+    def forget_question(self, frame: FrameType) -> None:
+        """Drops the guard of an `__index__` that only the argument parser asked for."""
+
+
 class ValueProxy(fx.Proxy):
     """A proxy with a value: it answers ``bool``, ``len``, ``int``, iteration and attributes.
 
@@ -30,10 +53,10 @@ class ValueProxy(fx.Proxy):
     one by the C++ argument parser, which then reads memory that is not there.
     """
 
-    tracer: ValueTracer
+    tracer: RecordingTracer  # type: ignore[assignment]
 
-    def __init__(self, node: fx.Node, tracer: ValueTracer, value: Any) -> None:
-        super().__init__(node, tracer)
+    def __init__(self, node: fx.Node, tracer: RecordingTracer, value: Any) -> None:
+        super().__init__(node, tracer)  # type: ignore[arg-type]
         self.carried = value
 
     def __repr__(self) -> str:

@@ -22,8 +22,8 @@ from fxgrow.ops.registry import recognised
 from fxgrow.tracing.fake_values import FakeRunner, arithmetic_key
 from fxgrow.tracing.intercept import FACTORIES, intercept
 from fxgrow.tracing.leaf_modules import is_layer
-from fxgrow.tracing.multihead_attention import attention, is_plain
-from fxgrow.tracing.opaque import run as run_opaque
+from fxgrow.tracing.multihead_attention import has_no_extra_keys, multihead_attention
+from fxgrow.tracing.opaque import opaque_value
 from fxgrow.tracing.opaque_functions import Call, OpaqueFunction, calls
 from fxgrow.tracing.proxy import INPLACE, ValueProxy
 from fxgrow.tracing.source_location import (
@@ -195,7 +195,7 @@ class ValueTracer(fx.Tracer):
             return None
         if node.op == "call_module" and (why := self.opaque.get(submodule(self.root, str(node.target)))):
             node.meta[KEY] = why
-            return run_opaque(node, self.root, self.runner)
+            return opaque_value(node, self.root, self.runner)
         return self.runner.call(node, self.root)
 
     def _attribute(self, name: str) -> Any:
@@ -281,9 +281,9 @@ class ValueTracer(fx.Tracer):
         path = (self.submodule_paths or {}).get(m)
         if path is None:
             return forward(*args, **kwargs)
-        if type(m) is nn.MultiheadAttention and is_plain(m):
+        if type(m) is nn.MultiheadAttention and has_no_extra_keys(m):
             self._written_out.add(m)
-            forward = functools.partial(attention, m)
+            forward = functools.partial(multihead_attention, m)
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
