@@ -4,40 +4,42 @@ make demo        (or: python -m examples.demo [seed])
 
 Profile by default: loss 0.2366 over 1,347 samples, 4 free widths, 1 pinned
 
-width           size  step  producers → consumers                 Ψ  share            best gains  worth      ok  add
-────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-conv1              4     1  conv1 +1 → layer1.0.conv1 +2       4.04  99.3%  0.0203 0.0049 0.0025   0.13  4 of 4   +1
-layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2    1.18  99.1%  0.0224 0.0052 0.0032  0.064  4 of 4    ·
-layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2  0.0974  95.9%  0.0099 0.0025 0.0020  0.036  0 of 4    ·
-layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear       0.0915  95.0%  0.0274 0.0160 0.0121  0.041  3 of 4   +1
+                                                                         share of  predicted
+width           size  step  producers → consumers            bottleneck  gradient       gain  priority  accepted  add
+─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+conv1              4     1  conv1 +1 → layer1.0.conv1 +2           4.04     99.3%     0.0203      0.13    4 of 4   +1
+layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2        1.18     99.1%     0.0224     0.064    4 of 4    ·
+layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2      0.0974     95.9%     0.0099     0.036    0 of 4    ·
+layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear           0.0915     95.0%     0.0274     0.041    3 of 4   +1
 
 add: with the default budget: 2 units, 1,382 → 1,638 parameters (+18.5%)
 
-Ψ: what the loss asks of the consumers and no change of their weights can express; share: of all it asks for.
-best gains: predicted decrease of the loss per unit; ok: units that a test on held-back batches accepts.
-worth: of a few more units, against other widths'; shares of a budget lean towards worth for the size.
+bottleneck: gradient energy that the consumers' existing weights cannot explain; share: of all of it.
+predicted gain: decrease of the loss by the best unit; accepted: units that a test on held-out batches accepts.
+priority: of a few more units here, against the other widths; budgets lean towards priority for the size.
 
 pinned width  at node  because
 ────────────────────────────────────────────────────────
 linear        output   a dimension of the model's output
 
 Growth by default: 5 units, 1,382 → 2,006 parameters (+45.2%)
-held-back loss: eval 0.2502 → 0.1809 (-27.7%), train 0.2655 → 0.2157 (-18.7%)
+held-out loss: eval 0.2502 → 0.1809 (-27.7%), train 0.2655 → 0.2157 (-18.7%)
 decrease: 0.1854 predicted, 0.0693 realised
-gamma: 5.08 applied, 5.08 best on held-back batches
+gamma: 5.08 applied, 5.08 best on held-out batches
 loss along gamma: 0: 0.2655  1.8: 0.2370  3.59: 0.2211  5.08: 0.2157  7.18: 0.2179  10.2: 0.2395  14.4: 0.3105
 seconds: 0.88 (capture 0.01, profile 0.42, plan 0.05, search 0.39)
 
-width           size  step  producers → consumers                 Ψ  share            best gains  worth      ok  added
-──────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-conv1              4     1  conv1 +1 → layer1.0.conv1 +2       4.04  99.3%  0.0203 0.0049 0.0025   0.13  4 of 4     +2
-layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2    1.18  99.1%  0.0224 0.0052 0.0032  0.064  4 of 4     +1
-layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2  0.0974  95.9%  0.0099 0.0025 0.0020  0.036  0 of 4      ·
-layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear       0.0915  95.0%  0.0274 0.0160 0.0121  0.041  3 of 4     +2
+                                                                         share of  predicted
+width           size  step  producers → consumers            bottleneck  gradient       gain  priority  accepted  added
+───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+conv1              4     1  conv1 +1 → layer1.0.conv1 +2           4.04     99.3%     0.0203      0.13    4 of 4     +2
+layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2        1.18     99.1%     0.0224     0.064    4 of 4     +1
+layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2      0.0974     95.9%     0.0099     0.036    0 of 4      ·
+layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear           0.0915     95.0%     0.0274     0.041    3 of 4     +2
 
-Ψ: what the loss asks of the consumers and no change of their weights can express; share: of all it asks for.
-best gains: predicted decrease of the loss per unit; ok: units that a test on held-back batches accepts.
-worth: of a few more units, against other widths'; shares of a budget lean towards worth for the size.
+bottleneck: gradient energy that the consumers' existing weights cannot explain; share: of all of it.
+predicted gain: decrease of the loss by the best unit; accepted: units that a test on held-out batches accepts.
+priority: of a few more units here, against the other widths; budgets lean towards priority for the size.
 
 pinned width  at node  because
 ────────────────────────────────────────────────────────

@@ -10,26 +10,27 @@ Its output, on 2 busy cores:
     grown, untrained:    test loss 1.0913, accuracy 63.85 %
 
     Growth by default: 83 units, 269,722 → 336,416 parameters (+24.7%)
-    held-back loss: eval 1.4546 → 1.0919 (-24.9%), train 1.4540 → 1.1424 (-21.4%)
-    gamma: 13.5 applied, 53.8 best on held-back batches
+    held-out loss: eval 1.4546 → 1.0919 (-24.9%), train 1.4540 → 1.1424 (-21.4%)
+    gamma: 13.5 applied, 53.8 best on held-out batches
     loss along gamma: 0: 1.4546  13.5: 1.0919  26.9: 0.8928  38.1: 0.8097  53.8: 0.7683  76.1: 0.7962  108: 0.9248
                       215: 1.6323
     seconds: 345.16 (capture 0.34, profile 252.10, plan 11.00, search 81.71)
 
-    width           size  step  producers → consumers                 Ψ  share            best gains        ok  added
-    ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-    layer1.0.conv1    16     1  layer1.0.conv1 → layer1.0.conv2  0.0967  99.9%  0.0124 0.0080 0.0047    4 of 4     +4
-    layer1.1.conv1    16     1  layer1.1.conv1 → layer1.1.conv2  0.0577  99.8%  0.0161 0.0052 0.0037    4 of 4     +4
-    layer1.2.conv1    16     1  layer1.2.conv1 → layer1.2.conv2  0.0521  99.7%  0.0078 0.0074 0.0060    3 of 4     +3
-    layer2.0.conv1    32     1  layer2.0.conv1 → layer2.0.conv2   0.088  98.9%  0.0099 0.0076 0.0068    8 of 8     +8
-    layer2.1.conv1    32     1  layer2.1.conv1 → layer2.1.conv2   0.117  99.0%  0.0218 0.0098 0.0096    8 of 8     +8
-    layer2.2.conv1    32     1  layer2.2.conv1 → layer2.2.conv2    0.17  98.9%  0.0098 0.0092 0.0087    8 of 8     +8
-    layer3.0.conv1    64     1  layer3.0.conv1 → layer3.0.conv2    0.15  94.7%  0.0048 0.0037 0.0030  16 of 16    +16
-    layer3.1.conv1    64     1  layer3.1.conv1 → layer3.1.conv2   0.273  92.4%  0.0119 0.0091 0.0060  16 of 16    +16
-    layer3.2.conv1    64     1  layer3.2.conv1 → layer3.2.conv2  0.0939  89.6%  0.0162 0.0149 0.0101  16 of 16    +16
+                                                                             share of  predicted
+    width           size  step  producers → consumers            bottleneck  gradient       gain  accepted  added
+    ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+    layer1.0.conv1    16     1  layer1.0.conv1 → layer1.0.conv2      0.0967     99.9%     0.0124    4 of 4     +4
+    layer1.1.conv1    16     1  layer1.1.conv1 → layer1.1.conv2      0.0577     99.8%     0.0161    4 of 4     +4
+    layer1.2.conv1    16     1  layer1.2.conv1 → layer1.2.conv2      0.0521     99.7%     0.0078    3 of 4     +3
+    layer2.0.conv1    32     1  layer2.0.conv1 → layer2.0.conv2       0.088     98.9%     0.0099    8 of 8     +8
+    layer2.1.conv1    32     1  layer2.1.conv1 → layer2.1.conv2       0.117     99.0%     0.0218    8 of 8     +8
+    layer2.2.conv1    32     1  layer2.2.conv1 → layer2.2.conv2        0.17     98.9%     0.0098    8 of 8     +8
+    layer3.0.conv1    64     1  layer3.0.conv1 → layer3.0.conv2        0.15     94.7%     0.0048  16 of 16    +16
+    layer3.1.conv1    64     1  layer3.1.conv1 → layer3.1.conv2       0.273     92.4%     0.0119  16 of 16    +16
+    layer3.2.conv1    64     1  layer3.2.conv1 → layer3.2.conv2      0.0939     89.6%     0.0162  16 of 16    +16
 
-    Ψ: what the loss asks of the consumers and no change of their weights can express; share: of all it asks for.
-    best gains: predicted decrease of the loss per unit; ok: units that a test on held-back batches accepts.
+    bottleneck: gradient energy that the consumers' existing weights cannot explain; share: of all of it.
+    predicted gain: decrease of the loss by the best unit; accepted: units that a test on held-out batches accepts.
 
     pinned width    at node  because
     ──────────────────────────────────────────────────────────────

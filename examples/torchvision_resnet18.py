@@ -4,7 +4,7 @@
 
 With `DEFAULT` it starts from torchvision's trained weights, which torchvision downloads; without, from random ones.
 
-A network of 11 million parameters is hardly short of width on 1,024 digits: ten units pass the held-back test, and
+A network of 11 million parameters is hardly short of width on 1,024 digits: ten units pass the held-out test, and
 after one more epoch they make no difference (the ungrown copy goes on with a fresh optimiser). Output, on 2 busy cores:
 
 ResNet: 12 of 13 widths can grow; 100.0% of 11,181,642 parameters are in weights that would grow with them
@@ -32,29 +32,30 @@ fc              10  a dimension of the model's output, at node output
 grown:           test loss 0.2020, accuracy 94.5 %, 11,228,297 parameters
 
 Growth by default: 10 units, 11,181,642 → 11,228,297 parameters (+0.4%)
-held-back loss: eval 0.0662 → 0.0455 (-31.3%), train 0.0340 → 0.0327 (-3.9%)
-gamma: 4.71 applied, 18.8 best on held-back batches
+held-out loss: eval 0.0662 → 0.0455 (-31.3%), train 0.0340 → 0.0327 (-3.9%)
+gamma: 4.71 applied, 18.8 best on held-out batches
 loss along gamma: 0: 0.0662  4.71: 0.0455  9.41: 0.0333  13.3: 0.0274  18.8: 0.0235  26.6: 0.0239  37.7: 0.0320
                   75.3: 0.1568
 seconds: 894.29 (capture 0.54, profile 822.88, plan 22.25, search 48.63)
 
-width           size  step  producers → consumers                        Ψ  share            best gains        ok  added
-────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-conv1             64     1  conv1 +2 → layer1.0.conv1 +3             0.177  99.7%                 0 0 0   4 of 16     +4
-layer1.0.conv1    64     1  layer1.0.conv1 → layer1.0.conv2         0.0879  99.8%  0.0007 0.0004 0.0003   3 of 16     +3
-layer1.1.conv1    64     1  layer1.1.conv1 → layer1.1.conv2         0.0573  99.7%  0.0007 0.0007 0.0004   0 of 16      ·
-layer2.0.conv1   128     1  layer2.0.conv1 → layer2.0.conv2         0.0481  98.0%  0.0004 0.0003 0.0002   1 of 32     +1
-layer2.0.conv2   128     1  layer2.0.conv2 +2 → layer2.1.conv1 +2   0.0598  95.5%  0.0009 0.0002 0.0002   0 of 32      ·
-layer2.1.conv1   128     1  layer2.1.conv1 → layer2.1.conv2         0.0368  97.0%  0.0003 0.0003 0.0002   0 of 32      ·
-layer3.0.conv1   256     1  layer3.0.conv1 → layer3.0.conv2         0.0293  85.5%   0.0001 0.0001 5e-05   0 of 64      ·
-layer3.0.conv2   256     1  layer3.0.conv2 +2 → layer3.1.conv1 +2   0.0277  78.4%  0.0005 0.0004 0.0004   1 of 64     +1
-layer3.1.conv1   256     1  layer3.1.conv1 → layer3.1.conv2         0.0181  82.7%                 0 0 0   0 of 64      ·
-layer4.0.conv1   512     1  layer4.0.conv1 → layer4.0.conv2        0.00929  42.9%                 0 0 0  0 of 128      ·
-layer4.0.conv2   512     1  layer4.0.conv2 +2 → layer4.1.conv1 +1   0.0325  62.1%  0.0002 0.0001 0.0001  1 of 128     +1
-layer4.1.conv1   512     1  layer4.1.conv1 → layer4.1.conv2        0.00426  39.2%                 0 0 0  0 of 128      ·
+                                                                               share of  predicted
+width           size  step  producers → consumers                  bottleneck  gradient       gain  accepted  added
+───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+conv1             64     1  conv1 +2 → layer1.0.conv1 +3                0.177     99.7%          0   4 of 16     +4
+layer1.0.conv1    64     1  layer1.0.conv1 → layer1.0.conv2            0.0879     99.8%     0.0007   3 of 16     +3
+layer1.1.conv1    64     1  layer1.1.conv1 → layer1.1.conv2            0.0573     99.7%     0.0007   0 of 16      ·
+layer2.0.conv1   128     1  layer2.0.conv1 → layer2.0.conv2            0.0481     98.0%     0.0004   1 of 32     +1
+layer2.0.conv2   128     1  layer2.0.conv2 +2 → layer2.1.conv1 +2      0.0598     95.5%     0.0009   0 of 32      ·
+layer2.1.conv1   128     1  layer2.1.conv1 → layer2.1.conv2            0.0368     97.0%     0.0003   0 of 32      ·
+layer3.0.conv1   256     1  layer3.0.conv1 → layer3.0.conv2            0.0293     85.5%     0.0001   0 of 64      ·
+layer3.0.conv2   256     1  layer3.0.conv2 +2 → layer3.1.conv1 +2      0.0277     78.4%     0.0005   1 of 64     +1
+layer3.1.conv1   256     1  layer3.1.conv1 → layer3.1.conv2            0.0181     82.7%          0   0 of 64      ·
+layer4.0.conv1   512     1  layer4.0.conv1 → layer4.0.conv2           0.00929     42.9%          0  0 of 128      ·
+layer4.0.conv2   512     1  layer4.0.conv2 +2 → layer4.1.conv1 +1      0.0325     62.1%     0.0002  1 of 128     +1
+layer4.1.conv1   512     1  layer4.1.conv1 → layer4.1.conv2           0.00426     39.2%          0  0 of 128      ·
 
-Ψ: what the loss asks of the consumers and no change of their weights can express; share: of all it asks for.
-best gains: predicted decrease of the loss per unit; ok: units that a test on held-back batches accepts.
+bottleneck: gradient energy that the consumers' existing weights cannot explain; share: of all of it.
+predicted gain: decrease of the loss by the best unit; accepted: units that a test on held-out batches accepts.
 
 pinned width  at node  because
 ────────────────────────────────────────────────────────

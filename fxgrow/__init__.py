@@ -23,9 +23,10 @@ from fxgrow.pipeline.grow import grow
 from fxgrow.pipeline.growth_record import Growth
 from fxgrow.pipeline.plan import plan
 from fxgrow.pipeline.profile import profile
-from fxgrow.pipeline.profile_record import Bottleneck, Profile
+from fxgrow.pipeline.profile_record import Profile
 from fxgrow.pipeline.try_widths import Tried, try_widths
 from fxgrow.pipeline.widen import apply, widen
+from fxgrow.report.bottleneck import Bottleneck
 from fxgrow.report.networkx import to_networkx
 from fxgrow.rewriting.plan import Plan
 from fxgrow.statistics.mergeable import Moments

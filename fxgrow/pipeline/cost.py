@@ -6,7 +6,7 @@ import math
 import operator
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.axes.axes import Axis, Dims, UnitVar, length, multiplicity
+from fxgrow.axes.structure import Structure
 from fxgrow.errors import PlanError
 from fxgrow.graph.evaluate import eval_mode
 from fxgrow.graph.graph import lookup
@@ -38,76 +39,82 @@ class Cost(Protocol):
         """The cost of all of it."""
 
 
-class GrownLengths:
-    """Lengths of axes after growth."""
+class _AxisProducts:
+    """A constant and a sum of products of axis lengths, as a function of the units that are added.
 
-    def __init__(self, analysed: AnalysedGraph) -> None:
-        self.vars: dict[str, tuple[UnitVar, int]] = {n: (w.var, w.step) for n, w in analysed.widths.items()}
+    Args:
+        analysed: the graph.
+        products: axes whose lengths are multiplied, and how often.
+        constant: the rest.
+    """
 
-    def __call__(self, units: Mapping[str, int]) -> Mapping[UnitVar, int]:
-        return {self.vars[name][0]: k // self.vars[name][1] for name, k in units.items()}
+    def __init__(
+        self, analysed: AnalysedGraph, products: Iterable[tuple[Sequence[Axis], float]], constant: int = 0
+    ) -> None:
+        self.constant = constant
+        self.widths: dict[str, tuple[UnitVar, int]] = {name: (w.var, w.step) for name, w in analysed.widths.items()}
+        #: per product: how often; per axis its length now, and by how much a unit of each variable makes it longer
+        self.products = [(times, [(length(a), multiplicity(a)) for a in axes]) for axes, times in products]
+
+    def total(self, units: Mapping[str, int]) -> float:
+        """With so many more units per width."""
+        added = {self.widths[name][0]: k // self.widths[name][1] for name, k in units.items()}
+        return self.constant + sum(
+            times * math.prod(n + sum(added.get(var, 0) * m for var, m in longer.items()) for n, longer in axes)
+            for times, axes in self.products
+        )
 
 
-def _product(axes: Sequence[Axis], grow: Mapping[UnitVar, int]) -> int:
-    return math.prod(length(a) + sum(grow.get(v, 0) * m for v, m in multiplicity(a).items()) for a in axes)
-
-
-class Parameters:
+class Parameters(_AxisProducts):
     """Parameters of the grown model, exactly: every axis with its new length."""
 
     unit = "parameters"
 
     def __init__(self, analysed: AnalysedGraph) -> None:
-        gm = analysed.gm
-        parameters = analysed.structure.parameters
-        self.axes = [dims for name, dims in parameters.items() if isinstance(lookup(gm, name), nn.Parameter)]
-        self.grown = GrownLengths(analysed)
-        inside = sum(_product(dims, {}) for dims in self.axes)
-        self.outside = sum(p.numel() for p in gm.parameters()) - inside
+        axes = analysed.structure.parameters
+        weights = {name: p for name in axes if isinstance(p := lookup(analysed.gm, name), nn.Parameter)}
+        without_axes = sum(p.numel() for p in analysed.gm.parameters()) - sum(p.numel() for p in weights.values())
+        super().__init__(analysed, [(axes[name], 1) for name in weights], without_axes)
 
     def total(self, units: Mapping[str, int]) -> int:
-        """All of them."""
-        grow = self.grown(units)
-        return self.outside + sum(_product(dims, grow) for dims in self.axes)
+        """All parameters, with so many more units per width."""
+        return int(super().total(units))
 
 
-class MultiplyAdds:
+class MultiplyAdds(_AxisProducts):
     """Multiply-adds of one sample in layers and products of activations, at the size of the example inputs."""
 
     unit = "multiply-adds"
 
     def __init__(self, analysed: AnalysedGraph) -> None:
-        gm, structure = analysed.gm, analysed.structure
-        self.grown = GrownLengths(analysed)
-        #: axes that are multiplied, and how often
-        self.terms: list[tuple[Sequence[Axis], float]] = []
-        batch = next((v.shape[0] for v in _inputs(gm) if v.dim()), 1)
-        layers = {p.node: (p.weight, p.transposed) for p in structure.projections if p.node.target is not F.embedding}
-        for node in gm.graph.nodes:
-            module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if isinstance(module, _ConvNd):
-                layers.setdefault(node, (f"{node.target}.weight", module.transposed))
-            if isinstance(module, nn.Embedding):
-                layers.pop(node, None)
-            if node in layers:
-                name, transposed = layers[node]
-                dims = structure.parameters[structure.aliases.get(id(lookup(gm, name)), name)]
-                at: Tensor = (node.all_input_nodes[0] if transposed else node).meta["val"]
-                spatial = at.shape[2:] if len(dims) > 2 else at.shape[1:-1]
-                self.terms.append((dims, math.prod(spatial) * at.shape[0] / batch))
-            elif node.target in _PRODUCTS:
-                a, b = (structure.outputs.get(n) for n in node.all_input_nodes[:2])
-                if isinstance(a, Dims) and isinstance(b, Dims) and min(len(a), len(b)) > 1:
-                    self.terms.append(((*a, b[-1]), 1 / batch))
-            elif node.target is F.scaled_dot_product_attention:
-                q, k, v = (structure.outputs.get(n) for n in node.all_input_nodes[:3])
-                if isinstance(q, Dims) and isinstance(k, Dims) and isinstance(v, Dims):
-                    self.terms += [((*q, k[-2]), 1 / batch), ((*q[:-1], k[-2], v[-1]), 1 / batch)]
+        super().__init__(analysed, _multiplied(analysed.gm, analysed.structure))
 
-    def total(self, units: Mapping[str, int]) -> float:
-        """Of the forward pass."""
-        grow = self.grown(units)
-        return sum(_product(axes, grow) * times for axes, times in self.terms)
+
+def _multiplied(gm: fx.GraphModule, structure: Structure) -> Iterator[tuple[Sequence[Axis], float]]:
+    """Axes that are multiplied in layers and products, and how often for one sample."""
+    batch = next((v.shape[0] for v in _inputs(gm) if v.dim()), 1)
+    layers = {p.node: (p.weight, p.transposed) for p in structure.projections if p.node.target is not F.embedding}
+    for node in gm.graph.nodes:
+        module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, _ConvNd):
+            layers.setdefault(node, (f"{node.target}.weight", module.transposed))
+        if isinstance(module, nn.Embedding):
+            layers.pop(node, None)
+        if node in layers:
+            name, transposed = layers[node]
+            dims = structure.parameters[structure.aliases.get(id(lookup(gm, name)), name)]
+            at: Tensor = (node.all_input_nodes[0] if transposed else node).meta["val"]
+            spatial = at.shape[2:] if len(dims) > 2 else at.shape[1:-1]
+            yield dims, math.prod(spatial) * at.shape[0] / batch
+        elif node.target in _PRODUCTS:
+            a, b = (structure.outputs.get(n) for n in node.all_input_nodes[:2])
+            if isinstance(a, Dims) and isinstance(b, Dims) and min(len(a), len(b)) > 1:
+                yield (*a, b[-1]), 1 / batch
+        elif node.target is F.scaled_dot_product_attention:
+            q, k, v = (structure.outputs.get(n) for n in node.all_input_nodes[:3])
+            if isinstance(q, Dims) and isinstance(k, Dims) and isinstance(v, Dims):
+                yield (*q, k[-2]), 1 / batch
+                yield (*q[:-1], k[-2], v[-1]), 1 / batch
 
 
 class Latency:

@@ -21,8 +21,8 @@ from fxgrow.pipeline.growth_record import Growth, GrowthResult, Index, keep_reco
 from fxgrow.pipeline.line_search import GammaLine, HeldOut, Search, search
 from fxgrow.pipeline.options import GrowOptions, Options, takes_options, with_defaults
 from fxgrow.pipeline.plan import plan as make_plan
-from fxgrow.pipeline.profile import profile as make_profile
-from fxgrow.pipeline.profile_record import Profile
+from fxgrow.pipeline.profile import profiled
+from fxgrow.pipeline.profile_record import Profile, ProfileRequest
 from fxgrow.rewriting.into_module import check_into, into_module
 from fxgrow.rewriting.parametrizations import remove_parametrizations, restore_parametrizations
 from fxgrow.rewriting.plan import Plan
@@ -112,7 +112,7 @@ def grow(
         torch.Size([5, 6])
     """
     settings = with_defaults(options)
-    done = run(model, dataloader, settings, process_group_of(process_group))
+    done = grown_copy(model, dataloader, settings, process_group_of(process_group))
     optimizer = settings["optimizer"]
     if optimizer is not None:
         repoint(optimizer, model, done.model, done.index)
@@ -122,7 +122,7 @@ def grow(
 
 
 @random_state_kept()
-def run(
+def grown_copy(
     model: nn.Module, dataloader: Iterable[Any], settings: GrowOptions, process_group: ProcessGroup = SINGLE_PROCESS
 ) -> GrowthResult[nn.Module]:
     """The stages of `grow`, on a copy: the model and whatever trains it are as before.
@@ -177,20 +177,17 @@ def _profile(gm: fx.GraphModule, data: Data, options: GrowOptions) -> Profile:
         raise PlanError(f"neurons={units!r}: give a positive number of units.")
     # without a refit, which holds batches out itself, no statistics may have seen what the line search measures
     loader = data.loader if find_initialiser(options["method"]).needs.refit else Fitting(data)
-    return make_profile(
-        gm,
-        loader,
-        options["loss_fn"],
-        options["samples"],
-        options["method"],
+    request = ProfileRequest(
+        loss_fn=options["loss_fn"],
+        method=options["method"],
         memory_limit=options["memory_limit"],
         # widths that get no units need no figures
         widths=list(units) if isinstance(units, Mapping) else None,
         units=units,
         progress=options["progress"],
         seed=options["seed"],
-        process_group=data.process_group,
     )
+    return profiled(gm, Data(loader, options["samples"], data.process_group), request)
 
 
 def apply_best(

@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from fxgrow.errors import PlanError, SmallBudgetError
 from fxgrow.pipeline.cost import Cost, Parameters, cost_of
 from fxgrow.pipeline.fill_plan import fill_plan
-from fxgrow.pipeline.profile_record import Bottleneck, Profile
+from fxgrow.pipeline.profile_record import Profile
+from fxgrow.report.bottleneck import Bottleneck
 from fxgrow.rewriting.plan import Plan
 
 #: the budget when none is given
@@ -83,6 +84,22 @@ def plan(
     units = {name: k for name, k in units.items() if k}
     found = fill_plan(profile, units, update_existing, (count.total({}), count.total(units)))
     return replace(found, reason=f"{', '.join(less)}: beyond them, {profile.method.nothing}") if less else found
+
+
+def with_suggestion(profile: Profile) -> Profile:
+    """The same profile, which now knows what `plan` adds by default, for its table."""
+    count = Parameters(profile.analysed)
+    try:
+        units = _allocate(profile, count, _parse(DEFAULT_BUDGET, count), 1)
+        units = {name: k for name, k in units.items() if k}
+        for name in units:
+            profile.method.check_width(profile.analysed, profile.analysed.widths[name])
+    except PlanError:
+        return profile
+    parameters = count.total({}), count.total(units)
+    reason = None if units else profile.method.nothing
+    vars(profile)["suggested"] = Plan(units, profile.method.name, parameters=parameters, reason=reason)
+    return profile
 
 
 def _as_asked(profile: Profile, neurons: int | Mapping[str, int]) -> dict[str, int]:

@@ -11,6 +11,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,10 +31,12 @@ from fxgrow.distributed import process_group_of
 from fxgrow.errors import PlanError, ProfileError
 from fxgrow.graph.unrolled_rnn import unroll_recurrent_layers
 from fxgrow.initialisers.registry import Initialiser, Proposal, SearchRequest, find_initialiser, lists_methods
-from fxgrow.pipeline.profile_record import Bottleneck, Profile
+from fxgrow.pipeline.plan import with_suggestion
+from fxgrow.pipeline.profile_record import Profile, ProfileRequest
+from fxgrow.report.bottleneck import Bottleneck
 from fxgrow.rewriting.batch_norm import has_batch_norm
 from fxgrow.rewriting.parametrizations import remove_parametrizations
-from fxgrow.statistics.mergeable import Moments, fingerprint
+from fxgrow.statistics.mergeable import Moments, check_parts, fingerprint
 from fxgrow.tracing.capture import capture
 
 log = logging.getLogger("fxgrow")
@@ -106,35 +109,55 @@ def profile(
         >>> 0 <= profile["0"].bottleneck <= profile["0"].desired
         True
     """
-    initialiser = find_initialiser(method)
     if positions not in ("sampled", "all"):
         raise ProfileError(f"positions={positions!r}: choose 'sampled' or 'all'.")
+    request = ProfileRequest(
+        loss_fn, method, positions, memory_limit, widths, units, progress, seed, keep_moments
+    )  # fmt: skip
     process_group = process_group_of(process_group)
     with process_group.session(), process_group.sync_buffers(gm):
-        data = Data(dataloader, samples, process_group)
-        return profiled(
-            gm, data, loss_fn, initialiser, positions, memory_limit, widths, units, progress, seed, keep_moments
-        )
+        return with_suggestion(profiled(gm, Data(dataloader, samples, process_group), request))
 
 
-def profiled(
-    gm: nn.Module,
-    data: Data,
-    loss_fn: LossFn | None,
-    initialiser: Initialiser,
-    positions: str,
-    memory_limit: int | None,
-    widths: Sequence[str] | None,
-    units: int | Mapping[str, int] | None,
-    progress: bool,
-    seed: int,
-    keep_moments: bool = False,
-    parts: Sequence[Moments] = (),
+@random_state_kept()
+def merge(
+    parts: Sequence[Profile | Moments],
+    gm: fx.GraphModule | None,
+    dataloader: Iterable[Any] | None,
+    samples: int | None,
+    request: ProfileRequest,
 ) -> Profile:
-    """The stages of `profile`; moments of parts take the place of the first reading, and data may be None then."""
-    process_group = data.process_group
-    initialiser.check_profile(process_group.size, keep_moments)
-    if keep_moments and process_group.size > 1:
+    """See `fxgrow.Profile.merge`."""
+    graph = gm if gm is not None else next((p.gm for p in parts if isinstance(p, Profile) and p.gm is not None), None)
+    if not isinstance(graph, fx.GraphModule) or "example_inputs" not in graph.meta:
+        raise ProfileError("Moments alone hold no network: give gm=, a graph that fxgrow.capture returned.")
+    moments = [_moments(part, i) for i, part in enumerate(parts)]
+    check_parts(moments, graph)
+    first = moments[0]
+    method = find_initialiser(first.method)
+    if dataloader is None and (method.needs.refit or has_batch_norm(graph)):
+        needs = f"method={method.name!r} fits" if method.needs.refit else "a BatchNorm of new channels is set to"
+        raise ProfileError(f"{needs} the activations of new units, which no moments hold: give dataloader=.")
+    data = Data(() if dataloader is None else dataloader, samples)
+    request = replace(request, method=method.name, positions=first.positions, widths=first.widths, parts=moments)
+    return with_suggestion(profiled(graph, data, request))
+
+
+Profile._merge = merge
+
+
+def _moments(part: Profile | Moments, i: int) -> Moments:
+    moments = part.moments if isinstance(part, Profile) else part
+    if not isinstance(moments, Moments):
+        raise ProfileError(f"Part {i} has no moments: make it with fxgrow.profile(..., keep_moments=True).")
+    return moments
+
+
+def profiled(gm: nn.Module, data: Data, request: ProfileRequest) -> Profile:
+    """The stages of `profile`; with moments of parts in the request, only a refit reads the data."""
+    method = find_initialiser(request.method)
+    method.check_profile(data.process_group.size, request.keep_moments)
+    if request.keep_moments and data.process_group.size > 1:
         raise ProfileError(
             "keep_moments=True keeps the moments of one process: leave out process_group= and merge them later."
         )
@@ -142,91 +165,139 @@ def profiled(
         first = data.first()
         check_device(first, gm)
         gm = capture(gm, first.inputs)
-    asked, original = gm, analyse(remove_parametrizations(gm))
-    chosen = _chosen(original, widths, units if isinstance(units, Mapping) else {})
-    first_producers = {h.name: h.producers[0].node.name for h in chosen}
-    gm = unroll_recurrent_layers(original.gm)
-    analysed = original if gm is original.gm else analyse(gm)
-    chosen = [analysed.widths[h.name] for h in chosen]
-    exact = positions == "all"
-    generator = torch.Generator().manual_seed(seed)
-    additions = {h.name: _how_many(h.width, units) for h in chosen}
-    show = progress and process_group.rank == 0
-    reader = Reader(
-        analysed, initialiser, data, loss_fn, exact, generator, show, memory_limit, keep_moments or bool(parts)
-    )
-    measured = reader.merge(parts, chosen, additions) if parts else reader.measure(chosen, additions)
-    proposals, samples, loss = measured.proposals, measured.samples, measured.loss
-    wanted = [h for h in chosen if not isinstance(units, Mapping) or h.name in units]
-    steps = {h.name: additions[h.name] // h.step for h in wanted}
-    searched = initialiser.search(SearchRequest(analysed, wanted, steps, data, loss_fn, generator))
-    if searched is not None:
-        proposals |= searched
-        additions = {name: k if name in searched else 0 for name, k in additions.items()}
-    calibration = _calibration(gm, data, initialiser.needs.refit)
-    found = refit = None
-    if initialiser.needs.refit:
-        refit, rest = Refit(), [name for name in additions if name not in measured.ways]
-        if measured.stats is not None and measured.ways:
-            own = [h for h in chosen if h.name in measured.ways]
-            atoms = {h.name: additions[h.name] // h.step for h in own}
-            for h in own:
-                name = h.name
-                proposals[name] = padded(gm, h, proposals[name], additions[name], generator)
-            refit = IsolatedRefit(measured.ways, proposals, atoms, measured.stats, measured.held, data, loss_fn).run()
-        if rest:
-            found = Candidates(analysed, proposals, additions, calibration, generator)
-            refit.join(run_refit(found, data, loss_fn, generator, rest))
-    if refit is not None and data.batches != 1:
-        samples, loss = samples + refit.samples, loss + refit.loss
-    bottlenecks = {
-        h.name: _bottleneck(h, measured, proposals[h.name], refit, additions[h.name], samples) for h in chosen
-    }
-    node_map = {n.name: n for n in asked.graph.nodes}
-    for h in chosen:
-        node_map[first_producers[h.name]].meta["fxgrow"] = bottlenecks[h.name]
-    made = Profile(
-        gm=original.gm,
-        widths=tuple(w.width for w in original.widths.values()),
-        bottlenecks=bottlenecks,
-        method=initialiser,
-        loss=loss / max(1, samples),
-        samples=samples,
-        updates=measured.updates,
-        proposals=proposals,
-        proposed=additions,
-        calibration=calibration,
-        seed=seed,
-        found=found,
-        refit=refit,
-        moments=_kept(asked, measured, initialiser, positions, chosen) if keep_moments else None,
-    )
-    vars(made)["analysed"] = original  # what its cached property would find again
-    return made
+    return _Profiler(gm, data, request, method).run()
 
 
-def _kept(
-    gm: nn.Module, measured: Measured, method: Initialiser, positions: str, chosen: Sequence[GrowableWidth]
-) -> Moments:
-    names = tuple(h.name for h in chosen)
-    # the first reading's: a refit adds the samples that it was tested on
-    return Moments(measured.samples, measured.loss, method.name, positions, names, fingerprint(gm), measured.kept)
+class _Profiler:
+    """One profile on its way.
+
+    Attributes:
+        captured: the graph that was given.
+        original: the same without parametrizations.
+        analysed: the same with recurrent layers unrolled, which is what runs.
+        chosen: the widths to profile.
+        additions: units to propose per width.
+        generator: of all random choices.
+    """
+
+    def __init__(self, gm: fx.GraphModule, data: Data, request: ProfileRequest, method: Initialiser) -> None:
+        self.data, self.request, self.method = data, request, method
+        self.captured, self.original = gm, analyse(remove_parametrizations(gm))
+        chosen = _chosen(self.original, request)
+        self.first_producers = {w.name: w.producers[0].node.name for w in chosen}
+        unrolled = unroll_recurrent_layers(self.original.gm)
+        self.analysed = self.original if unrolled is self.original.gm else analyse(unrolled)
+        self.chosen = [self.analysed.widths[w.name] for w in chosen]
+        self.additions = {w.name: _how_many(w.width, request.units) for w in chosen}
+        self.generator = torch.Generator().manual_seed(request.seed)
+
+    def run(self) -> Profile:
+        """Reads the data and makes the record."""
+        measured = self._first_pass()
+        self._search(measured.proposals)
+        calibration = _calibration(self.analysed.gm, self.data, self.method.needs.refit)
+        candidates, refit = self._refit(measured, calibration) if self.method.needs.refit else (None, None)
+        samples, loss = measured.samples, measured.loss
+        if refit is not None and self.data.batches != 1:
+            samples, loss = samples + refit.samples, loss + refit.loss
+        bottlenecks = {w.name: _bottleneck(w, measured, refit, self.additions[w.name], samples) for w in self.chosen}
+        nodes = {node.name: node for node in self.captured.graph.nodes}
+        for name, b in bottlenecks.items():
+            nodes[self.first_producers[name]].meta["fxgrow"] = b
+        profile = Profile(
+            gm=self.original.gm,
+            widths=tuple(w.width for w in self.original.widths.values()),
+            bottlenecks=bottlenecks,
+            method=self.method,
+            loss=loss / max(1, samples),
+            samples=samples,
+            updates=measured.updates,
+            proposals=measured.proposals,
+            proposed=self.additions,
+            calibration=calibration,
+            seed=self.request.seed,
+            found=candidates,
+            refit=refit,
+            moments=self._kept(measured) if self.request.keep_moments else None,
+        )
+        vars(profile)["analysed"] = self.original  # what its cached property would compute again
+        return profile
+
+    def _first_pass(self) -> Measured:
+        request = self.request
+        reader = Reader(
+            self.analysed,
+            self.method,
+            self.data,
+            request.loss_fn,
+            exact=request.positions == "all",
+            generator=self.generator,
+            show=request.progress and self.data.process_group.rank == 0,
+            limit=request.memory_limit,
+            keep=request.keep_moments or bool(request.parts),
+        )
+        if request.parts:
+            return reader.merge(request.parts, self.chosen, self.additions)
+        return reader.measure(self.chosen, self.additions)
+
+    def _search(self, proposals: dict[str, Proposal]) -> None:
+        """Units of methods that search the data themselves."""
+        units = self.request.units
+        wanted = [w for w in self.chosen if not isinstance(units, Mapping) or w.name in units]
+        steps = {w.name: self.additions[w.name] // w.step for w in wanted}
+        found = self.method.search(
+            SearchRequest(self.analysed, wanted, steps, self.data, self.request.loss_fn, self.generator)
+        )
+        if found is not None:
+            proposals |= found
+            self.additions = {name: k if name in found else 0 for name, k in self.additions.items()}
+
+    def _refit(self, measured: Measured, calibration: Sequence[Any]) -> tuple[Candidates | None, Refit]:
+        """Fits outgoing weights: of isolated units where that is possible, of the others in the widened network."""
+        refit, loss_fn, paths = Refit(), self.request.loss_fn, measured.ways
+        if measured.stats is not None and paths:
+            isolated = [w for w in self.chosen if w.name in paths]
+            for w in isolated:
+                proposal, k = measured.proposals[w.name], self.additions[w.name]
+                measured.proposals[w.name] = padded(self.analysed.gm, w, proposal, k, self.generator)
+            atoms = {w.name: self.additions[w.name] // w.step for w in isolated}
+            refit = IsolatedRefit(
+                paths, measured.proposals, atoms, measured.stats, measured.held, self.data, loss_fn
+            ).run()
+        rest = [name for name in self.additions if name not in paths]
+        if not rest:
+            return None, refit
+        widened = Candidates(self.analysed, measured.proposals, self.additions, calibration, self.generator)
+        refit.join(run_refit(widened, self.data, loss_fn, self.generator, rest))
+        return widened, refit
+
+    def _kept(self, measured: Measured) -> Moments:
+        """Moments of the first pass: a refit adds the samples that it was tested on."""
+        return Moments(
+            measured.samples,
+            measured.loss,
+            self.method.name,
+            self.request.positions,
+            tuple(w.name for w in self.chosen),
+            fingerprint(self.captured),
+            measured.kept,
+        )
 
 
-def _chosen(analysed: AnalysedGraph, names: Sequence[str] | None, wanted: Mapping[str, int]) -> list[GrowableWidth]:
-    asked = {*(names or ()), *wanted}
-    for h in analysed.widths.values():
-        if h.name in asked and h.grows_by_copies:
+def _chosen(analysed: AnalysedGraph, request: ProfileRequest) -> list[GrowableWidth]:
+    wanted = request.units if isinstance(request.units, Mapping) else {}
+    for w in analysed.widths.values():
+        if w.grows_by_copies and (w.name in wanted or w.name in (request.widths or ())):
             raise PlanError(
-                f"Width {h.name!r} grows by copies of all experts, of which the data say nothing: call "
-                f"fxgrow.widen with {{{h.name!r}: {h.step}}} first, and grow its result."
+                f"Width {w.name!r} grows by copies of all experts, of which the data say nothing: call "
+                f"fxgrow.widen with {{{w.name!r}: {w.step}}} first, and grow its result."
             )
-    if names is not None:
-        return [analysed.free_width(n) for n in names]
-    free = [h for h in analysed.free_widths if h.name in wanted or not h.starts_at_zero]
+    if request.widths is not None:
+        return [analysed.free_width(n) for n in request.widths]
+    free = [w for w in analysed.free_widths if w.name in wanted or not w.starts_at_zero]
     if not free:
         some = itertools.islice(analysed.widths.values(), 6)
-        pinned = "; ".join(f"{h.name}: {h.width.pinned}" for h in some) or "there are no hidden layers"
+        pinned = "; ".join(f"{w.name}: {w.width.pinned}" for w in some) or "there are no hidden layers"
         raise ProfileError(
             f"No width of this model can grow ({pinned}). A width needs a layer that writes it and one that reads it, "
             "both trainable, with only described operators between."
@@ -265,35 +336,33 @@ def _calibration(gm: fx.GraphModule, data: Data, hold: bool) -> list[Any]:
     return [data.process_group.all_gather_rows(torch.cat(parts)) for parts in zip(*taken, strict=True)]
 
 
-def _bottleneck(
-    h: GrowableWidth, measured: Measured, proposal: Proposal, refit: Refit | None, k: int, samples: int
-) -> Bottleneck:
-    name = h.name
-    psi, desired = measured.asked[name]
+def _bottleneck(w: GrowableWidth, measured: Measured, refit: Refit | None, k: int, samples: int) -> Bottleneck:
+    proposal = measured.proposals[w.name]
+    psi, desired = measured.asked[w.name]
     values = tuple(float(v) for v in proposal.values)
     gains, significant = tuple(v * v for v in values[:k]), min(k, len(values)) if proposal.alpha else k
     worth = 0.0
     if proposal.splits is not None:
         gains = tuple(proposal.splits.gains.tolist())
-        significant = min(k, len(gains) * h.step)
-    elif refit is not None and refit.of(name):
-        evidence = refit.evidence[name]
-        total = refit.marginal(name, k // h.step)
+        significant = min(k, len(gains) * w.step)
+    elif refit is not None and refit.of(w.name):
+        evidence = refit.evidence[w.name]
+        total = refit.marginal(w.name, k // w.step)
         shares = evidence.shares.clamp_min(0)
         gains = tuple(float(g) for g in (total * shares / shares.sum().clamp_min(1e-30)).sort(descending=True).values)
-        significant = evidence.significant * h.step
+        significant = evidence.significant * w.step
         # of an eighth of the width
-        worth = refit.joint(name, max(1, math.ceil(h.width.size / 8) // h.step)) * psi**0.5
+        worth = refit.joint(w.name, max(1, math.ceil(w.width.size / 8) // w.step)) * psi**0.5
     elif refit is not None:
         gains, significant = (), 0
     return Bottleneck(
-        width=h.width,
+        width=w.width,
         bottleneck=psi,
         desired=desired,
         gains=gains,
         singular_values=values,
-        significant=significant // h.step * h.step,
+        significant=significant // w.step * w.step,
         samples=samples,
-        positions=measured.positions[name],
+        positions=measured.positions[w.name],
         worth=worth,
     )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -14,45 +14,33 @@ from fxgrow.analysis.analyse import AnalysedGraph, analyse
 from fxgrow.axes.records import Width
 from fxgrow.candidates.refit import Refit
 from fxgrow.candidates.widened import Candidates
+from fxgrow.data.loss import LossFn
 from fxgrow.errors import PlanError
 from fxgrow.initialisers.registry import Initialiser, Proposal
+from fxgrow.report.bottleneck import LEGEND, Bottleneck, bottleneck_table, parameters_added, pinned_table
+from fxgrow.report.plot import bottleneck_panel, gain_panel, new_figure, save_figure
+from fxgrow.report.table import count
+from fxgrow.rewriting.plan import Plan
+from fxgrow.statistics.mergeable import Moments
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from fxgrow.data.loss import LossFn
-    from fxgrow.statistics.mergeable import Moments
-
 
 @dataclass(frozen=True)
-class Bottleneck:
-    """What the profile says of one width.
+class ProfileRequest:
+    """Options of `fxgrow.profile`; `parts` are moments of parts of the data, in place of a first pass."""
 
-    Attributes:
-        width: the width.
-        bottleneck: expressivity bottleneck Psi = E|V - dW* h|^2, in squared units of loss per pre-activation: what the
-            loss asks of the consumers that no move of their weights can express (Verbockhaven et al. 2024, def. 2.3).
-        desired: E|V|^2, what the loss asks for in all; `bottleneck / desired` is between 0 and 1.
-        gains: predicted decrease of the loss per step of the width (one unit for most), best first. For `tiny` the
-            squared singular values (decrease per unit of gamma); with a refit, nats measured on held-back batches.
-        singular_values: of the whitened E[b V^T], largest first.
-        significant: how many units a held-back test accepts (with no test: how many there are).
-        samples: samples that were read.
-        positions: sampled positions behind the second moments.
-        worth: score of widths by what a few more units are worth to them, now and after further training: the predicted
-            decrease by units and dW together times the root of Psi. The first alone forgets what training would bring
-            anyway, the second what the data can tell; `benchmarks.where_to_grow` compares scores. 0 with no prediction.
-    """
-
-    width: Width
-    bottleneck: float
-    desired: float
-    gains: tuple[float, ...]
-    singular_values: tuple[float, ...]
-    significant: int
-    samples: int
-    positions: int
-    worth: float = 0.0
+    loss_fn: LossFn | None = None
+    method: str = "default"
+    positions: str = "sampled"
+    memory_limit: int | None = None
+    widths: Sequence[str] | None = None
+    units: int | Mapping[str, int] | None = None
+    progress: bool = True
+    seed: int = 0
+    keep_moments: bool = False
+    parts: Sequence[Moments] = ()
 
 
 @dataclass(frozen=True)
@@ -84,6 +72,10 @@ class Profile(Mapping[str, Bottleneck]):
     found: Candidates | None = field(repr=False)
     refit: Refit | None = field(repr=False)
     moments: Moments | None = field(default=None, repr=False)
+    #: what `fxgrow.plan` adds by default, without values; None where its budget allows no unit
+    suggested: Plan | None = field(default=None, init=False, repr=False)
+    #: the function behind `merge`, of the file that makes profiles
+    _merge: ClassVar[Callable[..., Profile]]
 
     def __getitem__(self, name: str) -> Bottleneck:
         return self.bottlenecks[name]
@@ -165,21 +157,39 @@ class Profile(Mapping[str, Bottleneck]):
             >>> abs(merged["0"].bottleneck - whole["0"].bottleneck) < 1e-4
             True
         """
-        from fxgrow.pipeline.merge import merge
-
-        return merge(parts, gm, dataloader, loss_fn, samples, units, progress, seed)
+        request = ProfileRequest(loss_fn, units=units, progress=progress, seed=seed)
+        return cls._merge(parts, gm, dataloader, samples, request)
 
     def record(self) -> Profile:
         """The figures alone, without the network and the candidates."""
         return replace(self, gm=None, updates={}, proposals={}, calibration=(), found=None, refit=None, moments=None)
 
-    def __str__(self) -> str:
-        from fxgrow.pipeline.report import profile_table
+    @property
+    def unit_of_gains(self) -> str:
+        """What gains are measured in."""
+        return "nats" if self.method.needs.refit else "per unit of γ"
 
-        return profile_table(self)
+    def __str__(self) -> str:
+        """Lines of at most 120 characters: loss and samples; one row per width; pinned widths and the reasons."""
+        pinned = {w.name: w.pinned for w in self.widths if w.pinned is not None}
+        suggested = self.suggested
+        lines = [
+            f"Profile by {self.method.name}: loss {self.loss:.4f} over {self.samples:,} samples, "
+            f"{count(len(self), 'free width')}, {len(pinned)} pinned",
+            "",
+            bottleneck_table(self, "add", {} if suggested is None else suggested.units),
+            "",
+        ]
+        if suggested is not None:
+            what = f"with the default budget: {parameters_added(suggested)}" if suggested.units else str(suggested)
+            lines += [f"add: {what}", ""]
+        return "\n".join([*lines, LEGEND, *pinned_table(pinned)])
 
     def plot(self, path: str | None = None) -> Figure:
         """Bars of the bottleneck and the best gains per width; written to `path` if given. Needs matplotlib."""
-        from fxgrow.report.plot import plot_profile
-
-        return plot_profile(self, path)
+        figure = new_figure(2, len(self))
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.15))
+        bottleneck_panel(left, self)
+        gain_panel(right, self, self.unit_of_gains)
+        title = f"fxgrow profile · {self.method.name} · loss {self.loss:.4f} over {self.samples:,} samples"
+        return save_figure(figure, title, path)

@@ -1,20 +1,18 @@
-"""Pictures of a profile and of a growth, with matplotlib and no global state of pyplot."""
+"""Panels that show a profile, a growth and a history, with matplotlib and no global state of pyplot."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fxgrow.errors import MissingExtraError
+from fxgrow.report.bottleneck import Bottleneck, gradient_share
 from fxgrow.report.table import shorten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from fxgrow.pipeline.growth_record import Growth
-    from fxgrow.pipeline.profile_record import Profile
-    from fxgrow.training.history import History
 
 
 INK, MUTED, GRID = "#22303c", "#6b7a87", "#e3e8ec"
@@ -24,54 +22,12 @@ CHOSEN, ACCEPTED, REJECTED = "#1b7a6e", "#8cc5bc", "#dfe4e7"
 NAME = 26
 
 
-def plot_profile(profile: Profile, path: str | None = None) -> Figure:
-    """Per width: bars of the bottleneck Psi within E|V|^2, and of the predicted gains of its units.
-
-    Args:
-        profile: from `fxgrow.profile`.
-        path: file to write; the format follows its ending.
-
-    Returns:
-        The figure, independent of pyplot.
+def new_figure(panels: int, rows: int) -> Figure:
+    """A figure of panels side by side, high enough for so many rows.
 
     Raises:
         MissingExtraError: matplotlib is not installed.
     """
-    figure = _figure(2, len(profile))
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.15))
-    _bottlenecks(left, profile)
-    _gains(right, profile, None)
-    _title(figure, f"fxgrow profile · {profile.method.name} · loss {profile.loss:.4f} over {profile.samples:,} samples")
-    return _written(figure, path)
-
-
-def plot_growth(growth: Growth, path: str | None = None) -> Figure:
-    """Bars of the bottleneck, of gains with the units that were added, and the held-back loss along gamma.
-
-    Args:
-        growth: the record at `grown.meta["fxgrow"]`.
-        path: file to write; the format follows its ending.
-
-    Returns:
-        The figure, independent of pyplot.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    figure = _figure(3, len(growth.profile))
-    left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1.15, 1.25))
-    middle.sharey(left)
-    _bottlenecks(left, growth.profile)
-    _gains(middle, growth.profile, growth.plan.units)
-    _line_search(right, growth)
-    before, after = growth.plan.parameters
-    what = f"{before:,} → {after:,} parameters" if growth.plan.units else "nothing added"
-    losses = [f"{mode} loss {b:.4f} → {a:.4f}" for mode, (b, a) in growth.losses.items()]
-    _title(figure, " · ".join([f"fxgrow growth · {growth.plan.method}", what, *losses]))
-    return _written(figure, path)
-
-
-def _figure(panels: int, rows: int) -> Figure:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -80,28 +36,40 @@ def _figure(panels: int, rows: int) -> Figure:
     return Figure(figsize=(4.6 * panels, height), dpi=130, layout="constrained", facecolor="white")
 
 
-def _bottlenecks(axes: Axes, profile: Profile) -> None:
-    found = list(profile.values())
-    rows = range(len(found))
-    axes.barh(rows, [b.desired for b in found], 0.62, color=EXPRESSIBLE, label="existing weights can")
-    axes.barh(rows, [b.bottleneck for b in found], 0.62, color=BOTTLENECK, label="they cannot: Ψ")
-    for row, b in enumerate(found):
-        share = b.bottleneck / b.desired if b.desired > 0 else 0.0
-        _note(axes, b.desired, row, f"{b.bottleneck:.3g}  ({share:.0%})")
-    axes.set_yticks(list(rows), [f"{shorten(name, NAME)}  [{b.width.size}]" for name, b in profile.items()])
+def save_figure(figure: Figure, title: str, path: str | None) -> Figure:
+    """The figure under its title; written to `path` if given, in the format of its ending."""
+    figure.suptitle(title, x=0.008, ha="left", fontsize=11, color=INK)
+    if path is not None:
+        figure.savefig(path)
+    return figure
+
+
+def bottleneck_panel(axes: Axes, bottlenecks: Mapping[str, Bottleneck]) -> None:
+    """Per width, a bar of the bottleneck Psi within all gradient energy E|V|^2."""
+    rows = range(len(bottlenecks))
+    desired = [b.desired for b in bottlenecks.values()]
+    axes.barh(rows, desired, 0.62, color=EXPRESSIBLE, label="existing weights can explain")
+    axes.barh(rows, [b.bottleneck for b in bottlenecks.values()], 0.62, color=BOTTLENECK, label="they cannot: Ψ")
+    for row, b in enumerate(bottlenecks.values()):
+        _note(axes, b.desired, row, f"{b.bottleneck:.3g}  ({gradient_share(b):.0%})")
+    axes.set_yticks(list(rows), [f"{shorten(name, NAME)}  [{b.width.size}]" for name, b in bottlenecks.items()])
     axes.invert_yaxis()
-    _bars(
-        axes,
-        "expressivity bottleneck",
-        "what the loss asks of the consumers, E|V|²",
-        max((b.desired for b in found), default=0.0),
-    )
+    _bars(axes, "expressivity bottleneck", "gradient energy at the consumers, E|V|²", max(desired, default=0.0))
     axes.legend(**_legend(2))
 
 
-def _gains(axes: Axes, profile: Profile, added: Mapping[str, int] | None) -> None:
-    """One segment per unit; in a growth the units that were added stand out."""
-    for row, (name, b) in enumerate(profile.items()):
+def gain_panel(
+    axes: Axes, bottlenecks: Mapping[str, Bottleneck], unit: str, added: Mapping[str, int] | None = None
+) -> None:
+    """Per width, one segment per unit as long as its predicted gain; units that were added stand out.
+
+    Args:
+        axes: to draw on.
+        bottlenecks: the widths.
+        unit: of gains.
+        added: units per width; None where nothing has grown.
+    """
+    for row, (name, b) in enumerate(bottlenecks.items()):
         start = 0.0
         for i, gain in enumerate(b.gains):
             accepted = i < b.significant
@@ -111,56 +79,101 @@ def _gains(axes: Axes, profile: Profile, added: Mapping[str, int] | None) -> Non
             start += gain
         text = f"{b.significant} of {len(b.gains)} accepted" if added is None else f"+{added.get(name, 0)}"
         _note(axes, start, row, text if b.gains else "no prediction")
-    unit = "nats" if profile.method.needs.refit else "per unit of γ"
-    _bars(
-        axes,
-        "predicted gain per unit",
-        f"decrease of the loss, {unit}",
-        max((sum(b.gains) for b in profile.values()), default=0.0),
-    )
+    longest = max((sum(b.gains) for b in bottlenecks.values()), default=0.0)
+    _bars(axes, "predicted gain per unit", f"decrease of the loss, {unit}", longest)
     axes.tick_params(labelleft=False)
     kinds = {"accepted": CHOSEN} if added is None else {"added": CHOSEN, "accepted": ACCEPTED}
     _swatches(axes, {**kinds, "not accepted": REJECTED})
 
 
-def _line_search(axes: Axes, growth: Growth) -> None:
-    search = growth.search
-    axes.set_title("line search", loc="left", fontsize=10, color=INK, fontweight="bold", pad=20)
-    if search is None:
-        axes.axis("off")
-        axes.text(0.5, 0.5, growth.declined or "no line search", ha="center", va="center", color=MUTED, wrap=True)
-        return
-    start = search.losses[0]
+def text_panel(axes: Axes, title: str, text: str) -> None:
+    """A panel with a text in place of a curve."""
+    _title(axes, title)
+    axes.axis("off")
+    axes.text(0.5, 0.5, text, ha="center", va="center", color=MUTED, wrap=True)
+
+
+def line_search_panel(
+    axes: Axes,
+    gammas: Sequence[float],
+    losses: Sequence[float],
+    eval_losses: Sequence[float],
+    best: float,
+    applied: tuple[float, float] | None,
+) -> None:
+    """The held-out loss along gamma.
+
+    Args:
+        axes: to draw on.
+        gammas: that were tried, 0 first.
+        losses: at each of them, in train mode.
+        eval_losses: the same in eval mode.
+        best: gamma with the smallest loss.
+        applied: the gamma that was applied and its loss; None where nothing was added.
+    """
+    _title(axes, "line search")
+    start = losses[0]
     axes.axhline(start, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
-    axes.plot(search.gammas, search.losses, color=INK, linewidth=1.4, marker="o", markersize=4, zorder=3)
-    if search.eval_losses != search.losses:
-        axes.plot(search.gammas, search.eval_losses, color=MUTED, linewidth=1.2, marker="o", markersize=3, zorder=2)
-        axes.annotate("eval mode", (search.gammas[-1], search.eval_losses[-1]), (0, -12), textcoords="offset points",
-                      ha="center", fontsize=8, color=MUTED)  # fmt: skip
-    axes.annotate("without growth", (max(search.gammas) / 2, start), (0, 4), textcoords="offset points",
-                  ha="center", fontsize=8, color=MUTED)  # fmt: skip
-    chosen = growth.plan.scale
-    if growth.plan.units:
-        axes.axvline(chosen, color=CHOSEN, linewidth=1, alpha=0.5)
-        axes.plot([chosen], [growth.losses["train"][1]], marker="o", markersize=9, color=CHOSEN, zorder=4)
-        axes.annotate(f"γ = {chosen:.3g} applied", (chosen, 0.93), (5, 0), xycoords=("data", "axes fraction"),
+    axes.plot(gammas, losses, color=INK, linewidth=1.4, marker="o", markersize=4, zorder=3)
+    note = partial(axes.annotate, textcoords="offset points", ha="center", fontsize=8, color=MUTED)
+    if eval_losses != losses:
+        axes.plot(gammas, eval_losses, color=MUTED, linewidth=1.2, marker="o", markersize=3, zorder=2)
+        note("eval mode", (gammas[-1], eval_losses[-1]), (0, -12))
+    note("without growth", (max(gammas) / 2, start), (0, 4))
+    if applied is not None:
+        gamma, loss = applied
+        axes.axvline(gamma, color=CHOSEN, linewidth=1, alpha=0.5)
+        axes.plot([gamma], [loss], marker="o", markersize=9, color=CHOSEN, zorder=4)
+        axes.annotate(f"γ = {gamma:.3g} applied", (gamma, 0.93), (5, 0), xycoords=("data", "axes fraction"),
                       textcoords="offset points", fontsize=8.5, color=CHOSEN, fontweight="bold")  # fmt: skip
-    if search.best not in (0.0, chosen):
-        axes.annotate(f"best: {search.best:.3g}", (search.best, min(search.losses)), (0, -13),
-                      textcoords="offset points", ha="center", fontsize=8, color=MUTED)  # fmt: skip
-    lowest = min(search.losses)
-    low = min(lowest, *search.eval_losses)
-    high = min(max(search.losses), max(start, search.eval_losses[0]) + 2.5 * (start - lowest) + 1e-12)
+    if best not in (0.0, 0.0 if applied is None else applied[0]):
+        note(f"best: {best:.3g}", (best, min(losses)), (0, -13))
+    lowest = min(losses)
+    low = min(lowest, *eval_losses)
+    high = min(max(losses), max(start, eval_losses[0]) + 2.5 * (start - lowest) + 1e-12)
     margin = 0.2 * max(high - low, 1e-3 * abs(start), 1e-12)
     axes.set_ylim(low - margin, high + margin)
     axes.set_xlabel("γ: scale of the new outgoing weights and of δW", fontsize=8.5, color=MUTED)
-    axes.set_ylabel("held-back loss (train mode)", fontsize=8.5, color=MUTED)
+    axes.set_ylabel("held-out loss (train mode)", fontsize=8.5, color=MUTED)
     axes.grid(color=GRID, linewidth=0.7)
     _frame(axes)
 
 
+def history_panels(
+    figure: Figure,
+    steps: Sequence[int],
+    parameters: Sequence[tuple[int, int]],
+    losses: Sequence[tuple[float, float]],
+    grown: Sequence[bool],
+) -> None:
+    """Parameters over optimiser steps, and the held-out loss before and after each growth.
+
+    Args:
+        figure: to draw on.
+        steps: of each growth.
+        parameters: before and after it.
+        losses: before and after it.
+        grown: whether it added units.
+    """
+    left, right = figure.subplots(1, 2)
+    for axes, title in ((left, "parameters"), (right, "held-out loss (eval mode)")):
+        _title(axes, title)
+        axes.set_xlabel("optimiser steps", fontsize=8.5, color=MUTED)
+        axes.grid(color=GRID, linewidth=0.7)
+        _frame(axes)
+    corners = [(step, after) for step, (_, after), g in zip(steps, parameters, grown, strict=True) if g]
+    if corners:
+        first = parameters[grown.index(True)][0]
+        left.step(*zip((0, first), *corners, strict=True), where="post", color=CHOSEN)
+    for step, (before, after), g in zip(steps, losses, grown, strict=True):
+        color = CHOSEN if g else REJECTED
+        right.plot([step, step], (before, after), color=color, linewidth=1.4)
+        right.plot([step], [before], marker="o", markersize=4, color=MUTED)
+        right.plot([step], [after], marker="o", markersize=6, color=color)
+
+
 def _bars(axes: Axes, title: str, label: str, longest: float) -> None:
-    axes.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold", pad=20)
+    _title(axes, title)
     axes.set_xlabel(label, fontsize=8.5, color=MUTED)
     axes.set_xlim(0, 1.32 * longest or 1.0)
     axes.grid(axis="x", color=GRID, linewidth=0.7)
@@ -193,45 +206,5 @@ def _swatches(axes: Axes, kinds: Mapping[str, str]) -> None:
     axes.legend(handles=[Patch(color=color, label=label) for label, color in kinds.items()], **_legend(len(kinds)))
 
 
-def _title(figure: Figure, text: str) -> None:
-    figure.suptitle(text, x=0.008, ha="left", fontsize=11, color=INK)
-
-
-def _written(figure: Figure, path: str | None) -> Figure:
-    if path is not None:
-        figure.savefig(path)
-    return figure
-
-
-def plot_history(history: History, path: str | None = None) -> Figure:
-    """Parameters over steps, and the held-back loss before and after each growth.
-
-    Args:
-        history: of a `Grower`.
-        path: file to write; the format follows its ending.
-
-    Returns:
-        The figure, independent of pyplot.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
-    figure = _figure(2, 4)
-    left, right = figure.subplots(1, 2)
-    grown = [e for e in history if e.declined is None]
-    for axes, title in ((left, "parameters"), (right, "held-back loss (eval mode)")):
-        axes.set_title(title, loc="left", fontsize=10, color=INK, fontweight="bold", pad=20)
-        axes.set_xlabel("optimiser steps", fontsize=8.5, color=MUTED)
-        axes.grid(color=GRID, linewidth=0.7)
-        _frame(axes)
-    if grown:
-        steps = [0, *(e.step for e in grown)]
-        left.step(steps, [grown[0].parameters[0], *(e.parameters[1] for e in grown)], where="post", color=CHOSEN)
-    for e in history:
-        color = CHOSEN if e.declined is None else REJECTED
-        right.plot([e.step, e.step], e.loss, color=color, linewidth=1.4)
-        right.plot([e.step], [e.loss[0]], marker="o", markersize=4, color=MUTED)
-        right.plot([e.step], [e.loss[1]], marker="o", markersize=6, color=color)
-    declined = len(history) - len(grown)
-    _title(figure, f"fxgrow · {len(grown)} growths, {declined} declined · {history.seconds:.1f} s growing")
-    return _written(figure, path)
+def _title(axes: Axes, text: str) -> None:
+    axes.set_title(text, loc="left", fontsize=10, color=INK, fontweight="bold", pad=20)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from fxgrow.axes.records import Width
 
-if TYPE_CHECKING:
-    pass
+#: what a terminal and a pull request show without wrapping
+WIDTH = 120
+GAP = "  "
 
 
 def flow(width: Width) -> str:
@@ -39,17 +39,12 @@ def count(n: int, what: str) -> str:
     return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 
-#: what a terminal and a pull request show without wrapping
-WIDTH = 120
-GAP = "  "
-
-
 @dataclass(frozen=True)
 class Column:
     """One column.
 
     Attributes:
-        title: its heading.
+        title: its heading, of one line or more.
         right: numbers stand flush right.
         shrink: gives room when the table is too wide: its texts lose their middle.
         wrap: the same, but its texts go on in the next line; for the last column.
@@ -85,7 +80,12 @@ def table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:
         Lines of at most `WIDTH` characters.
     """
     widths = _fit(columns, rows)
-    lines = [_line(columns, [c.title for c in columns], widths), "─" * (sum(widths) + len(GAP) * (len(widths) - 1))]
+    titles = [c.title.split("\n") for c in columns]
+    height = max(map(len, titles))
+    # titles stand on the rule
+    heads = zip(*([""] * (height - len(title)) + title for title in titles), strict=True)
+    lines = [_line(columns, [shorten(text, w) for text, w in zip(head, widths, strict=True)], widths) for head in heads]
+    lines.append("─" * (sum(widths) + len(GAP) * (len(widths) - 1)))
     indent = " " * (sum(widths[:-1]) + len(GAP) * (len(widths) - 1))
     for row in rows:
         cells = [shorten(cell, width) for cell, width in zip(row, widths, strict=True)]
@@ -106,7 +106,9 @@ def _line(columns: Sequence[Column], cells: Sequence[str], widths: Sequence[int]
 
 def _fit(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> list[int]:
     """The natural widths; while they are too much, the widest column that may shrink loses one character."""
-    widths = [max(len(text) for text in (c.title, *(row[i] for row in rows))) for i, c in enumerate(columns)]
+    widths = [
+        max(len(text) for text in (*c.title.split("\n"), *(row[i] for row in rows))) for i, c in enumerate(columns)
+    ]
     shrinkable = [i for i, c in enumerate(columns) if c.shrink or c.wrap]
     while shrinkable and sum(widths) + len(GAP) * (len(widths) - 1) > WIDTH:
         widest = max(shrinkable, key=lambda i: widths[i])

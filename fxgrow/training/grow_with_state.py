@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from fxgrow.distributed import ProcessGroup
-from fxgrow.pipeline.grow import run
+from fxgrow.pipeline.grow import grown_copy
 from fxgrow.pipeline.growth_record import GrowthResult, keep_record
 from fxgrow.pipeline.options import GrowOptions
 from fxgrow.training.data_source import Source, beside_training
@@ -57,7 +57,7 @@ def grow_with_state(
     unsharded = UnshardedModel.of(inside) if is_sharded(inside) else None
     old = inside if unsharded is None else unsharded.model
     with no_autocast(old):
-        result = run(old, beside_training(source), options, process_group)
+        result = grown_copy(old, beside_training(source), options, process_group)
     if not result.record.plan.units:
         return GrownTraining(model, old, result)
     change = ParameterChange(old, result.model, result.index)

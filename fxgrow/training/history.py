@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from fxgrow.errors import FxgrowError, MissingExtraError
 from fxgrow.pipeline.growth_record import Growth
-from fxgrow.report.table import Column, table
+from fxgrow.report.plot import history_panels, new_figure, save_figure
+from fxgrow.report.table import Column, count, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -128,8 +129,7 @@ class History(Sequence[Event]):
         if not self._events:
             return "no growth yet"
         rows = [_row(e) for e in self]
-        grown = f"{self.growths} growth{'s'[self.growths == 1 :]}"
-        total = f"{grown}, {len(self) - self.growths} declined, {self.seconds:.1f} s"
+        total = f"{count(self.growths, 'growth')}, {len(self) - self.growths} declined, {self.seconds:.1f} s"
         return f"{table(COLUMNS, rows)}\n\n{total}"
 
     def to_list(self) -> list[dict[str, Any]]:
@@ -154,9 +154,12 @@ class History(Sequence[Event]):
 
     def plot(self, path: str | None = None) -> Figure:
         """Parameters and held-out loss over steps; written to `path` if given. Needs matplotlib."""
-        from fxgrow.report.plot import plot_history
-
-        return plot_history(self, path)
+        figure = new_figure(2, 4)
+        steps, parameters, losses = [e.step for e in self], [e.parameters for e in self], [e.loss for e in self]
+        history_panels(figure, steps, parameters, losses, [e.declined is None for e in self])
+        declined = sum(e.declined is not None for e in self)
+        title = f"fxgrow · {self.growths} growths, {declined} declined · {self.seconds:.1f} s growing"
+        return save_figure(figure, title, path)
 
     def to_tensorboard(self, writer: Any) -> None:
         """Writes parameters, losses, gamma, seconds and added units as scalars `fxgrow/...` at their steps.

@@ -19,6 +19,7 @@ from fxgrow.pipeline.cost import Cost, cost_of
 from fxgrow.pipeline.options import GrowOptions
 from fxgrow.pipeline.plan import DEFAULT_BUDGET
 from fxgrow.pipeline.profile import profile
+from fxgrow.report.bottleneck import gradient_share
 from fxgrow.rewriting.parametrizations import remove_parametrizations
 from fxgrow.tracing.capture import capture
 from fxgrow.training.data_source import Source, beside_training
@@ -57,7 +58,7 @@ class ModelMetrics:
         """Returns Psi / E|V|^2 of each width, from one forward and backward pass."""
         options = self.options
         with no_autocast(self.model):
-            measured = profile(
+            bottlenecks = profile(
                 self._graph(),
                 beside_training(self.source),
                 options["loss_fn"],
@@ -68,7 +69,7 @@ class ModelMetrics:
                 seed=options["seed"],
                 process_group=self.process_group,
             )
-        return {name: b.bottleneck / b.desired if b.desired > 0 else 0.0 for name, b in measured.items()}
+        return {name: gradient_share(b) for name, b in bottlenecks.items()}
 
     def options_for(self, request: Request) -> GrowOptions | None:
         """Returns the options of a growth within the schedule's limit; None where the requested units exceed it.

@@ -1,0 +1,101 @@
+"""The figures of one width, and the tables that show them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from fxgrow.axes.records import Reason, Width
+from fxgrow.report.table import Column, count, flow, table
+from fxgrow.rewriting.plan import Plan
+
+LEGEND = (
+    "bottleneck: gradient energy that the consumers' existing weights cannot explain; share: of all of it.\n"
+    "predicted gain: decrease of the loss by the best unit; accepted: units that a test on held-out batches accepts.\n"
+    "priority: of a few more units here, against the other widths; budgets lean towards priority for the size."
+)
+COLUMNS = (
+    Column("width", shrink=True),
+    Column("size", right=True),
+    Column("step", right=True),
+    Column("producers → consumers", shrink=True),
+    Column("bottleneck", right=True),
+    Column("share of\ngradient", right=True),
+    Column("predicted\ngain", right=True),
+    Column("priority", right=True),
+    Column("accepted", right=True),
+)
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """What the profile says of one width.
+
+    Attributes:
+        width: the width.
+        bottleneck: expressivity bottleneck Psi = E|V - dW* h|^2, in squared units of loss per pre-activation: the
+            gradient energy of the consumers' outputs that no update of their existing weights can explain
+            (Verbockhaven et al. 2024, def. 2.3).
+        desired: E|V|^2, all of that energy; `bottleneck / desired` is between 0 and 1.
+        gains: predicted decrease of the loss per step of the width (one unit for most), best first. For `tiny` the
+            squared singular values (decrease per unit of gamma); with a refit, nats measured on held-out batches.
+        singular_values: of the whitened E[b V^T], largest first.
+        significant: how many units a held-out test accepts (with no test: how many there are).
+        samples: samples that were read.
+        positions: sampled positions behind the second moments.
+        worth: priority score, for a few more units now and after further training: the predicted decrease by units and
+            dW together times the root of Psi. The first alone forgets what training would bring anyway, the second what
+            the data can tell; `benchmarks.where_to_grow` compares scores. 0 with no prediction.
+    """
+
+    width: Width
+    bottleneck: float
+    desired: float
+    gains: tuple[float, ...]
+    singular_values: tuple[float, ...]
+    significant: int
+    samples: int
+    positions: int
+    worth: float = 0.0
+
+
+def gradient_share(b: Bottleneck) -> float:
+    """The bottleneck as a part of all gradient energy; 0 where there is none."""
+    return b.bottleneck / b.desired if b.desired > 0 else 0.0
+
+
+def bottleneck_table(bottlenecks: Mapping[str, Bottleneck], title: str, units: Mapping[str, int]) -> str:
+    """One row per width; the last column, `title`, has the units that are added."""
+    rows = [(*_row(b), f"+{units[name]}" if name in units else "·") for name, b in bottlenecks.items()]
+    return table([*COLUMNS, Column(title, right=True)], rows)
+
+
+def _row(b: Bottleneck) -> tuple[str, ...]:
+    width = b.width
+    return (
+        width.name, str(width.size), str(width.step), flow(width), f"{b.bottleneck:.3g}",
+        f"{gradient_share(b):.1%}" if b.desired > 0 else "·", _gain(b.gains), f"{b.worth:.2g}" if b.worth else "·",
+        f"{b.significant} of {max(len(b.gains) * b.width.step, b.significant)}",
+    )  # fmt: skip
+
+
+def _gain(gains: Sequence[float]) -> str:
+    if not gains:
+        return "·"
+    return f"{gains[0]:.4f}" if gains[0] >= 5e-5 else f"{gains[0]:.0e}" if gains[0] > 0 else "0"
+
+
+def pinned_table(pinned: Mapping[str, Reason]) -> list[str]:
+    """An empty line and the widths that cannot change, with the reasons; nothing where there are none."""
+    if not pinned:
+        return []
+    rows = [(name, reason.node, reason.message) for name, reason in pinned.items()]
+    columns = [Column("pinned width", shrink=True), Column("at node", shrink=True), Column("because", wrap=True)]
+    return ["", table(columns, rows)]
+
+
+def parameters_added(plan: Plan) -> str:
+    """Such as `2 units, 100 → 120 parameters (+20.0%)`."""
+    before, after = plan.parameters
+    share = f" ({(after - before) / before:+.1%})" if before else ""
+    return f"{count(sum(plan.units.values()), 'unit')}, {before:,} → {after:,} parameters{share}"
