@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from fxgrow.analysis.initial_state import COPY, InitialState
 from fxgrow.axes.axes import Axis, Dims, UnitVar, axes_in, axis_of, multiplicity, resolve, variables
 from fxgrow.axes.structure import Constant, Projection, Structure
+from fxgrow.graph.arguments import replaced_argument
 from fxgrow.graph.evaluate import TOLERANCE
 from fxgrow.graph.graph import lookup
 from fxgrow.graph.node_functions import guard
@@ -195,7 +196,7 @@ class _Trial:
         args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._value(n, which))
         if which:
             for path, value in self._literals(node, args, kwargs):
-                args, kwargs = _with(args, kwargs, path, value)
+                args, kwargs = replaced_argument(args, kwargs, path, value)
         run: Any = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else node.target
         if node.op == "call_method":
             run, args = getattr(args[0], str(node.target)), args[1:]
@@ -259,14 +260,3 @@ def _changes(user: fx.Node, node: fx.Node) -> bool:
     name = getattr(user.target, "__name__", str(user.target))
     in_place = name in ("setitem", "iadd", "isub", "imul", "itruediv") or (name[-1:] == "_" and name[-2:] != "__")
     return in_place and user.args[0] is node
-
-
-def _with(args: Any, kwargs: Any, path: tuple[Any, ...], value: int) -> tuple[Any, Any]:
-    first, *rest = path
-    if isinstance(first, str):
-        return args, {**kwargs, first: _put(kwargs[first], rest, value)}
-    return tuple(_put(a, rest, value) if i == first else a for i, a in enumerate(args)), kwargs
-
-
-def _put(argument: Any, path: list[Any], value: int) -> Any:
-    return [_put(a, path[1:], value) if i == path[0] else a for i, a in enumerate(argument)] if path else value

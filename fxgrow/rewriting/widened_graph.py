@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import cached_property
-from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 
 from fxgrow.axes.axes import Dims, length
 from fxgrow.axes.structure import Projection
+from fxgrow.graph.arguments import replaced_item, set_argument
 from fxgrow.graph.graph import compile_graph, copy_graph, lookup, same_kind
 from fxgrow.rewriting.entries import resized_parameters
 from fxgrow.rewriting.initial_state import rows_that_must_be_zero, write_kept_numbers, write_norm_eps
@@ -99,25 +99,9 @@ class WidenedGraph:
                 continue
             if isinstance(target, str):
                 module, (name, *rest) = self.gm.get_submodule(target), path
-                setattr(module, name, _with(getattr(module, name), rest, size - constant.less))
+                setattr(module, name, replaced_item(getattr(module, name), rest, size - constant.less))
             else:
-                _set_argument(self.node_map[target], path, size - constant.less)
+                set_argument(self.node_map[target], path, size - constant.less)
         for node, path, axes, axis in change.structure.size_replacements:
             if any(change.length(a) != length(a) for a in axes):
-                _set_argument(self.node_map[node], path, -1 if axis is None else change.length(axis))
-
-
-def _set_argument(node: fx.Node, path: tuple[Any, ...], value: int) -> None:
-    first, *rest = path
-    if isinstance(first, str):
-        node.kwargs = {**node.kwargs, first: _with(node.kwargs[first], rest, value)}
-    else:
-        node.args = tuple(_with(a, rest, value) if i == first else a for i, a in enumerate(node.args))
-
-
-def _with(argument: Any, path: list[Any], value: int) -> Any:
-    if not path:
-        return value
-    items = list(argument)
-    items[path[0]] = _with(items[path[0]], path[1:], value)
-    return type(argument)(items) if type(argument) in (list, tuple) else tuple(items)
+                set_argument(self.node_map[node], path, -1 if axis is None else change.length(axis))
