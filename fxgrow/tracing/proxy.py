@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dis
+import functools
+import math
 import operator
 import sys
 from collections.abc import Callable, Iterator
@@ -18,6 +20,11 @@ from fxgrow.tracing.fake_values import FakeRunner
 STATIC_METHODS = {
     "dim", "ndimension", "is_floating_point", "is_complex", "is_signed", "is_contiguous", "get_device",
     "element_size", "is_inference", "is_conj", "is_neg",
+}  # fmt: skip
+_NUMPY_OPERATORS = {
+    "add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "divide": operator.truediv,
+    "floor_divide": operator.floordiv, "remainder": operator.mod, "power": operator.pow, "negative": operator.neg,
+    "absolute": abs,
 }  # fmt: skip
 _INPLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor")
 
@@ -120,6 +127,15 @@ class ValueProxy(fx.Proxy):
 
     def __round__(self, digits: int | None = None) -> Any:
         return self.tracer.create_proxy("call_function", round, (self, digits), {})
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
+        """Of numbers, NumPy's function is that of `math` or of `operator`: `np.sqrt(x.shape[-1])`, `np.prod(x.shape)`."""
+        if method == "reduce" and ufunc.__name__ in ("add", "multiply") and isinstance(self.carried, torch.Size):
+            return functools.reduce(_NUMPY_OPERATORS[ufunc.__name__], self)
+        function = getattr(math, ufunc.__name__, None) or _NUMPY_OPERATORS.get(ufunc.__name__)
+        if method != "__call__" or options or function is None or isinstance(self.carried, torch.Tensor):
+            return NotImplemented
+        return self.tracer.create_proxy("call_function", function, inputs, {})
 
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other

@@ -239,6 +239,8 @@ class ValueTracer(fx.Tracer):
             return a.node
         if isinstance(a, torch.Tensor):
             return self._tensor(a).node
+        if type(a).__module__ == "numpy" and getattr(a, "shape", None) == ():
+            return a.item()
         if type(a) is torch.Size:
             return tuple(self.create_arg(item) for item in a)
         if dataclasses.is_dataclass(a) and not isinstance(a, type):

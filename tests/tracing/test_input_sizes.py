@@ -106,3 +106,18 @@ def test_a_constant_that_depends_on_the_batch_is_guarded() -> None:
     gm = fxgrow.capture(Net(join), (torch.randn(2, 3, 8, 8),))
     with pytest.raises(fxgrow.CaptureError):
         gm(torch.randn(3, 3, 8, 8))
+
+
+def test_numpy_of_sizes_is_plain_arithmetic_in_the_graph() -> None:
+    numpy = pytest.importorskip("numpy")
+
+    def join(h: Tensor, x: Tensor) -> Tensor:
+        scaled = h / numpy.sqrt(h.shape[1]) * numpy.float32(2.0) + numpy.log(2 * numpy.pi)
+        return scaled.view(-1, int(numpy.prod(h.shape[1:]))) * numpy.maximum(numpy.sqrt(4.0), 1)
+
+    net, x = Net(join), torch.randn(3, 3, 8, 8)
+    gm = fxgrow.capture(net, (torch.randn(4, 3, 8, 8),))
+    assert "np." not in gm.code and "numpy" not in gm.code
+    assert torch.equal(gm(x), net(x))
+    wider = fxgrow.widen(net, (x,), {"conv": 2})
+    assert torch.allclose(wider(x), net(x), atol=1e-5)
