@@ -7,6 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from fxgrow.axes.structure import Projection
+from fxgrow.candidates.refit import Refit
 from fxgrow.graph.graph import lookup
 from fxgrow.initialisers.registry import WriteRequest
 from fxgrow.pipeline.profile_record import Profile
@@ -16,50 +18,53 @@ from fxgrow.statistics.consumer_moments import like_weight
 
 
 def fill_plan(profile: Profile, units: dict[str, int], update_existing: bool, parameters: tuple[int, int]) -> Plan:
+    """The plan that adds so many of the best units per width, with the weights of the method or of the refit.
+
+    Args:
+        profile: what the units were proposed from.
+        units: how many per width.
+        update_existing: also move the weights that exist.
+        parameters: of the model, before and after.
+    """
     written = _written_by_method(profile, units, parameters)
-    return _from_candidates(profile, units, update_existing, parameters) if written is None else written
-
-
-def _from_candidates(
-    profile: Profile, units: dict[str, int], update_existing: bool, parameters: tuple[int, int]
-) -> Plan:
-    analysed = profile.analysed
-    found, refit = profile.candidates(), profile.refit
-    order = {
-        name: refit.evidence[name].order[:k] if refit is not None and name in refit.evidence else torch.arange(k)
-        for name, k in ((n, k // analysed.widths[n].step) for n, k in units.items())
-    }
-    values = Values(new_units_see_each_other=False)
+    if written is not None:
+        return written
+    analysed, needs = profile.analysed, profile.method.needs
+    candidates, refit = profile.candidates(), profile.refit
+    chosen = {name: torch.arange(k // analysed.widths[name].step) for name, k in units.items()}
+    if refit is not None:
+        chosen = {n: refit.evidence[n].order[: len(u)] if n in refit.evidence else u for n, u in chosen.items()}
+    entries = _PlanEntries(profile)
     incoming: list[tuple[str, str, int]] = []
-    outgoing: list[tuple[str, str, int]] = []
     produces = {(p.weight, p.out_dim) for p in analysed.structure.projections}
     produces |= {(p.bias, 0) for p in analysed.structure.projections if p.bias is not None}
-    for name, slices in found.slices.items():
+    for name, slices in candidates.slices.items():
         for (width, dim), t in slices.items():
             if width in units:
-                values.new.setdefault(name, {})[width, dim] = _pick(t, dim, order[width], found.unit_groups[width])
+                new = _pick(t, dim, chosen[width], candidates.unit_groups[width])
+                entries.values.new.setdefault(name, {})[width, dim] = new
                 if (name, dim) in produces:
                     incoming.append((name, width, dim))
-    terms, scale = (0.0, 0.0), 1.0
+    slope, curvature, scale = 0.0, 0.0, 1.0
     predicted: dict[str, float] = {}
     if refit is not None:
-        terms, predicted = _from_refit(profile, order, update_existing, values, outgoing)
-        slope, curvature = terms
-        scale = profile.method.needs.share * slope / curvature if slope > 0 and curvature > 0 else 0.0
+        slope, curvature = entries.refitted(refit, chosen, update_existing)
+        scale = needs.share * slope / curvature if slope > 0 and curvature > 0 else 0.0
+        predicted = {name: refit.marginal(name, len(groups)) for name, groups in chosen.items() if refit.of(name)}
     else:
-        _from_proposals(profile, units, update_existing, values, outgoing)
+        entries.proposed(units, update_existing)
     followed = any(analysed.widths[name].width.followers for name in units)
     return Plan(
         units=units,
         method=profile.method.name,
         scale=scale,
-        symmetric=profile.method.needs.symmetric and not followed,
+        symmetric=needs.symmetric and not followed,
         predicted=predicted,
-        slope=terms[0],
-        curvature=terms[1],
+        slope=slope,
+        curvature=curvature,
         parameters=parameters,
-        values=values,
-        outgoing=tuple(outgoing),
+        values=entries.values,
+        outgoing=tuple(entries.outgoing),
         incoming=tuple(incoming),
     )
 
@@ -91,86 +96,63 @@ def _pick(t: Tensor, dim: int, chosen: Tensor, candidates: int) -> Tensor:
     return t.index_select(dim, index.to(t.device))
 
 
-def _from_refit(
-    profile: Profile,
-    order: Mapping[str, Tensor],
-    update_existing: bool,
-    values: Values,
-    outgoing: list[tuple[str, str, int]],
-) -> tuple[tuple[float, float], dict[str, float]]:
-    """Outgoing weights and updates, solved jointly for all chosen units that a consumer reads.
+class _PlanEntries:
+    """Outgoing weights of the new units and updates of old ones, entered one weight after the other."""
 
-    Returns:
-        Slope and curvature of the loss along gamma, and what each width's units are predicted to bring.
-    """
-    refit = profile.refit
-    if refit is None:
-        return (0.0, 0.0), {}
-    terms = []
-    # what reads a new unit that is zero at first needs columns that are not
-    mute = {name for name, w in profile.analysed.widths.items() if w.starts_at_zero}
-    for r in refit.readouts.values():
-        name = r.weight
-        chosen = {w: u for w, u in order.items() if w in r.new}
-        if not chosen:
-            continue
-        moved, weights = r.solve(chosen, update_existing)
-        slope, curvature = r.predict(chosen, update_existing)
-        terms.append((slope, curvature * max(refit.evidence[w].coherence for w in chosen)))
-        weight = lookup(profile.graph, name)
-        at = 0
-        for width, picked in chosen.items():
-            n = r.new[width][picked].numel()
-            if width in mute:
-                at += n
+    def __init__(self, profile: Profile) -> None:
+        self.profile = profile
+        self.values = Values(new_units_see_each_other=False)
+        self.outgoing: dict[tuple[str, str, int], None] = {}
+
+    def add_outgoing(self, use: Projection, width: str, block: Tensor) -> None:
+        """Outgoing weights `[O, units * taps]`; the next group's rows stand below those of the groups before it."""
+        new, key = self.values.new.setdefault(use.weight, {}), (width, use.in_dim)
+        rows = like_weight(block, lookup(self.profile.graph, use.weight), use)
+        new[key] = torch.cat([new[key], rows]) if key in new else rows
+        self.outgoing[use.weight, width, use.in_dim] = None
+
+    def add_update(self, use: Projection, bias: str | None, update: Tensor) -> None:
+        """An update of existing weights, with the bias in its last column if there is one."""
+        parts = {use.weight: update if bias is None else update[:, :-1]}
+        parts[use.weight] = like_weight(parts[use.weight], lookup(self.profile.graph, use.weight), use)
+        if bias is not None:
+            parts[bias] = update[:, -1]
+        for name, t in parts.items():
+            above = self.values.delta.get(name)
+            self.values.delta[name] = t if above is None else torch.cat([above, t])
+
+    def refitted(self, refit: Refit, chosen: Mapping[str, Tensor], update_existing: bool) -> tuple[float, float]:
+        """Solved jointly for all chosen units that a consumer reads; returns slope and curvature along gamma."""
+        terms = []
+        for fit in refit.readouts.values():
+            groups = {width: g for width, g in chosen.items() if width in fit.new}
+            if not groups:
                 continue
-            block = weights[:, at : at + n]
-            into = r.use.in_dim
-            found = values.new.setdefault(name, {})
-            found[width, into] = _below(found.get((width, into)), like_weight(block, weight, r.use))
-            if (name, width, into) not in outgoing:
-                outgoing.append((name, width, into))
-            at += n
-        if update_existing:
-            if r.bias is not None:
-                values.delta[r.bias] = _below(values.delta.get(r.bias), moved[:, -1])
-                moved = moved[:, :-1]
-            values.delta[name] = _below(values.delta.get(name), like_weight(moved, weight, r.use))
-    s, q = sum(t[0] for t in terms), sum(t[1] for t in terms)
-    predicted = {w: refit.marginal(w, len(u)) for w, u in order.items() if refit.of(w)}
-    return (s, q), predicted
+            update, weights = fit.solve(groups, update_existing)
+            slope, curvature = fit.predict(groups, update_existing)
+            terms.append((slope, curvature * max(refit.evidence[w].coherence for w in groups)))
+            at = 0
+            for width, picked in groups.items():
+                n = fit.new[width][picked].numel()
+                # the columns of units that are zero at first stay random: these units learn through them
+                if not self.profile.analysed.widths[width].starts_at_zero:
+                    self.add_outgoing(fit.use, width, weights[:, at : at + n])
+                at += n
+            if update_existing:
+                self.add_update(fit.use, fit.bias, update)
+        return sum(t[0] for t in terms), sum(t[1] for t in terms)
 
-
-def _below(above: Tensor | None, t: Tensor) -> Tensor:
-    """The next group's rows below those of the groups before it."""
-    return t if above is None else torch.cat([above, t])
-
-
-def _from_proposals(
-    profile: Profile,
-    units: Mapping[str, int],
-    update_existing: bool,
-    values: Values,
-    outgoing: list[tuple[str, str, int]],
-) -> None:
-    touched: set[str] = set()
-    uses = {p.weight: p for p in profile.analysed.structure.projections}
-    for width, k in units.items():
-        for name, omega in profile.proposals[width].omega.items():
-            weight = lookup(profile.graph, name)
-            block = omega[:k].permute(2, 0, 1)  # [O, k, taps]
-            block = torch.cat([block, block.new_zeros(block.shape[0], k - block.shape[1], block.shape[2])], 1)
-            into = uses[name].in_dim
-            values.new.setdefault(name, {})[width, into] = like_weight(block.flatten(1), weight, uses[name])
-            outgoing.append((name, width, into))
-            touched.add(name)
-    if not update_existing:
-        return
-    for name in touched:
-        update = profile.updates[name]
-        bias = uses[name].bias
-        # that of a transposed convolution is added once, not for each tap: it is no feature
-        if bias is not None and not uses[name].transposed and lookup(profile.graph, bias).requires_grad:
-            values.delta[bias] = update[:, -1]
-            update = update[:, :-1]
-        values.delta[name] = like_weight(update, lookup(profile.graph, name), uses[name])
+    def proposed(self, units: Mapping[str, int], update_existing: bool) -> None:
+        """Outgoing weights of the proposals, and the update of each weight that has some."""
+        uses = {p.weight: p for p in self.profile.analysed.structure.projections}
+        for width, k in units.items():
+            for name, omega in self.profile.proposals[width].omega.items():
+                block = omega[:k].permute(2, 0, 1)  # [O, k, taps]
+                block = torch.cat([block, block.new_zeros(block.shape[0], k - block.shape[1], block.shape[2])], 1)
+                self.add_outgoing(uses[name], width, block.flatten(1))
+        for name in dict.fromkeys(name for name, _, _ in self.outgoing) if update_existing else ():
+            bias, update = uses[name].bias, self.profile.updates[name]
+            # that of a transposed convolution is added once, not for each tap: it is no feature
+            is_feature = bias is not None and not uses[name].transposed
+            trained = is_feature and lookup(self.profile.graph, str(bias)).requires_grad
+            self.add_update(uses[name], bias if trained else None, update)
