@@ -191,7 +191,7 @@ class Reader:
         def batches() -> Iterator[Batch]:
             nonlocal apart
             for batch in self.data:
-                apart = self.method.needs.refit and self.data.held(batch)
+                apart = self.method.needs.refit and self.data.is_held_out(batch)
                 # the first batch is none of these, and with it the room is known
                 if not apart or stats.caches_isolated:
                     yield batch

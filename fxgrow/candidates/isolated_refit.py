@@ -203,7 +203,7 @@ class IsolatedRefit:
             for _, inputs, updates in held.cache.groups(None, self.inputs, self.targets):
                 visit(len(inputs[self.sources[0]]), inputs, updates)
         else:
-            held = self._read(gm, self.data.held_back(), self.inputs, visit)
+            held = self._read(gm, self.data.held_out(), self.inputs, visit)
         out.samples, out.loss = held.samples, held.loss
         for name, r in out.readouts.items():
             if name in vh:

@@ -152,7 +152,7 @@ def run_refit(
         held.clear()
 
     request = PassRequest(sources, done_held, targets, lambda seen, node, v: held.__setitem__(node, v), weights)
-    forward_backward(graph, data.held_back(), loss_fn, request)
+    forward_backward(graph, data.held_out(), loss_fn, request)
     for name, c in consumers.items():
         if len(c.vh):
             r, (old, z) = out.readouts[name], _columns(c, *sides[name])

@@ -1,4 +1,4 @@
-"""Batches: the same ones at every pass, split into a fitting and a held-back part, and the loss on them."""
+"""Batches: the same ones at every pass, split into fitting and held-out ones."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxgrow.data.random_state import _random_state, _set_random_state
+from fxgrow.data.random_state import random_state, set_random_state
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
 from fxgrow.errors import ProfileError
 
 #: `samples=None` reads at most this many
 DEFAULT_SAMPLES = 8192
-#: one batch in so many is held back from fitting
+#: one batch in so many is held out
 HOLD_OUT_EVERY = 4
 
 
@@ -57,7 +57,7 @@ class Batch:
 def parse(raw: Any, index: int) -> Batch:
     """Reads one item of a loader: `(inputs, targets)`, or a dict for a model that returns its own `.loss`.
 
-    What has been read already stays as it is.
+    A `Batch` is returned as it is.
 
     Raises:
         ProfileError: the item has another layout, or holds no tensor.
@@ -76,9 +76,9 @@ def parse(raw: Any, index: int) -> Batch:
         else:
             inputs = (inputs,)
     else:
-        what = f"a {type(raw).__name__}" + (f" of {len(raw)} items" if isinstance(raw, (tuple, list)) else "")
+        layout = f"a {type(raw).__name__}" + (f" of {len(raw)} items" if isinstance(raw, (tuple, list)) else "")
         raise ProfileError(
-            f"Batch {index} is {what}. A batch is (inputs, targets), where inputs may be a tuple or a dict, "
+            f"Batch {index} is {layout}. A batch is (inputs, targets), where inputs may be a tuple or a dict, "
             "or a dict for models that return an object with a loss."
         )
     given = first_tensor(inputs)
@@ -88,7 +88,7 @@ def parse(raw: Any, index: int) -> Batch:
 
 
 def first_tensor(inputs: tuple[Any, ...] | dict[str, Any]) -> Tensor | None:
-    """The first tensor of a batch, however deep it lies."""
+    """The first tensor of a batch, in nested inputs too."""
     for value in inputs.values() if isinstance(inputs, dict) else inputs:
         if isinstance(value, Tensor):
             return value
@@ -99,7 +99,7 @@ def first_tensor(inputs: tuple[Any, ...] | dict[str, Any]) -> Tensor | None:
 
 
 class Data:
-    """A loader that gives the same batches at every pass and leaves all random generators as they were.
+    """Yields the same batches of a loader at every pass, and leaves all random generators as they were.
 
     Args:
         loader: any iterable of batches; an iterator is read once and kept.
@@ -120,18 +120,18 @@ class Data:
         self.process_group = process_group
         self.limit = -(-(samples or DEFAULT_SAMPLES) // process_group.size)
         self.loader: Iterable[Any] = loader
-        self._state = _random_state(loader)
-        if _once(loader):
+        self._state = random_state(loader)
+        if hasattr(loader, "__next__"):  # an iterator can be read only once
             try:
-                self.loader = list(_until(loader, self.limit))
+                self.loader = list(_parsed(loader, self.limit))
             finally:
-                _set_random_state(self._state, loader)
+                set_random_state(self._state, loader)
         self.batches: int | None = None
         with contextlib.suppress(TypeError):
             self.batches = len(self.loader)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:
-        """Every batch, moved nowhere and changed in nothing.
+        """Every batch, unchanged and on its device.
 
         Raises:
             ProfileError: there is none, or one has another layout.
@@ -146,27 +146,27 @@ class Data:
 
     def _batches(self) -> Iterator[Batch]:
         """Drawn from the same random state at every pass."""
-        iterator = _until(self.loader, self.limit)
+        iterator = _parsed(self.loader, self.limit)
         if isinstance(self.loader, (list, tuple)):
-            # draws nothing, and a generator's state takes as long to copy as a small network to run
+            # draws no random numbers, and copying the states takes as long as a small network's forward pass
             yield from iterator
             return
         inside = self._state
         while True:
-            # swapped at every step: a pass that fails half-way leaves no other random state behind either
-            outside = _random_state(self.loader)
-            _set_random_state(inside, self.loader)
+            # states are swapped at every step, so that they are right when a pass ends early
+            outside = random_state(self.loader)
+            set_random_state(inside, self.loader)
             try:
                 batch = next(iterator, None)
             finally:
-                inside = _random_state(self.loader)
-                _set_random_state(outside, self.loader)
+                inside = random_state(self.loader)
+                set_random_state(outside, self.loader)
             if batch is None:
                 return
             yield batch
 
     def expected(self, size: int) -> int:
-        """How many batches of `size` samples a pass will read, as far as anybody can tell."""
+        """How many batches of `size` samples a pass will read, as far as known."""
         most = -(-self.limit // size)
         return min(self.batches, most) if self.batches is not None else min(8, most)
 
@@ -177,26 +177,22 @@ class Data:
         raise ProfileError("The dataloader is empty: give at least one batch of (inputs, targets).")
 
     def fitting(self, hold: bool = True) -> Iterator[Batch]:
-        """The batches to fit on: all but those held back, or all unless `hold`."""
-        return (b for b in self if not (hold and self.held(b)))
+        """The batches to fit on: all but the held-out ones, or all unless `hold`."""
+        return (b for b in self if not (hold and self.is_held_out(b)))
 
-    def held_back(self) -> Iterator[Batch]:
-        """The held-back batches; a single batch serves for both."""
-        return (b for b in self if self.held(b) or self.batches == 1)
+    def held_out(self) -> Iterator[Batch]:
+        """The held-out batches; a single batch serves for both."""
+        return (b for b in self if self.is_held_out(b) or self.batches == 1)
 
-    def held(self, batch: Batch) -> bool:
-        """Whether a batch is held back from fitting: every fourth, or the last of a few."""
+    def is_held_out(self, batch: Batch) -> bool:
+        """Whether a batch is held out: every fourth, or the last of a few."""
         if self.batches is not None and self.batches < HOLD_OUT_EVERY:
             return self.batches > 1 and batch.index == self.batches - 1
         return batch.index % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
 
 
-def _once(loader: Iterable[Any]) -> bool:
-    """Whether it is an iterator, which can be read only once; a loader is not started to find out."""
-    return hasattr(loader, "__next__")
-
-
-def _until(loader: Iterable[Any], limit: int) -> Iterator[Batch]:
+def _parsed(loader: Iterable[Any], limit: int) -> Iterator[Batch]:
+    """Batches of a loader, until they hold `limit` samples."""
     seen = 0
     iterator = iter(loader)
     for index in itertools.count():
@@ -213,7 +209,7 @@ def _until(loader: Iterable[Any], limit: int) -> Iterator[Batch]:
 
 @dataclass(frozen=True)
 class Fitting:
-    """The fitting part of some data as a loader of its own: who reads it cannot see what is held back."""
+    """The fitting batches of some data as a loader, without the held-out ones."""
 
     data: Data
 
@@ -223,10 +219,10 @@ class Fitting:
 
 def check_device(batch: Batch, gm: nn.Module) -> None:
     """Raises a `ProfileError` when the batch is on another device than the model's parameters."""
-    own = next(gm.parameters(), None)
+    parameter = next(gm.parameters(), None)
     given = first_tensor(batch.inputs)
-    if own is not None and given is not None and own.device != given.device:
+    if parameter is not None and given is not None and parameter.device != given.device:
         raise ProfileError(
-            f"Batch {batch.index} is on {given.device}, the model on {own.device}. Move one of them: "
-            f"wrap the loader so that it yields batches on {own.device}, or call model.to({str(given.device)!r})."
+            f"Batch {batch.index} is on {given.device}, the model on {parameter.device}. Move one of them: "
+            f"wrap the loader so that it yields batches on {parameter.device}, or call model.to({str(given.device)!r})."
         )

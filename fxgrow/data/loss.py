@@ -9,9 +9,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional as F
 
-from fxgrow.data.batches import (
-    Batch,
-)
+from fxgrow.data.batches import Batch
 from fxgrow.errors import ProfileError
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -52,13 +50,13 @@ def loss_of(output: Any, batch: Batch, loss_fn: LossFn | None) -> Tensor:
 
 def _default_loss(output: Any, batch: Batch) -> Tensor:
     if batch.targets is None:
-        own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
-        if not isinstance(own, Tensor):
+        loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+        if not isinstance(loss, Tensor):
             raise ProfileError(
                 f"Batch {batch.index} is a dict without targets, so the model must return an object with a loss, but "
                 f"it returned {_describe(output)}. Put the labels into the batch, or pass (inputs, targets) batches."
             )
-        return own
+        return loss
     logits = getattr(output, "logits", output)
     targets = batch.targets
     if not isinstance(logits, Tensor) or not isinstance(targets, Tensor):
@@ -73,7 +71,7 @@ def _default_loss(output: Any, batch: Batch) -> Tensor:
             )
         return F.mse_loss(logits, targets)
     if logits.dim() == targets.dim() + 1 and logits.dim() > 2 and logits.shape[:-1] == targets.shape:
-        # tokens: the classes stand last
+        # tokens: classes are the last dimension
         return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
     return F.cross_entropy(logits, targets)
 

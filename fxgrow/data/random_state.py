@@ -1,4 +1,4 @@
-"""The state of random generators as plain data, and back: the global ones, and any that are passed around."""
+"""The state of random generators as plain data, and back: the global ones, those of a loader, and single ones."""
 
 from __future__ import annotations
 
@@ -13,52 +13,11 @@ import torch
 
 from fxgrow.errors import FileError
 
-
-def _generators(loader: Any) -> list[torch.Generator]:
-    places = (loader, getattr(loader, "sampler", None), getattr(loader, "batch_sampler", None))
-    found = [getattr(p, "generator", None) for p in (*places, getattr(places[2], "sampler", None))]
-    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
-
-
-def _random_state(loader: Any) -> dict[str, Any]:
-    state: dict[str, Any] = {
-        "python": random.getstate(),
-        "torch": torch.get_rng_state(),
-        "loader": [g.get_state() for g in _generators(loader)],
-    }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    if "numpy" in sys.modules:
-        state["numpy"] = sys.modules["numpy"].random.get_state()
-    return state
-
-
-def _set_random_state(state: dict[str, Any], loader: Any) -> None:
-    random.setstate(state["python"])
-    torch.set_rng_state(state["torch"])
-    for g, s in zip(_generators(loader), state["loader"], strict=True):
-        g.set_state(s)
-    if "cuda" in state:
-        torch.cuda.set_rng_state_all(state["cuda"])
-    if "numpy" in state:
-        sys.modules["numpy"].random.set_state(state["numpy"])
-
-
-@contextlib.contextmanager
-def random_state_kept() -> Iterator[None]:
-    """Leaves all global random generators as they were, whatever a loss or a dropout layer draws."""
-    state = _random_state(None)
-    try:
-        yield
-    finally:
-        _set_random_state(state, None)
-
-
 log = logging.getLogger("fxgrow")
 
 
-def random_state() -> dict[str, Any]:
-    """Of Python, PyTorch on the CPU and on devices in use, and NumPy where it is imported."""
+def random_state(loader: Any = None) -> dict[str, Any]:
+    """Of Python, PyTorch on the CPU and on devices in use, NumPy where it is imported, and a loader's generators."""
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -67,11 +26,13 @@ def random_state() -> dict[str, Any]:
     numpy: Any = sys.modules.get("numpy.random")
     if numpy is not None:
         state["numpy"] = numpy.get_state(legacy=False)
+    if loader is not None:
+        state["loader"] = [g.get_state() for g in _generators(loader)]
     return state
 
 
-def set_random_state(state: dict[str, Any]) -> None:
-    """The inverse; generators that this machine or process has not are left out, with a warning."""
+def set_random_state(state: dict[str, Any], loader: Any = None) -> None:
+    """The inverse; generators that this machine or process does not have are left out, with a warning."""
     random.setstate(state["python"])
     torch.set_rng_state(state["torch"])
     devices = state.get("cuda", [])
@@ -89,6 +50,27 @@ def set_random_state(state: dict[str, Any]) -> None:
             log.warning("the random state of NumPy is in the checkpoint, and NumPy is not here")
         else:
             numpy.random.set_state(state["numpy"])
+    if loader is not None:
+        for generator, of_loader in zip(_generators(loader), state["loader"], strict=True):
+            generator.set_state(of_loader)
+
+
+def _generators(loader: Any) -> list[torch.Generator]:
+    """Those of a DataLoader and its samplers, each once."""
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    places = (loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None))
+    found = [getattr(place, "generator", None) for place in places]
+    return list({id(g): g for g in found if isinstance(g, torch.Generator)}.values())
+
+
+@contextlib.contextmanager
+def random_state_kept() -> Iterator[None]:
+    """Leaves all global random generators as they were, whatever a loss or a dropout layer draws."""
+    state = random_state()
+    try:
+        yield
+    finally:
+        set_random_state(state)
 
 
 def state_of(thing: Any) -> Any:

@@ -69,7 +69,7 @@ class HeldOut:
         """Held-out batches of some data, as many as hold `SEARCH_SAMPLES`."""
         batches: list[Batch] = []
         size = 0
-        for batch in data.held_back():
+        for batch in data.held_out():
             batches.append(batch)
             size += batch.size
             if size * data.process_group.size >= SEARCH_SAMPLES:

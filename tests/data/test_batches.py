@@ -93,11 +93,11 @@ def test_samples_are_limited_to_whole_batches() -> None:
 
 
 @pytest.mark.parametrize(("count", "held"), [(1, []), (2, [1]), (3, [2]), (4, [3]), (9, [3, 7])])
-def test_held_back_batches(count: int, held: list[int]) -> None:
+def test_held_out_batches(count: int, held: list[int]) -> None:
     data = Data([(torch.zeros(2, 1), torch.zeros(2)) for _ in range(count)])
-    assert [b.index for b in data if data.held(b)] == held
+    assert [b.index for b in data if data.is_held_out(b)] == held
     once = Data((torch.zeros(2, 1), torch.zeros(2)) for _ in range(count))
-    assert [b.index for b in once if once.held(b)] == held
+    assert [b.index for b in once if once.is_held_out(b)] == held
 
 
 def test_layouts() -> None:

@@ -30,7 +30,7 @@ def test_the_decrease_is_that_of_applying_the_growth(trained: tuple[nn.Module, B
     before = copy.deepcopy(profile.graph.state_dict())
     tried = fxgrow.try_widths(profile, batches, units=2)
     assert {*tried} == {"0", "2"}
-    held = list(Data(batches).held_back())
+    held = list(Data(batches).held_out())
     assert 0 < len(held) < len(batches)
 
     @torch.no_grad()
