@@ -22,9 +22,9 @@ from fxgrow.axes.structure import Projection
 from fxgrow.candidates.widened import put_rows
 from fxgrow.graph.graph import lookup
 from fxgrow.initialisers.registry import Proposal
-from fxgrow.ops.elementwise import elementwise, unary
-from fxgrow.ops.normalization import channel_norm_module
-from fxgrow.ops.pooling import POOLS, interpolate
+from fxgrow.ops.elementwise import elementwise
+from fxgrow.ops.normalization import channel_norm
+from fxgrow.ops.pooling import interpolate, pool
 from fxgrow.ops.reductions import reduce
 from fxgrow.ops.registry import Rule, find_rule
 from fxgrow.ops.views import clone, flatten, identity
@@ -35,9 +35,9 @@ from fxgrow.statistics.batch_dimension import nodes_with_batch_second
 from fxgrow.statistics.consumer_moments import ConsumerMoments
 
 #: each unit apart, wherever the samples stand
-_POINTWISE: tuple[Rule, ...] = (elementwise, unary, identity, clone)
+_POINTWISE: tuple[Rule, ...] = (elementwise, identity, clone)
 #: each channel of a map apart
-_OF_MAPS: tuple[Rule, ...] = (*POOLS, interpolate, reduce, flatten)
+_OF_MAPS: tuple[Rule, ...] = (pool, interpolate, reduce, flatten)
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _way(
             continue
         module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         rule = find_rule(node, module) if node.op.startswith("call_") else None
-        if rule is channel_norm_module and can_be_identity(module):
+        if rule is channel_norm and module is not None and can_be_identity(module):
             passed.add(node)
         elif rule not in rules or (module is not None and any(True for _ in module.parameters())):
             return None

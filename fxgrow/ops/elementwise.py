@@ -82,22 +82,14 @@ BINARY_OPERATORS = [
 
 
 @op(*_forms(BINARY_NAMES), *BINARY_OPERATORS)
+@op(*_forms(UNARY_NAMES), *UNARY_MODULES, *UNARY_FUNCTIONS, operator.neg, operator.pos, operator.abs, operator.invert)
 def elementwise(ctx: Context, *args: Any, **kwargs: Any) -> Dims:
     return broadcast(ctx, *_tensors(args), *_tensors(list(kwargs.values())))
 
 
-@op(*_forms(UNARY_NAMES), *UNARY_MODULES, *UNARY_FUNCTIONS, operator.neg, operator.pos, operator.abs, operator.invert)
-def unary(ctx: Context, *args: Any, **kwargs: Any) -> Dims:
-    return broadcast(ctx, *_tensors(args), *_tensors(list(kwargs.values())))
-
-
-@op(nn.PReLU)
-def prelu_module(ctx: Context, x: Dims) -> Dims:
-    return prelu(ctx, x, ctx.parameter("weight") or Dims())
-
-
-@op(F.prelu, torch.prelu, "prelu")
-def prelu(ctx: Context, input: Dims, weight: Dims) -> Dims:
+@op(F.prelu, torch.prelu, "prelu", nn.PReLU)
+def prelu(ctx: Context, input: Dims, weight: Dims | None = None) -> Dims:
+    weight = weight or ctx.parameter("weight") or Dims()
     if length(weight[0]) == 1:
         ctx.fix(weight)
     else:

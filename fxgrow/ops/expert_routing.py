@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from fxgrow.errors import ProfileError
-from fxgrow.ops.elementwise import elementwise, unary
+from fxgrow.ops.elementwise import elementwise
 from fxgrow.ops.registry import find_rule
 
 STACKED = frozenset({torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__"})
@@ -150,7 +150,7 @@ def _row_by_row(node: fx.Node) -> bool:
         return isinstance(node.args[1], int) or _cuts_columns(node.args[1])
     gm = node.graph.owning_module
     module: nn.Module | None = gm.get_submodule(str(node.target)) if node.op == "call_module" and gm else None
-    return find_rule(node, module) in (elementwise, unary)
+    return find_rule(node, module) is elementwise
 
 
 def _cuts_columns(index: Any) -> bool:

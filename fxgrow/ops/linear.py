@@ -18,37 +18,33 @@ from fxgrow.ops.reductions import einsum_of_activations, matmul_of_activations
 from fxgrow.ops.registry import op
 
 
-@op(F.linear)
-def linear(ctx: Context, x: Dims, weight: Dims, bias: Dims | None = None) -> Dims:
-    ctx.same(x[-1], weight[1])
-    ctx.project(weight, bias, weight[0])
-    return Dims((*x[:-1], weight[0]))
-
-
-@op(nn.Linear)
-def linear_module(ctx: Context, x: Dims) -> Dims:
-    weight = ctx.parameter("weight") or Dims()
+@op(F.linear, nn.Linear)
+def linear(ctx: Context, input: Dims, weight: Dims | None = None, bias: Dims | None = None) -> Dims:
+    weight = weight or ctx.parameter("weight") or Dims()
+    ctx.same(input[-1], weight[1])
+    ctx.project(weight, bias or ctx.parameter("bias"), weight[0])
     ctx.attribute("out_features", weight[0])
     ctx.attribute("in_features", weight[1])
-    return linear(ctx, x, weight, ctx.parameter("bias"))
+    return Dims((*input[:-1], weight[0]))
 
 
-@op(F.embedding)
+@op(F.embedding, nn.Embedding)
 def embedding(
-    ctx: Context, input: Dims, weight: Dims, padding_idx: Any = None, max_norm: Any = None, *args: Any, **kwargs: Any
+    ctx: Context,
+    input: Dims,
+    weight: Dims | None = None,
+    padding_idx: Any = None,
+    max_norm: Any = None,
+    *args: Any,
+    **kwargs: Any,
 ) -> Dims:
+    weight = weight or ctx.parameter("weight") or Dims()
     ctx.pin(weight[0], "input", "one entry per index that the input can hold")
-    if max_norm is not None:
+    if max_norm is not None or getattr(ctx.module, "max_norm", None) is not None:
         ctx.pin(weight[1], "norm", "max_norm scales by the norm over the whole axis")
     ctx.project(weight, None, weight[1], out_dim=1, in_dim=0, plain=False)
-    return Dims((*input, weight[1]))
-
-
-@op(nn.Embedding)
-def embedding_module(ctx: Context, index: Dims) -> Dims:
-    weight = ctx.parameter("weight") or Dims()
     ctx.attribute("embedding_dim", weight[1])
-    return embedding(ctx, index, weight, None, ctx.module.max_norm)
+    return Dims((*input, weight[1]))
 
 
 @op(torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm", "__matmul__")

@@ -30,7 +30,8 @@ def _pin_normalised(ctx: Context, *axes: Axis) -> None:
         ctx.pin(axis, "norm", "normalised over the whole axis: new units would change the statistics of the old ones")
 
 
-@op(F.batch_norm, F.instance_norm)
+@op(F.batch_norm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+@op(F.instance_norm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
 def channel_norm(
     ctx: Context,
     input: Dims,
@@ -41,19 +42,13 @@ def channel_norm(
     *args: Any,
     **kwargs: Any,
 ) -> Dims:
+    if isinstance(ctx.module, nn.modules.instancenorm._InstanceNorm) and len(input) == ctx.module._get_no_batch_dim():
+        input = Dims((fixed(1), *input))  # one sample without its batch dimension
     _pin_normalised(ctx, input[0], *input[2:])
-    _follow(ctx, input[1], dict(zip(IDENTITY, (weight, bias, running_mean, running_var), strict=True)))
-    return input
-
-
-@op(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-@op(nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-def channel_norm_module(ctx: Context, x: Dims) -> Dims:
-    if isinstance(ctx.module, nn.modules.instancenorm._InstanceNorm) and len(x) == ctx.module._get_no_batch_dim():
-        x = Dims((fixed(1), *x))  # one sample without its batch dimension
-    out = channel_norm(ctx, x, *(ctx.parameter(n) for n in ("running_mean", "running_var", "weight", "bias")))
-    ctx.attribute("num_features", x[1])
-    return Dims(out[-len(ctx.shape) :])
+    given = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
+    _follow(ctx, input[1], {name: p or ctx.parameter(name) for name, p in given.items()})
+    ctx.attribute("num_features", input[1])
+    return Dims(input[-len(ctx.shape) :])
 
 
 @op("timm.layers.norm_act.BatchNormAct2d")
@@ -62,33 +57,25 @@ def channel_norm_and_activation(ctx: Context, x: Dims) -> Dims:
     for part in (ctx.module.drop, ctx.module.act):
         if any(True for _ in part.parameters()) or not keeps_units(part, (2, 4, 3, 3), 1):
             raise Unsupported(f"{type(ctx.module).__name__} with {type(part).__name__} inside", "norm")
-    return channel_norm_module(ctx, x)
+    return channel_norm(ctx, x)
 
 
-def _grouped(ctx: Context, x: Dims, groups: int, weight: Dims | None, bias: Dims | None) -> Axis:
-    """Makes the channels `groups` units of `channels / groups` entries, and returns the axis of groups."""
-    _pin_normalised(ctx, *x[2:])
-    unit = axis_of(UnitVar(groups))
-    ctx.same(x[1], tuple(s._replace(inner=length(x[1]) // groups) for s in unit), "grows by whole groups")
-    _follow(ctx, x[1], {"weight": weight, "bias": bias})
-    return unit
-
-
-@op(F.group_norm)
+@op(F.group_norm, nn.GroupNorm)
 def group_norm(
-    ctx: Context, input: Dims, num_groups: int, weight: Dims | None = None, bias: Dims | None = None, eps: Any = 0
+    ctx: Context, input: Dims, num_groups: int = 0, weight: Dims | None = None, bias: Dims | None = None, eps: Any = 0
 ) -> Dims:
-    groups = _grouped(ctx, input, num_groups, weight, bias)
-    ctx.size_argument(num_groups, groups, "num_groups" if "num_groups" in ctx.node.kwargs else 1)
-    return input
-
-
-@op(nn.GroupNorm)
-def group_norm_module(ctx: Context, x: Dims) -> Dims:
-    groups = _grouped(ctx, x, ctx.module.num_groups, ctx.parameter("weight"), ctx.parameter("bias"))
+    """Makes the channels units of `channels / groups` entries each."""
+    num_groups = num_groups or ctx.module.num_groups
+    _pin_normalised(ctx, *input[2:])
+    unit = UnitVar(num_groups)
+    groups = axis_of(unit)
+    ctx.same(input[1], axis_of(unit, length(input[1]) // num_groups), "grows by whole groups")
+    _follow(ctx, input[1], {"weight": weight or ctx.parameter("weight"), "bias": bias or ctx.parameter("bias")})
+    if ctx.module is None:
+        ctx.size_argument(num_groups, groups, "num_groups" if "num_groups" in ctx.node.kwargs else 1)
     ctx.attribute("num_groups", groups)
-    ctx.attribute("num_channels", x[1])
-    return x
+    ctx.attribute("num_channels", input[1])
+    return input
 
 
 def norm_over_last(
@@ -111,10 +98,9 @@ def norm_over_last(
     _follow(ctx, x[-1], {"weight": weight, "bias": bias})
     if not is_fixed(x[-1]):
         given = eps if eps is not None else torch.finfo(ctx.value.dtype).eps
-        source = ctx.node.args[0] if ctx.node.args else ctx.node.kwargs["input"]
         ctx.require_state(
             kind,
-            source,  # type: ignore[arg-type]
+            ctx.argument(0, "input"),
             x[-1],
             weight=None if weight is None else weight.parameter,
             bias=None if bias is None else bias.parameter,
@@ -124,41 +110,34 @@ def norm_over_last(
     return x
 
 
-@op(F.layer_norm)
+@op(F.layer_norm, nn.LayerNorm)
 def layer_norm(
     ctx: Context,
     input: Dims,
-    normalized_shape: Any,
+    normalized_shape: Any = (),
     weight: Dims | None = None,
     bias: Dims | None = None,
     eps: float = 1e-5,
 ) -> Dims:
-    return _functional(ctx, input, normalized_shape, "layer", weight, bias, eps)
+    return _norm_of_shape(ctx, "layer", input, normalized_shape, weight, bias, eps)
 
 
-@op(F.rms_norm)
+@op(F.rms_norm, nn.RMSNorm)
 def rms_norm(
-    ctx: Context, input: Dims, normalized_shape: Any, weight: Dims | None = None, eps: float | None = None
+    ctx: Context, input: Dims, normalized_shape: Any = (), weight: Dims | None = None, eps: float | None = None
 ) -> Dims:
-    return _functional(ctx, input, normalized_shape, "rms", weight, None, eps)
+    return _norm_of_shape(ctx, "rms", input, normalized_shape, weight, None, eps)
 
 
-def _functional(ctx: Context, x: Dims, shape: Any, kind: str, weight: Any, bias: Any, eps: float | None) -> Dims:
-    out = norm_over_last(ctx, x, len(shape), kind, weight, bias, eps)
-    for i, size in enumerate(shape):
-        path: tuple[Any, ...] = ("normalized_shape",) if "normalized_shape" in ctx.node.kwargs else (1,)
-        ctx.size_argument(size, x[len(x) - len(shape) + i], *path, i)
-    return out
-
-
-@op(nn.LayerNorm, nn.RMSNorm)
-def layer_norm_module(ctx: Context, x: Dims) -> Dims:
-    m = ctx.module
-    kind = "layer" if isinstance(m, nn.LayerNorm) else "rms"
-    out = norm_over_last(ctx, x, len(m.normalized_shape), kind, ctx.parameter("weight"), ctx.parameter("bias"), m.eps)
-    if len(m.normalized_shape) == 1:
-        ctx.structure.constants.append(Constant((str(ctx.node.target), ("normalized_shape", 0)), x[-1]))
-    return out
+def _norm_of_shape(ctx: Context, kind: str, x: Dims, shape: Any, weight: Any, bias: Any, eps: float | None) -> Dims:
+    if (m := ctx.module) is not None:
+        shape, eps, weight, bias = m.normalized_shape, m.eps, ctx.parameter("weight"), ctx.parameter("bias")
+        if len(shape) == 1:
+            ctx.structure.constants.append(Constant((str(ctx.node.target), ("normalized_shape", 0)), x[-1]))
+    else:
+        for i, (size, axis) in enumerate(zip(shape, x[len(x) - len(shape) :], strict=True)):
+            ctx.size_argument(size, axis, "normalized_shape" if "normalized_shape" in ctx.node.kwargs else 1, i)
+    return norm_over_last(ctx, x, len(shape), kind, weight, bias, eps)
 
 
 @op(nn.LocalResponseNorm, nn.CrossMapLRN2d, F.local_response_norm)
@@ -172,5 +151,5 @@ def normalize(ctx: Context, input: Dims, p: Any = 2.0, dim: int = 1, *args: Any,
     if p != 2 or is_fixed(input[dim]):
         _pin_normalised(ctx, input[dim])
     else:
-        ctx.require_state("length", ctx.node.args[0], input[dim])  # type: ignore[arg-type]
+        ctx.require_state("length", ctx.argument(0, "input"), input[dim])
     return input

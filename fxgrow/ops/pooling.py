@@ -11,33 +11,30 @@ from torch.utils import _pytree as pytree
 
 from fxgrow.axes.axes import Dims, fixed
 from fxgrow.ops.context import Context
-from fxgrow.ops.registry import Rule, op
+from fxgrow.ops.registry import op
 
-RANKS = (1, 2, 3)
+_MODULES = (
+    "MaxPool AvgPool AdaptiveMaxPool AdaptiveAvgPool LPPool "
+    "ZeroPad ReflectionPad ReplicationPad ConstantPad CircularPad"
+).split()
+_FUNCTIONS = "max avg adaptive_max adaptive_avg lp".split()
 #: by number of spatial dimensions
-MODULES = {
+POOLS: dict[int, list[Any]] = {
     nd: [
-        getattr(nn, f"{name}{nd}d")
-        for name in (
-            "MaxPool AvgPool AdaptiveMaxPool AdaptiveAvgPool LPPool ZeroPad ReflectionPad ReplicationPad ConstantPad "
-            "CircularPad"
-        ).split()
+        *(getattr(nn, f"{name}{nd}d") for name in _MODULES),
+        *(
+            getattr(space, name)
+            for space in (F, torch)
+            for kind in _FUNCTIONS
+            for name in (f"{kind}_pool{nd}d", f"{kind}_pool{nd}d_with_indices")
+            if hasattr(space, name)
+        ),
     ]
-    for nd in RANKS
-}
-FUNCTIONS = {
-    nd: [
-        getattr(space, f"{kind}_pool{nd}d{form}")
-        for space in (F, torch)
-        for kind in ("max", "avg", "adaptive_max", "adaptive_avg", "lp")
-        for form in ("", "_with_indices")
-        if hasattr(space, f"{kind}_pool{nd}d{form}")
-    ]
-    for nd in RANKS
+    for nd in (1, 2, 3)
 }
 
 
-def _positions(ctx: Context, input: Dims, nd: int) -> Any:
+def _change_positions(ctx: Context, input: Dims, nd: int) -> Any:
     """The last `nd` axes are positions, the channels come before; a pool with indices has two outputs alike."""
     for axis in input[-nd:]:
         ctx.pin(axis, "reduce", "neighbouring entries are pooled, padded or resized")
@@ -46,25 +43,15 @@ def _positions(ctx: Context, input: Dims, nd: int) -> Any:
     )
 
 
-#: the rules of pools, one per number of spatial dimensions
-POOLS: list[Rule] = []
-
-
-def _enter(nd: int) -> None:
-    @op(*MODULES[nd], *FUNCTIONS[nd])
-    def pool(ctx: Context, input: Dims, *args: Any, **kwargs: Any) -> Any:
-        return _positions(ctx, input, nd)
-
-    POOLS.append(pool)
-
-
-for _nd in RANKS:
-    _enter(_nd)
+@op(*POOLS[1], *POOLS[2], *POOLS[3])
+def pool(ctx: Context, input: Dims, *args: Any, **kwargs: Any) -> Any:
+    targets = (ctx.node.target,) if ctx.module is None else type(ctx.module).__mro__
+    return _change_positions(ctx, input, next(nd for nd, pools in POOLS.items() if any(t in pools for t in targets)))
 
 
 @op(F.interpolate, F.upsample, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
 def interpolate(ctx: Context, input: Dims, *args: Any, **kwargs: Any) -> Any:
-    return _positions(ctx, input, len(input) - 2)
+    return _change_positions(ctx, input, len(input) - 2)
 
 
 @op(F.pad)

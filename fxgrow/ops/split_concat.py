@@ -131,7 +131,7 @@ def select(ctx: Context, input: Dims, dim: int, index: int) -> Dims:
 
 @op("repeat", "tile", torch.tile)
 def repeat(ctx: Context, input: Dims, *times: Any) -> Dims:
-    counts, _, _ = unpack_sizes(times)
+    counts, _ = unpack_sizes(times)
     counts = [1] * (len(input) - len(counts)) + counts
     input = Dims((fixed(1),) * (len(counts) - len(input)) + tuple(input))
     return Dims(product(fixed(int(n)), a, ctx.reason("size", "repeated")) for n, a in zip(counts, input, strict=True))

@@ -28,34 +28,25 @@ def identity(ctx: Context, x: Dims, *args: Any, **kwargs: Any) -> Dims:
     return Dims.of(x, x.parameter)
 
 
-def _sizes(
-    ctx: Context, sizes: Sequence[Any], out: Sequence[Axis], path: tuple[Any, ...], start: int, infer: bool = False
-) -> None:
-    """Size arguments of view, reshape and expand: `start` is the index of the first."""
-    infer = infer and all(int(size) != -1 for size in sizes)
-    for i, (size, axis) in enumerate(zip(sizes, out, strict=True)):
-        ctx.size_argument(size, axis, *path, start + i, infer=infer)
-
-
-def unpack_sizes(sizes: Sequence[Any]) -> tuple[list[Any], tuple[Any, ...], int]:
-    """Sizes given as `view(2, 3)` or `view((2, 3))`, the path to them, and the index of the first."""
+def unpack_sizes(sizes: Sequence[Any], **named: Any) -> tuple[list[Any], list[tuple[Any, ...]]]:
+    """Sizes given as `view(2, 3)`, `view((2, 3))` or by name, and the path to each in the node's arguments."""
+    if named:
+        ((key, given),) = named.items()
+        return list(given), [(key, i) for i in range(len(given))]
     if len(sizes) == 1 and isinstance(sizes[0], (tuple, list)):
-        return list(sizes[0]), (1,), 0
-    return list(sizes), (), 1
+        return list(sizes[0]), [(1, i) for i in range(len(sizes[0]))]
+    return list(sizes), [(1 + i,) for i in range(len(sizes))]
 
 
 @op("view", "reshape", torch.reshape)
 def reshape(ctx: Context, x: Dims, *sizes: Any, **kwargs: Any) -> Dims:
-    if kwargs:
-        path: tuple[Any, ...]
-        key = "shape" if "shape" in kwargs else "size"
-        given, path, start = list(kwargs[key]), (key,), 0
-    elif sizes and isinstance(sizes[0], torch.dtype):
+    if sizes and isinstance(sizes[0], torch.dtype):
         raise Unsupported("view as another dtype")
-    else:
-        given, path, start = unpack_sizes(sizes)
+    given, paths = unpack_sizes(sizes, **kwargs)
     out = regroup(ctx, x, ctx.shape, given)
-    _sizes(ctx, given, out, path, start, infer=True)
+    infer = all(int(size) != -1 for size in given)
+    for size, axis, path in zip(given, out, paths, strict=True):
+        ctx.size_argument(size, axis, *path, infer=infer)
     return out
 
 
@@ -139,7 +130,8 @@ def unflatten(ctx: Context, input: Dims, dim: int = 0, sizes: Any = ()) -> Dims:
     sizes = list(sizes)
     parts = _spread(ctx, input[dim], ctx.shape[dim : dim + len(sizes)], sizes)
     if ctx.module is None:
-        _sizes(ctx, sizes, parts, ("sizes",) if "sizes" in ctx.node.kwargs else (2,), 0)
+        for i, (size, axis) in enumerate(zip(sizes, parts, strict=True)):
+            ctx.size_argument(size, axis, "sizes" if "sizes" in ctx.node.kwargs else 2, i)
     return Dims((*input[:dim], *parts, *input[dim + 1 :]))
 
 
@@ -160,17 +152,17 @@ def unsqueeze(ctx: Context, input: Dims, dim: int) -> Dims:
 
 @op("expand", "broadcast_to", torch.broadcast_to)
 def expand(ctx: Context, input: Dims, *sizes: Any) -> Dims:
-    given, path, start = unpack_sizes(sizes)
+    given, paths = unpack_sizes(sizes)
     lead = len(given) - len(input)
     out: list[Axis] = []
-    for i, (size, n) in enumerate(zip(given, ctx.shape, strict=True)):
+    for i, (size, n, path) in enumerate(zip(given, ctx.shape, paths, strict=True)):
         axis = input[i - lead] if i >= lead else fixed(1)
         if length(axis) != n:
             ctx.fix([axis], "one entry is repeated")
             # repeated over another width: the size tells which, and is checked below
             axis = size.axes[0] if isinstance(size, SizeExpr) and length(size.axes[0]) == n else fixed(n)
+        ctx.size_argument(size, axis, *path)
         out.append(axis)
-    _sizes(ctx, given, out, path, start)
     return Dims(out)
 
 

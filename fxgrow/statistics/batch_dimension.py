@@ -1,8 +1,7 @@
-"""Which tensors of a graph have their samples in the second dimension: `[steps, samples, ...]`.
+"""Which tensors of a graph have their samples in the second dimension, `[steps, samples, ...]`.
 
 requires: inputs that have them in the first.
-ensures:  what moves them is known where it moves dimensions, stacks tensors or takes one entry; anything else leaves
-          them where they were.
+ensures:  operators that move dimensions, stack tensors or select an entry are followed; all others keep the dimension.
 """
 
 from __future__ import annotations
@@ -16,24 +15,24 @@ from fxgrow.graph.unrolled_rnn import rnn_outputs
 
 _MOVES = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t"}
 _STACKS = {"stack", "unsqueeze"}
-#: dimensions that can be told apart
+#: distinct sizes, to see where a dimension goes
 _SIZES = (2, 3, 5, 7, 11, 13, 17, 19)
 
 
 def nodes_with_batch_second(graph: fx.Graph) -> set[fx.Node]:
-    """The nodes whose values, or whose several values, are laid out like that."""
-    found: set[fx.Node] = set()
+    """The nodes whose output, or whose outputs, have samples in the second dimension."""
+    nodes: set[fx.Node] = set()
     for node in graph.nodes:
         sources = node.all_input_nodes
-        # a sum with a parameter is laid out like what it is added to
-        if sources and _second(node, next((n for n in sources if n in found), sources[0]), found):
-            found.add(node)
-    return found
+        # a sum with a parameter is laid out like the other summand
+        if sources and _second(node, next((n for n in sources if n in nodes), sources[0]), nodes):
+            nodes.add(node)
+    return nodes
 
 
-def _second(node: fx.Node, source: fx.Node, found: set[fx.Node]) -> bool:
+def _second(node: fx.Node, source: fx.Node, nodes: set[fx.Node]) -> bool:
     before, after = source.meta.get("val"), node.meta.get("val")
-    second = source in found
+    second = source in nodes
     if source.target is rnn_outputs and node.target is operator.getitem:
         return second if node.args[1] == 0 else True  # last states: [layers, samples, units]
     if not isinstance(before, Tensor) or not isinstance(after, Tensor):
@@ -48,7 +47,7 @@ def _second(node: fx.Node, source: fx.Node, found: set[fx.Node]) -> bool:
 
 
 def _moved(node: fx.Node, dims: int, at: int) -> int:
-    """Where a dimension goes, by trying it out."""
+    """Where a dimension goes, found by moving the dimensions of a meta tensor."""
     marked = torch.empty(_SIZES[:dims], device="meta")
     args = fx.map_arg(node.args[1:], lambda n: n.meta["val"])
     kwargs = fx.map_arg({k: v for k, v in node.kwargs.items() if k != "input"}, lambda n: n.meta["val"])

@@ -19,7 +19,7 @@ from fxgrow.graph.conditional import runs_in_eval_mode
 from fxgrow.graph.graph import accumulation_dtype, lookup
 from fxgrow.statistics.activation_cache import Span
 from fxgrow.statistics.conv_geometry import Window
-from fxgrow.statistics.cross_moment import patch_rows
+from fxgrow.statistics.cross_moment import patch_rows, weight_gradient
 from fxgrow.statistics.factorisation import Factor, factor
 from fxgrow.statistics.forward_backward import BatchRecord
 from fxgrow.statistics.gram import accumulating, add_gram, matrix_product, mirrored
@@ -246,11 +246,7 @@ class ConsumerMoments:
         w = self.window
         if not w.kernel:
             return matrix_product(v.flatten(0, -2).mT, z.flatten(0, -2))
-        like = v.new_empty(1).expand(v.shape[1], z.shape[1], *w.kernel)
-        gradient: Tensor = torch.ops.aten.convolution_backward(
-            v, z, like, None, w.stride, w.padding, w.dilation, False, [0] * len(w.kernel), 1, (False, True, False)
-        )[1]
-        return gradient.flatten(1)
+        return weight_gradient(z, v, w.kernel, w.stride, w.padding, w.dilation).flatten(1)
 
     def gradient_rows(self, v: Tensor) -> Tensor:
         """The `output_gradient` in rows, `[n, positions, O]`."""
@@ -299,7 +295,7 @@ class ConsumerMoments:
         w = self.window
         if not w.kernel:
             return F.linear(h, weight, bias)
-        kernel = weight.reshape(weight.shape[0], weight.shape[1] // w.taps, *w.kernel)
+        kernel = weight.unflatten(1, (-1, *w.kernel))
         return _CONV[len(w.kernel)](h, kernel, bias, w.stride, w.padding, w.dilation)
 
     def back(self, weight: Tensor, v: Tensor, z: Tensor) -> Tensor:
@@ -307,7 +303,7 @@ class ConsumerMoments:
         w = self.window
         if not w.kernel:
             return v @ weight
-        kernel = weight.reshape(weight.shape[0], weight.shape[1] // w.taps, *w.kernel)
+        kernel = weight.unflatten(1, (-1, *w.kernel))
         gradient: Tensor = torch.ops.aten.convolution_backward(
             v, z, kernel, None, w.stride, w.padding, w.dilation, False, [0] * len(w.kernel), 1, (True, False, False)
         )[0]

@@ -20,27 +20,6 @@ from fxgrow.errors import ProfileError
 from fxgrow.statistics.conv_geometry import AxisGeometry, Strip, Window, axis_geometries, border_strips
 from fxgrow.statistics.gram import accumulating, matrix_product
 
-__all__ = ["Window", "coverage", "cross_moment", "patch_rows", "patches"]
-
-
-def patches(x: Tensor, window: Window, bias: bool = False) -> Tensor:
-    """Every patch that a window reads, in the feature order of ``weight.flatten(1)``.
-
-    Args:
-        x: ``[n, C, *S]``, or ``[n, T, F]`` for a linear layer.
-        window: the geometry.
-        bias: append a feature that is 1.
-
-    Returns:
-        ``[n, positions, C * prod(kernel) (+ 1)]`` (linear: ``[n, T, F (+ 1)]``).
-    """
-    x = accumulating(x)
-    nd = len(window.kernel)
-    if nd:
-        read = axis_geometries(tuple(x.shape[2:]), window, Window((1,) * nd))
-        x = _unfold(_place(x, window.padding, [a.extent for a in read]), read)
-    return F.pad(x, (0, 1), value=1.0) if bias else x
-
 
 def patch_rows(
     x: Tensor,
@@ -49,7 +28,7 @@ def patch_rows(
     bias: bool = False,
     pool: tuple[int, ...] = (),
 ) -> Tensor:
-    """Chosen patches: ``patches(...).flatten(0, 1)[chosen]``, without forming the others.
+    """Patches that a window reads, in the feature order of ``weight.flatten(1)``.
 
     Args:
         x: ``[n, C, *S]``, or ``[n, T, F]`` for a linear layer.
@@ -228,7 +207,7 @@ def _virtual(
     nd, channels = len(geometry), x.shape[1]
     padding = _implicit_padding(*raw, geometry) if raw else None
     every = [Strip(slice(0, a.out), 0, a.taps, 0, a.size(a.taps)) for a in geometry]
-    choices = [[full, *own] for full, own in zip(every, borders, strict=True)]
+    choices = [[full, *strips] for full, strips in zip(every, borders, strict=True)]
     # O is the innermost dimension throughout, so that every sum runs along it
     moment = x.new_empty(channels, *(a.kernel for a in geometry), *(a.taps for a in geometry), v.shape[1])
     # per dimension: all positions, or one border position with the taps that are padding there
@@ -245,9 +224,9 @@ def _virtual(
                 xs = xs.narrow(2 + d, first - axis.lead, length[d])
         kernel = [strip.high - strip.low for strip in choice]
         if raw and padding and not cut:
-            weight = _weight_gradient(raw[0], vs, kernel, geometry, padding)
+            weight = _virtual_weight_gradient(raw[0], vs, kernel, geometry, padding)
         else:
-            weight = _weight_gradient(_place(xs, lead, length), vs, kernel, geometry)
+            weight = _virtual_weight_gradient(_place(xs, lead, length), vs, kernel, geometry)
         term = _offsets(weight, choice, geometry)
         if cut:
             target.add_(term, alpha=(-1) ** cut)
@@ -280,7 +259,7 @@ def _implicit_padding(x: Tensor, padding: tuple[int, ...], geometry: tuple[AxisG
     return total
 
 
-def _weight_gradient(
+def _virtual_weight_gradient(
     x: Tensor, v: Tensor, kernel: list[int], geometry: tuple[AxisGeometry, ...], padding: list[int] | None = None
 ) -> Tensor:
     """Sum over samples and positions of x(jump * p + step * u) v(p)^T: contiguous ``[*kernel, C, O]``."""
@@ -293,11 +272,8 @@ def _weight_gradient(
         x = x[(slice(None), slice(None), *cut)].permute(0, *(2 + d for d in flat), 1, *(2 + d for d in long))
         x = x.flatten(1, 1 + len(flat))
         v = v.squeeze([2 + d for d in flat])
-        weight: Tensor = torch.ops.aten.convolution_backward(
-            v, x, v.new_empty(1).expand(v.shape[1], x.shape[1], *(kernel[d] for d in long)), None,
-            [geometry[d].jump for d in long], padding or [0] * len(long), [geometry[d].step for d in long],
-            False, [0] * len(long), 1, (False, True, False),
-        )[1]  # fmt: skip
+        strides, steps = [geometry[d].jump for d in long], [geometry[d].step for d in long]
+        weight: Tensor = weight_gradient(x, v, [kernel[d] for d in long], strides, padding or [0] * len(long), steps)
         weight = weight.unflatten(1, (*(kernel[d] for d in flat), -1))
         order = [1 + flat.index(d) if d in flat else 2 + len(flat) + long.index(d) for d in range(nd)]
         return weight.permute(*order, 1 + len(flat), 0).contiguous()
@@ -319,3 +295,15 @@ def _tap_sums(v: Tensor, geometry: tuple[AxisGeometry, ...]) -> Tensor:
             valid[inside.start : inside.stop, tap] = 1
         total = torch.tensordot(total, valid, dims=([1], [0]))
     return total.flatten(1).mT
+
+
+def weight_gradient(
+    x: Tensor, v: Tensor, kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """The weight gradient ``[O, C, *kernel]`` of a convolution on x with the output gradient v."""
+    like = v.new_empty(1).expand(v.shape[1], x.shape[1], *kernel)
+    no = [0] * len(kernel)
+    gradient: Tensor = torch.ops.aten.convolution_backward(
+        v, x, like, None, stride, padding, dilation, False, no, 1, (False, True, False)
+    )[1]
+    return gradient

@@ -6,8 +6,8 @@ Every ridge and threshold is relative, so that scaling the loss scales the resul
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -16,68 +16,60 @@ from fxgrow.errors import ProfileError
 from fxgrow.statistics.gram import accumulating, add_gram, gram, matrix_product
 
 
-class Factor(Protocol):
+class Factor(ABC):
     """A factored symmetric positive semi-definite matrix A + eps I = L L^T of size P."""
 
     def solve(self, right: Tensor) -> Tensor:
         """(A + eps I)^-1 X for X of ``[P, c]``; the pseudo-inverse where it is singular."""
+        return self.unwhiten(self.whiten(right))
 
+    @abstractmethod
     def whiten(self, right: Tensor) -> Tensor:
         """L^-1 X: ``[r, c]``, r the rank."""
 
+    @abstractmethod
     def unwhiten(self, right: Tensor) -> Tensor:
         """L^-T X for X of ``[r, c]``: ``[P, c]``."""
 
 
 @dataclass(frozen=True)
-class CholeskyFactor:
+class CholeskyFactor(Factor):
     """A positive definite matrix by its lower triangle ``[P, P]``."""
 
     lower: Tensor
 
     def solve(self, right: Tensor) -> Tensor:
-        """See `Factor.solve`."""
         if right.shape[1] > 0.75 * len(self.lower):  # two triangular solves take up to twice as long
             return torch.cholesky_inverse(self.lower) @ right
-        solution: Tensor = torch.cholesky_solve(right, self.lower)
-        return solution
+        return torch.cholesky_solve(right, self.lower)
 
     def whiten(self, right: Tensor) -> Tensor:
-        """See `Factor.whiten`."""
-        solution: Tensor = torch.linalg.solve_triangular(self.lower, right, upper=False)
-        return solution
+        return torch.linalg.solve_triangular(self.lower, right, upper=False)  # type: ignore[no-any-return]
 
     def unwhiten(self, right: Tensor) -> Tensor:
-        """See `Factor.unwhiten`."""
-        solution: Tensor = torch.linalg.solve_triangular(self.lower.mT, right, upper=True)
-        return solution
+        return torch.linalg.solve_triangular(self.lower.mT, right, upper=True)  # type: ignore[no-any-return]
 
 
 @dataclass(frozen=True)
-class EigenFactor:
+class EigenFactor(Factor):
     """A singular matrix by its eigenvectors ``[P, r]`` and the roots ``[r]`` of its non-zero eigenvalues."""
 
     vectors: Tensor
     roots: Tensor
 
-    def solve(self, right: Tensor) -> Tensor:
-        """See `Factor.solve`."""
-        return self.unwhiten(self.whiten(right))
-
     def whiten(self, right: Tensor) -> Tensor:
-        """See `Factor.whiten`."""
         return (self.vectors.mT @ right) / self.roots[:, None]
 
     def unwhiten(self, right: Tensor) -> Tensor:
-        """See `Factor.unwhiten`."""
         return self.vectors @ (right / self.roots[:, None])
 
 
 @dataclass(frozen=True)
-class WoodburyFactor:
+class WoodburyFactor(Factor):
     """scale * rows^T rows + eps I with fewer rows than features, by the factored ``[m, m]`` Gram of the rows.
 
-    (A + eps)^-1 = (1 - rows^T (rows rows^T + eps / scale)^-1 rows) / eps (Woodbury identity). It can only solve.
+    (A + eps)^-1 = (1 - rows^T (rows rows^T + eps / scale)^-1 rows) / eps (Woodbury identity). It can only solve: a root
+    needs the P x P matrix that is avoided here.
     """
 
     rows: Tensor
@@ -85,15 +77,9 @@ class WoodburyFactor:
     eps: float
 
     def solve(self, right: Tensor) -> Tensor:
-        """See `Factor.solve`."""
         return (right - matrix_product(self.rows.mT, self.inner.solve(matrix_product(self.rows, right)))) / self.eps
 
     def whiten(self, right: Tensor) -> Tensor:
-        """Not available.
-
-        Raises:
-            NotImplementedError: always; a root needs the P x P matrix that is avoided here.
-        """
         raise NotImplementedError("a Woodbury factor has no root: use solve")
 
     unwhiten = whiten
@@ -149,15 +135,9 @@ def _factored(A: Tensor, eps: float) -> Factor:
     return EigenFactor(vectors[:, keep], values[keep].sqrt())
 
 
-def bottleneck(vv_trace: float, vh: Tensor, update: Tensor) -> float:
-    """Expressivity bottleneck E|V - dW* h|^2 = E|V|^2 - tr(E[V h^T] dW*^T) (TINY, Verbockhaven et al. 2024).
+def bottleneck(vv: float, vh: Tensor, update: Tensor) -> float:
+    """The expressivity bottleneck Psi = E|V - dW* h|^2 = E|V|^2 - tr(E[V h^T] dW*^T) of TINY (arXiv 2405.19816).
 
-    Args:
-        vv_trace: E|V|^2.
-        vh: E[V h^T], ``[O, H]``.
-        update: dW* = E[V h^T] (M + eps)^-1, ``[O, H]``.
-
-    Returns:
-        The part of E|V|^2 that no update of the existing weights can express, not negative.
+    It is what no update of the existing weights can express, from E|V|^2, E[V h^T] ``[O, H]`` and dW* ``[O, H]``.
     """
-    return max(0.0, float(vv_trace) - (vh * update).sum().item())
+    return max(0.0, float(vv) - (vh * update).sum().item())

@@ -53,15 +53,8 @@ class Moments:
             FileError: it cannot be written.
             MissingExtraError: safetensors is not installed.
         """
-        body = {
-            "samples": self.samples,
-            "loss": self.loss,
-            "method": self.method,
-            "positions": self.positions,
-            "widths": list(self.widths),
-            "weights": self.weights,
-        }
-        write(path, dict(self.tensors), {"kind": "moments", **body})
+        body = {name: value for name, value in vars(self).items() if name != "tensors"}
+        write(path, dict(self.tensors), {"kind": "moments", **body, "widths": list(self.widths)})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Moments:

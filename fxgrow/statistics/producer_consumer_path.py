@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
-from fxgrow.axes.axes import Axis, Dims, UnitVar, multiplicity, resolve
+from fxgrow.axes.axes import Axis, Dims, UnitVar, axes_in, multiplicity, resolve
 from fxgrow.axes.structure import Projection, Structure
 from fxgrow.graph.unrolled_rnn import rnn_scan
 from fxgrow.statistics.batch_dimension import nodes_with_batch_second
@@ -90,16 +90,11 @@ def _downstream(start: fx.Node, var: UnitVar, structure: Structure) -> dict[fx.N
     projections = {p.node for p in structure.projections}
     for node in queue:
         for user in node.users:
-            if user not in paths and user not in projections and _carries(structure.outputs.get(user), var):
+            axes = axes_in(structure.outputs.get(user))
+            if user not in paths and user not in projections and any(var in multiplicity(a) for a in axes):
                 paths[user] = [*paths[node], user]
                 queue.append(user)
     return paths
-
-
-def _carries(value: object, var: UnitVar) -> bool:
-    if isinstance(value, Dims):
-        return any(var in multiplicity(a) for a in value)
-    return isinstance(value, (tuple, list)) and any(_carries(v, var) for v in value)
 
 
 def _path(

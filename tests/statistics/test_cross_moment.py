@@ -14,8 +14,8 @@ from torch import Tensor
 
 import fxgrow.statistics.cross_moment
 from fxgrow.errors import ProfileError
-from fxgrow.statistics.conv_geometry import axis_geometries
-from fxgrow.statistics.cross_moment import Window, coverage, cross_moment, patch_rows, patches
+from fxgrow.statistics.conv_geometry import Window, axis_geometries
+from fxgrow.statistics.cross_moment import coverage, cross_moment, patch_rows
 
 CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 POOL = {1: F.avg_pool1d, 2: F.avg_pool2d, 3: F.avg_pool3d}
@@ -29,6 +29,10 @@ def read_map(x: Tensor, window: Window, bias: bool, pool: tuple[int, ...]) -> Te
     if bias:
         b = torch.cat([b, torch.ones_like(b[:, :1])], 1)
     return POOL[nd](b, pool) if pool else b
+
+
+def patches(x: Tensor, window: Window, bias: bool = False) -> Tensor:
+    return patch_rows(x, window, None, bias).unflatten(0, (len(x), -1))
 
 
 def naive(x: Tensor, v: Tensor, producer: Window, consumer: Window, bias: bool, pool: tuple[int, ...]) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from fxgrow.errors import ProfileError
 from fxgrow.statistics import top_singular
-from fxgrow.statistics.cross_moment import Window, cross_moment
+from fxgrow.statistics.conv_geometry import Window
+from fxgrow.statistics.cross_moment import cross_moment
 from fxgrow.statistics.factorisation import bottleneck, factor
 from fxgrow.statistics.gram import gram
 from fxgrow.statistics.top_singular import Units, top_units
