@@ -21,10 +21,12 @@ STATIC_METHODS = {
     "dim", "ndimension", "is_floating_point", "is_complex", "is_signed", "is_contiguous", "get_device",
     "element_size", "is_inference", "is_conj", "is_neg",
 }  # fmt: skip
-_NUMPY_OPERATORS = {
+# By name: NumPy's functions of numbers. Taken here, since torch.fx puts others into `math` while it traces.
+_NUMPY_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "add": operator.add, "subtract": operator.sub, "multiply": operator.mul, "divide": operator.truediv,
     "floor_divide": operator.floordiv, "remainder": operator.mod, "power": operator.pow, "negative": operator.neg,
-    "absolute": abs,
+    "absolute": abs, "sqrt": math.sqrt, "log": math.log, "log2": math.log2, "log10": math.log10, "exp": math.exp,
+    "ceil": math.ceil, "floor": math.floor,
 }  # fmt: skip
 _INPLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor")
 
@@ -129,10 +131,10 @@ class ValueProxy(fx.Proxy):
         return self.tracer.create_proxy("call_function", round, (self, digits), {})
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **options: Any) -> Any:
-        """Of numbers, NumPy's function is that of `math` or of `operator`: `np.sqrt(x.shape[-1])`, `np.prod(x.shape)`."""
+        """Of numbers, NumPy's function is that of `math` or of `operator`: `np.sqrt(x.shape[-1])`."""
         if method == "reduce" and ufunc.__name__ in ("add", "multiply") and isinstance(self.carried, torch.Size):
-            return functools.reduce(_NUMPY_OPERATORS[ufunc.__name__], self)
-        function = getattr(math, ufunc.__name__, None) or _NUMPY_OPERATORS.get(ufunc.__name__)
+            return functools.reduce(_NUMPY_FUNCTIONS[ufunc.__name__], list(self))
+        function = _NUMPY_FUNCTIONS.get(ufunc.__name__)
         if method != "__call__" or options or function is None or isinstance(self.carried, torch.Tensor):
             return NotImplemented
         return self.tracer.create_proxy("call_function", function, inputs, {})
