@@ -13,7 +13,7 @@ from torch import Tensor
 from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.initial_state import SPLIT, InitialState
 from fxgrow.analysis.widths import GrowableWidth
-from fxgrow.axes.axes import Axis, UnitVar, multiplicity, resolve
+from fxgrow.axes.axes import Axis, UnitVar, grown_length, resolve, variables
 from fxgrow.errors import PlanError
 from fxgrow.rewriting.parametrizations import spectral
 
@@ -94,11 +94,11 @@ class SizeChange:
             width = analysed.free_width(name)
             if len(groups):
                 self.kept[width.var] = self._kept(width, groups)
+        #: net change of each variable's number of unit groups
+        self.net = {var: self.units(var) - var.size for var in {**self.added, **self.kept}}
         states = self.structure.initial_states.items()
         #: of the variables that change
-        self.initial_states: dict[UnitVar, InitialState] = {
-            var: s for var, s in states if var in self.added or var in self.kept
-        }
+        self.initial_states: dict[UnitVar, InitialState] = {var: state for var, state in states if var in self.net}
 
     def _kept(self, width: GrowableWidth, groups: Sequence[int]) -> Tensor:
         """The unit groups of a width that stay."""
@@ -112,7 +112,7 @@ class SizeChange:
         elif width.initial_state is not None and width.initial_state.kind == SPLIT:
             why = "activations are divided by their length over all of them"
         for name, dims in self.structure.parameters.items():
-            if spectral(self.gm, name) and any(width.var in multiplicity(axis) for axis in dims):
+            if spectral(self.gm, name) and width.var in variables(*dims):
                 why = f"the largest singular value of {name} would change"
         if why is not None:
             raise PlanError(f"Units of width {width.name!r} cannot be left out: {why}.")
@@ -124,11 +124,11 @@ class SizeChange:
 
     def changes(self, axes: Iterable[Axis]) -> bool:
         """Whether units of one of these axes are added or left out."""
-        return any(s.var in self.added or s.var in self.kept for a in axes for s in resolve(a))
+        return any(s.var in self.net for a in axes for s in resolve(a))
 
     def length(self, axis: Axis) -> int:
         """The length of an axis afterwards."""
-        return sum(s.inner if s.var is None else s.inner * self.units(s.var) for s in resolve(axis))
+        return grown_length(axis, self.net)
 
     def axis(self, axis: Axis) -> AxisChange:
         """How one axis changes."""
