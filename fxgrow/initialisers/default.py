@@ -9,8 +9,6 @@ tenth of the mean eigenvalue is as good as any between a hundredth and all of it
 
 from __future__ import annotations
 
-import torch
-
 from fxgrow.initialisers.registry import Consumers, Proposal, initialiser, split_rows
 from fxgrow.statistics.factorisation import factor
 from fxgrow.statistics.top_singular import top_units
@@ -30,6 +28,4 @@ def default(width: WidthMoments, consumers: Consumers, k: int) -> Proposal:
     names = list(width.blocks)
     outputs = [factor(consumers[n].curvature().to(width.blocks[n].dtype), ridge=OUTPUT_RIDGE) for n in names]
     units = top_units([width.blocks[n] for n in names], width.factor(INPUT_RIDGE), outputs, k, sweeps=SWEEPS)
-    mean_square = width.mean_squares(units.alpha)
-    alpha = units.alpha / mean_square.clamp_min(torch.finfo(mean_square.dtype).tiny).sqrt()
-    return Proposal(split_rows(alpha, width), {}, units.values)
+    return Proposal(split_rows(width.scaled(units.alpha), width), {}, units.values)

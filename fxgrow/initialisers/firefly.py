@@ -60,10 +60,10 @@ class Firefly(SplitInitialiser):
 
         graph = SplitGraph(request, now())
         for batch in itertools.islice(itertools.cycle(graph.batches()), STEPS):
-            slopes = iter(gradients(graph.loss(graph.parameters(now()), batch), leaves))
+            slopes = iter(gradients(graph.loss(graph.at(now()), batch), leaves))
             for c in candidates.values():
                 c.step([next(slopes) for _ in c.leaves])
-        parameters = graph.parameters(now())
+        parameters = graph.at(now())
         loss, means = graph.means(parameters, lambda loss: gradients(loss, leaves))
         slopes, buffers = iter(means), graph.statistics(now(), parameters)
         return {

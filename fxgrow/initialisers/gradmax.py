@@ -22,9 +22,8 @@ DROP = 1e-6
 @initialiser("gradmax", project=False)
 def gradmax(width: WidthMoments, consumers: Consumers, k: int) -> Proposal:
     """Incoming weights of at most k units."""
-    asked = torch.cat([block.flatten(1) for block in width.blocks.values()], 1)
-    u, values, _ = torch.linalg.svd(asked, full_matrices=False)
+    moment = torch.cat([block.flatten(1) for block in width.blocks.values()], 1)
+    u, values, _ = torch.linalg.svd(moment, full_matrices=False)
     alpha = u[:, values > DROP * values[:1]][:, :k]
-    mean_square = (alpha * (width.second_moment @ alpha)).sum(0) / width.positions_per_sample
-    alpha = alpha / mean_square.clamp_min(torch.finfo(alpha.dtype).tiny).sqrt()
+    alpha = width.scaled(alpha)
     return Proposal(split_rows(alpha, width), {}, values)

@@ -143,32 +143,35 @@ def gradients(value: Tensor, leaves: Sequence[Tensor], create_graph: bool = Fals
     )
 
 
-class SplitGraph:
+def values_of(analysed: AnalysedGraph, splits: Mapping[str, Splits]) -> Values:
+    """Values for the rewrite at gamma = 1, from the splits of each width."""
+    values = Values(new_units_see_each_other=False)
+    for name, s in splits.items():
+        write_splits(analysed, analysed.widths[name], s, values)
+    return values
+
+
+class SplitGraph(WidenedGraph):
     """The loss of a graph with split units, as a function of how they are split.
 
     Args:
         request: the graph, which is left as it is, and the data, of which fitting batches are read.
         splits: per width, units of the kind that will be asked about.
+
+    Attributes:
+        mode: a context in which the graph runs.
     """
 
     def __init__(self, request: SearchRequest, splits: Mapping[str, Splits]) -> None:
         self.request, self.analysed = request, request.analysed
         units = {n: len(s.origin) * self.analysed.widths[n].step for n, s in splits.items()}
-        change, generator = SizeChange(self.analysed, units), torch.Generator().manual_seed(0)
-        self.widened = WidenedGraph(change, self._values(splits), generator)
-        self.graph = self.widened.gm.eval()
-        #: in which the graph runs
+        values, generator = values_of(self.analysed, splits), torch.Generator().manual_seed(0)
+        super().__init__(SizeChange(self.analysed, units), values, generator)
         self.mode: AbstractContextManager[Any] = nullcontext()
         # as the line search sees it: what training would normalise away is no gain
-        self.running = RunningStatistics(self.graph, [request.data.first()])
+        self.running = RunningStatistics(self.gm.eval(), [request.data.first()])
         for m in self.running.norms.values() if self.running.live else ():
             m.training, m.track_running_stats = True, False
-
-    def _values(self, splits: Mapping[str, Splits]) -> Values:
-        values = Values(new_units_see_each_other=False)
-        for name, s in splits.items():
-            write_splits(self.analysed, self.analysed.widths[name], s, values)
-        return values
 
     def batches(self) -> Iterator[Batch]:
         """Fitting batches of `SAMPLES` samples in all."""
@@ -181,16 +184,16 @@ class SplitGraph:
             if seen >= SAMPLES:
                 return
 
-    def parameters(self, splits: Mapping[str, Splits]) -> dict[str, Tensor]:
+    def at(self, splits: Mapping[str, Splits]) -> dict[str, Tensor]:
         """The parameters with these splits; gradients flow to what the splits are made of."""
-        return self.widened.parameters(self._values(splits))
+        return self.parameters(values_of(self.analysed, splits))
 
     def loss(self, parameters: dict[str, Tensor], batch: Batch) -> Tensor:
         """The mean loss of a batch."""
         # the other kernels of attention have no second derivative
         with sdpa_kernel(SDPBackend.MATH):
             with self.mode:
-                output = forward(lambda *inputs: functional_call(self.graph, parameters, inputs), self.graph, batch)
+                output = forward(lambda *inputs: functional_call(self.gm, parameters, inputs), self.gm, batch)
             return loss_of(output, batch, self.request.loss_fn)
 
     def means(
@@ -214,7 +217,7 @@ class SplitGraph:
         out: dict[str, dict[str, Tensor]] = {name: {} for name in splits}
         for name, pair in moments.items():
             for key, t in zip(("running_mean", "running_var"), pair, strict=True):
-                for (width, _), at in self.widened.new_indices.get(buffer := f"{name}.{key}", {}).items():
+                for (width, _), at in self.new_indices.get(buffer := f"{name}.{key}", {}).items():
                     s = splits[width]
                     old = unit_rows(self.analysed, self.analysed.widths[width], {buffer: 0})[buffer]
                     old = old[s.origin.to(t.device)]

@@ -76,7 +76,7 @@ class SplittingMatrix:
         zero = {name: self.split(name, delta) for name, delta in self.delta.items()}
         self.graph = SplitGraph(request, zero)
         self.graph.mode = SmoothKinks()
-        self.parameters = self.graph.parameters(zero)
+        self.parameters = self.graph.at(zero)
         #: mean loss, from the last product
         self.loss = 0.0
 

@@ -125,7 +125,7 @@ class Profile(Mapping[str, Bottleneck]):
         """The profile of all data, from moments of parts of it that were read apart, on machines that never talk.
 
         Moments are means over samples; their weighted mean is that over all of them, and bottlenecks and new units
-        follow from it as from one reading. A method without a refit (`tiny`, `gradmax`, `north`) needs nothing else.
+        follow from it as from one reading. A method without a refit needs nothing else.
         The refit of the others fits and tests what the new units put out, which no moment of the old network holds: it
         reads `dataloader`. Give it data of one part, batch by batch as that part had it, so that what was held back
         there is held back here, or data that no part has seen.

@@ -98,11 +98,13 @@ class WidthMoments:
         """The factor of S plus a relative ridge."""
         return factor(rows=self._rows(), ridge=ridge) if self.sampled else factor(self.upper, ridge=ridge)
 
-    def mean_squares(self, alpha: Tensor) -> Tensor:
-        """E[(alpha^T b)^2] over positions, for every column of alpha `[P, k]`."""
+    def scaled(self, alpha: Tensor) -> Tensor:
+        """Every column of alpha scaled so that E[(alpha^T b)^2] over positions is 1, `[P, k]`."""
         if self.sampled:
-            return matrix_product(self._rows(), alpha).square().sum(0) / self.positions_per_sample
-        return (alpha * (self.second_moment @ alpha)).sum(0) / self.positions_per_sample
+            total = matrix_product(self._rows(), alpha).square().sum(0)
+        else:
+            total = (alpha * (self.second_moment @ alpha)).sum(0)
+        return alpha / (total / self.positions_per_sample).clamp_min(torch.finfo(total.dtype).tiny).sqrt()
 
     def _rows(self) -> Tensor:
         return self.sampled[0] if len(self.sampled) == 1 else torch.cat(self.sampled)
