@@ -26,6 +26,7 @@ from fxgrow.axes.structure import SizeCheck, SizeReplacement, Structure
 from fxgrow.graph.graph import lookup
 from fxgrow.graph.node_functions import guard
 from fxgrow.graph.node_meta import KEY
+from fxgrow.graph.purity import overwrites
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.infer_rule import infer_rule
 from fxgrow.ops.registry import find_rule
@@ -101,11 +102,10 @@ def _apply(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _changes_a_parameter(ctx: Context, args: tuple[Any, ...]) -> bool:
     """New entries are chosen for the parameter as it is stored, not for what the graph makes of it."""
-    name = getattr(ctx.node.target, "__name__", str(ctx.node.target))
     if not args or not isinstance(args[0], Dims) or args[0].parameter is None:
         return False
-    in_place = (name.endswith("_") and not name.endswith("__")) or name in _IN_PLACE
-    return in_place and isinstance(lookup(ctx.gm, args[0].parameter), torch.nn.Parameter)
+    written = ctx.node.args[0] in overwrites(ctx.node, ctx.gm)
+    return written and isinstance(lookup(ctx.gm, args[0].parameter), torch.nn.Parameter)
 
 
 def _pin_all(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any], why: Reason) -> None:
@@ -184,7 +184,6 @@ def _of_widths_alone(node: fx.Node, sources: list[tuple[Fraction, Axis]]) -> boo
     return whole and len(node.all_input_nodes) == 1
 
 
-_IN_PLACE = frozenset({"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor"})
 #: what these say of a tensor does not depend on its sizes
 _RANK = frozenset(
     {"dim", "ndimension", "is_floating_point", "is_complex", "get_device", "element_size", "is_contiguous"}

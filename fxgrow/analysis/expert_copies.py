@@ -23,6 +23,7 @@ from fxgrow.graph.evaluate import TOLERANCE
 from fxgrow.graph.graph import lookup
 from fxgrow.graph.node_functions import guard
 from fxgrow.graph.node_meta import KEY
+from fxgrow.graph.purity import overwrites
 from fxgrow.ops.expert_routing import SORTED, routes
 
 #: tensors of more entries are not made up, nor computed
@@ -123,7 +124,7 @@ class _Trial:
             if node is not self.gate.node and not self.changed.keys().isdisjoint(node.all_input_nodes):
                 self._evaluate(node)
         for node in self.values.keys() - self.changed.keys():
-            if any(_changes(user, node) for user in node.users):
+            if any(node in overwrites(user, self.gm) for user in node.users):
                 raise _Differs("changed in place")
 
     def _change(self, node: fx.Node, once: Any, twice: Any) -> None:
@@ -253,10 +254,3 @@ def _same(a: Any, b: Any) -> bool:
         return torch.equal(a, b)
     share = max(TOLERANCE[torch.float32], TOLERANCE.get(a.dtype, 0.0))  # routers compute in float32
     return torch.allclose(a, b, rtol=share, atol=share * float(a.abs().amax()) if a.numel() else 0.0)
-
-
-def _changes(user: fx.Node, node: fx.Node) -> bool:
-    """Whether a node writes into one of those that it reads."""
-    name = getattr(user.target, "__name__", str(user.target))
-    in_place = name in ("setitem", "iadd", "isub", "imul", "itruediv") or (name[-1:] == "_" and name[-2:] != "__")
-    return in_place and user.args[0] is node

@@ -30,6 +30,21 @@ def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
         yield path, value
 
 
+def get_argument(node: fx.Node, path: Path) -> Any:
+    """Returns the argument at a path: None where there is none, a node where the rest of the path is in its value."""
+    value: Any = None if not path else node.kwargs if isinstance(path[0], str) else node.args
+    for part in path:
+        if isinstance(value, fx.Node):
+            return value
+        if isinstance(value, slice):
+            value = value.start, value.stop, value.step
+        try:
+            value = value[part]
+        except (KeyError, IndexError, TypeError):
+            return None
+    return value
+
+
 def set_argument(node: fx.Node, path: Path, value: Any) -> None:
     """Replaces one value in a node's arguments."""
     node.args, node.kwargs = replaced_argument(node.args, node.kwargs, path, value)

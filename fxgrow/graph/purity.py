@@ -1,8 +1,10 @@
-"""Which nodes only compute a value, so that they may be left out, or run for nothing."""
+"""Which nodes change something: they must not be left out, nor run for nothing."""
 
 from __future__ import annotations
 
-from torch import fx
+from typing import Any
+
+from torch import fx, nn
 
 from fxgrow.graph.node_functions import in_mode
 
@@ -16,16 +18,38 @@ def is_pure(node: fx.Node) -> bool:
     """Whether a node only computes its value: no random numbers, no state, nothing in place."""
     if node.op == "get_attr":
         return True
+    if node.op == "call_module" or node.is_impure() or "out" in node.kwargs or _is_in_place(node):
+        return False
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name, home = _name(node)
+    if any(word in name for word in _STATEFUL):
+        return False
+    return home in _PURE_MODULES or node.target is in_mode
+
+
+def overwrites(node: fx.Node, root: nn.Module) -> list[fx.Node]:
+    """Returns the inputs that a node writes into: in-place operators, `inplace=True`, `out=`."""
+    written: list[Any] = [node.kwargs.get("out")]
+    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if getattr(module, "inplace", False) or _is_in_place(node):
+        written.append(node.args[0] if node.args else node.kwargs.get("input"))
+    return [n for n in node.all_input_nodes if any(n is w or (isinstance(w, tuple) and n in w) for w in written)]
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name, home = _name(node)
+    if home == "_operator":
+        return name == "setitem" or (name.startswith("i") and name not in _OPERATORS_WITH_I)
+    underscore = name.endswith("_") and not name.endswith("__")
+    return underscore or name in _MUTATING or bool(node.kwargs.get("inplace"))
+
+
+def _name(node: fx.Node) -> tuple[str, str]:
+    """Returns the name of what a node calls, and the package that it is from."""
     if node.op == "call_method":
-        name, home = str(node.target), "torch"
-    elif node.op == "call_function" and not node.is_impure():
-        name, home = getattr(node.target, "__name__", ""), getattr(node.target, "__module__", "") or "torch"
-        if home == "_operator" and (name == "setitem" or (name.startswith("i") and name not in _OPERATORS_WITH_I)):
-            return False
-    else:
-        return False
-    changes = name.rstrip("_") != name and not name.endswith("__") and name not in ("and_", "or_")
-    changes = changes or name in _MUTATING or "out" in node.kwargs or bool(node.kwargs.get("inplace"))
-    if changes or any(word in name for word in _STATEFUL):
-        return False
-    return home.split(".")[0] in _PURE_MODULES or node.target is in_mode
+        return str(node.target), "torch"
+    home = getattr(node.target, "__module__", "") or "torch"
+    return getattr(node.target, "__name__", ""), home.split(".")[0]

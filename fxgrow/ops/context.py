@@ -13,6 +13,7 @@ from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, length, pin, unify
 from fxgrow.axes.records import Reason
 from fxgrow.axes.size_expressions import SizeExpr
 from fxgrow.axes.structure import Constant, Invariant, KeptNumber, Projection, SizeCheck, Structure
+from fxgrow.graph.arguments import get_argument
 from fxgrow.graph.parametrizations import computed_by, norm_of
 
 
@@ -169,12 +170,12 @@ class Context:
         """
         why = self.reason("size", "a computed size does not follow the width")
         # a shape that one node computes, or a rule that gives no path, leaves nothing to replace
-        where = None if not path or isinstance(_at(self.node, path[:-1]), fx.Node) else (self.node, path)
+        where = None if not path or isinstance(get_argument(self.node, path[:-1]), fx.Node) else (self.node, path)
         if isinstance(value, SizeExpr):
             self.followed.append(value)
             self.structure.checks.append(SizeCheck(value, axis, why, where, infer))
         elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-            if isinstance(_at(self.node, path), fx.Node):
+            if isinstance(get_argument(self.node, path), fx.Node):
                 # a computed size that measures no width: the axis may not change
                 if int(value) == length(axis):
                     self.structure.checks.append(SizeCheck(_constant(value), axis, why, where, infer))
@@ -186,16 +187,3 @@ def _constant(value: int) -> SizeExpr:
     size = SizeExpr(value)
     size.const, size.terms, size.opaque, size.quotients = Fraction(int(value)), (), False, ()
     return size
-
-
-def _at(node: fx.Node, path: tuple[Any, ...]) -> Any:
-    """The raw argument of `node` at `path`: an index into args or a name in kwargs, then indices into it."""
-    if not path:
-        return None
-    first, *rest = path
-    value: Any = node.kwargs.get(first) if isinstance(first, str) else node.args[first]
-    for i in rest:
-        if isinstance(value, fx.Node):
-            return value
-        value = value[i]
-    return value

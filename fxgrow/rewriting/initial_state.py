@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from fxgrow.analysis.initial_state import COPY, MEAN, SPLIT, ZERO
 from fxgrow.axes.axes import UnitVar, unit_entries
 from fxgrow.axes.structure import Invariant
+from fxgrow.graph.arguments import set_argument
 from fxgrow.graph.conditional import ConditionalInterpreter
 from fxgrow.graph.evaluate import eval_mode
 from fxgrow.graph.graph import lookup
@@ -96,15 +97,12 @@ def write_norm_eps(gm: fx.GraphModule, change: SizeChange, node_map: NodeMap) ->
                 continue
             node, eps = node_map[invariant.node], invariant.eps * _ratio(var, change)
             if invariant.eps_at is not None:
-                adds, at = node_map[invariant.eps_at[0]], invariant.eps_at[1]
-                adds.args = tuple(eps if i == at else a for i, a in enumerate(adds.args))
+                set_argument(node_map[invariant.eps_at[0]], (invariant.eps_at[1],), eps)
             elif node.op == "call_module":
                 setattr(gm.get_submodule(str(node.target)), invariant.eps_name, eps)
-            elif len(node.args) > _EPS[node.target]:  # type: ignore[index]
-                at = _EPS[node.target]  # type: ignore[index]
-                node.args = (*node.args[:at], eps, *node.args[at + 1 :])
             else:
-                node.kwargs = {**node.kwargs, "eps": eps}
+                at = _EPS[node.target]  # type: ignore[index]
+                set_argument(node, (at if len(node.args) > at else "eps",), eps)
 
 
 def write_kept_numbers(change: SizeChange, node_map: NodeMap) -> None:
@@ -114,7 +112,7 @@ def write_kept_numbers(change: SizeChange, node_map: NodeMap) -> None:
             continue
         copy = node_map[node]
         if keyword is not None:
-            copy.kwargs = {**copy.kwargs, keyword: value}
+            set_argument(copy, (keyword,), value)
             continue
         _replace(copy, value)
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxgrow.errors import FileError, RewriteError
-from fxgrow.graph.arguments import Path, argument_leaves, set_argument
+from fxgrow.graph.arguments import Path, argument_leaves, get_argument, set_argument
 from fxgrow.graph.graph import caller, compile_graph, copy_graph, named_tensors, same_kind
 from fxgrow.rewriting.transplant import changed_attributes
 from fxgrow.rewriting.verify import check_shapes
@@ -163,7 +163,7 @@ def _change_code(out: fx.GraphModule, step: GrowthStep) -> None:
         raise FileError(f"The model's code does not make {missing[0]}, which the recipe changes. {_ADVICE}")
     for number in step.numbers:
         node = nodes[number.place]
-        value = dict(argument_leaves(node)).get(number.path)
+        value = get_argument(node, number.path)
         # a computed size may have become a number, and a number may have become -1, to be inferred
         known = is_plain(value) and is_plain(number.before) and -1 not in (value, number.before)
         if known and value != number.before:

@@ -7,7 +7,6 @@ the parameters are the same afterwards.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,10 +21,10 @@ from fxgrow.data.loss import LossFn, loss_of
 from fxgrow.errors import FxgrowError, ProfileError
 from fxgrow.graph.conditional import graph_like
 from fxgrow.graph.evaluate import eval_mode
+from fxgrow.graph.purity import overwrites
 from fxgrow.ops.expert_routing import all_routes
 from fxgrow.statistics.batch_dimension import nodes_with_batch_second
 
-_INPLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
 #: called with a node's output and the gradient there, returns the gradient with which backward continues
 Correction = Callable[[Tensor, Tensor], Tensor]
 
@@ -80,7 +79,7 @@ class _ActivationRecorder:
     def __init__(self, gm: fx.GraphModule, request: PassRequest) -> None:
         self.gm, self.request = gm, request
         self.sources, self.targets = set(request.sources), set(request.targets)
-        self.copied = {n for n in self.sources if _overwritten(gm, n)}
+        self.copied = {n for n in self.sources if any(n in overwrites(user, gm) for user in n.users)}
         self.second = nodes_with_batch_second(gm.graph)
         #: rows of experts, and the nodes that assign them
         self.routes = {n: r for n, r in all_routes(gm).items() if n in self.sources or n in self.targets}
@@ -176,18 +175,6 @@ class _ActivationRecorder:
         self.waiting.clear()
         self.known.clear()
         self.record = BatchRecord()
-
-
-def _overwritten(gm: torch.nn.Module, node: fx.Node) -> bool:
-    """Whether a later node writes into this node's output in place."""
-    for user in node.users:
-        if user.op == "call_module" and getattr(gm.get_submodule(str(user.target)), "inplace", False):
-            return True
-        if user.target in _INPLACE or user.kwargs.get("inplace"):
-            return True
-        if user.op == "call_method" and str(user.target).endswith("_") and not str(user.target).endswith("__"):
-            return True
-    return False
 
 
 def forward_backward(

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxgrow.graph.arguments import Path, argument_leaves, set_argument
 from fxgrow.graph.node_functions import guard
 from fxgrow.graph.node_meta import set_value
 from fxgrow.tracing.tracer import ValueTracer
@@ -28,8 +29,8 @@ from fxgrow.tracing.tracer import ValueTracer
 #: what is added to a size for another trace: not all in step with a divisor
 STEPS = (1, 3, 8)
 Retrace = Callable[[dict[str, Any]], tuple[ValueTracer, bool]]
-#: where a literal stands: node, "args" or "kwargs", path
-Slot = tuple[fx.Node, tuple[Any, ...]]
+#: where a literal stands
+Slot = tuple[fx.Node, Path]
 
 
 @dataclass(frozen=True)
@@ -125,26 +126,7 @@ def _keep_group(
             bound[node].append(group)
         return
     for (node, path), (source, convert, factor, offset) in found.items():
-        _write(node, path, _expression(tracer.graph, source, convert, factor, offset))
-
-
-def _write(node: fx.Node, path: tuple[Any, ...], value: Any) -> None:
-    kind, *rest = path
-    setattr(node, kind, _with(getattr(node, kind), rest, value))
-
-
-def _with(argument: Any, path: list[Any], value: Any) -> Any:
-    if not path:
-        return value
-    first, *rest = path
-    if isinstance(argument, slice):
-        ends = {end: getattr(argument, end) for end in ("start", "stop", "step")}
-        ends[first] = _with(ends[first], rest, value)
-        return slice(*ends.values())
-    if isinstance(argument, dict):
-        return {**argument, first: _with(argument[first], rest, value)}
-    items = [_with(a, rest, value) if i == first else a for i, a in enumerate(argument)]
-    return tuple(items) if isinstance(argument, tuple) else items
+        set_argument(node, path, _expression(tracer.graph, source, convert, factor, offset))
 
 
 def _aligned(graph: fx.Graph, other: fx.Graph) -> dict[fx.Node, fx.Node]:
@@ -202,36 +184,21 @@ def _explained(
 
 def _literals(
     node: fx.Node, others: list[fx.Node], traces: list[dict[fx.Node, fx.Node]]
-) -> Iterator[tuple[tuple[Any, ...], tuple[Any, ...] | None]]:
+) -> Iterator[tuple[Path, tuple[Any, ...] | None]]:
     """Literals of a node's arguments that differ between the traces, by path; None for any other difference."""
-
-    def walk(path: tuple[Any, ...], mine: Any, yours: list[Any]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-        if isinstance(mine, fx.Node):
-            if any(pairs.get(mine) is not y for pairs, y in zip(traces, yours, strict=True)):
+    mine, *theirs = (dict(argument_leaves(n)) for n in (node, *others))
+    if any(yours.keys() != mine.keys() for yours in theirs):
+        yield (), None
+        return
+    for path, value in mine.items():
+        values = [yours[path] for yours in theirs]
+        if isinstance(value, fx.Node):
+            if any(pairs.get(value) is not y for pairs, y in zip(traces, values, strict=True)):
                 yield path, None
-        elif any(type(y) is not type(mine) for y in yours):
+        elif any(type(y) is not type(value) for y in values):
             yield path, None
-        elif isinstance(mine, (tuple, list)):
-            if any(len(y) != len(mine) for y in yours):
-                yield path, None
-            else:
-                for i, item in enumerate(mine):
-                    yield from walk((*path, i), item, [y[i] for y in yours])
-        elif isinstance(mine, dict):
-            if any(y.keys() != mine.keys() for y in yours):
-                yield path, None
-            else:
-                for key, item in mine.items():
-                    yield from walk((*path, key), item, [y[key] for y in yours])
-        elif isinstance(mine, slice):
-            for end in ("start", "stop", "step"):
-                yield from walk((*path, end), getattr(mine, end), [getattr(y, end) for y in yours])
-        elif any(y is not mine and y != mine for y in yours):
-            number = type(mine) in (int, float)
-            yield path, (mine, *yours) if number else None
-
-    yield from walk(("args",), node.args, [n.args for n in others])
-    yield from walk(("kwargs",), node.kwargs, [n.kwargs for n in others])
+        elif any(y is not value and y != value for y in values):
+            yield path, (value, *values) if type(value) in (int, float) else None
 
 
 def _line(known: tuple[Any, ...], values: tuple[Any, ...]) -> tuple[Fraction, Fraction] | None:

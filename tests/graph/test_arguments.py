@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import fx
 
-from fxgrow.graph.arguments import argument_leaves, replaced_argument, replaced_item, set_argument
+from fxgrow.graph.arguments import argument_leaves, get_argument, replaced_argument, replaced_item, set_argument
 
 
 def node() -> fx.Node:
@@ -40,3 +40,10 @@ def test_one_value_is_replaced(path: tuple[int | str, ...]) -> None:
 def test_kinds_of_containers(container: Any) -> None:
     out = replaced_item(container, [0], 12)
     assert list(out) == [12] and isinstance(out, list) == isinstance(container, list) and list(container) == [8]
+
+
+def test_a_value_is_read_by_its_path() -> None:
+    n = node()
+    assert all(get_argument(n, path) is value for path, value in argument_leaves(n))
+    assert get_argument(n, (0, 3)) is n.args[0]  # its entry 3 is in its value, not in the graph
+    assert [get_argument(n, path) for path in ((), (1, 7), ("dim",), (2, 1, 0))] == [None] * 4
