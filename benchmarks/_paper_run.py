@@ -132,7 +132,7 @@ class Trial:
     def grow(self, width: str, units: int, method: str) -> None:
         """One width. Seconds are of everything; multiply-adds are those of the passes over the data (a counter beside
         them would cost more than they do): forward and backward over what is fitted, forward in both modes at each
-        gamma over what is held back.
+        gamma over held-out batches.
         """
         generator = torch.Generator().manual_seed(1000 * self.seed + self.growths)
         data = self.batches(max(2, self.protocol.samples // self.protocol.batch), generator)

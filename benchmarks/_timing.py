@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-#: CPU seconds above which one run of a cell has to do
+#: CPU seconds above which a cell is run only once
 SLOW = 10.0
 
 
@@ -24,7 +24,7 @@ def cpu_times(cells: Mapping[str, Callable[[], object]], repetitions: int) -> di
     """Median CPU seconds of each cell, all threads of the process, after one round that is not counted.
 
     A cell that takes more than `SLOW` in that round is not run again. The others take turns within each repetition, so
-    that a slow spell of the machine meets all of them.
+    that a slow phase of the machine affects all of them.
     """
 
     def once(work: Callable[[], object]) -> float:

@@ -24,7 +24,7 @@ from models import GPT, MLP
 PROFILED = 48
 #: further steps of Adam after which growth is measured
 MARKS = (0, 50, 400)
-#: learning rate of the first and of the further steps: at the first one, losses jump about by more than growth brings
+#: learning rates of the first and of the further steps: at the first one, losses vary by more than growth brings
 RATE, FURTHER = 3e-3, 1e-3
 
 

@@ -3,9 +3,9 @@
 Per net and seed: a small net that is grown on the way (every width doubled, a few times) against the same small net
 trained for the same time, a net of the final size trained from the start for the same time, and that one for as many
 steps; `widened` doubles by `fxgrow.widen`, random units without data. All follow a cosine schedule over their own time
-(or steps) and see the same batches in the same order. They take turns in slices, so that a slow spell of a shared
-machine meets all of them. Evaluation is not counted. Accuracies are on test images (Fashion-MNIST, CIFAR-10) or the
-next character (Shakespeare).
+(or steps) and see the same batches in the same order. They take turns in slices, so that a slow phase of a
+shared machine affects all of them. Evaluation is not counted. Accuracies are on test images (Fashion-MNIST, CIFAR-10)
+or the next character (Shakespeare).
 
     FXGROW_DATA=... python -m benchmarks.equal_cost [--only mlp conv gpt] [--seeds 5] [--plot benchmarks/equal_cost.png]
 """

@@ -1,4 +1,4 @@
-"""Where there is nothing to find, nothing should be significant.
+"""How often a profile calls units significant where there is nothing to find.
 
 *own labels*: the labels of the profile are drawn from the net's own softmax, so that no change of the function lowers
 the expected loss. *shuffled*: net and profile have the same images with shuffled labels, so that nothing carries over

@@ -105,7 +105,7 @@ def difference(rows: list[Row], method: str, key: str) -> str:
 
 
 def predictions(rows: dict[str, list[Row]]) -> str:
-    """What the profile predicts for the gamma that was applied, what held-back batches and the test data say of it."""
+    """Predicted decreases at the applied gamma, against those on held-out batches and on test data."""
     triples = [
         (r[m]["predicted"], r[m]["held"], r["ungrown"]["now"] - r[m]["now"])
         for of in rows.values()
@@ -122,8 +122,8 @@ def predictions(rows: dict[str, list[Row]]) -> str:
         return f"{apart:.0%} apart in the median, correlation {statistics.correlation(mine, theirs):.2f}"
 
     return (
-        f"{len(triples)} growths, predicted and held back: {against(predicted, held)}; "
-        f"predicted and test: {against(predicted, test)}; held back and test: {against(held, test)}."
+        f"{len(triples)} growths, predicted and held out: {against(predicted, held)}; "
+        f"predicted and test: {against(predicted, test)}; held out and test: {against(held, test)}."
     )
 
 

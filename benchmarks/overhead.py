@@ -2,8 +2,9 @@
 
 python -m benchmarks.overhead
 
-Steps of two loops take turns within each repetition, so that a slow spell of the machine meets both; CPU time of the
-process, one thread, medians over repetitions. `--no-inductor` leaves the compiled nets out (they need a C++ compiler).
+Steps of the loops alternate within each repetition, so that a slow phase of the machine affects all of them. CPU time
+of the process, one thread, medians over repetitions. `--no-inductor` leaves the compiled nets out (they need a C++
+compiler).
 """
 
 from __future__ import annotations

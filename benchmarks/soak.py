@@ -1,11 +1,11 @@
-"""Does anything pile up? Trains, grows, saves, reloads, trains and grows again, over and over; memory after each cycle.
+"""Does memory pile up? Trains, grows, saves, reloads, trains and grows again, many times; memory after each cycle.
 
 python -m benchmarks.soak --minutes 15
 
 Each cycle starts from the same small net, seed and data, so that all cycles hold nets of the same sizes: a count that
-rises from one cycle to the next is something that was not let go. Graph modules, graphs, tensors and hooks are those
-that live after a garbage collection. Ends with an error where the resident memory at the end is more than 5 % above
-that after the first cycle. Linux alone: the memory is read from /proc.
+rises from one cycle to the next is something that was not freed. Graph modules, graphs, tensors and hooks are those
+that are alive after a garbage collection. Ends with an error where the resident memory at the end is more than 5 %
+above that after the first cycle. Linux only: the memory is read from /proc.
 
 First and last cycles:
 
@@ -42,7 +42,7 @@ STEPS, BATCH = 8, 32  # between two growths
 
 
 def cycle(path: Path) -> int:
-    """One life of a net; returns its parameters at the end."""
+    """Trains, grows and saves one net; returns its number of parameters at the end."""
     data = digits()
     order = torch.Generator().manual_seed(0)
     loader = DataLoader(TensorDataset(data.x_train[:256], data.y_train[:256]), BATCH, shuffle=True, generator=order)

@@ -6,8 +6,8 @@
 and grown and ungrown nets train on with Adam on the same batches. The gain is the decrease of the held-out loss
 relative to the ungrown net, at once and after 50 and 400 steps, averaged over two data orders. The figures are means
 over nets of Spearman's rank correlation between a score and the gain of the net's widths, with standard errors;
-chance is 0; a second table has gains per parameter added. *agreement* is the correlation between the two data orders:
-what averaging leaves to a perfect score.
+chance is 0; a second table has gains per parameter added. *agreement* is the correlation between the two data orders,
+an indication of how well a perfect score could do.
 
 *Allocation*: a budget spent by the library's rule against one ratio for all widths at as many parameters, held-out loss
 after 400 more steps, paired; on balanced nets and on those with a planted cut.

@@ -4,7 +4,7 @@ A two-layer character-level decoder (RMSNorm, rotary positions, SwiGLU) or a cha
 Shakespeare. One kind of width then grows (in both layers) by a quarter, with every method from the same checkpoint and
 with the same line search, and all of it trains on with the same batches, the old Adam state and a rate that falls to
 zero. The weights that exist are not moved by the growth unless `--update`: their move is most of the gain at once,
-alike for all methods, and gone after some steps. Figures are held-back losses in nats per character, at once and after
+alike for all methods, and gone after some steps. Figures are held-out losses in nats per character, at once and after
 further steps; differences are paired over seeds, with their standard error.
 
     FXGROW_DATA=... python -m benchmarks.width_kinds [--seeds 6] [--steps 300] [--further 200] [--only values heads ...]
@@ -27,7 +27,7 @@ from models import Decoder
 METHODS = ("random", "random-refit", "default")
 #: the end of the names of the widths of each kind
 KINDS = {"values": "attention.v", "heads": "attention.q", "gated": "mlp.gate", "stream": "tokens"}
-#: those of the LSTM: its units, what a linear layer in front of it writes, and the embedding, which it reads itself
+#: those of the LSTM: its units, the output of a linear layer in front of it, and the embedding that it reads
 RECURRENT = {"hidden": "lstm", "input": "input", "embedding": "tokens"}
 KINDS |= RECURRENT
 SHARE = 0.25
