@@ -1,4 +1,4 @@
-"""The plan: how many units each width gets and what they are. Plain data, to JSON and back."""
+"""The plan: how many units each width gets, and their weights. Plain data, to JSON and back."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ class Plan:
     Attributes:
         units: units to add, per width.
         method: the initialiser that made them.
-        scale: gamma; new outgoing weights and the update of existing ones are multiplied by it.
-        symmetric: new incoming weights share the scale (its root on both sides).
+        scale: gamma; multiplies new outgoing weights and the update of existing ones.
+        symmetric: whether new incoming weights share the scale (its square root on both sides).
         predicted: predicted decrease of the loss per width, where the method predicts one.
-        slope: predicted decrease of the held-back loss per unit of gamma, all widths and updates together.
-        curvature: of the same, see `decrease`; after a line search the one that has its optimum where that found it.
+        slope: predicted decrease of the held-out loss per unit of gamma, all widths and updates together.
+        curvature: second-order term, see `decrease`; after a line search the value that puts the optimum at its gamma.
         parameters: parameters of the model before and after.
-        reason: why nothing, or less than was asked for, is added.
+        reason: why nothing, or less than requested, is added.
         values: new entries and updates of old ones, at scale 1.
     """
 
@@ -49,7 +49,7 @@ class Plan:
     incoming: tuple[tuple[str, str, int], ...] = field(default=(), repr=False)
 
     def at(self, scale: float, update: bool = True) -> Values:
-        """The values at another gamma; `update=False` leaves the existing weights alone."""
+        """Returns the values at another gamma; `update=False` leaves the existing weights unchanged."""
         out = scale**0.5 if self.symmetric else scale
         into = scale**0.5 if self.symmetric else 1.0
         factors = {key: out for key in self.outgoing} | {key: into for key in self.incoming}
@@ -61,16 +61,16 @@ class Plan:
         return replace(self.values, new=new, delta=delta)
 
     def decrease(self, gamma: float) -> float:
-        """Predicted decrease of the loss at a gamma: slope * gamma - curvature * gamma^2 / 2."""
+        """Returns the predicted decrease of the loss at a gamma: slope * gamma - curvature * gamma^2 / 2."""
         return gamma * self.slope - 0.5 * gamma**2 * self.curvature
 
     @property
     def moves(self) -> bool:
-        """Whether the function depends on gamma: if not, it is the old one."""
+        """Whether the function of the network depends on gamma; if not, it does not change."""
         return bool(self.outgoing or self.values.delta)
 
     def scaled(self, scale: float) -> Plan:
-        """The same plan at another gamma."""
+        """Returns the same plan at another gamma."""
         return replace(self, scale=scale)
 
     def __str__(self) -> str:
@@ -84,7 +84,7 @@ class Plan:
     # -- JSON
 
     def to_json(self) -> str:
-        """The plan as JSON text: readable decisions, weights as base64 of their little-endian bytes.
+        """Returns the plan as JSON text: readable decisions, weights as base64 of their little-endian bytes.
 
         Example:
             >>> from fxgrow import Plan

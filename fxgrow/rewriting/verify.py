@@ -56,9 +56,9 @@ def check_function(old: fx.GraphModule, new: fx.GraphModule, inputs: tuple[Any, 
         RewriteError: the outputs differ by more than rounding explains.
     """
     for expected, output in zip(eval_outputs(old, inputs), eval_outputs(new, inputs), strict=True):
-        found = difference(output, expected)
-        if expected.is_floating_point() and not found.is_rounding:
+        error = difference(output, expected)
+        if expected.is_floating_point() and not error.is_rounding:
             raise RewriteError(
-                f"The widened graph should compute the same function, but its output differs by {found}. Nothing was "
+                f"The widened graph should compute the same function, but its output differs by {error}. Nothing was "
                 "changed; please report the model."
             )
