@@ -18,7 +18,7 @@ from fxgrow.axes.axes import multiplicity
 from fxgrow.axes.records import Width
 from fxgrow.graph.graph import lookup
 from fxgrow.graph.node_meta import KEY
-from fxgrow.report.table import Column, count, few, table
+from fxgrow.report.table import Column, count, few, number, table, text
 from fxgrow.tracing.capture import capture
 
 
@@ -65,7 +65,7 @@ class Explanation:
             if w.pinned is not None:
                 place = f" ({self.places[w.name]})" if w.name in self.places else ""
                 rows.append((w.name, str(w.size), f"{w.pinned.message}, at node {w.pinned.node}{place}"))
-        columns = [Column("pinned width", shrink=True), Column("size", right=True), Column("because", wrap=True)]
+        columns = [text("pinned width"), number("size"), Column("because", wrap=True)]
         return table(columns, rows)
 
 
@@ -110,14 +110,8 @@ def explain(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
 
 
 def _free_table(free: list[Width]) -> str:
-    columns = [
-        Column("free width", shrink=True),
-        Column("size", right=True),
-        Column("step", right=True),
-        Column("producers", shrink=True),
-        Column("→ consumers", shrink=True),
-        Column("followers", shrink=True),
-    ]
+    columns = [text("free width"), number("size"), number("step")]
+    columns += [text("producers"), text("→ consumers"), text("followers")]
     rows = [
         (w.name, str(w.size), str(w.step), few(w.producers, 1), few(w.consumers, 1), few(w.followers, 1)) for w in free
     ]
@@ -125,20 +119,15 @@ def _free_table(free: list[Width]) -> str:
 
 
 def _opaque(gm: fx.GraphModule) -> tuple[OpaqueModule, ...]:
-    found = {str(node.target): node.meta[KEY] for node in gm.graph.nodes if KEY in node.meta}
+    reasons = {str(node.target): node.meta[KEY] for node in gm.graph.nodes if KEY in node.meta}
     return tuple(
         OpaqueModule(name, sum(p.numel() for p in gm.get_submodule(name).parameters()), why)
-        for name, why in found.items()
+        for name, why in reasons.items()
     )
 
 
 def _opaque_table(modules: tuple[OpaqueModule, ...], total: int) -> str:
-    columns = [
-        Column("opaque module", shrink=True),
-        Column("parameters", right=True),
-        Column("share", right=True),
-        Column("because", wrap=True),
-    ]
+    columns = [text("opaque module"), number("parameters"), number("share"), Column("because", wrap=True)]
     rows = [(m.name, f"{m.parameters:,}", f"{m.parameters / total if total else 0:.1%}", m.reason) for m in modules]
     return table(columns, rows)
 
@@ -158,9 +147,9 @@ def _places(gm: fx.GraphModule, widths: tuple[Width, ...]) -> dict[str, str]:
     for node in gm.graph.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        found = re.match(r'File "(.*)", line (\d+)', node.stack_trace or "")
-        if found:
-            lines[node.name] = f"{Path(found[1]).name}:{found[2]}"
+        line = re.match(r'File "(.*)", line (\d+)', node.stack_trace or "")
+        if line:
+            lines[node.name] = f"{Path(line[1]).name}:{line[2]}"
     return {w.name: lines[w.pinned.node] for w in widths if w.pinned is not None and w.pinned.node in lines}
 
 

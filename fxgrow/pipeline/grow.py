@@ -74,7 +74,7 @@ def grow(
     """Makes a network wider where the loss asks for what its weights cannot express.
 
     The model is captured as a graph, every hidden width is profiled on the data, units are chosen within the budget,
-    scaled by a line search on held-back batches, and added to a copy. The model itself is left as it is.
+    scaled by a line search on held-out batches, and added to a copy. The model itself is left as it is.
 
     Args:
         model: any module that `fxgrow.capture` can read, or a grown graph.
@@ -227,7 +227,7 @@ def apply_best(
     found = search(line, profile.method.needs.share, follow)
     # two halves of a split unit that do not move would stay the same for ever
     if found.gain < ROUNDING and (plan.values.copies or (plan.outgoing and not forced)):
-        reason = "no step along the proposed units lowers the held-back loss (gamma = 0 wins)"
+        reason = "no step along the proposed units lowers the held-out loss (gamma = 0 wins)"
         return result(copy_graph(gm), {}, replace(plan, units={}, scale=0.0, reason=reason), found)
     if found.applied:
         plan = line.plan_here(found.applied)

@@ -1,4 +1,4 @@
-"""The line search: the loss of the grown graph on held-back batches, as a function of gamma."""
+"""The line search: the loss of the grown graph on held-out batches, as a function of gamma."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Search:
 
     Attributes:
         gammas: the values tried, 0 first.
-        losses: mean held-back loss at each, without dropout, norms on batch statistics as in training.
+        losses: mean held-out loss at each, without dropout, norms on batch statistics as in training.
         eval_losses: the same in eval mode, with the running statistics that growth by this gamma leaves.
         best: the gamma with the smallest loss.
         applied: the gamma to apply, one of `gammas`.
@@ -105,11 +105,11 @@ class GammaLine:
         self.widened = WidenedGraph(change, plan.at(0.0), generator).check()
         self.graph, self.index = self.widened.gm, self.widened.index
         self.norms = RunningStatistics(self.graph, held_out.batches, held_out.process_group)
-        whole = self.widened.parameters(plan.at(1.0))
+        ends = self.widened.parameters(plan.at(1.0))
         # new entries and updates of old ones move at one rate, unless incoming weights share gamma
-        units = self.widened.parameters(plan.at(1.0, update=False)) if plan.symmetric else whole
+        units = self.widened.parameters(plan.at(1.0, update=False)) if plan.symmetric else ends
         self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        for name, end in whole.items():
+        for name, end in ends.items():
             p = lookup(self.graph, name)
             new, update = (units.get(name, p) - p).detach(), (end - units.get(name, p)).detach()
             if isinstance(p, nn.Parameter) and (bool(new.any()) or bool(update.any())):

@@ -76,20 +76,19 @@ def takes_options(**other_defaults: object) -> Callable[[F], F]:
         other_defaults: of options that have another default in this function.
     """
     types = typing.get_type_hints(GrowOptions)
+    keyword = inspect.Parameter.KEYWORD_ONLY
 
     def with_signature(function: F) -> F:
         signature = inspect.signature(function)
-        given = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        required = [p for p in given if p.kind is not p.KEYWORD_ONLY or p.default is p.empty]
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        required = [p for p in own if p.kind is not keyword or p.default is p.empty]
         options = [
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=other_defaults.get(name, default), annotation=types[name]
-            )
-            for name, default in DEFAULTS.items()
+            inspect.Parameter(name, keyword, default=default, annotation=types[name])
+            for name, default in {**DEFAULTS, **other_defaults}.items()
             if name not in signature.parameters
         ]
-        rest = [p for p in given if p not in required]
-        function.__signature__ = signature.replace(parameters=[*required, *options, *rest])  # type: ignore[attr-defined]
+        parameters = [*required, *options, *(p for p in own if p not in required)]
+        function.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
         return function
 
     return with_signature

@@ -19,7 +19,7 @@ from fxgrow.rewriting.plan import Plan
 
 #: the budget when none is given
 DEFAULT_BUDGET = "+25%"
-#: how far its worth may tilt a width's share of the budget
+#: bounds of the factor by which priority changes a width's share of the budget
 SHARE_CLAMP = (0.5, 4.0)
 
 
@@ -34,8 +34,8 @@ def plan(
 ) -> Plan:
     """Decides how many units each width gets.
 
-    A budget is spread over the widths in proportion to their sizes, tilted towards widths of much worth for their
-    size, and never spent on units that the held-back test did not accept.
+    A budget is spread over the widths in proportion to their sizes, tilted towards widths of high priority for their
+    size, and never spent on units that the held-out test did not accept.
 
     Args:
         profile: from `fxgrow.profile`.
@@ -69,28 +69,28 @@ def plan(
         raise PlanError(f"multiple={multiple!r}: give a positive number, 1 for any size.")
     count = Parameters(profile.analysed)
     if neurons is not None:
-        asked = _as_asked(profile, neurons)
-        # units that the method found itself are no more than lower the loss
-        most = {n: profile[n].significant for n in asked if profile.proposals[n].splits is not None}
-        units = {name: min(k, most.get(name, k)) for name, k in asked.items()}
+        requested = _requested_units(profile, neurons)
+        # a method that searches for units finds those that lower the loss, and no more
+        most = {n: profile[n].significant for n in requested if profile.proposals[n].splits is not None}
+        units = {name: min(k, most.get(name, k)) for name, k in requested.items()}
     else:
-        price = cost_of(cost, profile.analysed, [n for n, b in profile.items() if b.significant])
-        limit = _parse(DEFAULT_BUDGET if budget is None else budget, price)
-        units = asked = _allocate(profile, price, limit, multiple)
+        costs = cost_of(cost, profile.analysed, [n for n, b in profile.items() if b.significant])
+        limit = _limit(DEFAULT_BUDGET if budget is None else budget, costs)
+        units = requested = _allocate(profile, costs, limit, multiple)
     if not any(units.values()):
         total = count.total({})
         return Plan({}, profile.method.name, parameters=(total, total), reason=profile.method.nothing)
-    less = [f"{units[name]} of {k} units at {name}" for name, k in asked.items() if units[name] < k]
+    missing = [f"{units[name]} of {k} units at {name}" for name, k in requested.items() if units[name] < k]
     units = {name: k for name, k in units.items() if k}
-    found = fill_plan(profile, units, update_existing, (count.total({}), count.total(units)))
-    return replace(found, reason=f"{', '.join(less)}: beyond them, {profile.method.nothing}") if less else found
+    filled = fill_plan(profile, units, update_existing, (count.total({}), count.total(units)))
+    return replace(filled, reason=f"{', '.join(missing)}: beyond them, {profile.method.nothing}") if missing else filled
 
 
 def with_suggestion(profile: Profile) -> Profile:
-    """The same profile, which now knows what `plan` adds by default, for its table."""
+    """The same profile with what `plan` adds by default, for its table; without where that budget allows no unit."""
     count = Parameters(profile.analysed)
     try:
-        units = _allocate(profile, count, _parse(DEFAULT_BUDGET, count), 1)
+        units = _allocate(profile, count, _limit(DEFAULT_BUDGET, count), 1)
         units = {name: k for name, k in units.items() if k}
         for name in units:
             profile.method.check_width(profile.analysed, profile.analysed.widths[name])
@@ -102,7 +102,7 @@ def with_suggestion(profile: Profile) -> Profile:
     return profile
 
 
-def _as_asked(profile: Profile, neurons: int | Mapping[str, int]) -> dict[str, int]:
+def _requested_units(profile: Profile, neurons: int | Mapping[str, int]) -> dict[str, int]:
     analysed = profile.analysed
     if isinstance(neurons, Mapping):
         wanted = {name: (k, analysed.free_width(name).step) for name, k in neurons.items()}
@@ -125,37 +125,38 @@ def _as_asked(profile: Profile, neurons: int | Mapping[str, int]) -> dict[str, i
     return {name: k for name, (k, _) in wanted.items()}
 
 
-def _parse(budget: str | float, price: Cost) -> float:
-    total = price.total({})
+def _limit(budget: str | float, costs: Cost) -> float:
+    """What may be added, in the unit of the cost."""
+    total = costs.total({})
     try:
         if isinstance(budget, str) and budget.strip().endswith("%"):
             limit = float(budget.strip().removeprefix("+").removesuffix("%")) / 100 * total
         else:
             limit = float(budget)
-            if isinstance(budget, float) and price.unit != "seconds" and limit != int(limit):
+            if isinstance(budget, float) and costs.unit != "seconds" and limit != int(limit):
                 raise ValueError(budget)
-        limit = limit if price.unit == "seconds" else math.floor(limit)
+        limit = limit if costs.unit == "seconds" else math.floor(limit)
     except (ValueError, TypeError, OverflowError) as error:
         share = f"+{budget:.0%}" if isinstance(budget, float) and 0 < budget < 1 else "+10%"
-        raise PlanError(f"budget={budget!r}: give a number of {price.unit}, or a share such as {share!r}.") from error
+        raise PlanError(f"budget={budget!r}: give a number of {costs.unit}, or a share such as {share!r}.") from error
     if not limit > 0:
-        raise PlanError(f"budget={budget!r} leaves {limit:g} {price.unit} to add: give a positive budget.")
+        raise PlanError(f"budget={budget!r} leaves {limit:g} {costs.unit} to add: give a positive budget.")
     return limit
 
 
 @dataclass(frozen=True)
-class _Sizes:
-    """Numbers of units that a width may get: none, `first`, and on by `step`."""
+class _UnitCounts:
+    """How many units a width may get: none, `first`, and on by `step` up to `most`."""
 
     first: int
     step: int
     most: int
 
     @classmethod
-    def of(cls, b: Bottleneck, multiple: int) -> _Sizes:
-        own, period = b.width.step, math.lcm(b.width.step, multiple)
-        # a size is a multiple of its step, so that one of these fits
-        first = next(k for k in range(own, period + own, own) if (b.width.size + k) % multiple == 0)
+    def of(cls, b: Bottleneck, multiple: int) -> _UnitCounts:
+        step, period = b.width.step, math.lcm(b.width.step, multiple)
+        # a size is a multiple of its step, so one of these makes it one of `multiple` too
+        first = next(k for k in range(step, period + step, step) if (b.width.size + k) % multiple == 0)
         return cls(first, period, b.significant)
 
     def nearest(self, wanted: float) -> int:
@@ -169,7 +170,7 @@ class _Sizes:
 
 
 def _allocate(profile: Profile, count: Cost, limit: float, multiple: int) -> dict[str, int]:
-    sizes = {n: _Sizes.of(b, multiple) for n, b in profile.items()}
+    sizes = {n: _UnitCounts.of(b, multiple) for n, b in profile.items()}
     free = {n: b for n, b in profile.items() if b.significant >= sizes[n].first}
     if not free:
         return {}
@@ -181,29 +182,28 @@ def _allocate(profile: Profile, count: Cost, limit: float, multiple: int) -> dic
             f"The budget of {limit:,.6g} {count.unit} is less than the smallest growth, {cheapest[name]:,.6g} "
             f"{count.unit} for {name!r}."
         )
-    tilt = _clamped_share(profile, free)
+    weights = {n: tilt * free[n].width.size for n, tilt in _tilts(profile, free).items()}
 
     def at(ratio: float) -> dict[str, int]:
-        return {name: sizes[name].nearest(ratio * tilt[name] * b.width.size) for name, b in free.items()}
+        return {name: sizes[name].nearest(ratio * weight) for name, weight in weights.items()}
 
-    def most(ratio: float) -> bool:
-        return all(sizes[n].after(k) > sizes[n].most for n, k in at(ratio).items())
+    def fits(ratio: float) -> bool:
+        return count.total(at(ratio)) - base <= limit
 
     low, high = 0.0, 1.0
-    while count.total(at(high)) - base <= limit and not most(high):
+    while fits(high) and any(sizes[n].after(k) <= sizes[n].most for n, k in at(high).items()):
         high *= 2
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if count.total(at(middle)) - base <= limit else (low, middle)
-    units = at(high) if count.total(at(high)) - base <= limit else at(low)
-    share = {n: high * tilt[n] * b.width.size for n, b in free.items()}
-    return _use_up(units, {n: sizes[n] for n in free}, share, count, base + limit)
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    share = {n: high * weight for n, weight in weights.items()}
+    return _spend_rest(at(high if fits(high) else low), {n: sizes[n] for n in free}, share, count, base + limit)
 
 
-def _use_up(
-    units: dict[str, int], free: Mapping[str, _Sizes], share: Mapping[str, float], count: Cost, most: float
+def _spend_rest(
+    units: dict[str, int], free: Mapping[str, _UnitCounts], share: Mapping[str, float], count: Cost, most: float
 ) -> dict[str, int]:
-    """Rounding leaves a rest: widths furthest below their share take it, step by step, up to twice the share."""
+    """What rounding leaves goes to the widths furthest below their share, step by step, up to twice the share."""
     units = dict(units)
     while True:
         more = {n: s.after(units[n]) for n, s in free.items()}
@@ -219,13 +219,13 @@ def _use_up(
         units[best] = more[best]
 
 
-def _clamped_share(profile: Profile, free: Iterable[str]) -> dict[str, float]:
-    """How a width's share of its size departs from the others'; 1 where nothing is predicted.
+def _tilts(profile: Profile, free: Iterable[str]) -> dict[str, float]:
+    """Factors of the widths' shares, from their priority for the size relative to the median; 1 without predictions.
 
-    Units go by worth, not by size, but no further than the root: what a profile sees of worth is noisy.
+    The root of it, within bounds, because a profile's priorities are noisy.
     """
-    short = {n: profile[n].worth / profile[n].width.size for n in free}
-    middle = sorted(short.values())[len(short) // 2]
-    if middle <= 0:
-        return dict.fromkeys(short, 1.0)
-    return {n: min(max((s / middle) ** 0.5, SHARE_CLAMP[0]), SHARE_CLAMP[1]) for n, s in short.items()}
+    priority = {n: profile[n].worth / profile[n].width.size for n in free}
+    median = sorted(priority.values())[len(priority) // 2]
+    if median <= 0:
+        return dict.fromkeys(priority, 1.0)
+    return {n: min(max((p / median) ** 0.5, SHARE_CLAMP[0]), SHARE_CLAMP[1]) for n, p in priority.items()}

@@ -1,4 +1,4 @@
-"""The profile: where a network is short of expressivity, and which units would help, from one reading of the data.
+"""The profile: where a network lacks expressivity, and which units would help, from one pass over the data.
 
 requires: a captured graph, a loader and a loss.
 ensures:  per free width a `Bottleneck`, also at `node.meta["fxgrow"]` of its first producer; the model, its mode and
@@ -40,7 +40,7 @@ from fxgrow.statistics.mergeable import Moments, check_parts, fingerprint
 from fxgrow.tracing.capture import capture
 
 log = logging.getLogger("fxgrow")
-#: norms of new channels are measured on at least so many samples
+#: statistics of new BatchNorm channels come from at least so many samples
 CALIBRATION = 256
 
 
@@ -75,21 +75,20 @@ def profile(
             {methods}.
         positions: `"sampled"` estimates second moments from sampled positions; `"all"` uses every one, and one more
             forward pass, for exact figures.
-        memory_limit: bytes that moments and remembered activations may take at once, or None: widths that do not fit
-            in together are measured in turns, with a reading of the data each. The fit of outgoing weights then keeps
-            one second moment per layer that reads a width, whatever the limit. What new units are tried on is
-            remembered if it takes at most 256 MB, or an eighth of the limit; else the data are read again.
-        widths: names of the widths to profile; None for all that are free, but for those whose new units send nothing
-            on at first, so that the data say nothing of them (streams under a norm, queries and keys), unless `units`
-            names them.
-        units: how many units to propose per width; None for a quarter of its size, at least 4.
+        memory_limit: bytes that moments and cached activations may take at once, or None. Widths that do not fit
+            together are measured in several passes over the data. The fit of outgoing weights keeps one second moment
+            per layer that reads a width, whatever the limit. Activations that new units are tried on are cached if
+            they take at most 256 MB, or an eighth of the limit; else the data are read again.
+        widths: names of the widths to profile; None for all that are free and those that `units` names. New units that
+            have no effect at first (streams under a norm, queries and keys) are profiled only if they are named.
+        units: how many units to propose, for all widths or per width; None for a quarter of the size, at least 4.
         progress: show a progress bar (if tqdm is installed).
         seed: of the sampling.
         process_group: of torch.distributed, such as `torch.distributed.group.WORLD`: every process calls with the same
             model and its own part of the data, and gets the profile of all of it. `samples` and `memory_limit` are
             then of all processes, and of each.
-        keep_moments: keep what was added up over the data as `.moments`, so that profiles of other parts of the data
-            can be merged with this one (`fxgrow.Profile.merge`); it takes one more matrix per width and consumer.
+        keep_moments: keep the sums over the data as `.moments`, so that profiles of other parts of the data can be
+            merged with this one (`fxgrow.Profile.merge`); it takes one more matrix per width and consumer.
 
     Returns:
         A `Profile`.
@@ -313,27 +312,24 @@ def _how_many(width: Width, units: int | Mapping[str, int] | None) -> int:
 
 
 def _calibration(gm: fx.GraphModule, data: Data, hold: bool) -> list[Any]:
-    """Inputs of one large batch of fitting data (batches joined where they are plain tensors), if any norm needs it.
-
-    Of all processes, or the first one's where they are no plain tensors.
-    """
+    """Inputs of one large fitting batch of all processes, if any norm needs it; of the first where it is no tensor."""
     if not has_batch_norm(gm):
         return []
-    taken: list[list[Any]] = []
-    size = 0
+    inputs: list[list[Any]] = []
+    size, group = 0, data.process_group
     for batch in data.fitting(hold):
-        taken.append(batch.arguments(gm))
+        inputs.append(batch.arguments(gm))
         size += batch.size
-        if size * data.process_group.size >= CALIBRATION:
+        if size * group.size >= CALIBRATION:
             break
-    same = all(
-        isinstance(t, Tensor) and t.dim() > 0 and t.shape[1:] == f.shape[1:]
-        for a in taken
-        for t, f in zip(a, taken[0], strict=True)
+    can_be_joined = all(
+        isinstance(t, Tensor) and t.dim() > 0 and t.shape[1:] == first.shape[1:]
+        for arguments in inputs
+        for t, first in zip(arguments, inputs[0], strict=True)
     )
-    if data.process_group.sum_numbers(not same)[0]:
-        return data.process_group.broadcast_from_rank0(lambda: taken[0])
-    return [data.process_group.all_gather_rows(torch.cat(parts)) for parts in zip(*taken, strict=True)]
+    if group.sum_numbers(not can_be_joined)[0]:
+        return group.broadcast_from_rank0(lambda: inputs[0])
+    return [group.all_gather_rows(torch.cat(parts)) for parts in zip(*inputs, strict=True)]
 
 
 def _bottleneck(w: GrowableWidth, measured: Measured, refit: Refit | None, k: int, samples: int) -> Bottleneck:

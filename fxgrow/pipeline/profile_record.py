@@ -54,7 +54,7 @@ class Profile(Mapping[str, Bottleneck]):
         method: the initialiser.
         loss: mean loss over the samples, before growth.
         samples: samples that were read.
-        moments: what was added up over the data, where `keep_moments=True` asked for it.
+        moments: the sums over the data, of a profile with `keep_moments=True`.
     """
 
     gm: fx.GraphModule | None
@@ -122,13 +122,12 @@ class Profile(Mapping[str, Bottleneck]):
         progress: bool = True,
         seed: int = 0,
     ) -> Profile:
-        """The profile of all data, from moments of parts of it that were read apart, on machines that never talk.
+        """The profile of all data, from moments of parts of it that were read separately, say on different machines.
 
-        Moments are means over samples; their weighted mean is that over all of them, and bottlenecks and new units
-        follow from it as from one reading. A method without a refit needs nothing else.
-        The refit of the others fits and tests what the new units put out, which no moment of the old network holds: it
-        reads `dataloader`. Give it data of one part, batch by batch as that part had it, so that what was held back
-        there is held back here, or data that no part has seen.
+        Moments are means over samples; their weighted mean is the mean over all of them, and bottlenecks and new units
+        follow from it as from one pass. Methods without a refit need nothing else. A refit
+        needs activations of the new units, which no moments of the old network hold: it reads `dataloader`. Give it the
+        batches of one part in their order, so that the same ones are held out, or data that no part has seen.
 
         Args:
             parts: profiles made with `keep_moments=True`, or their moments, all with the same model and settings.

@@ -1,4 +1,4 @@
-"""Trying each width by itself: what a few more units there take off the loss of held-back batches.
+"""Each width grown alone on a copy: by how much a few more units lower the held-out loss.
 
 requires: a profile that proposes units.
 ensures:  nothing of the profiled network changes; one short line search a width.
@@ -28,7 +28,7 @@ class Tried:
         units: that were tried.
         parameters: that they add.
         gamma: with the smallest loss; 0 where no step lowers it.
-        decrease: of the mean held-back loss at that gamma, by the units and the update of existing weights together.
+        decrease: of the mean held-out loss at that gamma, by the units and the update of existing weights together.
     """
 
     units: int
@@ -51,7 +51,7 @@ def try_widths(
     units: int = 4,
     samples: int | None = None,
 ) -> dict[str, Tried]:
-    """Grows each width in turn, on a copy, and measures what that takes off the loss of held-back batches.
+    """Grows each width in turn, on a copy, and measures by how much that lowers the held-out loss.
 
     The score of where to grow a little that holds best: its rank correlation with the gain per parameter, at once and
     after further training, is in `benchmarks/RESULTS.md` beside those of scores that cost nothing. It takes about

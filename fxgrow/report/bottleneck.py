@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fxgrow.axes.records import Reason, Width
-from fxgrow.report.table import Column, count, flow, table
+from fxgrow.report.table import Column, count, flow, number, table, text
 from fxgrow.rewriting.plan import Plan
 
 LEGEND = (
@@ -15,15 +15,15 @@ LEGEND = (
     "priority: of a few more units here, against the other widths; budgets lean towards priority for the size."
 )
 COLUMNS = (
-    Column("width", shrink=True),
-    Column("size", right=True),
-    Column("step", right=True),
-    Column("producers → consumers", shrink=True),
-    Column("bottleneck", right=True),
-    Column("share of\ngradient", right=True),
-    Column("predicted\ngain", right=True),
-    Column("priority", right=True),
-    Column("accepted", right=True),
+    text("width"),
+    number("size"),
+    number("step"),
+    text("producers → consumers"),
+    number("bottleneck"),
+    number("share of\ngradient"),
+    number("predicted\ngain"),
+    number("priority"),
+    number("accepted"),
 )
 
 
@@ -67,7 +67,7 @@ def gradient_share(b: Bottleneck) -> float:
 def bottleneck_table(bottlenecks: Mapping[str, Bottleneck], title: str, units: Mapping[str, int]) -> str:
     """One row per width; the last column, `title`, has the units that are added."""
     rows = [(*_row(b), f"+{units[name]}" if name in units else "·") for name, b in bottlenecks.items()]
-    return table([*COLUMNS, Column(title, right=True)], rows)
+    return table([*COLUMNS, number(title)], rows)
 
 
 def _row(b: Bottleneck) -> tuple[str, ...]:
@@ -90,7 +90,7 @@ def pinned_table(pinned: Mapping[str, Reason]) -> list[str]:
     if not pinned:
         return []
     rows = [(name, reason.node, reason.message) for name, reason in pinned.items()]
-    columns = [Column("pinned width", shrink=True), Column("at node", shrink=True), Column("because", wrap=True)]
+    columns = [text("pinned width"), text("at node"), Column("because", wrap=True)]
     return ["", table(columns, rows)]
 
 

@@ -49,8 +49,8 @@ def to_networkx(gm: fx.GraphModule) -> nx.DiGraph:
     import networkx as nx
 
     analysed = analyse(gm)
-    structure, found = analysed.structure, analysed.widths.values()
-    names = {h.var: h.name for h in found}
+    structure, widths = analysed.structure, analysed.widths
+    names = {w.var: name for name, w in widths.items()}
 
     def carried(*axes: Axis) -> tuple[str, ...]:
         return tuple(names[v] for v in variables(*axes) if v in names)
@@ -61,7 +61,7 @@ def to_networkx(gm: fx.GraphModule) -> nx.DiGraph:
         produces[p.node] = carried(p.output_axis)
         consumes[p.node] = carried(p.input_axis)
 
-    graph: nx.DiGraph = nx.DiGraph(widths={h.name: h.width for h in found})
+    graph: nx.DiGraph = nx.DiGraph(widths={name: w.width for name, w in widths.items()})
     for node in gm.graph.nodes:
         value = node.meta.get("val")
         dims = pytree.tree_leaves(structure.outputs.get(node), is_leaf=lambda x: isinstance(x, Dims))

@@ -56,6 +56,16 @@ class Column:
     wrap: bool = False
 
 
+def number(title: str) -> Column:
+    """A column of numbers."""
+    return Column(title, right=True)
+
+
+def text(title: str) -> Column:
+    """A column of texts, which are shortened where the table is too wide."""
+    return Column(title, shrink=True)
+
+
 def shorten(text: str, width: int) -> str:
     """A text of at most `width` characters; what is too long loses its middle.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fxgrow.errors import FxgrowError, MissingExtraError
 from fxgrow.pipeline.growth_record import Growth
 from fxgrow.report.plot import history_panels, new_figure, save_figure
-from fxgrow.report.table import Column, count, table
+from fxgrow.report.table import Column, count, number, table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -78,14 +78,14 @@ def make_event(step: int, epoch: int, reason: str, growth: Growth, seconds: floa
 
 
 COLUMNS = (
-    Column("step", right=True),
-    Column("epoch", right=True),
-    Column("parameters", right=True),
-    Column("loss, eval", right=True),
-    Column("loss, train", right=True),
-    Column("predicted", right=True),
-    Column("gamma", right=True),
-    Column("seconds", right=True),
+    number("step"),
+    number("epoch"),
+    number("parameters"),
+    number("loss, eval"),
+    number("loss, train"),
+    number("predicted"),
+    number("gamma"),
+    number("seconds"),
     Column("added", wrap=True),
 )
 

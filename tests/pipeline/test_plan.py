@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fxgrow
-from fxgrow.pipeline.plan import SHARE_CLAMP, _clamped_share
+from fxgrow.pipeline.plan import SHARE_CLAMP, _tilts
 from models.mlp import MLP
 from models.resnet import DigitsResNet
 
@@ -224,9 +224,9 @@ def test_shares_lean_towards_worth_for_the_size_within_bounds() -> None:
 
     def tilts(worth: float) -> float:
         given = {first: replace(a, worth=1.0), second: replace(b, worth=worth * size)}
-        found = _clamped_share(replace(profile, bottlenecks=given), given)
+        found = _tilts(replace(profile, bottlenecks=given), given)
         return found[second] / found[first]
 
     assert [tilts(w) for w in (1.0, 4.0)] == pytest.approx([1.0, 2.0])
     assert tilts(1e9) == pytest.approx(1 / SHARE_CLAMP[0])  # the larger of two is the median
-    assert _clamped_share(replace(profile, bottlenecks={first: replace(a, worth=0.0)}), [first]) == {first: 1.0}
+    assert _tilts(replace(profile, bottlenecks={first: replace(a, worth=0.0)}), [first]) == {first: 1.0}
