@@ -19,7 +19,20 @@ import fxgrow.ops  # noqa: F401  (enters the rules)
 from fxgrow.analysis.expert_copies import copy_experts
 from fxgrow.analysis.initial_state import find_initial_states
 from fxgrow.analysis.size_guards import settle_guards
-from fxgrow.axes.axes import Axis, Dims, UnitVar, axes_in, fixed, is_fixed, length, multiplicity, pin, resolve, unify
+from fxgrow.axes.axes import (
+    Axis,
+    Dims,
+    UnitVar,
+    axes_in,
+    dims_in,
+    fixed,
+    is_fixed,
+    length,
+    multiplicity,
+    pin,
+    resolve,
+    unify,
+)
 from fxgrow.axes.records import Reason
 from fxgrow.axes.size_expressions import SizeExpr, measured
 from fxgrow.axes.structure import SizeCheck, SizeReplacement, Structure
@@ -128,11 +141,7 @@ def _pin_sizes(value: Any, why: Reason) -> None:
 def _agree(ctx: Context, out: Any) -> None:
     """A rule is believed only if its axes have the lengths of the real output."""
     expected = [tuple(v.shape) for v in pytree.tree_leaves(ctx.value) if isinstance(v, torch.Tensor)]
-    found = [
-        tuple(length(a) for a in d)
-        for d in pytree.tree_leaves(out, is_leaf=lambda x: isinstance(x, Dims))
-        if isinstance(d, Dims)
-    ]
+    found = [tuple(map(length, dims)) for dims in dims_in(out)]
     if expected != found:
         raise Unsupported(f"{_name(ctx)}: the rule gives shapes {found}, the operator {expected}")
 

@@ -82,21 +82,26 @@ class Dims(tuple[Axis, ...]):
         return dims
 
 
-def axes_in(value: Any) -> Iterator[Axis]:
-    """Yields every axis of every `Dims` in a nested value."""
+def dims_in(value: Any) -> Iterator[Dims]:
+    """Yields every `Dims` in a nested value."""
     kind = type(value)
     if kind is Dims:
-        yield from value
+        yield value
     elif kind is tuple or kind is list:
         for item in value:
-            yield from axes_in(item)
+            yield from dims_in(item)
     elif kind is dict:
         for item in value.values():
-            yield from axes_in(item)
+            yield from dims_in(item)
     elif kind not in _ATOMS:
-        for leaf in pytree.tree_leaves(value, is_leaf=lambda x: isinstance(x, Dims)):
-            if isinstance(leaf, Dims):
-                yield from leaf
+        leaves = pytree.tree_leaves(value, is_leaf=lambda x: isinstance(x, Dims))
+        yield from (leaf for leaf in leaves if isinstance(leaf, Dims))
+
+
+def axes_in(value: Any) -> Iterator[Axis]:
+    """Yields every axis of every `Dims` in a nested value."""
+    for dims in dims_in(value):
+        yield from dims
 
 
 def fixed(length: int, reason: Reason | None = None) -> Axis:

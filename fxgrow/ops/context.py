@@ -127,11 +127,11 @@ class Context:
         out_dim: int = 0,
         in_dim: int = 1,
         units: Axis | None = None,
-        **window: Any,
+        **fields: Any,
     ) -> None:
         """Says that this node's weight produces axis `out` (dimension `out_dim`) and consumes its dimension `in_dim`.
 
-        `units`: the axis of the units, where `out` has several entries for each (gates).
+        `units`: the axis of the units, where `out` has several entries for each (gates). `fields`: others of `Projection`.
         """
         if bias is not None:
             self.same(bias[0], out)
@@ -139,28 +139,31 @@ class Context:
         if name is None and out_dim == 0:
             name = weight.part_of
         if any(p is not None and p.parameter is None and p.part_of is not None for p in (weight, bias)):
-            window["plain"] = False  # statistics are per parameter, not per part of one
+            fields["plain"] = False  # statistics are per parameter, not per part of one
         if name is None:
             raise Unsupported("the weight is computed in the graph, not a parameter")
+        if not isinstance(fields.setdefault("source", self.node.all_input_nodes[0]), fx.Node):
+            raise Unsupported("a product whose first factor is not computed in the graph")
+        fields = {"node": self.node, "out": out if units is None else units, **fields}
         self.structure.projections.append(
             Projection(
-                node=self.node,
-                source=self.node.all_input_nodes[0],
                 weight=name,
                 bias=None if bias is None else bias.parameter or bias.part_of,
                 out_dim=out_dim,
                 in_dim=in_dim,
                 output_axis=self.structure.parameters[name][out_dim],
                 input_axis=weight[in_dim],
-                out=out if units is None else units,
-                **window,
+                **fields,
             )
         )
 
-    def attribute(self, name: str, axis: Axis) -> None:
-        """Says that an attribute of the module is the length of `axis` (`in_features`, `groups`)."""
-        if isinstance(getattr(self.module, name, None), int):
-            self.structure.constants.append(Constant((str(self.node.target), (name,)), axis))
+    def attribute(self, name: str, axis: Axis, *index: int) -> None:
+        """Says that an attribute of the module (`in_features`), or an item of one, is the length of `axis`."""
+        value = getattr(self.module, name, None)
+        for i in index:
+            value = value[i] if isinstance(value, (tuple, list)) else None
+        if isinstance(value, int):
+            self.structure.constants.append(Constant((str(self.node.target), (name, *index)), axis))
 
     def size_argument(self, value: Any, axis: Axis, *path: Any, infer: bool = False) -> None:
         """Says that an argument (at `path` in the node's args or kwargs) is the length of `axis`.

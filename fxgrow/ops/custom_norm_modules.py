@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from fxgrow.axes.axes import Dims
-from fxgrow.axes.structure import Constant
 from fxgrow.ops.context import Context
 from fxgrow.ops.normalization import norm_over_last
 from fxgrow.ops.registry import recogniser
@@ -105,9 +104,7 @@ def custom_norm(ctx: Context, x: Dims) -> Dims:
     eps = float(getattr(ctx.module, form.eps))
     if form.kind == "response":
         return _response_norm(ctx, x, form, eps)
-    shape = getattr(ctx.module, "normalized_shape", None)
-    if isinstance(shape, (tuple, list)) and len(shape) == 1:
-        ctx.structure.constants.append(Constant((str(ctx.node.target), ("normalized_shape", 0)), x[-1]))
+    ctx.attribute("normalized_shape", x[-1], 0)
     weight = ctx.parameter("weight")
     return norm_over_last(ctx, x, 1, form.kind, weight, None, eps, eps_name=form.eps, offset=form.offset)
 

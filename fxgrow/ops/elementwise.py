@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fxgrow.axes.axes import Axis, Dims, is_fixed, length
+from fxgrow.axes.axes import Axis, Dims, dims_in, is_fixed, length
 from fxgrow.ops.context import Context
 from fxgrow.ops.registry import op
 
@@ -29,14 +29,6 @@ def broadcast(ctx: Context, *tensors: Dims) -> Dims:
         # a fixed axis of the same length has no units: prefer one that has
         out.append(next((a for a in axes if length(a) == length(longest) and not is_fixed(a)), longest))
     return Dims(out)
-
-
-def _tensors(value: Any) -> list[Dims]:
-    if isinstance(value, Dims):
-        return [value]
-    if isinstance(value, (tuple, list)):
-        return [t for v in value for t in _tensors(v)]
-    return []
 
 
 UNARY_NAMES = (
@@ -84,7 +76,7 @@ BINARY_OPERATORS = [
 @op(*_forms(BINARY_NAMES), *BINARY_OPERATORS)
 @op(*_forms(UNARY_NAMES), *UNARY_MODULES, *UNARY_FUNCTIONS, operator.neg, operator.pos, operator.abs, operator.invert)
 def elementwise(ctx: Context, *args: Any, **kwargs: Any) -> Dims:
-    return broadcast(ctx, *_tensors(args), *_tensors(list(kwargs.values())))
+    return broadcast(ctx, *dims_in((args, kwargs)))
 
 
 @op(F.prelu, torch.prelu, "prelu", nn.PReLU)

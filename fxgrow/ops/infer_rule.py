@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxgrow.axes.axes import Axis, Dims, Segment, UnitVar, axis_of, fixed, is_fixed, length, resolve
+from fxgrow.axes.axes import Axis, Dims, Segment, UnitVar, axis_of, dims_in, fixed, is_fixed, length, resolve
 from fxgrow.axes.records import Reason
 from fxgrow.graph.node_functions import in_mode
 from fxgrow.ops.context import Context, Unsupported
@@ -75,8 +75,7 @@ def infer_rule(ctx: Context, what: str, args: tuple[Any, ...], kwargs: dict[str,
 def _tensors(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Dims]]:
     """The tensors among the arguments, in order, and their axes."""
     values = pytree.tree_leaves(_values(ctx.node))
-    axes = pytree.tree_leaves((args, kwargs), is_leaf=lambda x: isinstance(x, Dims))
-    dims = [d for d in axes if isinstance(d, Dims)]
+    dims = list(dims_in((args, kwargs)))
     tensors = [v for v in values if isinstance(v, Tensor)]
     if [tuple(t.shape) for t in tensors] != [tuple(map(length, d)) for d in dims]:
         raise Unsupported("an operator without a rule has arguments that are not plain tensors")
@@ -166,13 +165,12 @@ def _laid_out(axis: Axis, layout: Layout) -> Axis:
 
 def keeps_units(module: nn.Module, shape: tuple[int, ...], dim: int) -> bool:
     """Whether a plain module is equivariant along a dimension and keeps it in place, as an activation does."""
-    key = _module_key(module)
-    if key is None or (key, shape, dim) not in _kept:
-        kept = _keeps_units(module, shape, dim)
-        if key is None:
-            return kept
-        _kept[key, shape, dim] = kept
-    return _kept[key, shape, dim]
+    key = _module_key(module), shape, dim
+    if key[0] is None:
+        return _keeps_units(module, shape, dim)
+    if key not in _kept:
+        _kept[key] = _keeps_units(module, shape, dim)
+    return _kept[key]
 
 
 def _keeps_units(module: nn.Module, shape: tuple[int, ...], dim: int) -> bool:

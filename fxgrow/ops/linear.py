@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,26 +49,22 @@ def embedding(
 @op(torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm", "__matmul__")
 def matmul(ctx: Context, a: Dims, b: Dims) -> Dims:
     if b.parameter is not None and len(b) == 2 and len(a) >= 2:
-        return _times(ctx, a, b, None, ctx.argument(0, "input", "mat1"))
+        return _product(ctx, a, b, None, ctx.argument(0, "input", "mat1"))
     if b.parameter is not None and len(b) == 3 and len(a) == 3:
-        return _each_times(ctx, a, b)
+        # one weight per group, [groups, in, out]: experts that get all tokens
+        ctx.pin(b[0], "size", "one entry per group")
+        batch = broadcast(ctx, Dims(a[:1]), Dims(b[:1]))
+        ctx.same(a[2], b[1])
+        _project_experts(ctx, b, 2, 1, ctx.argument(0, "input"))
+        return Dims((*batch, a[1], b[2]))
     return matmul_of_activations(ctx, a, b)
 
 
-def _each_times(ctx: Context, x: Dims, weight: Dims) -> Dims:
-    """One weight per group, [groups, in, out]: experts that get all tokens."""
-    ctx.pin(weight[0], "size", "one entry per group")
-    batch = broadcast(ctx, Dims(x[:1]), Dims(weight[:1]))
-    ctx.same(x[2], weight[1])
-    _experts(ctx, weight, 2, 1, ctx.argument(0, "input"))
-    return Dims((*batch, x[1], weight[2]))
-
-
-def _experts(ctx: Context, weight: Dims, out_dim: int, in_dim: int, source: Any) -> None:
+def _project_experts(ctx: Context, weight: Dims, out_dim: int, in_dim: int, source: Any) -> None:
     routing = routes(ctx.node)
     groups = routing.experts if routing is not None else 0
-    ctx.project(weight, None, weight[out_dim], out_dim=out_dim, in_dim=in_dim, plain=False, experts=True, groups=groups)
-    _reads_from(ctx, source)
+    dims: dict[str, Any] = {"out_dim": out_dim, "in_dim": in_dim}
+    ctx.project(weight, None, weight[out_dim], plain=False, experts=True, groups=groups, source=source, **dims)
 
 
 @op(torch.addmm, "addmm")
@@ -77,7 +72,7 @@ def addmm(ctx: Context, input: Dims, mat1: Dims, mat2: Dims, *args: Any, **kwarg
     if mat2.parameter is None:
         raise Unsupported("a product of two activations, added to a third")
     bias = input if input.parameter is not None and len(input) == 1 else None
-    out = _times(ctx, mat1, mat2, bias, ctx.argument(1, "mat1"))
+    out = _product(ctx, mat1, mat2, bias, ctx.argument(1, "mat1"))
     return out if bias is not None else broadcast(ctx, out, input)
 
 
@@ -87,21 +82,14 @@ def transposed_linear(ctx: Context, x: Dims) -> Dims:
     weight = ctx.parameter("weight") or Dims()
     ctx.attribute("nf", weight[1])
     ctx.attribute("nx", weight[0])
-    return _times(ctx, x, weight, ctx.parameter("bias"), ctx.node.all_input_nodes[0])
+    return _product(ctx, x, weight, ctx.parameter("bias"), ctx.node.all_input_nodes[0])
 
 
-def _times(ctx: Context, x: Dims, weight: Dims, bias: Dims | None, source: Any) -> Dims:
+def _product(ctx: Context, x: Dims, weight: Dims, bias: Dims | None, source: Any) -> Dims:
+    """`x @ weight + bias`, the weight stored as [in, out]."""
     ctx.same(x[-1], weight[0])
-    ctx.project(weight, bias, weight[1], out_dim=1, in_dim=0)
-    _reads_from(ctx, source)
+    ctx.project(weight, bias, weight[1], out_dim=1, in_dim=0, source=source)
     return Dims((*x[:-1], weight[1]))
-
-
-def _reads_from(ctx: Context, source: Any) -> None:
-    """Sets the source of the projection just entered, where that is not the node's first argument."""
-    if not isinstance(source, torch.fx.Node):
-        raise Unsupported("a product whose first factor is not computed in the graph")
-    ctx.structure.projections[-1] = replace(ctx.structure.projections[-1], source=source)
 
 
 @op("torch.nn.functional.grouped_mm", "torch._grouped_mm")
@@ -119,7 +107,7 @@ def grouped_mm(ctx: Context, mat_a: Dims, mat_b: Dims, **options: Any) -> Dims:
     ctx.same(mat_a[1], weight[in_dim])
     for axis in (weight[in_dim], weight[out_dim]):
         _aligned(ctx, axis, 16 // ctx.value.element_size())
-    _experts(ctx, weight, out_dim, in_dim, ctx.argument(0, "mat_a"))
+    _project_experts(ctx, weight, out_dim, in_dim, ctx.argument(0, "mat_a"))
     return Dims((mat_a[0], weight[out_dim]))
 
 
@@ -154,9 +142,9 @@ def einsum(ctx: Context, equation: str, *operands: Any) -> Dims:
     # statistics need features last, as in `F.linear`
     plain = given == out[:-1] + c and out[-1] == o
     produced = weight[term.index(o)]
-    ctx.project(weight, None, produced, out_dim=term.index(o), in_dim=term.index(c), plain=plain)
-    operand_nodes = ctx.node.args[1:] if len(ctx.node.args) > 2 else ctx.node.args[1]
-    _reads_from(ctx, operand_nodes[1 - at[0]])  # type: ignore[index]
+    nodes: Any = ctx.node.args[1:] if len(ctx.node.args) > 2 else ctx.node.args[1]
+    dims: dict[str, Any] = {"out_dim": term.index(o), "in_dim": term.index(c)}
+    ctx.project(weight, None, produced, plain=plain, source=nodes[1 - at[0]], **dims)
     axes[o] = (produced,)
     return Dims(axis for letter in out for axis in axes[letter])
 

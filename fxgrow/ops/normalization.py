@@ -9,7 +9,6 @@ from torch import nn
 from torch.nn import functional as F
 
 from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, fixed, is_fixed, length
-from fxgrow.axes.structure import Constant
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.infer_rule import keeps_units
 from fxgrow.ops.registry import op
@@ -133,7 +132,7 @@ def _norm_of_shape(ctx: Context, kind: str, x: Dims, shape: Any, weight: Any, bi
     if (m := ctx.module) is not None:
         shape, eps, weight, bias = m.normalized_shape, m.eps, ctx.parameter("weight"), ctx.parameter("bias")
         if len(shape) == 1:
-            ctx.structure.constants.append(Constant((str(ctx.node.target), ("normalized_shape", 0)), x[-1]))
+            ctx.attribute("normalized_shape", x[-1], 0)
     else:
         for i, (size, axis) in enumerate(zip(shape, x[len(x) - len(shape) :], strict=True)):
             ctx.size_argument(size, axis, "normalized_shape" if "normalized_shape" in ctx.node.kwargs else 1, i)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
-from torch.utils import _pytree as pytree
 
-from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, fixed, length
+from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, dims_in, fixed, length
 from fxgrow.graph.unrolled_rnn import rnn_input_gates, rnn_outputs, rnn_previous_state, rnn_scan
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.registry import op
@@ -24,9 +22,8 @@ def recurrent(ctx: Context, x: Any, state: Any = None) -> Any:
     gates = _GATES[type(m)]
     hidden = axis_of(UnitVar(m.hidden_size))
     reverse = ("", "_reverse") if m.bidirectional else ("",)
-    for given in pytree.tree_leaves(state, is_leaf=lambda s: isinstance(s, Dims)):
-        if isinstance(given, Dims):
-            ctx.same(given[-1], hidden)
+    for given in dims_in(state):
+        ctx.same(given[-1], hidden)
     reads = x[-1]
     for layer in range(m.num_layers):
         for suffix in reverse:
@@ -61,10 +58,8 @@ def _rnn_input_gates(ctx: Context, x: Dims, weight: Dims, bias: Dims | None, rec
 
 
 @op(rnn_scan)
-def _rnn_scan(
-    ctx: Context, gates: Dims, probe: Dims, weight: Dims, bias: Any, state: Any, cell: str, order: tuple[int, bool]
-) -> Any:
-    hidden, time = weight[1], order[0]
+def _rnn_scan(ctx: Context, gates: Dims, probe: Dims, weight: Dims, bias: Any, state: Any, *options: Any) -> Any:
+    hidden, (_, (time, _)) = weight[1], options
     for start in state:
         if start is not None:
             ctx.same(start[-1], hidden)
@@ -77,9 +72,7 @@ def _rnn_scan(
 def _rnn_previous_state(
     ctx: Context, hidden: Dims, h: Any, probe: Dims, weight: Dims, bias: Dims | None, order: Any
 ) -> Dims:
-    ctx.project(weight, bias, probe[-1], units=hidden[-1])
-    projections = ctx.structure.projections
-    projections[-1] = replace(projections[-1], node=ctx.argument(2, "probe"), source=ctx.node)
+    ctx.project(weight, bias, probe[-1], units=hidden[-1], node=ctx.argument(2, "probe"), source=ctx.node)
     return Dims(hidden)
 
 
