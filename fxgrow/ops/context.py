@@ -131,7 +131,7 @@ class Context:
     ) -> None:
         """Says that this node's weight produces axis `out` (dimension `out_dim`) and consumes its dimension `in_dim`.
 
-        `units`: the axis of the units, where `out` has several entries for each (gates). `fields`: others of `Projection`.
+        `units`: the axis of the units, where `out` has several entries for each (gates); `fields`: of `Projection`.
         """
         if bias is not None:
             self.same(bias[0], out)
