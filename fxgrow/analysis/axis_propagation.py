@@ -38,7 +38,7 @@ from fxgrow.axes.size_expressions import SizeExpr, measured
 from fxgrow.axes.structure import SizeCheck, SizeReplacement, Structure
 from fxgrow.graph.graph import lookup
 from fxgrow.graph.node_functions import guard
-from fxgrow.graph.node_meta import KEY
+from fxgrow.graph.node_meta import OPAQUE
 from fxgrow.graph.purity import overwrites
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.infer_rule import infer_rule
@@ -77,8 +77,8 @@ def _evaluate(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return args
     if node.target is guard:
         return None  # what it says of sizes is settled when all axes are known
-    if KEY in node.meta:
-        why = ctx.reason("opaque", f"the model's code cannot be followed there: {node.meta[KEY]}")
+    if OPAQUE in node.meta:
+        why = ctx.reason("opaque", f"the model's code cannot be followed there: {node.meta[OPAQUE]}")
         _pin_all(ctx, args, kwargs, why)
         return _fixed(ctx.value, why)
     if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(ctx.value)):

@@ -22,7 +22,7 @@ from fxgrow.graph.arguments import replaced_argument
 from fxgrow.graph.evaluate import TOLERANCE
 from fxgrow.graph.graph import lookup
 from fxgrow.graph.node_functions import guard
-from fxgrow.graph.node_meta import KEY
+from fxgrow.graph.node_meta import OPAQUE
 from fxgrow.graph.purity import overwrites
 from fxgrow.ops.expert_routing import SORTED, routes
 
@@ -137,7 +137,7 @@ class _Trial:
     def _evaluate(self, node: fx.Node) -> None:
         owns = node.op == "call_module" and any(True for _ in self.gm.get_submodule(str(node.target)).parameters())
         owns = owns or (node in self.projections and node.target not in SORTED)
-        if node.op == "output" or node.target is guard or KEY in node.meta or owns:
+        if node.op == "output" or node.target is guard or OPAQUE in node.meta or owns:
             raise _Differs("seen by what cannot be tried")
         if node.target is operator.getitem:
             rows, index = node.args

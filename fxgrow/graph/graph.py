@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxgrow.errors import FileError
+from fxgrow.graph.node_meta import RECORD
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -57,12 +58,12 @@ def copy_graph(gm: fx.GraphModule, replaced: Mapping[int, Tensor] | None = None)
         replaced: by the id of a tensor of `gm`, what stands in its place, wherever it stands: tied stays tied.
     """
     memo: dict[int, Any] = dict(replaced or {})
-    record = gm.meta.pop("fxgrow", None)
+    record = gm.meta.pop(RECORD, None)
     try:
         out = copy.deepcopy(gm, memo)
     finally:
         if record is not None:
-            gm.meta["fxgrow"] = record
+            gm.meta[RECORD] = record
     # a GraphModule copies only what its graph calls, in that order
     for ours, theirs in ((out._modules, gm._modules), (out._parameters, gm._parameters), (out._buffers, gm._buffers)):
         ours.clear()
@@ -80,7 +81,7 @@ def copy_module(model: nn.Module, replaced: Mapping[int, Tensor]) -> nn.Module:
         return copy_graph(model, replaced)
     memo: dict[int, Any] = dict(replaced)
     meta = vars(model).get("meta")
-    if isinstance(meta, dict) and meta.keys() <= {"fxgrow"}:
+    if isinstance(meta, dict) and meta.keys() <= {RECORD}:
         memo[id(meta)] = {}
     return copy.deepcopy(model, memo)
 

@@ -2,21 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import fx
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
-KEY = "opaque"
-#: key in a graph's `.meta`: names of the inputs that were given by keyword, or None
+# -- in a graph's `.meta`
+
+#: the record of the last growth; in a node's `.meta`, the bottleneck of the width whose first producer the node is
+RECORD = "fxgrow"
+#: what the model was captured with, in the order of the placeholders
+EXAMPLE_INPUTS = "example_inputs"
+#: names of the inputs that were given by keyword, or None
 KEYWORDS = "fxgrow.keywords"
-#: key in `node.meta`: the module that a node stands for a part of, where it is no call of that module
+#: names of buffers that are no part of the state
+NON_PERSISTENT = "fxgrow.non_persistent"
+#: the growths that the model has been through; of another module than a graph, an attribute
+RECIPE = "fxgrow_recipe"
+#: norms of weights, removed while the graph is rewritten, by the name of their module
+PARAMETRIZATIONS = "fxgrow.parametrizations"
+
+# -- in a node's `.meta`
+
+#: why the code of the node's module or function could not be followed
+OPAQUE = "opaque"
+#: the module that a node stands for a part of, where it is no call of that module
 OWNER = "fxgrow.owner"
-#: key in `node.meta`: names of nodes with a truth value, and the values at which the node runs
+#: names of nodes with a truth value, and the values at which the node runs
 CONDITIONS = "fxgrow.conditions"
-#: key in `node.meta` of a guard: whether the model's code raises where it gives another answer
+#: of a guard: whether the model's code raises where it gives another answer
 CHECK = "fxgrow.check"
+
+
+def is_captured(model: object) -> TypeGuard[fx.GraphModule]:
+    """Whether a module is a graph that `capture` or a growth made."""
+    return isinstance(model, fx.GraphModule) and EXAMPLE_INPUTS in model.meta
 
 
 def set_value(node: fx.Node, value: Any) -> None:

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 
 from fxgrow.graph.conditional import graph_like
 from fxgrow.graph.graph import release_generated_source, submodule
-from fxgrow.graph.node_meta import KEY, OWNER, set_value
+from fxgrow.graph.node_meta import OPAQUE, OWNER, RECORD, set_value
 
 _FORWARDS = {kind.forward: kind for kind in (nn.LSTM, nn.GRU, nn.RNN)}
 
@@ -102,7 +102,7 @@ def unroll_recurrent_layers(gm: fx.GraphModule) -> fx.GraphModule:
     new._parameters.update(gm._parameters)
     new._buffers.update(gm._buffers)
     new._non_persistent_buffers_set = set(gm._non_persistent_buffers_set)
-    new.meta = {key: value for key, value in gm.meta.items() if key != "fxgrow"}
+    new.meta = {key: value for key, value in gm.meta.items() if key != RECORD}
     new.training = gm.training
     for node in layers:
         module: Any = submodule(gm, str(node.target))
@@ -116,7 +116,7 @@ def unroll_recurrent_layers(gm: fx.GraphModule) -> fx.GraphModule:
 
 
 def _can_unroll(gm: fx.GraphModule, node: fx.Node) -> bool:
-    if node.op != "call_module" or KEY in node.meta:
+    if node.op != "call_module" or OPAQUE in node.meta:
         return False
     m = submodule(gm, str(node.target))
     if not isinstance(m, nn.RNNBase) or type(m).forward not in _FORWARDS or m.proj_size:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fxgrow.checkpoints.weights import rebuild
 from fxgrow.errors import FxgrowError, MissingExtraError
 from fxgrow.graph.graph import unwrap
+from fxgrow.graph.node_meta import RECIPE
 from fxgrow.integrations._shared import begun, check_one_process, missing_package, observe, on_device
 from fxgrow.integrations._torchvision import import_torchvision
 from fxgrow.storage.recipe import Recipe
@@ -31,7 +32,6 @@ try:
 except ImportError as error:
     raise missing_package("lightning", error) from error
 #: of the recipe in a checkpoint
-KEY = "fxgrow_recipe"
 
 
 class GrowthCallback(Callback):
@@ -121,10 +121,10 @@ class GrowthCallback(Callback):
         self._save_recipe(pl_module, checkpoint)
 
     def _save_recipe(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint[KEY] = recipe_of(self._net(pl_module)).to_json()
+        checkpoint[RECIPE] = recipe_of(self._net(pl_module)).to_json()
 
     def _resize(self, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        recipe = Recipe.from_json(checkpoint[KEY]) if KEY in checkpoint else Recipe()
+        recipe = Recipe.from_json(checkpoint[RECIPE]) if RECIPE in checkpoint else Recipe()
         net = self._net(pl_module)
         fresh = fresh_if_resized(net, recipe, self._fresh)
         if fresh is None:

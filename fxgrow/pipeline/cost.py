@@ -20,6 +20,7 @@ from fxgrow.axes.structure import Structure
 from fxgrow.errors import PlanError
 from fxgrow.graph.evaluate import eval_mode
 from fxgrow.graph.graph import lookup
+from fxgrow.graph.node_meta import EXAMPLE_INPUTS
 from fxgrow.rewriting.size_change import SizeChange
 from fxgrow.rewriting.widened_graph import WidenedGraph
 
@@ -128,7 +129,7 @@ class Latency:
 
     def __init__(self, analysed: AnalysedGraph, names: Sequence[str]) -> None:
         gm, sums = analysed.gm, MultiplyAdds(analysed)
-        inputs = gm.meta["example_inputs"]
+        inputs = gm.meta[EXAMPLE_INPUTS]
         self.base = _seconds(gm, inputs)
         self.slopes: dict[str, float] = {}
         for name in names:

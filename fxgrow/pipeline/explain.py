@@ -17,7 +17,7 @@ from fxgrow.analysis.analyse import AnalysedGraph, analyse
 from fxgrow.axes.axes import multiplicity
 from fxgrow.axes.records import Width
 from fxgrow.graph.graph import lookup
-from fxgrow.graph.node_meta import KEY
+from fxgrow.graph.node_meta import OPAQUE
 from fxgrow.report.table import Column, count, few, number, table, text
 from fxgrow.tracing.capture import capture
 
@@ -119,7 +119,7 @@ def _free_table(free: list[Width]) -> str:
 
 
 def _opaque(gm: fx.GraphModule) -> tuple[OpaqueModule, ...]:
-    reasons = {str(node.target): node.meta[KEY] for node in gm.graph.nodes if KEY in node.meta}
+    reasons = {str(node.target): node.meta[OPAQUE] for node in gm.graph.nodes if OPAQUE in node.meta}
     return tuple(
         OpaqueModule(name, sum(p.numel() for p in gm.get_submodule(name).parameters()), why)
         for name, why in reasons.items()

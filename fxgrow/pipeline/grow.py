@@ -16,6 +16,7 @@ from fxgrow.data.random_state import random_state_kept
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup, process_group_of
 from fxgrow.errors import PlanError
 from fxgrow.graph.graph import copy_graph
+from fxgrow.graph.node_meta import EXAMPLE_INPUTS, RECORD
 from fxgrow.initialisers.registry import find_initialiser, lists_methods
 from fxgrow.pipeline.growth_record import Growth, GrowthResult, Index, keep_record
 from fxgrow.pipeline.line_search import GammaLine, HeldOut, Search, search
@@ -220,10 +221,10 @@ def apply_best(
     if not plan.moves:
         change, generator = SizeChange(profile.analysed, plan.units), torch.Generator().manual_seed(0)
         widened = WidenedGraph(change, plan.at(plan.scale), generator).check()
-        check_function(gm, widened.gm, gm.meta["example_inputs"])
+        check_function(gm, widened.gm, gm.meta[EXAMPLE_INPUTS])
         return result(widened.gm, widened.index, plan, None)
     line = GammaLine(profile.analysed, plan, held_out)
-    check_function(gm, line.move(0.0), gm.meta["example_inputs"])
+    check_function(gm, line.move(0.0), gm.meta[EXAMPLE_INPUTS])
     found = search(line, profile.method.needs.share, follow)
     # two halves of a split unit that do not move would stay the same for ever
     if found.gain < ROUNDING and (plan.values.copies or (plan.outgoing and not forced)):
@@ -239,7 +240,7 @@ def apply_best(
 def _decreases(model: nn.Module, growth: Growth) -> tuple[tuple[float, float], ...]:
     """Predicted and realised, after those of the growth that made the model."""
     meta = getattr(model, "meta", None)
-    before = meta.get("fxgrow") if isinstance(meta, dict) else None
+    before = meta.get(RECORD) if isinstance(meta, dict) else None
     earlier = before.decreases if isinstance(before, Growth) else ()
     predicted, (old, new) = growth.plan.decrease(growth.plan.scale), growth.losses["eval"]
     return (*earlier, (predicted, old - new)) if growth.plan.units and predicted else earlier

@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from fxgrow.axes.records import Reason
+from fxgrow.graph.node_meta import RECORD
 from fxgrow.pipeline.line_search import Search
 from fxgrow.pipeline.profile_record import Profile
 from fxgrow.report.bottleneck import LEGEND, bottleneck_table, parameters_added, pinned_table
@@ -30,8 +31,8 @@ Index = Mapping[str, tuple[torch.Tensor | None, ...]]
 def keep_record(grown: nn.Module, growth: Any) -> None:
     """Puts the record of a growth at `grown.meta["fxgrow"]`, unless `meta` is something of the user's."""
     meta: Any = getattr(grown, "meta", None)
-    if isinstance(grown, fx.GraphModule) or (isinstance(meta, dict) and meta.keys() <= {"fxgrow"}):
-        meta["fxgrow"] = growth
+    if isinstance(grown, fx.GraphModule) or (isinstance(meta, dict) and meta.keys() <= {RECORD}):
+        meta[RECORD] = growth
 
 
 @dataclass(frozen=True)

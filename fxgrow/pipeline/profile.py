@@ -29,6 +29,7 @@ from fxgrow.data.loss import LossFn
 from fxgrow.data.random_state import random_state_kept
 from fxgrow.distributed import process_group_of
 from fxgrow.errors import PlanError, ProfileError
+from fxgrow.graph.node_meta import RECORD, is_captured
 from fxgrow.graph.unrolled_rnn import unroll_recurrent_layers
 from fxgrow.initialisers.registry import Initialiser, Proposal, SearchRequest, find_initialiser, lists_methods
 from fxgrow.pipeline.plan import with_suggestion
@@ -128,7 +129,7 @@ def merge(
 ) -> Profile:
     """See `fxgrow.Profile.merge`."""
     graph = gm if gm is not None else next((p.gm for p in parts if isinstance(p, Profile) and p.gm is not None), None)
-    if not isinstance(graph, fx.GraphModule) or "example_inputs" not in graph.meta:
+    if not is_captured(graph):
         raise ProfileError("Moments alone hold no network: give gm=, a graph that fxgrow.capture returned.")
     moments = [_moments(part, i) for i, part in enumerate(parts)]
     check_parts(moments, graph)
@@ -160,7 +161,7 @@ def profiled(gm: nn.Module, data: Data, request: ProfileRequest) -> Profile:
         raise ProfileError(
             "keep_moments=True keeps the moments of one process: leave out process_group= and merge them later."
         )
-    if not (isinstance(gm, fx.GraphModule) and "example_inputs" in gm.meta):
+    if not is_captured(gm):
         first = data.first()
         check_device(first, gm)
         gm = capture(gm, first.inputs)
@@ -202,7 +203,7 @@ class _Profiler:
         bottlenecks = {w.name: _bottleneck(w, measured, refit, self.additions[w.name], samples) for w in self.chosen}
         nodes = {node.name: node for node in self.captured.graph.nodes}
         for name, b in bottlenecks.items():
-            nodes[self.first_producers[name]].meta["fxgrow"] = b
+            nodes[self.first_producers[name]].meta[RECORD] = b
         profile = Profile(
             gm=self.original.gm,
             widths=tuple(w.width for w in self.original.widths.values()),

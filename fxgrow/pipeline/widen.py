@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from fxgrow.errors import PlanError
+from fxgrow.graph.node_meta import EXAMPLE_INPUTS, is_captured
 from fxgrow.rewriting.into_module import check_into, into_module
 from fxgrow.rewriting.plan import Plan
 from fxgrow.rewriting.replay import record
@@ -42,14 +43,14 @@ def apply(gm: nn.Module, plan: Plan, example_inputs: tuple[Any, ...] | dict[str,
         >>> grown.get_submodule("2")
         Linear(in_features=5, out_features=2, bias=True)
     """
-    if not (isinstance(gm, fx.GraphModule) and "example_inputs" in gm.meta):
+    if not is_captured(gm):
         if example_inputs is None:
             raise PlanError("apply needs a captured graph, or example_inputs to capture the model with.")
         gm = capture(gm, example_inputs)
     generator = torch.Generator().manual_seed(0)
     grown, _ = rewrite(gm, plan.units, plan.at(plan.scale), generator)
     if not (plan.values.new or plan.values.delta):
-        check_function(gm, grown, gm.meta["example_inputs"])
+        check_function(gm, grown, gm.meta[EXAMPLE_INPUTS])
     record(grown, gm, grown, plan.units, plan.method)
     return grown
 
@@ -118,7 +119,7 @@ def widen(
     gm = capture(model, example_inputs)
     generator = torch.Generator().manual_seed(seed)
     grown, index = rewrite(gm, units, generator=generator)
-    check_function(gm, grown, gm.meta["example_inputs"])
+    check_function(gm, grown, gm.meta[EXAMPLE_INPUTS])
     out = into_module(model, example_inputs, gm, grown) if into == "module" else grown
     record(out, gm, grown, units, "widen")
     if optimizer is not None:

@@ -20,6 +20,7 @@ from fxgrow.graph.arguments import set_argument
 from fxgrow.graph.conditional import ConditionalInterpreter
 from fxgrow.graph.evaluate import eval_mode
 from fxgrow.graph.graph import lookup
+from fxgrow.graph.node_meta import EXAMPLE_INPUTS
 from fxgrow.rewriting.size_change import AxisChange, SizeChange
 
 #: position of eps among the arguments of a functional norm
@@ -142,7 +143,7 @@ def rows_that_must_be_zero(gm: fx.GraphModule, change: SizeChange, node_map: Nod
     generator = torch.Generator().manual_seed(0)
     hits: dict[tuple[str, int], Tensor] = {}
     with eval_mode(gm), torch.enable_grad(), _trained([lookup(gm, w[0]) for *_, writers in wanted for w in writers]):
-        run.run(*gm.meta["example_inputs"], enable_io_processing=False)
+        run.run(*gm.meta[EXAMPLE_INPUTS], enable_io_processing=False)
         for var, invariant, writers in wanted:
             total = _random_sum(run.values[node_map[invariant.source]], invariant, var, change, generator)
             tensors = [lookup(gm, name) for name, _ in writers]

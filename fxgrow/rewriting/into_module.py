@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from fxgrow.errors import CaptureError, PlanError
 from fxgrow.graph.evaluate import difference, eval_outputs
 from fxgrow.graph.graph import caller, copy_module, named_tensors
+from fxgrow.graph.node_meta import EXAMPLE_INPUTS, is_captured
 from fxgrow.rewriting.same_graph import argument_list, first_difference, is_view, location
 from fxgrow.rewriting.transplant import transplant
 from fxgrow.tracing.capture import capture
@@ -54,7 +55,7 @@ def check_into(into: str, model: nn.Module) -> None:
     """
     if into not in ("graph", "module"):
         raise PlanError(f'into={into!r}: take "graph" for a GraphModule or "module" for a copy of the model.')
-    if into == "module" and isinstance(model, fx.GraphModule) and "example_inputs" in model.meta:
+    if into == "module" and is_captured(model):
         raise PlanError(
             'into="module" needs the model itself, but this is a captured graph, which does not know the class it '
             "came from. Pass the model."
@@ -184,7 +185,7 @@ def _check_outputs(module: nn.Module, example_inputs: Any, grown: fx.GraphModule
     Raises:
         PlanError: they differ by more than rounding explains.
     """
-    expected = eval_outputs(grown, grown.meta["example_inputs"])
+    expected = eval_outputs(grown, grown.meta[EXAMPLE_INPUTS])
     outputs = eval_outputs(module, example_inputs)
     for a, b in itertools.zip_longest(expected, outputs):
         if a is None or b is None or a.shape != b.shape:

@@ -21,10 +21,10 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrizations
 
 from fxgrow.graph.graph import copy_graph, lookup
+from fxgrow.graph.node_meta import PARAMETRIZATIONS
 from fxgrow.graph.parametrizations import norm_of
 
 #: per layer without its parametrization, its parametrization
-_KEY = "fxgrow.remove_parametrizations"
 Index = dict[str, tuple[Tensor | None, ...]]
 
 
@@ -49,7 +49,7 @@ def remove_parametrizations(gm: fx.GraphModule) -> fx.GraphModule:
         layer.__class__ = type(layer).__bases__[0]
         del layer._modules["parametrizations"]
         layer.register_parameter("weight", nn.Parameter(weight, trained))
-    out.meta[_KEY] = found
+    out.meta[PARAMETRIZATIONS] = found
     return out
 
 
@@ -58,7 +58,7 @@ def restore_parametrizations(
 ) -> tuple[fx.GraphModule, Index]:
     """The graph with its norms where its original had them, and the index by the names there are then."""
     index = dict(index)
-    for name, norm in grown.meta.pop(_KEY, {}).items():
+    for name, norm in grown.meta.pop(PARAMETRIZATIONS, {}).items():
         layer = grown.get_submodule(name)
         trained = lookup(layer, "weight").requires_grad
         moved = index.pop(f"{name}.weight", None)
@@ -105,7 +105,7 @@ def _padded(old: Tensor, where: Sequence[Tensor | None], shape: Sequence[int]) -
 
 def spectral(gm: fx.GraphModule, name: str) -> bool:
     """Whether a parameter of a graph without parametrizations keeps its largest singular value."""
-    return hasattr(gm.meta.get(_KEY, {}).get(name.removesuffix(".weight")), "_u")
+    return hasattr(gm.meta.get(PARAMETRIZATIONS, {}).get(name.removesuffix(".weight")), "_u")
 
 
 def orthogonalise_new_rows(gm: fx.GraphModule, name: str, weight: Tensor, old: Sequence[Tensor]) -> None:
@@ -119,7 +119,7 @@ def orthogonalise_new_rows(gm: fx.GraphModule, name: str, weight: Tensor, old: S
     """
     if not spectral(gm, name):
         return
-    norm = gm.meta[_KEY][name.removesuffix(".weight")]
+    norm = gm.meta[PARAMETRIZATIONS][name.removesuffix(".weight")]
     rows = weight.movedim(norm.dim, 0)
     is_new = torch.ones(len(rows), dtype=torch.bool).index_fill(0, old[norm.dim], False).to(rows.device)
     columns = [at for d, at in enumerate(old) if d != norm.dim]

@@ -12,13 +12,13 @@ from torch.utils import _pytree as pytree
 from fxgrow.errors import RewriteError
 from fxgrow.graph.evaluate import difference, eval_outputs
 from fxgrow.graph.graph import lookup
-from fxgrow.graph.node_meta import KEY, set_value
+from fxgrow.graph.node_meta import OPAQUE, set_value
 from fxgrow.tracing.fake_values import FakeRunner
 
 
 def _value(gm: fx.GraphModule, node: fx.Node, runner: FakeRunner) -> Any:
     # an opaque node's code may look at data; whatever it touches is pinned, so that its output is what it was
-    if node.op == "placeholder" or KEY in node.meta:
+    if node.op == "placeholder" or OPAQUE in node.meta:
         return pytree.tree_map_only(Tensor, runner.fake, node.meta["val"])
     if node.op == "get_attr":
         return runner.fake(lookup(gm, str(node.target)))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxgrow.errors import FileError
-from fxgrow.graph.node_meta import KEYWORDS
+from fxgrow.graph.node_meta import EXAMPLE_INPUTS, KEYWORDS
 from fxgrow.storage.plain_tree import decoded, encoded
 
 #: tensors of so many entries keep them, masks of up to so many
@@ -39,7 +39,7 @@ class Example:
     @classmethod
     def of(cls, gm: fx.GraphModule) -> Example:
         """The example of a captured graph."""
-        values, keywords = gm.meta["example_inputs"], gm.meta.get(KEYWORDS)
+        values, keywords = gm.meta[EXAMPLE_INPUTS], gm.meta.get(KEYWORDS)
         given = tuple(values) if keywords is None else dict(zip(keywords, values, strict=True))
         tensors: dict[str, Tensor] = {}
         try:

@@ -15,12 +15,11 @@ from typing import Any
 from torch import fx, nn
 
 from fxgrow.errors import FileError
+from fxgrow.graph.node_meta import RECIPE, is_captured
 from fxgrow.storage.example_inputs import Example
 from fxgrow.storage.plain_tree import decoded, encoded
 
 VERSION = 1
-#: where a graph has its recipe in `.meta`, and another module as an attribute
-KEY = "fxgrow_recipe"
 
 
 @dataclass(frozen=True)
@@ -113,13 +112,10 @@ class Recipe:
     @classmethod
     def of(cls, model: nn.Module) -> Recipe:
         """The recipe of a grown model; one without steps for any other."""
-        graph = model if isinstance(model, fx.GraphModule) else None
-        found = vars(model).get(KEY) if graph is None else graph.meta.get(KEY)
-        if isinstance(found, Recipe):
-            return found
-        if graph is not None and "example_inputs" in graph.meta:
-            return cls((), Example.of(graph), "graph")
-        return cls()
+        recipe = (model.meta if isinstance(model, fx.GraphModule) else vars(model)).get(RECIPE)
+        if isinstance(recipe, Recipe):
+            return recipe
+        return cls((), Example.of(model), "graph") if is_captured(model) else cls()
 
     def __deepcopy__(self, memo: Any) -> Recipe:
         return self
@@ -139,7 +135,7 @@ class Recipe:
         """
         steps = [_plain(step) for step in self.steps]
         example = None if self.example is None else self.example.data
-        return json.dumps({"fxgrow_recipe": VERSION, "steps": steps, "example": example, "into": self.into})
+        return json.dumps({RECIPE: VERSION, "steps": steps, "example": example, "into": self.into})
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
@@ -150,7 +146,7 @@ class Recipe:
         """
         try:
             raw = json.loads(text)
-            version = raw["fxgrow_recipe"]
+            version = raw[RECIPE]
             if version != VERSION:
                 raise FileError(
                     f"This recipe has version {version!r}, this fxgrow reads {VERSION}: it was written by a newer "
@@ -168,9 +164,9 @@ class Recipe:
 def keep_recipe(out: nn.Module, recipe: Recipe) -> None:
     """Puts a recipe where `Recipe.of` finds it."""
     if isinstance(out, fx.GraphModule):
-        out.meta[KEY] = recipe
+        out.meta[RECIPE] = recipe
     else:
-        setattr(out, KEY, recipe)
+        setattr(out, RECIPE, recipe)
 
 
 def grown_inside(model: nn.Module) -> Iterator[str]:

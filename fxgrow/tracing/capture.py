@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from fxgrow.errors import CaptureError
 from fxgrow.graph.graph import lint, release_generated_source
-from fxgrow.graph.node_meta import KEYWORDS
+from fxgrow.graph.node_meta import EXAMPLE_INPUTS, KEYWORDS, NON_PERSISTENT, is_captured
 from fxgrow.graph.purity import is_pure
 from fxgrow.ops.registry import recognised
 from fxgrow.storage.recipe import Recipe, keep_recipe
@@ -28,8 +28,6 @@ from fxgrow.tracing.input_sizes import keep_input_sizes
 from fxgrow.tracing.opaque import OpaqueFallback
 from fxgrow.tracing.tracer import ValueTracer
 from fxgrow.tracing.train_eval import guard_modes, merge_modes
-
-_KEEP = "fxgrow.non_persistent"
 
 
 def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] | torch.Tensor) -> fx.GraphModule:
@@ -64,7 +62,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
     """
     if not isinstance(model, nn.Module):
         raise CaptureError(f"capture needs a torch.nn.Module, not a {type(model).__name__}.")
-    if isinstance(model, fx.GraphModule) and "example_inputs" in model.meta:
+    if is_captured(model):
         return model
     model = getattr(model, "_orig_mod", model)  # what torch.compile wrapped
     if isinstance(model, torch.jit.ScriptModule):
@@ -215,11 +213,11 @@ def _assemble(
     lint(gm)
     release_generated_source(gm)
     # a slice of a data set would carry all of it into every copy and every saved file
-    gm.meta["example_inputs"] = pytree.tree_map_only(torch.Tensor, _alone, values)
+    gm.meta[EXAMPLE_INPUTS] = pytree.tree_map_only(torch.Tensor, _alone, values)
     gm.meta[KEYWORDS] = keywords
     if Recipe.of(model).steps:
         keep_recipe(gm, replace(Recipe.of(model), into="graph"))
-    gm.meta[_KEEP] = sorted(gm._non_persistent_buffers_set)
+    gm.meta[NON_PERSISTENT] = sorted(gm._non_persistent_buffers_set)
     gm._register_deepcopy_hook(_keep_buffer_flags)
     return gm
 
@@ -233,7 +231,7 @@ def _alone(x: torch.Tensor) -> torch.Tensor:
 
 def _keep_buffer_flags(copied: fx.GraphModule) -> None:
     """Undo that copying a GraphModule makes its root's buffers persistent: that adds keys to its state."""
-    for name in copied.meta[_KEEP]:
+    for name in copied.meta[NON_PERSISTENT]:
         if name in copied._parameters:
             copied._buffers[name] = copied._parameters.pop(name)
         copied._non_persistent_buffers_set.add(name)

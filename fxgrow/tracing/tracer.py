@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTenso
 from fxgrow.errors import CaptureError
 from fxgrow.graph.graph import submodule
 from fxgrow.graph.node_functions import guard, set_grad_enabled
-from fxgrow.graph.node_meta import CHECK, KEY, set_value
+from fxgrow.graph.node_meta import CHECK, OPAQUE, set_value
 from fxgrow.ops.registry import recognised
 from fxgrow.tracing.fake_values import FakeRunner, arithmetic_key
 from fxgrow.tracing.intercept import FACTORIES, intercept
@@ -194,7 +194,7 @@ class ValueTracer(fx.Tracer):
         if node.target is guard or node.target is set_grad_enabled:
             return None
         if node.op == "call_module" and (why := self.opaque.get(submodule(self.root, str(node.target)))):
-            node.meta[KEY] = why
+            node.meta[OPAQUE] = why
             return opaque_value(node, self.root, self.runner)
         return self.runner.call(node, self.root)
 

@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.optim import Optimizer
 
 from fxgrow.errors import FxgrowError
+from fxgrow.graph.node_meta import RECORD
 from fxgrow.transfer.device_mesh import reshard
 from fxgrow.transfer.module_hooks import called
 from fxgrow.transfer.parameter_change import Assign, ParameterChange
@@ -225,13 +226,13 @@ def _plain_copy(model: nn.Module, parameters: Mapping[int, nn.Parameter]) -> nn.
             hooks[kind].update({key: hook for key, hook in state.pop(kind).items() if not _is_fsdp(hook)})
         if isinstance(module, fx.GraphModule):
             # the record of an earlier growth is not copied
-            record = module.meta.get("fxgrow")
-            state["meta"] = {key: value for key, value in module.meta.items() if key != "fxgrow"}
+            record = module.meta.get(RECORD)
+            state["meta"] = {key: value for key, value in module.meta.items() if key != RECORD}
         plain.__dict__.update(copy.deepcopy(state, memo) | hooks)
         if isinstance(plain, fx.GraphModule):
             plain.graph = plain.__dict__["_graph"]
             if record is not None:
-                plain.meta["fxgrow"] = record
+                plain.meta[RECORD] = record
     out: nn.Module = memo[id(model)] if id(model) in memo else copy.deepcopy(model, memo)
     for module in out.modules():
         for mark in _MARKS[1:]:

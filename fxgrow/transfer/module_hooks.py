@@ -10,8 +10,9 @@ import logging
 from collections.abc import Iterator
 from typing import Any
 
-from torch import fx, nn
+from torch import nn
 
+from fxgrow.graph.node_meta import is_captured
 from fxgrow.transfer.parameter_change import Assign, ParameterChange
 
 log = logging.getLogger("fxgrow")
@@ -52,7 +53,7 @@ def _hooked(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def called(model: nn.Module) -> set[str]:
     """Returns names of the modules whose hooks run: in a graph, the graph itself and those that a node calls."""
-    if isinstance(model, fx.GraphModule) and "example_inputs" in model.meta:
+    if is_captured(model):
         nodes = model.graph.find_nodes(op="call_module")
         inside = {f"{node.target}.{name}" for node in nodes for name, _ in _below(model, str(node.target))}
         return {"", *(str(node.target) for node in nodes), *inside}
