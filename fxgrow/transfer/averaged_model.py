@@ -34,7 +34,7 @@ def check_average(average: nn.Module, model: nn.Module) -> None:
 
 
 @torch.no_grad()
-def grown_average(average: nn.Module, change: ParameterChange) -> tuple[nn.Module, Assign]:
+def prepare_average(average: nn.Module, change: ParameterChange) -> tuple[nn.Module, Assign]:
     """Returns the grown average: the same `AveragedModel` once `Assign` is called, or a new plain module.
 
     Raises:

@@ -26,7 +26,7 @@ _KINDS = {
 _FLAGS = ("_forward_pre_hooks_with_kwargs", "_forward_hooks_with_kwargs", "_forward_hooks_always_called")
 
 
-def module_hooks(change: ParameterChange) -> Assign:
+def prepare_module_hooks(change: ParameterChange) -> Assign:
     """Prepares the user's hooks on the modules of the old names."""
     after, before = called(change.new), called(change.old)
     modules = {id(module) for module in change.old.modules()}

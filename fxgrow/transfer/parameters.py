@@ -13,7 +13,7 @@ from fxgrow.errors import FxgrowError
 from fxgrow.transfer.parameter_change import Assign, ParameterChange, ParameterMove, spread
 
 
-def gradients(change: ParameterChange) -> Assign:
+def prepare_gradients(change: ParameterChange) -> Assign:
     """Prepares accumulated gradients: old entries keep theirs, new ones start at zero."""
     moved = [(move.new, _gradient(move, move.old.grad)) for move in change.moves if move.old.grad is not None]
 
@@ -33,7 +33,7 @@ def _gradient(move: ParameterMove, old: Tensor) -> Tensor:
     return spread(old.to_dense(), move.positions, zeros).to_sparse(old.sparse_dim())
 
 
-def parameter_hooks(change: ParameterChange) -> Assign:
+def prepare_parameter_hooks(change: ParameterChange) -> Assign:
     """Prepares hooks on gradients (`register_hook`, `register_post_accumulate_grad_hook`).
 
     New parameters take over the very dicts that hold the hooks, so that the user's handles still remove them.
@@ -50,7 +50,7 @@ def parameter_hooks(change: ParameterChange) -> Assign:
     return assign
 
 
-def parameter_lists(lists: list[list[Tensor]], change: ParameterChange) -> Assign:
+def prepare_parameter_lists(lists: list[list[Tensor]], change: ParameterChange) -> Assign:
     """Prepares the user's lists of parameters (for clipping, say), which are changed in place.
 
     Raises:

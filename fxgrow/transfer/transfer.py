@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fxgrow.errors import FxgrowError
-from fxgrow.transfer.averaged_model import check_average, grown_average
-from fxgrow.transfer.module_hooks import module_hooks
+from fxgrow.transfer.averaged_model import check_average, prepare_average
+from fxgrow.transfer.module_hooks import prepare_module_hooks
 from fxgrow.transfer.optimizer_state import prepare_transfer
 from fxgrow.transfer.parameter_change import Assign, ParameterChange
-from fxgrow.transfer.parameters import gradients, parameter_hooks, parameter_lists
+from fxgrow.transfer.parameters import prepare_gradients, prepare_parameter_hooks, prepare_parameter_lists
 
 
 @dataclass
@@ -49,17 +49,18 @@ class TrainingState:
                 )
         if self.ema is not None:
             check_average(self.ema, model)
-        parameter_lists(self.lists, unchanged)
+        prepare_parameter_lists(self.lists, unchanged)
 
     def prepare(self, change: ParameterChange) -> Assign:
         """Prepares the change of all of it; the function that is returned makes it and cannot fail."""
         assigns: list[Assign] = [prepare_transfer(optimizer, change) for optimizer in self.optimizers]
-        assigns += [gradients(change), parameter_lists(self.lists, change), parameter_hooks(change)]
+        assigns += [prepare_gradients(change), prepare_parameter_hooks(change)]
+        assigns.append(prepare_parameter_lists(self.lists, change))
         ema = self.ema
         if ema is not None:
-            ema, assign_average = grown_average(ema, change)
+            ema, assign_average = prepare_average(ema, change)
             assigns.append(assign_average)
-        assigns.append(module_hooks(change))
+        assigns.append(prepare_module_hooks(change))
 
         def assign() -> None:
             for each in assigns:
