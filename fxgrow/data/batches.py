@@ -172,9 +172,7 @@ class Data:
 
     def first(self) -> Batch:
         """The first batch."""
-        for batch in self:
-            return batch
-        raise ProfileError("The dataloader is empty: give at least one batch of (inputs, targets).")
+        return next(iter(self))
 
     def fitting(self, hold: bool = True) -> Iterator[Batch]:
         """The batches to fit on: all but the held-out ones, or all unless `hold`."""

@@ -125,9 +125,9 @@ class Profile(Mapping[str, Bottleneck]):
         """The profile of all data, from moments of parts of it that were read separately, say on different machines.
 
         Moments are means over samples; their weighted mean is the mean over all of them, and bottlenecks and new units
-        follow from it as from one pass. Methods without a refit need nothing else. A refit
-        needs activations of the new units, which no moments of the old network hold: it reads `dataloader`. Give it the
-        batches of one part in their order, so that the same ones are held out, or data that no part has seen.
+        follow from it as from one pass. Methods without a refit need nothing else. A refit needs activations of the new
+        units, which no moments of the old network hold: it reads `dataloader`. Give it the batches of one part in their
+        order, so that the same ones are held out, or data that no part has seen.
 
         Args:
             parts: profiles made with `keep_moments=True`, or their moments, all with the same model and settings.
