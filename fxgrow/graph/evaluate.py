@@ -47,7 +47,8 @@ def eval_outputs(module: nn.Module, inputs: Any) -> list[Tensor]:
         return [t.clone() for t in tensors_in(out)]
     finally:
         for buffer, before in buffers:
-            buffer.copy_(before)
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
