@@ -129,14 +129,14 @@ def _bind(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], Callab
 def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]], Any]) -> ValueTracer:
     """Trace until train and eval mode are both described, or the other one is refused."""
     leaves = frozenset(module for module in model.modules() if _asks_for_mode(module))
-    obstacles = OpaqueFallback(model)
+    fallback = OpaqueFallback(model)
     while True:
-        tracer = ValueTracer(inputs, call, leaves, opaque=obstacles.reasons)
+        tracer = ValueTracer(inputs, call, leaves, opaque=fallback.reasons)
         try:
-            with _untouched(model), obstacles.in_the_way():
+            with _untouched(model), fallback.applied():
                 tracer.record(model)
         except CaptureError as error:
-            obstacles.add(tracer.failed_in, error, tracer.under_way)
+            fallback.add(tracer.failed_in, error, tracer.failed_calls)
             continue
         innermost = {model.get_submodule(path) for path, _, _ in tracer.branches.values() if path}
         small = {module for module in innermost if isinstance(module, _NormBase) or not _holds_anything(module)}
@@ -145,9 +145,9 @@ def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]],
         leaves |= small
 
     def retrace(changed: dict[str, Any], flipped: frozenset[str] = frozenset()) -> tuple[ValueTracer, bool]:
-        again = ValueTracer(changed, call, leaves, flipped, obstacles.reasons)
+        again = ValueTracer(changed, call, leaves, flipped, fallback.reasons)
         try:
-            with _untouched(model), obstacles.in_the_way(), _without_log_of_failures():
+            with _untouched(model), fallback.applied(), _without_log_of_failures():
                 again.record(model)
         except CaptureError:
             return again, False
@@ -156,16 +156,16 @@ def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]],
     keep_input_sizes(tracer, retrace)
     _prune(tracer.graph)
     if tracer.branches:
-        other = ValueTracer(inputs, call, leaves, frozenset(tracer.branches), obstacles.reasons)
+        other = ValueTracer(inputs, call, leaves, frozenset(tracer.branches), fallback.reasons)
         try:
-            with _untouched(model), obstacles.in_the_way():
+            with _untouched(model), fallback.applied():
                 other.record(model)
             keep_input_sizes(other, functools.partial(retrace, flipped=other.flipped))
             _prune(other.graph)
             merge_modes(tracer, other)
         except CaptureError:
             guard_modes(tracer)
-    tracer.wholes.update({name: whole for name, (_, whole) in obstacles.wholes.items()})
+    tracer.opaque_functions.update({name: function for name, (_, function) in fallback.functions.items()})
     return tracer
 
 
@@ -195,7 +195,8 @@ def _assemble(
     gm = fx.GraphModule(nn.Module(), fx.Graph(), class_name=type(model).__name__)
     gm._modules.update(model._modules)
     used = {str(node.target) for node in tracer.graph.find_nodes(op="call_module")}
-    gm._modules.update({name: whole.train(model.training) for name, whole in tracer.wholes.items() if name in used})
+    functions = {name: f.train(model.training) for name, f in tracer.opaque_functions.items() if name in used}
+    gm._modules.update(functions)
     gm._parameters.update(model._parameters)
     gm._buffers.update(model._buffers)
     gm._non_persistent_buffers_set.update(model._non_persistent_buffers_set)

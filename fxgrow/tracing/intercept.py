@@ -1,4 +1,4 @@
-"""Catch every torch call of the model's code, also those that would not reach a proxy by themselves."""
+"""Intercepts every torch call of the model's code, also those that would not reach a proxy by themselves."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import builtins
 import contextlib
 import operator
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -39,16 +39,36 @@ _STATIC_FUNCTIONS = {
 }
 
 
+Patch = tuple[Any, str, Any]
+
+
 @contextlib.contextmanager
 def intercept(tracer: RecordingTracer) -> Iterator[None]:
     """While open, torch calls with proxies, and calls that make tensors, become nodes of ``tracer``."""
-    saved: list[tuple[Any, str, Any, bool]] = []
-    # torch remembers its tables of functions for good: ours must not be among them, and with them the model
+    # torch keeps its tables of overridable functions for good: made now, they hold no patches and thus no model
     is_tensor_method_or_property(torch.relu)
+    with _patched([*_functions(tracer), *_module_attributes(tracer), _isinstance()]), _Recorder(tracer):
+        yield
 
-    def replace(owner: Any, name: str, new: Any) -> None:
-        saved.append((owner, name, vars(owner).get(name), name in vars(owner)))
-        setattr(owner, name, new)
+
+@contextlib.contextmanager
+def _patched(patches: Sequence[Patch]) -> Iterator[None]:
+    """Sets attributes for the time being."""
+    saved = [(owner, name, vars(owner).get(name), name in vars(owner)) for owner, name, _ in patches]
+    try:
+        for owner, name, new in patches:
+            setattr(owner, name, new)
+        yield
+    finally:
+        for owner, name, old, defined in reversed(saved):
+            if defined:
+                setattr(owner, name, old)
+            else:
+                delattr(owner, name)
+
+
+def _functions(tracer: RecordingTracer) -> Iterator[Patch]:
+    """Functions and methods that would not reach a proxy by themselves."""
 
     def recording(function: Any, always: bool) -> Any:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
@@ -58,14 +78,23 @@ def intercept(tracer: RecordingTracer) -> Iterator[None]:
 
         return wrapper
 
+    for function, name in FACTORIES.items():
+        yield torch, name, recording(function, always=True)
+    for name in _SIZE_METHODS:
+        yield torch.Tensor, name, recording(getattr(torch.Tensor, name), always=False)
     apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
 
     def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        # Tracing through would lose the function's own backward.
+        # tracing through would lose the function's own backward
         if tracer.runner.silent or not has_proxy(args):
             return apply(cls, *args, **kwargs)
         return tracer.create_proxy("call_function", function_call(cls), args, kwargs)
 
+    yield torch.autograd.Function, "apply", classmethod(apply_function)
+
+
+def _module_attributes(tracer: RecordingTracer) -> Iterator[Patch]:
+    """Writes of buffers, and reads of `training`."""
     set_attribute = nn.Module.__setattr__
 
     def assign(module: nn.Module, name: str, value: Any) -> None:
@@ -76,34 +105,23 @@ def intercept(tracer: RecordingTracer) -> Iterator[None]:
         try:
             value = vars(module)["training"]
         except KeyError:
-            raise AttributeError("training") from None  # a scripted module has its own way
+            raise AttributeError("training") from None  # a scripted module keeps it elsewhere
         return value if tracer.runner.silent else tracer.training(module, value)
 
-    real = builtins.isinstance
+    yield nn.Module, "__setattr__", assign
+    yield nn.Module, "training", property(training, lambda module, flag: vars(module).update(training=flag))
+
+
+def _isinstance() -> Patch:
+    """`isinstance(x, torch.Tensor)` must be true of a proxy, and `__class__` may not say so (see ValueProxy)."""
+    original = builtins.isinstance
 
     def is_instance(value: Any, kinds: Any) -> bool:
         if type(value) is ValueProxy:
-            return real(value.carried, kinds) or real(value, kinds)
-        return real(value, kinds)
+            return original(value.carried, kinds) or original(value, kinds)
+        return original(value, kinds)
 
-    try:
-        for function, name in FACTORIES.items():
-            replace(torch, name, recording(function, always=True))
-        for name in _SIZE_METHODS:
-            replace(torch.Tensor, name, recording(getattr(torch.Tensor, name), always=False))
-        replace(torch.autograd.Function, "apply", classmethod(apply_function))
-        replace(nn.Module, "__setattr__", assign)
-        replace(nn.Module, "training", property(training, lambda module, flag: vars(module).update(training=flag)))
-        # `isinstance(x, torch.Tensor)` must be true, and `__class__` may not say so (see ValueProxy).
-        replace(builtins, "isinstance", is_instance)
-        with _Recorder(tracer):
-            yield
-    finally:
-        for owner, name, old, own in reversed(saved):
-            if own:
-                setattr(owner, name, old)
-            else:
-                delattr(owner, name)
+    return builtins, "isinstance", is_instance
 
 
 class _Recorder(TorchFunctionMode):
@@ -126,7 +144,7 @@ class _Recorder(TorchFunctionMode):
 
 
 def _record(tracer: RecordingTracer, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A node for a torch function or a tensor method; a plain value where no size can change it."""
+    """Returns a proxy for a call of a torch function or a tensor method; a plain value where no size can change it."""
     name = getattr(function, "__name__", "")
     method = function not in FACTORIES and is_tensor_method_or_property(function)
     if function in _STATIC_FUNCTIONS or (method and name in STATIC_METHODS):

@@ -1,4 +1,4 @@
-"""Which modules stay one node of a captured graph."""
+"""What stays one node of a graph: layers of torch.nn, and modules and functions that have a rule."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.fx import _symbolic_trace
 
 from fxgrow.ops.registry import is_described
 
-# Made of other layers, which have the widths.
+#: made of other layers, which have the widths
 _COMPOSITE = (
     nn.Transformer,
     nn.TransformerEncoder,
@@ -19,42 +19,41 @@ _COMPOSITE = (
     nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer,
 )
-# What a subclass of a torch.nn layer may have and still compute what the layer computes.
+#: what a subclass of a torch.nn layer may define and still compute what the layer computes
 _HARMLESS = {"extra_repr", "reset_parameters"}
 
 
 def is_layer(cls: type) -> bool:
-    """Whether a module class is a layer of ``torch.nn`` (or changes nothing about one), or described by a rule."""
-    if is_described(cls) or is_described(f"{cls.__module__}.{cls.__qualname__}"):
+    """Whether a module class has a rule, or is a layer of ``torch.nn`` or a subclass that changes nothing about one."""
+    if _has_rule(cls):
         return True
     if issubclass(cls, _COMPOSITE):
         return False
     for base in cls.__mro__:
         if base.__module__.startswith(("torch.nn", "torch.ao.nn")):
             return base is not nn.Module and not issubclass(base, nn.Sequential)
-        own = [name for name in vars(base) if not name.startswith("__") and name not in _HARMLESS]
-        if any(callable(getattr(base, name)) for name in own):
+        defined = [name for name in vars(base) if not name.startswith("__") and name not in _HARMLESS]
+        if any(callable(getattr(base, name)) for name in defined):
             return False
     return False
 
 
-# Functions marked with `torch.fx.wrap` are followed like any other code.
-
-
 @contextmanager
-def marked_followed() -> Iterator[None]:
-    """While open, the only marked functions that become nodes are operators: compiled, or described by a rule."""
+def trace_marked_functions() -> Iterator[None]:
+    """While open, functions marked with `torch.fx.wrap` are traced like other code, unless compiled or with a rule."""
     table = _symbolic_trace._wrapped_fns_to_patch
-    taken = {entry: scope for entry, scope in table.items() if _is_code(scope.get(entry[1]))}
-    for entry in taken:
+    traced = {}
+    for entry, scope in table.items():
+        function = scope.get(entry[1])
+        if hasattr(function, "__code__") and not _has_rule(function):
+            traced[entry] = scope
+    for entry in traced:
         del table[entry]
     try:
         yield
     finally:
-        table.update(taken)
+        table.update(traced)
 
 
-def _is_code(function: Any) -> bool:
-    if not hasattr(function, "__code__"):
-        return False
-    return not is_described(function) and not is_described(f"{function.__module__}.{function.__qualname__}")
+def _has_rule(target: Any) -> bool:
+    return is_described(target) or is_described(f"{target.__module__}.{target.__qualname__}")

@@ -5,6 +5,7 @@ The module keeps its parameters and their names; only its call is traced through
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -17,22 +18,16 @@ def has_no_extra_keys(m: nn.MultiheadAttention) -> bool:
     return m.bias_k is None and not m.add_zero_attn
 
 
-def multihead_attention(
-    m: nn.MultiheadAttention,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Tensor | None = None,
-    average_attn_weights: bool = True,
-    is_causal: bool = False,
-) -> tuple[Tensor, Any]:
-    """Returns what `m(query, key, value, ...)` returns, computed from its parameters."""
+def multihead_attention(m: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+    """Returns what `m(*args, **kwargs)` returns, computed from its parameters."""
+    call = inspect.signature(nn.MultiheadAttention.forward).bind(m, *args, **kwargs)
+    call.apply_defaults()
+    given = call.arguments
+    query, need_weights = given["query"], given["need_weights"]
     batch_first = m.batch_first or query.dim() == 2
-    q, k, v = _projected(m, *(x if batch_first else x.transpose(0, 1) for x in (query, key, value)))
+    q, k, v = _projected(m, *(x if batch_first else x.transpose(0, 1) for x in (query, given["key"], given["value"])))
     q, k, v = (t.unflatten(-1, (m.num_heads, m.head_dim)).transpose(-3, -2) for t in (q, k, v))
-    mask = _mask(m, q, attn_mask, key_padding_mask)
+    mask = _mask(m, q, given["attn_mask"], given["key_padding_mask"])
     weights = None
     if need_weights or m.dropout:
         # the fused operator takes a number, which could not follow the mode
@@ -40,7 +35,7 @@ def multihead_attention(
         weights = (scores if mask is None else scores + mask).softmax(-1)
         weights = F.dropout(weights, m.dropout, m.training)
         y = weights @ v
-        weights = (weights.mean(-3) if average_attn_weights else weights) if need_weights else None
+        weights = (weights.mean(-3) if given["average_attn_weights"] else weights) if need_weights else None
     else:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     y = m.out_proj(y.transpose(-3, -2).flatten(-2))

@@ -1,7 +1,7 @@
-"""Functions and methods that look at data, kept whole: a call is one node, and the code around it is followed.
+"""Functions and methods that cannot be traced: a call is one node, and the code around it is traced.
 
 requires: the error of a trace.
-ensures:  the next trace meets, in place of such a function, a module that calls it; the module holds no parameters.
+ensures:  the next trace finds, in place of such a function, a module that calls it; the module holds no parameters.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from fxgrow.tracing.source_location import is_user_code
 
 
 class OpaqueFunction(nn.Module):
-    """Calls a function, or a method of a module that is not its own."""
+    """A module that calls a function, or a method of another module."""
 
     def __init__(self, function: Callable[..., Any], owner: nn.Module | None) -> None:
         super().__init__()
         self.function = function
-        # past nn.Module, which would take the owner's parameters for ours
+        # past nn.Module.__setattr__, which would register the owner as a submodule
         self.__dict__["owner"] = owner
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the function returns, in this module's mode."""
+        """Returns the function's result, in this module's mode."""
         owner: nn.Module | None = self.__dict__["owner"]
         if owner is None:
             return self.function(*args, **kwargs)
@@ -38,12 +38,18 @@ class OpaqueFunction(nn.Module):
             owner.__dict__["training"] = before
 
     def extra_repr(self) -> str:
-        """The function's name."""
+        """Returns the function's name."""
         return self.function.__qualname__
 
 
 class Call(NamedTuple):
-    """A call that was under way: the function, the module it is a method of, and the globals that name it."""
+    """A call in which a trace failed.
+
+    Attributes:
+        function: that was called.
+        owner: the module that the function is a method of, or None.
+        names: globals of modules that hold the function, with its name there.
+    """
 
     function: Callable[..., Any]
     owner: nn.Module | None
@@ -51,21 +57,21 @@ class Call(NamedTuple):
 
     @property
     def key(self) -> tuple[int, int]:
-        """Tells calls apart."""
+        """Identifies the function and the module it is a method of."""
         return id(self.function.__code__), id(self.owner)
 
     @property
     def has_parameters(self) -> bool:
-        """Whether the method names parameters of its module, or parts that hold some: those must stay visible."""
+        """Whether the method names parameters of its module, or submodules with parameters, which must stay visible."""
         if self.owner is None:
             return False
         named = set(self.function.__code__.co_names)
-        parts = {n for n, m in self.owner.named_children() if next(m.parameters(), None) is not None}
-        return bool(named & (parts | {n for n, _ in self.owner.named_parameters(recurse=False)}))
+        submodules = {n for n, m in self.owner.named_children() if next(m.parameters(), None) is not None}
+        return bool(named & (submodules | {n for n, _ in self.owner.named_parameters(recurse=False)}))
 
 
-def calls(error: BaseException) -> list[Call]:
-    """The calls below the innermost `forward` that an error went through, outermost first."""
+def calls_in(error: BaseException) -> list[Call]:
+    """Returns the calls below the innermost `forward` that an error went through, outermost first."""
     frames: list[FrameType] = []
     trace = error.__traceback__
     while trace is not None:
@@ -74,8 +80,8 @@ def calls(error: BaseException) -> list[Call]:
         trace = trace.tb_next
     starts = [i for i, f in enumerate(frames) if f.f_code.co_name == "forward"]
     below = frames[starts[-1] :] if starts else []
-    found = (_call(frame, caller) for caller, frame in zip(below, below[1:], strict=False))
-    return [call for call in found if call is not None]
+    calls = (_call(frame, caller) for caller, frame in zip(below, below[1:], strict=False))
+    return [call for call in calls if call is not None]
 
 
 def _call(frame: FrameType, caller: FrameType) -> Call | None:
@@ -94,22 +100,22 @@ def _call(frame: FrameType, caller: FrameType) -> Call | None:
 
 
 @contextlib.contextmanager
-def in_place(wholes: Sequence[tuple[Call, OpaqueFunction]]) -> Iterator[None]:
-    """Puts modules where the code looks for the functions; attributes of modules are for the caller to restore."""
+def replace_functions(functions: Sequence[tuple[Call, OpaqueFunction]]) -> Iterator[None]:
+    """Puts modules where the code looks for the functions; the caller restores attributes of modules."""
     saved: list[tuple[dict[str, Any], str, Any]] = []
     try:
-        for call, whole in wholes:
+        for call, module in functions:
             if call.owner is not None:
-                call.owner.__dict__[call.function.__name__] = _caller(whole)
+                call.owner.__dict__[call.function.__name__] = _caller(module)
             for scope, name in call.names:
                 saved.append((scope, name, scope[name]))
-                scope[name] = _caller(whole)
+                scope[name] = _caller(module)
         yield
     finally:
         for scope, name, function in reversed(saved):
             scope[name] = function
 
 
-def _caller(whole: OpaqueFunction) -> Callable[..., Any]:
-    # a module among a module's attributes would become its part
-    return lambda *args, **kwargs: whole(*args, **kwargs)
+def _caller(module: OpaqueFunction) -> Callable[..., Any]:
+    # the module itself, as an attribute of another one, would become a submodule of it
+    return lambda *args, **kwargs: module(*args, **kwargs)

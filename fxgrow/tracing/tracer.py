@@ -24,7 +24,7 @@ from fxgrow.tracing.intercept import FACTORIES, intercept
 from fxgrow.tracing.leaf_modules import is_layer
 from fxgrow.tracing.multihead_attention import has_no_extra_keys, multihead_attention
 from fxgrow.tracing.opaque import opaque_value
-from fxgrow.tracing.opaque_functions import Call, OpaqueFunction, calls
+from fxgrow.tracing.opaque_functions import Call, OpaqueFunction, calls_in
 from fxgrow.tracing.proxy import INPLACE, ValueProxy
 from fxgrow.tracing.source_location import (
     failure,
@@ -65,11 +65,11 @@ class ValueTracer(fx.Tracer):
         self.opaque = opaque or {}
         #: path of the innermost module in which tracing failed
         self.failed_in = ""
-        #: calls under way there, outermost first
-        self.under_way: list[Call] = []
-        #: functions that were kept whole, as modules by name
-        self.wholes: dict[str, nn.Module] = {}
-        self._written_out: set[nn.Module] = set()
+        #: the calls in which it failed there, outermost first
+        self.failed_calls: list[Call] = []
+        #: opaque functions, as modules by name
+        self.opaque_functions: dict[str, nn.Module] = {}
+        self._traced_attention: set[nn.Module] = set()
         self.runner = FakeRunner()
         self.constants: dict[str, torch.Tensor] = {}
         self.branches: dict[str, tuple[str, bool, str]] = {}  # flag -> (innermost module, value, where)
@@ -98,10 +98,10 @@ class ValueTracer(fx.Tracer):
             with intercept(self), torch.random.fork_rng(devices=_cuda_devices()):
                 return self.trace(model)
         except CaptureError as error:
-            self.failed_in, self.under_way = self._innermost()[0], calls(error)
+            self.failed_in, self.failed_calls = self._innermost()[0], calls_in(error)
             raise
         except Exception as error:
-            self.failed_in, self.under_way = self._innermost()[0], calls(error)
+            self.failed_in, self.failed_calls = self._innermost()[0], calls_in(error)
             raise CaptureError(failure(error, self._module(), last_user_line(error))) from error
         finally:
             torch._C._set_grad_enabled(grad)
@@ -270,7 +270,7 @@ class ValueTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Layers of torch.nn, subclasses that change nothing about them, ``leaves`` and what is opaque."""
-        if m in self._written_out:
+        if m in self._traced_attention:
             return False
         return m in self.leaves or m in self.opaque or is_layer(type(m)) or recognised(m) is not None
 
@@ -284,7 +284,7 @@ class ValueTracer(fx.Tracer):
         if path is None:
             return forward(*args, **kwargs)
         if type(m) is nn.MultiheadAttention and has_no_extra_keys(m):
-            self._written_out.add(m)
+            self._traced_attention.add(m)
             forward = functools.partial(multihead_attention, m)
         return super().call_module(m, forward, args, kwargs)
 

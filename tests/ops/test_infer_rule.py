@@ -23,7 +23,7 @@ from tests.ops.table import Net
 @pytest.fixture(autouse=True)
 def marked_functions_stay_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """As compiled operators would; capture follows the code of marked functions otherwise."""
-    monkeypatch.setattr("fxgrow.tracing.opaque.marked_followed", contextlib.nullcontext)
+    monkeypatch.setattr("fxgrow.tracing.opaque.trace_marked_functions", contextlib.nullcontext)
 
 
 @fx.wrap

@@ -38,7 +38,7 @@ def test_followed_or_one_node() -> None:
     gm = fxgrow.capture(model, (x[:2],))
     targets = [node.target for node in gm.graph.nodes]
     assert both not in targets and torch.cat in targets
-    assert "by_sign_whole" in targets
+    assert "by_sign_opaque" in targets
     assert marks <= set(_symbolic_trace._wrapped_fns_to_patch)
     found = {w.name: w.pinned.code if w.pinned else None for w in fxgrow.widths(gm)}
     assert found["first"] is None and found["last"] == "output"

@@ -271,7 +271,7 @@ def test_a_method_of_the_root_that_counts_data_is_one_node() -> None:
     x = torch.randn(7, 3, dtype=torch.float64)
     gm = fxgrow.capture(model, (x,))
     (opaque,) = fxgrow.explain(gm).opaque
-    assert opaque.name == "keep_whole" and opaque.parameters == 0
+    assert opaque.name == "keep_opaque" and opaque.parameters == 0
     assert "keep" not in vars(model) and not any("whole" in n for n, _ in model.named_modules())
     grown = fxgrow.widen(gm, (x,), {"body": 3})
     for data in (x, torch.randn(40, 3, dtype=torch.float64), -x):
