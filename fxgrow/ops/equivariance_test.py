@@ -136,8 +136,8 @@ class EquivarianceTest:
         return runs[self.kinds[-1]]
 
     def _axis_map(self, place: InputDim, inner: int, lengths: set[int]) -> AxisMap:
-        n = self.shapes[place[0]][place[1]]
         """Tries layouts and combinations of inputs until one is equivariant."""
+        n = self.shapes[place[0]][place[1]]
         mixes: NotEquivariant | None = None
         fails: NotEquivariant | None = None
         for layout in _layouts(n, inner, lengths):
@@ -285,18 +285,13 @@ def _matching_layouts(
             fits = _same(a, b, None)
         else:
             axis, layouts = out[leaf]
-            kept = [k for k in layouts if _same(_selected(a, axis, k, *selection), b, axis)]
+            selected = {k: a.index_select(axis, k.positions(*selection)) for k in layouts if isinstance(a, Tensor)}
+            kept = [k for k, entries in selected.items() if _same(entries, b, axis)]
             matching[leaf] = (axis, kept)
             fits = bool(kept)
         if not fits:
             raise NotEquivariant(f"it mixes the units of dimension {dim}")
     return matching
-
-
-def _selected(a: object, axis: int, layout: Layout, chosen: Tensor, units: int) -> object:
-    if not isinstance(a, Tensor):
-        return a
-    return a.index_select(axis, layout.positions(chosen, units))
 
 
 def _run(call: Call, tensors: Sequence[Tensor]) -> tuple[list[object], list[Tensor]]:

@@ -90,15 +90,13 @@ def _values(node: fx.Node, training: bool | None = None) -> tuple[Any, Any]:
             return arg.meta["val"] if training is None or not _is_switch(arg) else _switch(arg, training)
         if isinstance(arg, dict):
             return {k: value(v) for k, v in arg.items()}
-        return type(arg)(value(v) for v in arg) if type(arg) in (list, tuple) else _plain(arg, value)
+        if isinstance(arg, slice):
+            return slice(value(arg.start), value(arg.stop), value(arg.step))
+        if isinstance(arg, list):
+            return [value(v) for v in arg]
+        return tuple(map(value, arg)) if type(arg) is tuple else arg
 
     return value(tuple(node.args)), value(dict(node.kwargs))
-
-
-def _plain(arg: Any, value: Callable[[Any], Any]) -> Any:
-    if isinstance(arg, slice):
-        return slice(value(arg.start), value(arg.stop), value(arg.step))
-    return [value(v) for v in arg] if isinstance(arg, list) else arg
 
 
 def _cached_rule(ctx: Context, tensors: list[Tensor], axes: list[tuple[InputDim, int]]) -> InferredRule | str:

@@ -113,8 +113,7 @@ class ConsumerMoments:
         position_count: their positions.
         rows: number of rows from which M and G were formed.
         sampled: these rows.
-        kernel_taps: rows of vh per output channel of the weight: the kernel's size for a transposed convolution, else
-            1.
+        kernel_taps: rows of vh per output channel: the kernel's size for a transposed convolution, else 1.
         dim: dimension of `layer_input` that the weight sums over, and of `output_gradient` that has its outputs.
         input_factor: M plus a ridge, factored, once `project` was called.
         delta_w: dW*, then.

@@ -138,6 +138,7 @@ def merge_into(stats: Statistics, parts: Sequence[Moments], device: torch.device
         numbers = counts(f"reads/{name}/counts")
         c.vv = sum(float(n[0]) * share for n, share in zip(numbers, shares, strict=True))
         c.samples, c.position_count, c.rows = (int(sum(float(n[i]) for n in numbers)) for i in (1, 2, 3))
+    crosses: dict[str, Tensor] = {}
     for name, w in stats.widths.items():
         w.s = mean(f"width/{name}/S")
         rows = [part.tensors.get(f"width/{name}/rows") for part in parts]
@@ -149,13 +150,11 @@ def merge_into(stats: Statistics, parts: Sequence[Moments], device: torch.device
         w.position_count = sum(float(n[1]) * share for n, share in zip(numbers, shares, strict=True))
         w.ridge = 0.0 if stats.exact else SAMPLED_RIDGE[w.rows < 10 * w.features]
         for weight in {path.consumer.weight: None for path in w.paths}:
-            block = mean(f"width/{name}/N/{weight}")
-            if block is not None:
-                w.blocks[weight] = block
+            block, cross = mean(f"width/{name}/N/{weight}"), mean(f"width/{name}/C/{weight}")
+            w.blocks |= {} if block is None else {weight: block}
+            crosses |= {} if cross is None else {f"{name}/{weight}": cross}
     stats.samples, stats.total = total, float(total)
-    pairs = {(name, path.consumer.weight) for name, w in stats.widths.items() for path in w.paths}
-    crosses = {f"{name}/{weight}": mean(f"width/{name}/C/{weight}") for name, weight in pairs}
-    return {name: t for name, t in crosses.items() if t is not None}
+    return crosses
 
 
 class InputCrossMoment:

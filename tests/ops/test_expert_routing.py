@@ -13,15 +13,15 @@ grouped = pytest.mark.skipif(not hasattr(F, "grouped_mm"), reason="this PyTorch 
 
 
 class Mixture(nn.Module):
-    """Tokens go to their best expert, sorted by expert; weights stored [experts, in, out] or turned."""
+    """Tokens go to their best expert, sorted by expert; weights stored [experts, in, out] or transposed."""
 
-    def __init__(self, turned: bool, hidden: int = 12) -> None:
+    def __init__(self, transposed: bool, hidden: int = 12) -> None:
         super().__init__()
-        self.turned, self.experts = turned, 3
+        self.transposed, self.experts = transposed, 3
         self.first, self.router, self.last = nn.Linear(5, 8), nn.Linear(5, 3), nn.Linear(8, 4)
         up, down = torch.randn(3, 8, 2 * hidden) * 0.3, torch.randn(3, hidden, 8) * 0.3
-        self.up = nn.Parameter(up.mT.contiguous() if turned else up)
-        self.down = nn.Parameter(down.mT.contiguous() if turned else down)
+        self.up = nn.Parameter(up.mT.contiguous() if transposed else up)
+        self.down = nn.Parameter(down.mT.contiguous() if transposed else down)
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -29,9 +29,9 @@ class Mixture(nn.Module):
         expert, order = torch.sort(expert)
         ends = torch.histc(expert.float(), bins=self.experts, min=0, max=self.experts - 1).cumsum(0, dtype=torch.int32)
         h = self.first(rows)[order]
-        gate, value = F.grouped_mm(h, self.up.transpose(-2, -1) if self.turned else self.up, offs=ends).chunk(2, -1)
+        gate, value = F.grouped_mm(h, self.up.transpose(-2, -1) if self.transposed else self.up, offs=ends).chunk(2, -1)
         h = F.silu(gate) * value
-        h = F.grouped_mm(h, self.down.transpose(-2, -1) if self.turned else self.down, offs=ends)
+        h = F.grouped_mm(h, self.down.transpose(-2, -1) if self.transposed else self.down, offs=ends)
         out = torch.empty_like(h)
         out[order] = h * probability[order].unsqueeze(-1)
         return self.last(out).unflatten(0, x.shape[:2])
@@ -59,10 +59,10 @@ def test_dense_experts() -> None:
 
 
 @grouped
-@pytest.mark.parametrize("turned", [False, True])
-def test_hidden_width_of_the_experts(turned: bool) -> None:
+@pytest.mark.parametrize("transposed", [False, True])
+def test_hidden_width_of_the_experts(transposed: bool) -> None:
     torch.manual_seed(0)
-    model, x = Mixture(turned), torch.randn(4, 6, 5)
+    model, x = Mixture(transposed), torch.randn(4, 6, 5)
     gm = fxgrow.capture(model, (x[:2],))
     found = {w.name: w for w in fxgrow.widths(gm)}
     assert found["up"].pinned is None and (found["up"].size, found["up"].step) == (24, 8)
@@ -80,7 +80,7 @@ def test_hidden_width_of_the_experts(turned: bool) -> None:
         grown(x).square().mean().backward()
         optimizer.step()
     for p, old in zip((grown.up, grown.down), before, strict=True):
-        moved = (p - old).abs().sum((0, 1) if (p is grown.up) != turned else (0, 2))
+        moved = (p - old).abs().sum((0, 1) if (p is grown.up) != transposed else (0, 2))
         assert bool((moved > 0).all())
 
 
