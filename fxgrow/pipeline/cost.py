@@ -151,12 +151,11 @@ def cost_of(kind: str, analysed: AnalysedGraph, names: Sequence[str]) -> Cost:
     Raises:
         PlanError: there is none.
     """
-    if kind == "parameters":
-        return Parameters(analysed)
-    if kind == "multiply-adds":
-        return MultiplyAdds(analysed)
     if kind == "latency":
         return Latency(analysed, names)
+    for cost in (Parameters, MultiplyAdds):
+        if kind == cost.unit:
+            return cost(analysed)
     raise PlanError(f"cost={kind!r}: choose 'parameters', 'multiply-adds' or 'latency'.")
 
 

@@ -40,21 +40,10 @@ class GrowOptions(Options, total=False):
 
 #: of every option, in the order in which signatures show them
 DEFAULTS: GrowOptions = {
-    "loss_fn": None,
-    "example_inputs": None,
-    "budget": None,
-    "neurons": None,
-    "method": "default",
-    "cost": "parameters",
-    "multiple": 1,
-    "samples": None,
-    "memory_limit": None,
-    "optimizer": None,
-    "update_existing": True,
-    "progress": True,
-    "seed": 0,
-    "into": "graph",
-}
+    "loss_fn": None, "example_inputs": None, "budget": None, "neurons": None, "method": "default",
+    "cost": "parameters", "multiple": 1, "samples": None, "memory_limit": None, "optimizer": None,
+    "update_existing": True, "progress": True, "seed": 0, "into": "graph",
+}  # fmt: skip
 
 
 def with_defaults(options: Mapping[str, Any]) -> GrowOptions:
