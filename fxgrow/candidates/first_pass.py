@@ -1,6 +1,6 @@
-"""The first reading of the data: moments of every consumer and width, and the units that follow from them.
+"""The first pass over the data: moments of every consumer and width, and the units that follow from them.
 
-Widths whose matrices have no room beside each other take turns, with a reading of the data for each turn.
+Widths whose matrices do not fit beside each other are measured in several passes.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ from torch import Tensor, fx
 from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.candidates.gradient_sketch import sketch
-from fxgrow.candidates.isolated import IsolatedPath, apart
+from fxgrow.candidates.isolated import IsolatedPath, isolated_paths
 from fxgrow.candidates.isolated_refit import HeldOutCache
-from fxgrow.candidates.memory_turns import turns
+from fxgrow.candidates.multiple_passes import split_into_passes
+from fxgrow.candidates.zero_unit_graph import SketchContext
 from fxgrow.data.batches import HOLD_OUT_EVERY, Batch, Data
 from fxgrow.data.loss import LossFn
 from fxgrow.data.progress import progress as bar
@@ -38,41 +39,47 @@ from fxgrow.statistics.mergeable import (
 
 
 @dataclass
-class Measured:
-    """What a first reading found.
+class Measurements:
+    """What a first pass measured.
 
     Attributes:
-        updates: dW* per consumer.
+        delta_w: dW* per consumer.
         proposals: units per width.
-        asked: per width, Psi and E|V|^2 of all its consumers.
+        bottlenecks: per width, Psi and E|V|^2 of all its consumers.
         positions: per width, sampled positions behind its second moments.
         samples: how many were read.
         loss: the sum of their losses.
+        paths: of widths whose new units can be tested isolated.
+        stats: on what.
+        held_out: the same of held-out batches.
+        mergeable: means by name, where they are to be merged with others.
     """
 
-    updates: dict[str, Tensor] = field(default_factory=dict)
+    delta_w: dict[str, Tensor] = field(default_factory=dict)
     proposals: dict[str, Proposal] = field(default_factory=dict)
-    asked: dict[str, tuple[float, float]] = field(default_factory=dict)
+    bottlenecks: dict[str, tuple[float, float]] = field(default_factory=dict)
     positions: dict[str, int] = field(default_factory=dict)
     samples: int = 0
     loss: float = 0.0
-    #: widths of which new units can be tried by themselves, and on what
-    ways: dict[str, IsolatedPath] = field(default_factory=dict)
+    paths: dict[str, IsolatedPath] = field(default_factory=dict)
     stats: Statistics | None = None
-    held: HeldOutCache = field(default_factory=HeldOutCache)
-    #: means by name, where they are to be merged with others
-    kept: dict[str, Tensor] = field(default_factory=dict)
+    held_out: HeldOutCache = field(default_factory=HeldOutCache)
+    mergeable: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Reader:
-    """How to read: the graph, the data, the method.
+class FirstPass:
+    """The first pass over a graph's data.
 
     Attributes:
+        analysed: the graph.
+        method: whose needs are collected.
+        data: the batches.
+        loss_fn: see `fxgrow.profile`.
         exact: every matrix from every position.
         generator: of the sampling.
         show: a progress bar.
-        limit: bytes that matrices and remembered activations may take, or None.
+        limit: bytes that matrices and cached activations may take, or None.
         keep: means, so that those of other data can be added.
     """
 
@@ -86,173 +93,172 @@ class Reader:
     limit: int | None = None
     keep: bool = False
 
-    def measure(self, hiddens: Sequence[GrowableWidth], additions: Mapping[str, int]) -> Measured:
+    def measure(self, widths: Sequence[GrowableWidth], additions: Mapping[str, int]) -> Measurements:
         """Moments of these widths, and up to so many units for each.
 
         Raises:
-            ProfileError: a width has no room on its own.
+            ProfileError: a width does not fit into the limit alone.
         """
-        out = Measured()
-        found = turns(hiddens, self.analysed.gm, self.limit)
-        for own in found:
-            self._measure(own, additions, out, self.method.needs.refit and not self.exact and len(found) == 1)
-        return out
+        result = Measurements()
+        passes = split_into_passes(widths, self.analysed.gm, self.limit)
+        isolated = self.method.needs.refit and not self.exact and len(passes) == 1
+        for part in passes:
+            self._measure(part, additions, result, isolated)
+        return result
 
     def merge(
-        self, parts: Sequence[Moments], hiddens: Sequence[GrowableWidth], additions: Mapping[str, int]
-    ) -> Measured:
+        self, parts: Sequence[Moments], widths: Sequence[GrowableWidth], additions: Mapping[str, int]
+    ) -> Measurements:
         """The same from moments of several parts of the data."""
-        out = Measured(samples=sum(part.samples for part in parts), loss=sum(part.loss for part in parts))
-        stats = self._statistics(hiddens)
-        crosses = merge_into(stats, parts, next(self.analysed.gm.parameters()).device)
-        updates, psi = project(stats)
+        result = Measurements(samples=sum(part.samples for part in parts), loss=sum(part.loss for part in parts))
+        stats = self._statistics(widths)
+        cross_moments = merge_into(stats, parts, next(self.analysed.gm.parameters()).device)
+        self._project(stats, widths, result)
         if self.method.needs.project:
-            subtract_by_cross_moment(stats, crosses, updates)
-        self._propose(stats, hiddens, additions, updates, psi, out)
-        return out
+            subtract_by_cross_moment(stats, cross_moments, result.delta_w)
+        self._propose(stats, widths, additions, result)
+        return result
 
-    def _statistics(self, hiddens: Sequence[GrowableWidth]) -> Statistics:
+    def _statistics(self, widths: Sequence[GrowableWidth]) -> Statistics:
         needs = self.method.needs
         # an eighth of the memory is for caches
         limit = sys.maxsize if self.limit is None else self.limit // 8
         return Statistics(
             self.analysed,
-            hiddens,
+            widths,
             exact=self.exact,
             width_moments=needs.moments,
             # with C all of N is formed at once
             project=needs.project and not self.keep,
             output_side=needs.output_side or needs.refit,
-            width_cache_bytes=min(WIDTH_CACHE_BYTES, limit // max(1, len(hiddens))),
+            width_cache_bytes=min(WIDTH_CACHE_BYTES, limit // max(1, len(widths))),
             isolated_cache_bytes=min(ISOLATED_CACHE_BYTES, limit),
             rows=needs.rows,
         )
 
     def _measure(
-        self, hiddens: Sequence[GrowableWidth], additions: Mapping[str, int], out: Measured, tried: bool
+        self, widths: Sequence[GrowableWidth], additions: Mapping[str, int], result: Measurements, isolated: bool
     ) -> None:
-        needs, stats = self.method.needs, self._statistics(hiddens)
-        if tried:
-            linked = [h for h in hiddens if h.name in stats.widths]
-            out.ways, out.stats = apart(self.analysed, linked, stats.consumers), stats
-            stats.cache_for_isolated(way.hidden for way in out.ways.values())
-        out.loss = self.collect(stats, out.held)
-        process_group = self.data.process_group
+        stats, process_group = self._statistics(widths), self.data.process_group
+        if isolated:
+            measured = [w for w in widths if w.name in stats.widths]
+            result.paths, result.stats = isolated_paths(self.analysed, measured, stats.consumers), stats
+            stats.cache_for_isolated(path.width for path in result.paths.values())
+        loss = self.collect(stats, result.held_out)
         stats.finish(self.generator, process_group)
-        out.samples, (out.loss,) = int(stats.total), process_group.sum_numbers(out.loss)
-        updates, psi = project(stats)
+        result.samples, (result.loss,) = int(stats.total), process_group.sum_numbers(loss)
+        self._project(stats, widths, result)
         if self.keep:
-            out.kept |= mergeable_tensors(stats)
-        if needs.project and stats.widths:
-            self._subtract(stats, updates, out)
+            result.mergeable |= mergeable_tensors(stats)
+        if self.method.needs.project and stats.widths:
+            self._subtract_expressible(stats, result)
         sum_blocks(stats.widths.values(), process_group)
-        # what is drawn from here on is drawn alike
+        # random numbers are the same in all processes from here on
         self.generator.set_state(process_group.broadcast_from_rank0(self.generator.get_state))
-        self._propose(stats, hiddens, additions, updates, psi, out)
+        self._propose(stats, widths, additions, result)
+
+    def _project(self, stats: Statistics, widths: Sequence[GrowableWidth], result: Measurements) -> None:
+        """Adds dW* per consumer and the bottlenecks of widths."""
+        delta_w, psi = project(stats)
+        for w in widths:
+            weights = {p.weight for p in w.consumers}
+            parts = [psi[key] for key, c in stats.consumers.items() if c.weight in weights]
+            result.bottlenecks[w.name] = sum(p for p, _ in parts), sum(v for _, v in parts)
+        result.delta_w |= delta_w
 
     def _propose(
-        self,
-        stats: Statistics,
-        hiddens: Sequence[GrowableWidth],
-        additions: Mapping[str, int],
-        updates: Mapping[str, Tensor],
-        psi: Mapping[str, tuple[float, float]],
-        out: Measured,
+        self, stats: Statistics, widths: Sequence[GrowableWidth], additions: Mapping[str, int], result: Measurements
     ) -> None:
-        needs, process_group = self.method.needs, self.data.process_group
-        wanted = {h.name: additions[h.name] for h in hiddens}
-        out.proposals |= process_group.broadcast_from_rank0(lambda: self._proposals(stats, wanted))
-        for name in wanted:
-            found = stats.widths.get(name)
-            out.positions[name] = 0 if found is None else found.rows
+        needs = self.method.needs
+        measured = {w.name: stats.widths.get(w.name) for w in widths}
+        result.positions |= {name: 0 if moments is None else moments.rows for name, moments in measured.items()}
+        result.proposals |= self.data.process_group.broadcast_from_rank0(
+            lambda: {
+                name: Proposal() if moments is None else self.method.propose(moments, stats.consumers, additions[name])
+                for name, moments in measured.items()
+            }
+        )
         if needs.sketch:
-            rest = [h for h in hiddens if h.name not in stats.widths]
-            out.proposals |= sketch(
-                self.analysed, rest, stats.consumers, updates, self.data, self.loss_fn, wanted, needs.refit,
-                self.generator,
-            )  # fmt: skip
-        for h in hiddens:
-            read = {p.weight for p in h.consumers}
-            own = [psi[key] for key, c in stats.consumers.items() if c.weight in read]
-            out.asked[h.name] = sum(p for p, _ in own), sum(v for _, v in own)
-        out.updates |= updates
+            context = SketchContext(
+                self.analysed, stats.consumers, result.delta_w, self.data, self.loss_fn, needs.refit, self.generator
+            )
+            result.proposals |= sketch(context, {n: additions[n] for n, moments in measured.items() if moments is None})
 
-    def _proposals(self, stats: Statistics, wanted: Mapping[str, int]) -> dict[str, Proposal]:
-        found = {name: stats.widths.get(name) for name in wanted}
-        propose = self.method.propose
-        return {n: Proposal() if w is None else propose(w, stats.consumers, wanted[n]) for n, w in found.items()}
-
-    def collect(self, stats: Statistics, held: HeldOutCache | None = None) -> float:
-        """The first pass; returns the sum of the fitting batches' losses. What there is room for goes to `held`."""
-        total = 0.0
-        returned: dict[fx.Node, Tensor] = {}
-        apart = False
+    def collect(self, stats: Statistics, cache: HeldOutCache | None = None) -> float:
+        """Reads the data once; returns the sum of the fitting batches' losses. Held-out batches go to the cache."""
+        total, held_out = 0.0, False
+        gradients: dict[fx.Node, Tensor] = {}
 
         def batches() -> Iterator[Batch]:
-            nonlocal apart
+            nonlocal held_out
             for batch in self.data:
-                apart = self.method.needs.refit and self.data.is_held_out(batch)
-                # the first batch is none of these, and with it the room is known
-                if not apart or stats.caches_isolated:
+                held_out = self.method.needs.refit and self.data.is_held_out(batch)
+                # the first batch is never held out, and after it the cache's size is known
+                if not held_out or stats.caches_isolated:
                     yield batch
 
-        def read(seen: BatchRecord, node: fx.Node, v: Tensor) -> None:
-            if apart:
-                returned[node] = v
+        def on_output_gradient(record: BatchRecord, node: fx.Node, v: Tensor) -> None:
+            if held_out:
+                gradients[node] = v
             else:
-                stats.add_output_gradient(seen, node, v, batches=self.data.expected(seen.size))
+                stats.add_output_gradient(record, node, v, batches=self.data.expected(record.size))
 
-        def done(batch: Batch, seen: BatchRecord) -> None:
+        def on_batch(batch: Batch, record: BatchRecord) -> None:
             nonlocal total
-            if not apart:
-                total += seen.loss * seen.size
-                stats.end_batch(seen)
-            elif held is not None:
-                held.cache.expected = max(1, self.data.expected(seen.size) // HOLD_OUT_EVERY)
-                held.add(seen, stats.held_out_inputs, stats.isolated_targets, returned)
-                returned.clear()
+            if not held_out:
+                total += record.loss * record.size
+                stats.end_batch(record)
+            elif cache is not None:
+                cache.cache.expected = max(1, self.data.expected(record.size) // HOLD_OUT_EVERY)
+                cache.add(record, stats.held_out_inputs, stats.isolated_targets, gradients)
+                gradients.clear()
 
-        gm, shown = self.analysed.gm, bar(batches(), "profiling", self.data.batches, self.show)
-        weights = {n: lookup(gm, n) for n in stats.weights}
-        needed = lambda: not (apart or stats.complete)  # noqa: E731
-        forward_backward(gm, shown, self.loss_fn, PassRequest(stats.sources, done, stats.uses, read, weights, needed))
+        gm = self.analysed.gm
+        request = PassRequest(
+            stats.sources,
+            on_batch,
+            stats.uses,
+            on_output_gradient,
+            weights={n: lookup(gm, n) for n in stats.weights},
+            weights_needed=lambda: not (held_out or stats.complete),
+        )
+        forward_backward(gm, bar(batches(), "profiling", self.data.batches, self.show), self.loss_fn, request)
+        size = self.data.process_group.size
         (single,) = self.data.process_group.sum_numbers(self.data.batches == 1)
-        if single not in (0, self.data.process_group.size):
-            size = self.data.process_group.size
+        if single not in (0, size):
             raise ProfileError(
                 f"{single:.0f} of {size} processes have a single batch: give each at least two, so "
                 "that one can be held back, or each one alone."
             )
         return total
 
-    def _subtract(self, stats: Statistics, updates: Mapping[str, Tensor], out: Measured) -> None:
-        crossed = InputCrossMoment(stats) if self.keep else None
-        if stats.exact:
-            self._read_again(stats, updates, crossed)
-        elif crossed is None:
-            stats.subtract_expressible(updates)
-        else:
-            crossed.add_cached()
-        if crossed is not None:
-            out.kept |= crossed.tensors()
-            subtract_by_cross_moment(stats, crossed.blocks(), updates)
+    def _subtract_expressible(self, stats: Statistics, result: Measurements) -> None:
+        """Subtracts from E[b V^T] what dW* explains of V."""
+        cross_moment = InputCrossMoment(stats) if self.keep else None
 
-    def _read_again(self, stats: Statistics, updates: Mapping[str, Tensor], crossed: InputCrossMoment | None) -> None:
-        def done(batch: Batch, seen: BatchRecord) -> None:
-            if crossed is None:
-                stats.subtract_expressible_of(seen, updates)
+        def on_batch(batch: Batch, record: BatchRecord) -> None:
+            if cross_moment is None:
+                stats.subtract_expressible_of(record, result.delta_w)
             else:
-                crossed.add(seen.inputs)
+                cross_moment.add(record.inputs)
 
-        batches = self.data.fitting(self.method.needs.refit)
-        forward_backward(self.analysed.gm, batches, self.loss_fn, PassRequest(stats.sources, done))
+        if stats.exact:
+            batches = self.data.fitting(self.method.needs.refit)
+            forward_backward(self.analysed.gm, batches, self.loss_fn, PassRequest(stats.sources, on_batch))
+        elif cross_moment is None:
+            stats.subtract_expressible(result.delta_w)
+        else:
+            cross_moment.add_cached()
+        if cross_moment is not None:
+            result.mergeable |= cross_moment.tensors()
+            subtract_by_cross_moment(stats, cross_moment.blocks(), result.delta_w)
 
 
 def project(stats: Statistics) -> tuple[dict[str, Tensor], dict[str, tuple[float, float]]]:
     """Per consumer weight: dW*, and (Psi, E|V|^2)."""
-    updates: dict[str, Tensor] = {}
+    delta_w: dict[str, Tensor] = {}
     psi: dict[str, tuple[float, float]] = {}
     for name, c in stats.consumers.items():
-        updates[name] = c.project(stats.exact)
-        psi[name] = bottleneck(float(c.vv), c.vh, updates[name]), float(c.vv)
-    return updates, psi
+        delta_w[name] = c.project(stats.exact)
+        psi[name] = bottleneck(float(c.vv), c.vh, delta_w[name]), float(c.vv)
+    return delta_w, psi

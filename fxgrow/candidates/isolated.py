@@ -1,13 +1,14 @@
-"""What new units put out, by themselves: from what their producers read, without the rest of the network.
+"""Activations of new units without the rest of the network, from what their producers read.
 
-Between most producers and consumers every unit goes its own way: activations, pools, sums, norms per channel. There
-new units are run as a network of their own, as narrow as they are few. Norms of new channels are transparent in eval
-mode, so they are passed by. Whatever else lies between, the whole network is widened and run (`candidates/widened.py`).
+Between most producers and consumers every unit has a path of its own: activations, pools, sums, norms per channel.
+There new units are run as a network by themselves, as narrow as they are few. BatchNorms of new channels are the
+identity in eval mode, so they are passed by. Whatever else lies between, the whole network is widened and run
+(`widened.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch.func import functional_call
 
 from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
-from fxgrow.axes.axes import Dims, UnitVar, multiplicity, resolve
+from fxgrow.axes.axes import Dims, resolve, variables
 from fxgrow.axes.structure import Projection
 from fxgrow.candidates.widened import put_rows
 from fxgrow.graph.graph import lookup
@@ -34,56 +35,57 @@ from fxgrow.rewriting.values import Values
 from fxgrow.statistics.batch_dimension import nodes_with_batch_second
 from fxgrow.statistics.consumer_moments import ConsumerMoments
 
-#: each unit apart, wherever the samples stand
+#: rules of operators that keep units isolated, wherever the batch dimension is
 _POINTWISE: tuple[Rule, ...] = (elementwise, identity, clone)
-#: each channel of a map apart
+#: and of those that keep the channels of a map isolated
 _OF_MAPS: tuple[Rule, ...] = (pool, interpolate, reduce, flatten)
 
 
 @dataclass(frozen=True)
 class IsolatedPath:
-    """The way of one width's new units, from what its producers read to what its consumers read.
+    """The path of one width's new units, from what its producers read to what its consumers read.
 
     Attributes:
-        hidden: the width.
-        nodes: on the way, in the order in which they run.
-        passed: norms that new channels pass as they are.
+        gm: the graph.
+        width: the width.
+        nodes: on the path, in the order in which they run.
+        passed: BatchNorms that are the identity for new channels.
     """
 
     gm: fx.GraphModule
-    hidden: GrowableWidth
+    width: GrowableWidth
     nodes: tuple[fx.Node, ...]
     passed: frozenset[fx.Node]
 
     @property
     def sources(self) -> list[fx.Node]:
         """What the producers read."""
-        return list(dict.fromkeys(p.source for p in self.hidden.producers))
+        return list(dict.fromkeys(p.source for p in self.width.producers))
 
     @torch.no_grad()
-    def put_out(self, proposal: Proposal, inputs: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
+    def activations(self, proposal: Proposal, inputs: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
         """New channels at every source of a consumer, for the inputs of the producers. In eval mode."""
         values = Values()
-        for p in self.hidden.producers:
+        for p in self.width.producers:
             put_rows(self.gm, p, "", proposal.alpha[p.weight], values)
-        entries = {name: next(iter(own.values())) for name, own in values.new.items()}
-        known: dict[fx.Node, Any] = {}
-        writes = {p.node: p.source for p in self.hidden.producers}
+        entries = {name: next(iter(slices.values())) for name, slices in values.new.items()}
+        computed: dict[fx.Node, Any] = {}
+        read_by = {p.node: p.source for p in self.width.producers}
 
         def value(n: fx.Node) -> Any:
-            name = str(n.target)
-            if n.op == "get_attr":
-                return entries[name].to(lookup(self.gm, name)) if name in entries else lookup(self.gm, name)
-            return known[n]
+            if n.op != "get_attr":
+                return computed[n]
+            old = lookup(self.gm, str(n.target))
+            return entries[str(n.target)].to(old) if n.target in entries else old
 
         for node in self.nodes:
-            read = writes.get(node)
+            source = read_by.get(node)
             # a producer may read old units of its own width
-            own = value if read is None else lambda n, read=read: inputs[n] if n is read else value(n)
-            known[node] = self._run(node, own, entries)
-        return {p.source: known[p.source] for p in self.hidden.consumers}
+            operand = value if source is None else lambda n, source=source: inputs[n] if n is source else value(n)
+            computed[node] = self._run(node, operand, entries)
+        return {p.source: computed[p.source] for p in self.width.consumers}
 
-    def _run(self, node: fx.Node, value: Any, entries: Mapping[str, Tensor]) -> Any:
+    def _run(self, node: fx.Node, value: Callable[[fx.Node], Any], entries: Mapping[str, Tensor]) -> Any:
         if node in self.passed:
             (before,) = node.all_input_nodes
             return value(before) if len(before.users) == 1 else value(before).clone()
@@ -93,57 +95,57 @@ class IsolatedPath:
         if node.op == "call_function":
             return node.target(*args, **kwargs)  # type: ignore[operator]
         module = self.gm.get_submodule(str(node.target))
-        own = {leaf: entries[name] for leaf in ("weight", "bias") if (name := f"{node.target}.{leaf}") in entries}
-        if not own:
-            return module(*args, **kwargs)
-        return functional_call(module, {leaf: t.to(getattr(module, leaf)) for leaf, t in own.items()}, args, kwargs)
+        new = {
+            leaf: entries[name].to(getattr(module, leaf))
+            for leaf in ("weight", "bias")
+            if (name := f"{node.target}.{leaf}") in entries
+        }
+        return functional_call(module, new, args, kwargs) if new else module(*args, **kwargs)
 
 
-def apart(
-    analysed: AnalysedGraph, hiddens: Iterable[GrowableWidth], consumers: Mapping[str, ConsumerMoments]
+def isolated_paths(
+    analysed: AnalysedGraph, widths: Iterable[GrowableWidth], consumers: Mapping[str, ConsumerMoments]
 ) -> dict[str, IsolatedPath]:
-    """The widths of which new units can be run by themselves; with one that cannot go all that share a consumer."""
-    hiddens = list(hiddens)
-    second = nodes_with_batch_second(analysed.gm.graph)
-    found = {h.name: way for h in hiddens if (way := _way(analysed, h, consumers, second)) is not None}
-    readers = {h.name: {p.weight for p in h.consumers} for h in hiddens}
+    """The widths whose new units can be run isolated; with one that cannot go all that share a consumer."""
+    batch_second = nodes_with_batch_second(analysed.gm.graph)
+    readers = {w.name: {p.weight for p in w.consumers} for w in widths}
+    paths = {}
+    for name in readers:
+        width = analysed.widths[name]
+        path = _isolated_path(analysed, width, batch_second) if _can_be_isolated(analysed, width, consumers) else None
+        if path is not None:
+            paths[name] = path
     while True:
-        lost = {w for name, own in readers.items() if name not in found for w in own}
-        gone = [name for name in found if readers[name] & lost]
+        lost = {weight for name, weights in readers.items() if name not in paths for weight in weights}
+        gone = [name for name in paths if readers[name] & lost]
         if not gone:
-            return found
+            return paths
         for name in gone:
-            del found[name]
+            del paths[name]
 
 
-def _way(
-    analysed: AnalysedGraph,
-    h: GrowableWidth,
-    consumers: Mapping[str, ConsumerMoments],
-    second: set[fx.Node],
-) -> IsolatedPath | None:
-    gm = analysed.gm
-    if not h.consumers or any(p.weight not in consumers or consumers[p.weight].uses[0].experts for p in h.consumers):
-        return None
-    if any(len(resolve(p.input_axis)) != 1 or p.transposed for p in h.consumers):
-        return None
-    if any(spectral(gm, p.weight) for p in (*h.producers, *h.consumers)):
-        return None  # under such a norm new entries are not what was proposed
-    if not all(p.plain and p.groups == 1 and not p.transposed and _own_weight(gm, p) for p in h.producers):
-        return None
-    writers = {p.node for p in h.producers}
-    maps = all(p.kernel for p in h.producers)
+def _can_be_isolated(analysed: AnalysedGraph, width: GrowableWidth, consumers: Mapping[str, ConsumerMoments]) -> bool:
+    """Whether the producers and consumers of a width are plain matrices or kernels, whatever lies between them."""
+    gm, reads = analysed.gm, width.consumers
+    if not reads or any(p.weight not in consumers or consumers[p.weight].uses[0].experts for p in reads):
+        return False
+    if any(len(resolve(p.input_axis)) != 1 or p.transposed for p in reads):
+        return False
+    if any(spectral(gm, p.weight) for p in (*width.producers, *reads)):
+        return False  # under such a norm new entries are not what was proposed
+    return all(p.plain and p.groups == 1 and not p.transposed and _is_stored(gm, p) for p in width.producers)
+
+
+def _isolated_path(analysed: AnalysedGraph, width: GrowableWidth, batch_second: set[fx.Node]) -> IsolatedPath | None:
+    gm, producers = analysed.gm, {p.node for p in width.producers}
+    maps = all(p.kernel for p in width.producers)
     rules = (*_POINTWISE, *_OF_MAPS) if maps else _POINTWISE
-    nodes: set[fx.Node] = set()
     passed: set[fx.Node] = set()
-    queue = [p.source for p in h.consumers]
+    queue = list(dict.fromkeys(p.source for p in width.consumers))
     for node in queue:
-        if node in nodes:
-            continue
-        nodes.add(node)
-        if maps and node in second:
+        if maps and node in batch_second:
             return None
-        if node in writers:
+        if node in producers:
             continue
         module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         rule = find_rule(node, module) if node.op.startswith("call_") else None
@@ -152,14 +154,16 @@ def _way(
         elif rule not in rules or (module is not None and any(True for _ in module.parameters())):
             return None
         for n in node.all_input_nodes:
-            if _carries(analysed, n, h.var):
-                queue.append(n)
-            else:
+            dims = analysed.structure.outputs.get(n)
+            if not isinstance(dims, Dims) or width.var not in variables(*dims):
                 return None
-    return IsolatedPath(gm, h, tuple(n for n in gm.graph.nodes if n in nodes), frozenset(passed))
+            if n not in queue:
+                queue.append(n)
+    nodes = set(queue)
+    return IsolatedPath(gm, width, tuple(n for n in gm.graph.nodes if n in nodes), frozenset(passed))
 
 
-def _own_weight(gm: fx.GraphModule, p: Projection) -> bool:
+def _is_stored(gm: fx.GraphModule, p: Projection) -> bool:
     """Whether the use reads a parameter as it is stored, whatever its size: no norm or cast computes it from others."""
     if p.node.op == "call_module":
         module = gm.get_submodule(str(p.node.target))
@@ -168,8 +172,3 @@ def _own_weight(gm: fx.GraphModule, p: Projection) -> bool:
         return ours and p.weight == f"{p.node.target}.weight" and isinstance(module.weight, nn.Parameter)
     others = [n for n in p.node.all_input_nodes if n is not p.source]
     return all(n.op == "get_attr" and str(n.target) in (p.weight, p.bias) for n in others)
-
-
-def _carries(analysed: AnalysedGraph, node: fx.Node, var: UnitVar) -> bool:
-    dims = analysed.structure.outputs.get(node)
-    return isinstance(dims, Dims) and any(var in multiplicity(a) for a in dims)

@@ -1,10 +1,10 @@
-"""New units tried by themselves: no pass over the widened network, and none at all where the first reading remembers.
+"""New units tested isolated: no pass over the widened network, and none at all where the first pass is cached.
 
-requires: the statistics of a first reading, and the ways of widths whose new units can be run apart (`isolated.py`).
-ensures:  the same readouts and evidence as `run_refit` gives from the widened network.
+requires: the statistics of a first pass, and the paths of widths whose new units can be run isolated (`isolated.py`).
+ensures:  the same fits and tests as `WidenedRefit` gives from the widened network.
 
-New units put out z, from what their producers read. Nobody reads them yet, so V and h are what they were: what a
-refit needs beyond the first reading is E[V z^T], E[h z^T] and E[z z^T].
+The activations z of new units follow from what their producers read. Nobody reads them yet, so that V and h are as
+before: what a refit needs beyond the first pass is E[V z^T], E[h z^T] and E[z z^T].
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from fxgrow.candidates.isolated import IsolatedPath
 from fxgrow.candidates.outgoing_weights import OutgoingWeightFit
 from fxgrow.candidates.refit import Refit
-from fxgrow.candidates.significance import Tests
+from fxgrow.candidates.significance import ConsumerBatch, HeldOutSlopes
 from fxgrow.data.batches import Batch, Data
 from fxgrow.data.loss import LossFn
 from fxgrow.graph.evaluate import eval_mode
@@ -30,187 +30,194 @@ from fxgrow.statistics.forward_backward import BatchRecord, PassRequest, forward
 from fxgrow.statistics.gram import accumulating, matrix_product
 
 #: by node, a tensor of some samples
-Values = Mapping[fx.Node, Tensor]
-#: called with how many samples, what entered weights and what came back to their outputs
-Visit = Callable[[int, Values, Values], None]
+NodeTensors = Mapping[fx.Node, Tensor]
 
 
 @dataclass
 class HeldOutCache:
-    """Held-back batches that the first reading has remembered: inputs, V and the sum of the losses."""
+    """Held-out batches that the first pass has cached: layer inputs, V and the sum of the losses."""
 
     cache: ActivationCache = field(default_factory=ActivationCache)
     samples: int = 0
     loss: float = 0.0
 
-    def add(self, seen: BatchRecord, sources: Iterable[fx.Node], targets: Iterable[fx.Node], updates: Values) -> None:
-        """One batch: remembers what sources put out and what came back to targets."""
-        self.samples += seen.size
-        self.loss += seen.loss * seen.size
+    def count(self, record: BatchRecord) -> None:
+        """Adds samples and losses of one batch."""
+        self.samples += record.size
+        self.loss += record.loss * record.size
+
+    def add(
+        self, record: BatchRecord, sources: Iterable[fx.Node], targets: Iterable[fx.Node], gradients: NodeTensors
+    ) -> None:
+        """Caches one batch: the outputs of sources and the output gradients of targets."""
+        self.count(record)
         for node in sources:
-            self.cache.add_input(node, seen.inputs[node], seen.size)
+            self.cache.add_input(node, record.inputs[node], record.size)
         for node in targets:
-            self.cache.add_output_gradient(node, updates[node], seen.size)
+            self.cache.add_output_gradient(node, gradients[node], record.size)
 
 
 @dataclass
 class IsolatedRefit:
-    """New units of several widths, and what they are tried on.
+    """New units of several widths, and what they are tested on.
 
     Attributes:
-        ways: by width.
-        proposals: by width, as many rows as units are to be tried.
-        stats: of the first reading.
-        held: what it remembers of held-back batches.
+        paths: by width.
+        proposals: by width, as many rows as units are to be tested.
+        unit_groups: by width, how many those are in steps.
+        stats: of the first pass.
+        held_out: what it cached of held-out batches.
+        data: the batches, for what was not cached.
+        loss_fn: see `fxgrow.profile`.
     """
 
-    ways: Mapping[str, IsolatedPath]
+    paths: Mapping[str, IsolatedPath]
     proposals: Mapping[str, Proposal]
-    atoms: Mapping[str, int]
+    unit_groups: Mapping[str, int]
     stats: Statistics
-    held: HeldOutCache
+    held_out: HeldOutCache
     data: Data
     loss_fn: LossFn | None
 
     def __post_init__(self) -> None:
         #: by consumer, the width that it reads
-        self.reads: dict[str, str] = {}
-        for name, way in self.ways.items():
-            for p in way.hidden.consumers:
-                self.reads[p.weight] = name
-        #: what new units put out for batches that are remembered whole
-        self.known: dict[tuple[str, Span], Values] = {}
+        self.reads = {p.weight: name for name, path in self.paths.items() for p in path.width.consumers}
+        #: activations of new units for batches that are cached as a whole
+        self.activations: dict[tuple[str, Span], NodeTensors] = {}
         self.consumers = {name: self.stats.consumers[name] for name in self.reads}
-        self.sources = list(dict.fromkeys(n for way in self.ways.values() for n in way.sources))
-        self.targets = list(dict.fromkeys(p.node for c in self.consumers.values() for p in c.uses))
-        self.inputs = list(dict.fromkeys([*self.sources, *(p.source for c in self.consumers.values() for p in c.uses)]))
+        uses = [p for c in self.consumers.values() for p in c.uses]
+        self.sources = list(dict.fromkeys(n for path in self.paths.values() for n in path.sources))
+        self.targets = list(dict.fromkeys(p.node for p in uses))
+        self.inputs = list(dict.fromkeys([*self.sources, *(p.source for p in uses)]))
 
     def run(self) -> Refit:
-        """Fits on the fitting batches, tests on the held-back ones."""
-        gm = next(iter(self.ways.values())).gm
-        out = Refit()
-        with eval_mode(gm):
-            sums = self._fitted(gm)
+        """Fits on the fitting batches, tests on the held-out ones."""
+        refit = Refit()
+        with eval_mode(self._gm):
+            vz = self._output_products()
             for name, c in self.consumers.items():
-                out.readouts[name] = self._readout(c, *sums[name])
-            self.known.clear()
-            out.rank(self.atoms, self.data.process_group)
-            self._test(gm, out)
-        return out
+                refit.fits[name] = self._fit(c, vz[name])
+            self.activations.clear()
+            refit.rank(self.unit_groups, self.data.process_group)
+            self._test(refit)
+        return refit
+
+    @property
+    def _gm(self) -> fx.GraphModule:
+        return next(iter(self.paths.values())).gm
+
+    def _uses(
+        self, inputs: NodeTensors, gradients: NodeTensors, span: Span | None = None
+    ) -> Iterator[tuple[str, ConsumerMoments, fx.Node, Tensor, Tensor]]:
+        """Yields consumer, its moments, the node that it reads, z and V of one or more batches."""
+        for width, path in self.paths.items():
+            z = path.activations(self.proposals[width], inputs)
+            if span is not None and self.stats.complete:
+                self.activations[width, span] = z
+            for name in (n for n, w in self.reads.items() if w == width):
+                c = self.consumers[name]
+                for p in c.uses:
+                    yield name, c, p.source, c.layer_input(z[p.source]), c.output_gradient(gradients[p.node])
+
+    def _pass(
+        self, batches: Iterator[Batch], sources: list[fx.Node], visit: Callable[[int, NodeTensors, NodeTensors], None]
+    ) -> HeldOutCache:
+        """Reads the data again; returns samples and the sum of losses."""
+        gradients: dict[fx.Node, Tensor] = {}
+        counts = HeldOutCache()
+
+        def on_batch(batch: Batch, record: BatchRecord) -> None:
+            counts.count(record)
+            visit(record.size, record.inputs, gradients)
+            gradients.clear()
+
+        keep = lambda record, node, v: gradients.__setitem__(node, v)  # noqa: E731
+        forward_backward(self._gm, batches, self.loss_fn, PassRequest(sources, on_batch, self.targets, keep))
+        return counts
 
     # -- fitting
 
-    def _fitted(self, gm: fx.GraphModule) -> dict[str, tuple[Tensor, Tensor]]:
-        """Per consumer E[V h^T] and E[V z^T]."""
-        vz: dict[str, Tensor] = {}
+    def _output_products(self) -> dict[str, Tensor]:
+        """E[V z^T] per consumer."""
+        sums: dict[str, Tensor] = {}
 
-        def visit(size: int, inputs: Values, updates: Values, span: Span | None = None) -> None:
-            for width, way in self.ways.items():
-                z = way.put_out(self.proposals[width], inputs)
-                if span is not None and self.stats.complete:
-                    self.known[width, span] = z
-                for name in (n for n, w in self.reads.items() if w == width):
-                    c = self.consumers[name]
-                    for p in c.uses:
-                        _add(vz, name, c.outer(c.output_gradient(updates[p.node]), c.layer_input(z[p.source])))
+        def visit(size: int, inputs: NodeTensors, gradients: NodeTensors, span: Span | None = None) -> None:
+            for name, c, _, z, v in self._uses(inputs, gradients, span):
+                _add(sums, name, c.outer(v, z))
 
-        if self.held.samples:
-            for span, inputs, updates in self.stats.cache.groups(None, self.sources, self.targets):
-                visit(len(inputs[self.sources[0]]), inputs, updates, span)
+        if self.held_out.samples:
+            for span, inputs, gradients in self.stats.cache.groups(None, self.sources, self.targets):
+                visit(0, inputs, gradients, span)
         else:
-            self._read(gm, self.data.fitting(), self.sources, visit)
-        # the first reading saw the same V and h
-        self.data.process_group.sum_([vz[name] for name in self.consumers])
-        return {name: (c.vh, vz[name] / self.stats.total) for name, c in self.consumers.items()}
+            self._pass(self.data.fitting(), self.sources, visit)
+        self.data.process_group.sum_([sums[name] for name in self.consumers])
+        return {name: sums[name] / self.stats.total for name in self.consumers}
 
-    def _read(self, gm: fx.GraphModule, batches: Iterator[Batch], sources: list[fx.Node], visit: Visit) -> HeldOutCache:
-        """A pass; returns samples and the sum of losses."""
-        updates: dict[fx.Node, Tensor] = {}
-        read = HeldOutCache()
-
-        def done(batch: Batch, seen: BatchRecord) -> None:
-            read.add(seen, (), (), {})
-            visit(seen.size, seen.inputs, updates)
-            updates.clear()
-
-        request = PassRequest(sources, done, self.targets, lambda seen, node, v: updates.__setitem__(node, v))
-        forward_backward(gm, batches, self.loss_fn, request)
-        return read
-
-    def _readout(self, c: ConsumerMoments, vh: Tensor, vz: Tensor) -> OutgoingWeightFit:
+    def _fit(self, c: ConsumerMoments, vz: Tensor) -> OutgoingWeightFit:
         if c.m is None:
             raise RuntimeError("no rows were added")
         width = self.reads[c.weight]
         hz, zz = self._second_moments(c, width)
-        new = {width: torch.arange(vz.shape[1], device=vz.device).view(self.atoms[width], -1)}
-        outputs = torch.arange(len(vh), device=vh.device)
-        held = torch.zeros_like(vh), torch.zeros_like(vz)
-        r = OutgoingWeightFit(c.weight, c.bias, c.uses[0], outputs, new, c.m, hz, zz, c.curvature(), (vh, vz), held)
-        if self.held.samples:  # the same E[V h^T], so the same dW*
-            r.root, r.move = c.input_factor, c.delta_w
-        return r
+        new = {width: torch.arange(vz.shape[1], device=vz.device).view(self.unit_groups[width], -1)}
+        outputs = torch.arange(len(c.vh), device=c.vh.device)
+        # the first pass saw the same V and h
+        fit = OutgoingWeightFit(c.weight, c.bias, c.uses[0], outputs, new, c.m, hz, zz, c.curvature(), (c.vh, vz))
+        if self.held_out.samples:  # the same E[V h^T], so the same dW*
+            fit.input_factor, fit.delta_w = c.input_factor, c.delta_w
+        return fit
 
     @torch.no_grad()
     def _second_moments(self, c: ConsumerMoments, width: str) -> tuple[Tensor, Tensor]:
         """E[h z^T] and E[z z^T], from the rows that E[h h^T] is from."""
-        cache = self.stats.cache
+        cache, path = self.stats.cache, self.paths[width]
         total: list[Tensor] = []
-        for drawn in c.sampled:
-            (h,) = cache.read([drawn.use.source], drawn.span, drawn.keep)
-            known = self.known.get((width, drawn.span))
-            if known is None:
-                way = self.ways[width]
-                sources = cache.read(way.sources, drawn.span, drawn.keep)
-                known = way.put_out(self.proposals[width], dict(zip(way.sources, sources, strict=True)))
-            z = known[drawn.use.source]
-            for part in drawn.parts:
+        for sampled in c.sampled:
+            (h,) = cache.read([sampled.use.source], sampled.span, sampled.keep)
+            activations = self.activations.get((width, sampled.span))
+            if activations is None:
+                inputs = zip(path.sources, cache.read(path.sources, sampled.span, sampled.keep), strict=True)
+                activations = path.activations(self.proposals[width], dict(inputs))
+            z = activations[sampled.use.source]
+            for part in sampled.parts:
                 right = accumulating(c.input_rows(c.layer_input(z), part))
                 left = accumulating(c.input_rows(c.layer_input(h), part))
                 moments = [matrix_product(left.mT, right), matrix_product(right.mT, right)]
                 if c.bias is not None:
                     moments[0] = torch.cat([moments[0], right.sum(0, keepdim=True)])
-                moments = [m.mul_(drawn.scale / self.stats.total) for m in moments]
+                moments = [m.mul_(sampled.scale / self.stats.total) for m in moments]
                 total = [a.add_(b) for a, b in zip(total, moments, strict=True)] if total else moments
         self.data.process_group.sum_(total)
         return total[0], total[1]
 
-    # -- the held-back test
+    # -- the held-out test
 
-    def _test(self, gm: fx.GraphModule, out: Refit) -> None:
-        tests = Tests(out.readouts, out.evidence, self.atoms)
+    def _test(self, refit: Refit) -> None:
+        slopes = HeldOutSlopes(refit.fits, refit.tests, self.unit_groups)
         vh: dict[str, Tensor] = {}
         vz: dict[str, Tensor] = {}
 
-        def visit(size: int, inputs: Values, updates: Values) -> None:
+        def visit(size: int, inputs: NodeTensors, gradients: NodeTensors) -> None:
             uses = []
-            for width, way in self.ways.items():
-                z = way.put_out(self.proposals[width], inputs)
-                for name in (n for n, w in self.reads.items() if w == width):
-                    c = self.consumers[name]
-                    for p in c.uses:
-                        h, own, v = (
-                            c.layer_input(inputs[p.source]),
-                            c.layer_input(z[p.source]),
-                            c.output_gradient(updates[p.node]),
-                        )
-                        _add(vh, name, c.products(h, v))
-                        _add(vz, name, c.outer(v, own))
-                        uses.append((name, c, h, own, v))
-            tests.add(size, uses)
+            for name, c, source, z, v in self._uses(inputs, gradients):
+                h = c.layer_input(inputs[source])
+                _add(vh, name, c.products(h, v))
+                _add(vz, name, c.outer(v, z))
+                uses.append((name, ConsumerBatch(c, h, z, v)))
+            slopes.add(size, uses)
 
-        held = self.held
-        if held.samples:
-            for _, inputs, updates in held.cache.groups(None, self.inputs, self.targets):
-                visit(len(inputs[self.sources[0]]), inputs, updates)
+        counts = self.held_out
+        if counts.samples:
+            for _, inputs, gradients in counts.cache.groups(None, self.inputs, self.targets):
+                visit(len(inputs[self.sources[0]]), inputs, gradients)
         else:
-            held = self._read(gm, self.data.held_out(), self.inputs, visit)
-        out.samples, out.loss = held.samples, held.loss
-        for name, r in out.readouts.items():
+            counts = self._pass(self.data.held_out(), self.inputs, visit)
+        refit.samples, refit.loss = counts.samples, counts.loss
+        for name, fit in refit.fits.items():
             if name in vh:
-                r.held = vh[name], vz[name]
-        out.share(self.data.process_group)
-        tests.finish(self.data.process_group)
+                fit.held_out = vh[name], vz[name]
+        refit.reduce(self.data.process_group)
+        slopes.finish(self.data.process_group)
 
 
-def _add(total: dict[str, Tensor], name: str, own: Tensor) -> None:
-    total[name] = total[name].add_(own) if name in total else own
+def _add(sums: dict[str, Tensor], name: str, value: Tensor) -> None:
+    sums[name] = sums[name].add_(value) if name in sums else value

@@ -50,7 +50,7 @@ def _square(s: Tensor, alpha: Tensor) -> Tensor:
 def _existing(width: WidthMoments) -> Tensor:
     """Rows of all producers in the basis of b, `[P, units]`; a producer's own rows are zero in the others' part."""
     columns = []
-    for p in {p.weight: p for p in width.hidden.producers}.values():
+    for p in {p.weight: p for p in width.growable.producers}.values():
         start, stop = width.spans[p.weight]
         gm = cast(fx.GraphModule, p.node.graph.owning_module)
         rows = lookup(gm, p.weight).detach().movedim(p.out_dim, 0).flatten(1)

@@ -33,7 +33,7 @@ def fill_plan(profile: Profile, units: dict[str, int], update_existing: bool, pa
     candidates, refit = profile.candidates(), profile.refit
     chosen = {name: torch.arange(k // analysed.widths[name].step) for name, k in units.items()}
     if refit is not None:
-        chosen = {n: refit.evidence[n].order[: len(u)] if n in refit.evidence else u for n, u in chosen.items()}
+        chosen = {n: refit.tests[n].order[: len(u)] if n in refit.tests else u for n, u in chosen.items()}
     entries = _PlanEntries(profile)
     incoming: list[tuple[str, str, int]] = []
     produces = {(p.weight, p.out_dim) for p in analysed.structure.projections}
@@ -90,7 +90,7 @@ def _written_by_method(profile: Profile, units: dict[str, int], parameters: tupl
 
 
 def _pick(t: Tensor, dim: int, chosen: Tensor, candidates: int) -> Tensor:
-    """Slices of the chosen atoms, of so many candidates, along one dimension."""
+    """Slices of the chosen unit groups, of so many candidates, along one dimension."""
     each = t.shape[dim] // candidates
     index = (chosen[:, None] * each + torch.arange(each)).flatten()
     return t.index_select(dim, index.to(t.device))
@@ -124,13 +124,13 @@ class _PlanEntries:
     def refitted(self, refit: Refit, chosen: Mapping[str, Tensor], update_existing: bool) -> tuple[float, float]:
         """Solved jointly for all chosen units that a consumer reads; returns slope and curvature along gamma."""
         terms = []
-        for fit in refit.readouts.values():
+        for fit in refit.fits.values():
             groups = {width: g for width, g in chosen.items() if width in fit.new}
             if not groups:
                 continue
             update, weights = fit.solve(groups, update_existing)
             slope, curvature = fit.predict(groups, update_existing)
-            terms.append((slope, curvature * max(refit.evidence[w].coherence for w in groups)))
+            terms.append((slope, curvature * max(refit.tests[w].coherence for w in groups)))
             at = 0
             for width, picked in groups.items():
                 n = fit.new[width][picked].numel()

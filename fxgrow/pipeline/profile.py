@@ -20,10 +20,11 @@ from torch import Tensor, fx, nn
 from fxgrow.analysis.analyse import AnalysedGraph, analyse
 from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.axes.records import Width
-from fxgrow.candidates.first_pass import Measured, Reader
+from fxgrow.candidates.first_pass import FirstPass, Measurements
 from fxgrow.candidates.isolated_refit import IsolatedRefit
-from fxgrow.candidates.refit import Refit, run_refit
+from fxgrow.candidates.refit import Refit
 from fxgrow.candidates.widened import Candidates, padded
+from fxgrow.candidates.widened_refit import WidenedRefit
 from fxgrow.data.batches import Data, check_device
 from fxgrow.data.loss import LossFn
 from fxgrow.data.random_state import random_state_kept
@@ -211,7 +212,7 @@ class _Profiler:
             method=self.method,
             loss=loss / max(1, samples),
             samples=samples,
-            updates=measured.updates,
+            updates=measured.delta_w,
             proposals=measured.proposals,
             proposed=self.additions,
             calibration=calibration,
@@ -223,9 +224,9 @@ class _Profiler:
         vars(profile)["analysed"] = self.original  # what its cached property would compute again
         return profile
 
-    def _first_pass(self) -> Measured:
+    def _first_pass(self) -> Measurements:
         request = self.request
-        reader = Reader(
+        first_pass = FirstPass(
             self.analysed,
             self.method,
             self.data,
@@ -237,8 +238,8 @@ class _Profiler:
             keep=request.keep_moments or bool(request.parts),
         )
         if request.parts:
-            return reader.merge(request.parts, self.chosen, self.additions)
-        return reader.measure(self.chosen, self.additions)
+            return first_pass.merge(request.parts, self.chosen, self.additions)
+        return first_pass.measure(self.chosen, self.additions)
 
     def _search(self, proposals: dict[str, Proposal]) -> None:
         """Units of methods that search the data themselves."""
@@ -252,26 +253,26 @@ class _Profiler:
             proposals |= found
             self.additions = {name: k if name in found else 0 for name, k in self.additions.items()}
 
-    def _refit(self, measured: Measured, calibration: Sequence[Any]) -> tuple[Candidates | None, Refit]:
+    def _refit(self, measured: Measurements, calibration: Sequence[Any]) -> tuple[Candidates | None, Refit]:
         """Fits outgoing weights: of isolated units where that is possible, of the others in the widened network."""
-        refit, loss_fn, paths = Refit(), self.request.loss_fn, measured.ways
+        refit, loss_fn, paths = Refit(), self.request.loss_fn, measured.paths
         if measured.stats is not None and paths:
             isolated = [w for w in self.chosen if w.name in paths]
             for w in isolated:
                 proposal, k = measured.proposals[w.name], self.additions[w.name]
                 measured.proposals[w.name] = padded(self.analysed.gm, w, proposal, k, self.generator)
-            atoms = {w.name: self.additions[w.name] // w.step for w in isolated}
+            unit_groups = {w.name: self.additions[w.name] // w.step for w in isolated}
             refit = IsolatedRefit(
-                paths, measured.proposals, atoms, measured.stats, measured.held, self.data, loss_fn
+                paths, measured.proposals, unit_groups, measured.stats, measured.held_out, self.data, loss_fn
             ).run()
         rest = [name for name in self.additions if name not in paths]
         if not rest:
             return None, refit
         widened = Candidates(self.analysed, measured.proposals, self.additions, calibration, self.generator)
-        refit.join(run_refit(widened, self.data, loss_fn, self.generator, rest))
+        refit.join(WidenedRefit(widened, self.data, loss_fn, self.generator, rest).run())
         return widened, refit
 
-    def _kept(self, measured: Measured) -> Moments:
+    def _kept(self, measured: Measurements) -> Moments:
         """Moments of the first pass: a refit adds the samples that it was tested on."""
         return Moments(
             measured.samples,
@@ -280,7 +281,7 @@ class _Profiler:
             self.request.positions,
             tuple(w.name for w in self.chosen),
             fingerprint(self.captured),
-            measured.kept,
+            measured.mergeable,
         )
 
 
@@ -333,9 +334,9 @@ def _calibration(gm: fx.GraphModule, data: Data, hold: bool) -> list[Any]:
     return [group.all_gather_rows(torch.cat(parts)) for parts in zip(*inputs, strict=True)]
 
 
-def _bottleneck(w: GrowableWidth, measured: Measured, refit: Refit | None, k: int, samples: int) -> Bottleneck:
+def _bottleneck(w: GrowableWidth, measured: Measurements, refit: Refit | None, k: int, samples: int) -> Bottleneck:
     proposal = measured.proposals[w.name]
-    psi, desired = measured.asked[w.name]
+    psi, desired = measured.bottlenecks[w.name]
     values = tuple(float(v) for v in proposal.values)
     gains, significant = tuple(v * v for v in values[:k]), min(k, len(values)) if proposal.alpha else k
     worth = 0.0
@@ -343,11 +344,11 @@ def _bottleneck(w: GrowableWidth, measured: Measured, refit: Refit | None, k: in
         gains = tuple(proposal.splits.gains.tolist())
         significant = min(k, len(gains) * w.step)
     elif refit is not None and refit.of(w.name):
-        evidence = refit.evidence[w.name]
+        test = refit.tests[w.name]
         total = refit.marginal(w.name, k // w.step)
-        shares = evidence.shares.clamp_min(0)
+        shares = test.shares.clamp_min(0)
         gains = tuple(float(g) for g in (total * shares / shares.sum().clamp_min(1e-30)).sort(descending=True).values)
-        significant = evidence.significant * w.step
+        significant = test.significant * w.step
         # of an eighth of the width
         worth = refit.joint(w.name, max(1, math.ceil(w.width.size / 8) // w.step)) * psi**0.5
     elif refit is not None:

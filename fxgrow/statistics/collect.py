@@ -43,7 +43,7 @@ class Statistics:
 
     Args:
         analysed: the graph.
-        hiddens: the widths to measure.
+        widths: the widths to measure.
         exact: form every matrix from every position.
         width_moments: collect S and N at all.
         project: `subtract_expressible` will follow, and then adds cached samples to N.
@@ -56,7 +56,7 @@ class Statistics:
     def __init__(
         self,
         analysed: AnalysedGraph,
-        hiddens: Iterable[GrowableWidth],
+        widths: Iterable[GrowableWidth],
         *,
         exact: bool,
         width_moments: bool = True,
@@ -72,7 +72,7 @@ class Statistics:
         self.samples, self.total = 0, 0.0
         self.consumers: dict[str, ConsumerMoments] = {}
         self.widths: dict[str, WidthMoments] = {}
-        for h in hiddens:
+        for h in widths:
             for p in h.consumers:
                 if all(c.weight != p.weight for c in self.consumers.values()):
                     self.consumers |= consumers_of(p.weight, analysed.structure.projections, output_side)
@@ -110,11 +110,11 @@ class Statistics:
         biases = [c.bias for c in self.consumers.values() if c.bias is not None]
         return list(dict.fromkeys([*(c.weight for c in self.consumers.values()), *biases]))
 
-    def cache_for_isolated(self, hiddens: Iterable[GrowableWidth]) -> None:
+    def cache_for_isolated(self, widths: Iterable[GrowableWidth]) -> None:
         """Asks to cache what isolated units of these widths need, if it is small enough."""
-        hiddens = list(hiddens)
-        consumers = [p for h in hiddens for p in h.consumers]
-        self.isolated_inputs = {p.source for h in hiddens for p in h.producers}
+        widths = list(widths)
+        consumers = [p for h in widths for p in h.consumers]
+        self.isolated_inputs = {p.source for h in widths for p in h.producers}
         self.isolated_targets = {p.node for p in consumers}
         self.held_out_inputs = self.isolated_inputs | {p.source for p in consumers}
 

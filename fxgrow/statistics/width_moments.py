@@ -45,7 +45,7 @@ class WidthMoments:
     """N and S of one width.
 
     Attributes:
-        hidden: the width.
+        growable: the width.
         paths: from every producer to every consumer.
         spans: range of each producer's features in b, by weight.
         blocks: N by consumer, `[P, taps, O]`.
@@ -59,7 +59,7 @@ class WidthMoments:
         sampled: these rows, weighted, `[m, P]` in parts.
     """
 
-    hidden: GrowableWidth
+    growable: GrowableWidth
     paths: list[ConvPath]
     spans: dict[str, tuple[int, int]]
     blocks: dict[str, Tensor] = field(default_factory=dict)

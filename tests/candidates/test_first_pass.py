@@ -7,8 +7,8 @@ import torch
 
 import fxgrow
 from fxgrow.analysis.analyse import analyse
-from fxgrow.candidates.first_pass import Reader
-from fxgrow.candidates.memory_turns import turns
+from fxgrow.candidates.first_pass import FirstPass
+from fxgrow.candidates.multiple_passes import split_into_passes
 from fxgrow.data.batches import Data
 from fxgrow.initialisers.registry import find_initialiser
 from fxgrow.statistics.collect import Statistics
@@ -55,14 +55,14 @@ def test_matrices_of_a_turn_fit() -> None:
     gm = fxgrow.capture(model, (batches[0][0],))
     analysed = analyse(gm)
     every = analysed.free_widths
-    assert turns(every, gm, None) == [every]
+    assert split_into_passes(every, gm, None) == [every]
     limit = 2_000_000
-    groups = turns(every, gm, limit)
+    groups = split_into_passes(every, gm, limit)
     assert 1 < len(groups) and [h for own in groups for h in own] == every
-    reader = Reader(analysed, find_initialiser("default"), Data(batches), None, True, torch.Generator())
+    first_pass = FirstPass(analysed, find_initialiser("default"), Data(batches), None, True, torch.Generator())
     for own in groups:
         stats = Statistics(analysed, own, exact=True, output_side=True)
-        reader.collect(stats)
+        first_pass.collect(stats)
         stats.finish(torch.Generator())
         moments = [t for w in stats.widths.values() for t in (w.s, *w.blocks.values())]
         moments += [t for c in stats.consumers.values() for t in (c.m, c.g, c.vh)]

@@ -11,8 +11,8 @@ from torch import nn
 
 import fxgrow
 from fxgrow.analysis.analyse import analyse
-from fxgrow.candidates.first_pass import Reader, project
-from fxgrow.candidates.zero_unit_graph import ZeroUnitGraph, start
+from fxgrow.candidates.first_pass import FirstPass, project
+from fxgrow.candidates.zero_unit_graph import SketchContext, WidthSketch, ZeroUnitGraph
 from fxgrow.data.batches import Data
 from fxgrow.initialisers.registry import find_initialiser
 from fxgrow.statistics.collect import Statistics
@@ -46,23 +46,25 @@ def batches(count: int = 3) -> list:
     return [(torch.randn(5, 6, 3).double(), torch.randint(4, (5,))) for _ in range(count)]
 
 
-def sketched(net, data, name, atoms, contexts=()):
+def sketched(net, data, name, unit_groups, contexts=()):
     """The copy after a pass, and the width's sketch."""
     gm = fxgrow.capture(net, (data[0][0],))
     analysed = analyse(gm)
     h = analysed.widths[name]
     stats = Statistics(analysed, [h], exact=True, output_side=True)
     loader = Data(data)
-    Reader(analysed, find_initialiser("tiny"), loader, None, True, torch.Generator()).collect(stats)
+    FirstPass(analysed, find_initialiser("tiny"), loader, None, True, torch.Generator()).collect(stats)
     stats.finish(torch.Generator())
-    updates, _ = project(stats)
-    s = start(h, analysed)
-    s.atoms, s.contexts = atoms, list(contexts)
+    delta_w, _ = project(stats)
+    s = WidthSketch.of(h, analysed)
+    s.unit_groups, s.contexts = unit_groups, list(contexts)
     if contexts:
-        s.producers["q.weight"].steep[:] = s.producers["k.weight"].steep[:] = False
-    copy = ZeroUnitGraph(analysed, stats.consumers, updates, [s], torch.Generator().manual_seed(1))
-    copy.run(loader, None)
-    return copy, s, updates
+        s.producers["q.weight"].has_gradient[:] = s.producers["k.weight"].has_gradient[:] = False
+    generator = torch.Generator().manual_seed(1)
+    context = SketchContext(analysed, stats.consumers, delta_w, loader, None, False, generator)
+    graph = ZeroUnitGraph(context, [s])
+    graph.collect(loader)
+    return graph, s, delta_w
 
 
 def naive(net, data, update):
@@ -81,25 +83,25 @@ def naive(net, data, update):
     return total.detach()
 
 
-def test_values_slope_is_naive_n():
+def test_the_gradient_of_values_is_naive_n():
     torch.manual_seed(0)
     net, data = Attention(heads=2).double(), batches()
-    copy, s, updates = sketched(net, data, "v", atoms=3)
-    n = naive(net, data, updates["o.weight"])
-    omega = copy.gm.o.weight[:, copy.new_indices["o.weight"]["v", 1]].unflatten(1, (3, 2))  # [O, atoms, heads]
+    graph, s, delta_w = sketched(net, data, "v", unit_groups=3)
+    n = naive(net, data, delta_w["o.weight"])
+    omega = graph.gm.o.weight[:, graph.new_indices["o.weight"]["v", 1]].unflatten(1, (3, 2))  # [O, units, heads]
     want = torch.einsum("hpo,oah->ahp", n, omega)
-    torch.testing.assert_close(s.producers["v.weight"].slope, want, rtol=1e-8, atol=1e-10)
-    assert copy.silent["v"]
+    torch.testing.assert_close(s.producers["v.weight"].gradient, want, rtol=1e-8, atol=1e-10)
+    assert graph.zero_output["v"]
 
 
 def test_a_new_head_sees_what_the_head_it_is_like_sees():
     torch.manual_seed(0)
     net, data = Attention().double(), batches()
-    copy, s, updates = sketched(net, data, "q", atoms=2, contexts=(1, 0))
-    n = naive(net, data, updates["o.weight"])
-    omega = copy.gm.o.weight[:, copy.new_indices["o.weight"]["q", 1]].unflatten(1, (2, 4))  # [O, atoms, slots]
+    graph, s, delta_w = sketched(net, data, "q", unit_groups=2, contexts=(1, 0))
+    n = naive(net, data, delta_w["o.weight"])
+    omega = graph.gm.o.weight[:, graph.new_indices["o.weight"]["q", 1]].unflatten(1, (2, 4))  # [O, units, slots]
     want = torch.stack([(n[1] @ omega[:, 0]).T, (n[0] @ omega[:, 1]).T])
-    torch.testing.assert_close(s.producers["v.weight"].slope, want, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(s.producers["v.weight"].gradient, want, rtol=1e-8, atol=1e-10)
 
 
 def test_values_and_heads_get_units_and_gains():

@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 import fxgrow
 from fxgrow.analysis.analyse import analyse
-from fxgrow.candidates import first_pass as _measure
-from fxgrow.candidates.isolated import apart
+from fxgrow.candidates import first_pass
+from fxgrow.candidates.isolated import isolated_paths
 from fxgrow.candidates.widened import Candidates, padded
 from fxgrow.graph.evaluate import eval_mode
 from fxgrow.initialisers import registry
@@ -77,10 +77,10 @@ def test_the_widened_network_says_the_same(case: str, again: bool, monkeypatch: 
     for module in (_consumer, _statistics):  # every row, so that both draw the same
         monkeypatch.setattr(module, "rows_for", lambda features: 10**6)
     if again:
-        monkeypatch.setattr(_measure, "ISOLATED_CACHE_BYTES", 0)
+        monkeypatch.setattr(first_pass, "ISOLATED_CACHE_BYTES", 0)
     found = fxgrow.profile(model, loader, **options)
     assert found.found is None
-    monkeypatch.setattr(_measure, "apart", lambda *_: {})
+    monkeypatch.setattr(first_pass, "isolated_paths", lambda *_: {})
     wide = fxgrow.profile(model, loader, **options)
     assert wide.found is not None
     assert found.samples == wide.samples and found.loss == pytest.approx(wide.loss, rel=1e-12)
@@ -88,7 +88,7 @@ def test_the_widened_network_says_the_same(case: str, again: bool, monkeypatch: 
         a, b = found[name], wide[name]
         assert a.significant == b.significant
         assert list(a.gains) == pytest.approx(list(b.gains), rel=1e-6, abs=1e-12)
-        assert found.refit.evidence[name].coherence == pytest.approx(wide.refit.evidence[name].coherence, rel=1e-6)
+        assert found.refit.tests[name].coherence == pytest.approx(wide.refit.tests[name].coherence, rel=1e-6)
     plans = [fxgrow.plan(p, neurons={n: 2 for n in wide}) for p in (found, wide)]
     assert plans[0].scale == pytest.approx(plans[1].scale, rel=1e-6)
     grown = [fxgrow.apply(p.gm, plan) for p, plan in zip((found, wide), plans, strict=True)]
@@ -114,13 +114,13 @@ def test_widths_of_both_kinds_are_tried_on_the_same_units() -> None:
     torch.manual_seed(0)
     batches = [(torch.randint(7, (24, 4)), torch.randint(7, (24, 4))) for _ in range(8)]
     profile = fxgrow.profile(GPT(7, 4, depth=2, heads=2, width=0.125), batches, units=4, progress=False)
-    assert set(profile.refit.evidence) == set(profile)
+    assert set(profile.refit.tests) == set(profile)
     assert 0 < len([n for n in profile if "mlp" in n]) < len(profile)
     for name in ("blocks.0.mlp.0", "blocks.1.mlp.0"):
         rows = profile.candidates().slices[f"{name}.weight"][name, 0]
         torch.testing.assert_close(rows, profile.proposals[name].alpha[f"{name}.weight"][:, :-1])
-        (readout,) = profile.refit.of(name)
-        assert readout.weight == name.replace("mlp.0", "mlp.2.weight")
+        (fit,) = profile.refit.of(name)
+        assert fit.weight == name.replace("mlp.0", "mlp.2.weight")
 
 
 def test_only_units_that_go_their_own_way_run_by_themselves() -> None:
@@ -132,7 +132,7 @@ def test_only_units_that_go_their_own_way_run_by_themselves() -> None:
     assert {h.name for h in hiddens} == {"first", "second", "third"}
     weights = {p.weight for h in hiddens for p in h.consumers}
     consumers = {n: c for w in weights for n, c in consumers_of(w, analysed.structure.projections).items()}
-    assert set(apart(analysed, hiddens, consumers)) == {"second", "third"}
+    assert set(isolated_paths(analysed, hiddens, consumers)) == {"second", "third"}
 
 
 @pytest.mark.parametrize("case", ["mlp", "convolutions", "stream"])
@@ -145,10 +145,10 @@ def test_new_channels_are_those_of_the_widened_network(case: str) -> None:
     hiddens = analysed.free_widths
     weights = {p.weight for h in hiddens for p in h.consumers}
     consumers = {n: c for w in weights for n, c in consumers_of(w, analysed.structure.projections).items()}
-    ways = apart(analysed, hiddens, consumers)
-    assert len(ways) == len(hiddens)
+    paths = isolated_paths(analysed, hiddens, consumers)
+    assert len(paths) == len(hiddens)
     proposals = {h.name: padded(gm, h, Proposal(), 3, generator) for h in hiddens}
-    found = Candidates(analysed, proposals, dict.fromkeys(ways, 3), [x], generator)
+    found = Candidates(analysed, proposals, dict.fromkeys(paths, 3), [x], generator)
 
     def values(graph: fxgrow.GraphModule) -> dict[str, Tensor]:
         class Keep(torch.fx.Interpreter):
@@ -163,10 +163,10 @@ def test_new_channels_are_those_of_the_widened_network(case: str) -> None:
         return kept
 
     old, new = values(gm), values(found.gm)
-    for name, way in ways.items():
+    for name, path in paths.items():
         with eval_mode(gm):
-            z = way.put_out(proposals[name], {n: old[n.name] for n in way.sources})
-        for p in way.hidden.consumers:
+            z = path.activations(proposals[name], {n: old[n.name] for n in path.sources})
+        for p in path.width.consumers:
             entries = found.new_indices[p.weight][name, p.in_dim]
             torch.testing.assert_close(z[p.source], new[p.source.name].index_select(1, entries))
 

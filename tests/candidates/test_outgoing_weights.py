@@ -30,7 +30,8 @@ def fitted(M: Tensor, vz: Tensor, G: Tensor, old: int = 2, update: bool = True) 
     parts = M[h][:, h], M[h][:, z], M[z][:, z]
     new = {"w": torch.arange(len(z))[:, None]}
     fit = vz[:, h], vz[:, z]
-    r = OutgoingWeightFit("", None, use, torch.arange(len(vz)), new, *parts, G, fit, fit)
+    r = OutgoingWeightFit("", None, use, torch.arange(len(vz)), new, *parts, G, fit)
+    r.held_out = fit
     every = {"w": torch.arange(len(z))}
     moved, weights = r.solve(every, update)
     found = torch.cat([moved, weights], 1) if update else weights

@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 import fxgrow
 from fxgrow.analysis.analyse import analyse
-from fxgrow.candidates.zero_unit_graph import ZeroUnitGraph, start
+from fxgrow.candidates.zero_unit_graph import SketchContext, WidthSketch, ZeroUnitGraph
 from fxgrow.data.batches import Data
 from fxgrow.graph.graph import lookup
 from fxgrow.graph.unrolled_rnn import unroll_recurrent_layers
@@ -287,28 +287,32 @@ def test_silent_units_see_what_the_weights_cannot_express(batch_first: bool) -> 
     """At zero a unit of an RNN puts out alpha b; W_hh reads it one step later."""
     net, batches = Net("rnn", batch_first=batch_first).double(), data()
     expected, inputs = by_hand(net, batches)
-    graph = unroll_recurrent_layers(fxgrow.capture(net, (batches[0][0],)))
-    analysed = analyse(graph)
+    analysed = analyse(unroll_recurrent_layers(fxgrow.capture(net, (batches[0][0],))))
     h = analysed.widths["r"]
     profile = fxgrow.profile(net, batches, F.mse_loss, positions="all", method="tiny", progress=False)
     uses = analysed.structure.projections
     consumers = {p.weight: c for p in h.consumers for c in consumers_of(p.weight, uses, False).values()}
-    s = start(h, analysed)
-    s.atoms = 3
-    copy = ZeroUnitGraph(analysed, consumers, profile.updates, [s], torch.Generator().manual_seed(1))
-    copy.run(Data(batches), F.mse_loss)
+    s = WidthSketch.of(h, analysed)
+    s.unit_groups = 3
+    generator = torch.Generator().manual_seed(1)
+    graph = ZeroUnitGraph(
+        SketchContext(analysed, consumers, profile.updates, Data(batches), F.mse_loss, False, generator), [s]
+    )
+    graph.collect(Data(batches))
     rest = {}
     for name in ("r.weight_hh_l0", "out.weight"):
         g = expected[name]
         rest[name] = torch.stack(g.v) - torch.stack(g.h) @ moments(g, 48)[0].T
         rest[name] = rest[name].unflatten(0, (48, STEPS))
-    omega = {p.weight: lookup(copy.gm, p.weight)[: len(rest[p.weight][0, 0]), UNITS:].detach() for p in h.consumers}
+    omega = {p.weight: lookup(graph.gm, p.weight)[: len(rest[p.weight][0, 0]), UNITS:].detach() for p in h.consumers}
     later = F.pad(rest["r.weight_hh_l0"] @ omega["r.weight_hh_l0"], (0, 0, 0, 1))[:, 1:]
     asked = (later + rest["out.weight"] @ omega["out.weight"]).flatten(0, 1)
     for name in ("ih", "hh"):
         b = torch.stack(expected[f"r.weight_{name}_l0"].h)
-        torch.testing.assert_close(s.producers[f"r.weight_{name}_l0"].slope[:, 0], asked.T @ b, rtol=1e-8, atol=1e-10)
-    assert copy.silent["r"]
+        torch.testing.assert_close(
+            s.producers[f"r.weight_{name}_l0"].gradient[:, 0], asked.T @ b, rtol=1e-8, atol=1e-10
+        )
+    assert graph.zero_output["r"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -69,7 +69,7 @@ def make(name: str, dtype: torch.dtype = torch.float32) -> nn.Module:
 def profiled(name: str, significant: bool = True) -> fxgrow.Profile:
     """A profile in which every unit counts (the test of significance is tested with the profile)."""
     profile = fxgrow.profile(make(name), images(), units=12, progress=False)
-    for evidence in profile.refit.evidence.values() if significant and profile.refit else ():
+    for evidence in profile.refit.tests.values() if significant and profile.refit else ():
         evidence.z = torch.full_like(evidence.z, 9.0)
     if not significant:
         return profile
@@ -205,13 +205,13 @@ def test_worth_is_the_decrease_of_the_fitted_step_times_the_root_of_what_weights
     profile = profiled("mlp")
     assert profile.refit is not None
     for name, b in profile.items():
-        evidence, (readout,) = profile.refit.evidence[name], profile.refit.of(name)
+        evidence, (fit,) = profile.refit.tests[name], profile.refit.of(name)
         units = evidence.order[: -(-b.width.size // 8)].sort().values
-        step, z = torch.cat(readout.solve({name: units}, True), 1), readout.new[name][units].flatten()
-        slope = float((step * torch.cat([readout.held[0], readout.held[1][:, z]], 1)).sum())
-        hz = readout.hz[:, z]
-        m = torch.cat([torch.cat([readout.hh, hz], 1), torch.cat([hz.mT, readout.zz[z][:, z]], 1)])
-        curvature = float((readout.g @ step @ m * step).sum())
+        step, z = torch.cat(fit.solve({name: units}, True), 1), fit.new[name][units].flatten()
+        slope = float((step * torch.cat([fit.held_out[0], fit.held_out[1][:, z]], 1)).sum())
+        hz = fit.hz[:, z]
+        m = torch.cat([torch.cat([fit.hh, hz], 1), torch.cat([hz.mT, fit.zz[z][:, z]], 1)])
+        curvature = float((fit.g @ step @ m * step).sum())
         expected = slope**2 / 2 / curvature / evidence.coherence * b.bottleneck**0.5
         assert b.worth == pytest.approx(expected, rel=1e-4) if slope > 0 else b.worth == 0
     assert all(b.worth == 0 for b in fxgrow.profile(make("mlp"), images(), method="random", progress=False).values())

@@ -1,4 +1,4 @@
-"""Widths in several passes where memory is limited."""
+"""Widths in several passes over the data where memory is limited."""
 
 from __future__ import annotations
 
@@ -16,35 +16,37 @@ from fxgrow.graph.graph import accumulation_dtype, lookup
 COPIES = 3
 
 
-def turns(hiddens: Sequence[GrowableWidth], gm: fx.GraphModule, limit: int | None) -> list[list[GrowableWidth]]:
+def split_into_passes(
+    widths: Sequence[GrowableWidth], gm: fx.GraphModule, limit: int | None
+) -> list[list[GrowableWidth]]:
     """Widths that are measured together, so that their matrices take at most three quarters of the limit.
 
     Raises:
-        ProfileError: a width has no room on its own.
+        ProfileError: a width does not fit alone.
     """
     if limit is None:
-        return [list(hiddens)]
-    out: list[list[GrowableWidth]] = []
+        return [list(widths)]
+    passes: list[list[GrowableWidth]] = []
     taken: dict[str, int] = {}
-    for h in hiddens:
-        needs = _bytes(h, gm)
+    for width in widths:
+        needs = _bytes(width, gm)
         alone = sum(needs.values())
         if alone > 0.75 * limit:
             raise ProfileError(
-                f"The moments of width {h.name!r} take {alone / 2**20:,.0f} MiB, more than three quarters of "
+                f"The moments of width {width.name!r} take {alone / 2**20:,.0f} MiB, more than three quarters of "
                 f"memory_limit={limit:,} bytes: raise it to at least {math.ceil(alone / 0.75):,}, or leave the width "
                 "out with widths=."
             )
-        if not out or sum((taken | needs).values()) > 0.75 * limit:
-            out.append([])
+        if not passes or sum((taken | needs).values()) > 0.75 * limit:
+            passes.append([])
             taken = {}
-        out[-1].append(h)
+        passes[-1].append(width)
         taken |= needs
-    return out
+    return passes
 
 
-def _bytes(h: GrowableWidth, gm: fx.GraphModule) -> dict[str, int]:
-    """What the matrices of a width and of its consumers take, by weight: neighbours share those of a consumer."""
+def _bytes(width: GrowableWidth, gm: fx.GraphModule) -> dict[str, int]:
+    """Bytes of the matrices of a width and of its consumers, by weight: neighbours share those of a consumer."""
 
     def sides(p: Projection) -> tuple[int, int, int, int]:
         """How many matrices a weight is, the inputs and the outputs of each, and the size of a number."""
@@ -52,10 +54,11 @@ def _bytes(h: GrowableWidth, gm: fx.GraphModule) -> dict[str, int]:
         outputs = weight.shape[p.out_dim] // (1 if p.experts else many)
         return many, weight.numel() // (many * outputs) + 1, outputs, accumulation_dtype(weight).itemsize
 
-    found = {}
-    features, size = sum(sides(p)[1] for p in h.producers), max((sides(p)[3] for p in h.producers), default=4)
-    for p in h.consumers:
-        many, inputs, outputs, own = sides(p)
-        found[p.weight] = many * (COPIES * (inputs**2 + outputs**2) + 2 * inputs * outputs) * own
-        found[f"{p.weight} after {h.name}"] = 2 * features * math.prod(p.kernel) * many * outputs * own
-    return found | {h.name: COPIES * features**2 * size}
+    needs = {}
+    features = sum(sides(p)[1] for p in width.producers)
+    size = max((sides(p)[3] for p in width.producers), default=4)
+    for p in width.consumers:
+        many, inputs, outputs, own_size = sides(p)
+        needs[p.weight] = many * (COPIES * (inputs**2 + outputs**2) + 2 * inputs * outputs) * own_size
+        needs[f"{p.weight} after {width.name}"] = 2 * features * math.prod(p.kernel) * many * outputs * own_size
+    return needs | {width.name: COPIES * features**2 * size}
