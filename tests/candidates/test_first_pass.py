@@ -1,4 +1,4 @@
-"""Widths that take turns because memory is limited."""
+"""Widths in several passes because memory is limited."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ def data(*shape: int) -> Counted:
 
 
 @pytest.mark.parametrize("method", ["default", "tiny"])
-def test_turns_change_nothing_but_the_number_of_readings(method: str) -> None:
+def test_several_passes_change_nothing_but_the_number_of_readings(method: str) -> None:
     model, batches = MLP([6, 12, 10, 5]).double(), data(6)
     options = {"method": method, "positions": "all", "progress": False}
     whole = fxgrow.profile(model, batches, **options)
     readings, batches.readings = batches.readings, 0
-    turned = fxgrow.profile(model, batches, memory_limit=16_000, **options)
+    several = fxgrow.profile(model, batches, memory_limit=16_000, **options)
     assert batches.readings > readings
-    assert list(whole) == list(turned) and turned.updates.keys() == whole.updates.keys()
-    assert (turned.samples, turned.loss) == (whole.samples, pytest.approx(whole.loss, rel=1e-12))
+    assert list(whole) == list(several) and several.updates.keys() == whole.updates.keys()
+    assert (several.samples, several.loss) == (whole.samples, pytest.approx(whole.loss, rel=1e-12))
     for name, b in whole.items():
-        again = turned[name]
+        again = several[name]
         assert (again.bottleneck, again.desired) == pytest.approx((b.bottleneck, b.desired), rel=1e-9)
         assert again.singular_values == pytest.approx(b.singular_values, rel=1e-9)
         assert again.gains == pytest.approx(b.gains, rel=1e-6, abs=1e-12) and again.significant == b.significant
     for name, update in whole.updates.items():
-        torch.testing.assert_close(turned.updates[name], update)
+        torch.testing.assert_close(several.updates[name], update)
 
 
-def test_matrices_of_a_turn_fit() -> None:
+def test_matrices_of_a_pass_fit() -> None:
     model, batches = DigitsResNet(0.5).double(), data(1, 8, 8)
     gm = fxgrow.capture(model, (batches[0][0],))
     analysed = analyse(gm)

@@ -1,4 +1,4 @@
-"""New units tried by themselves give what the widened network gives, remembered or read again."""
+"""New units tested isolated give what the widened network gives, cached or read again."""
 
 from __future__ import annotations
 
