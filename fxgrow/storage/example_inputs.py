@@ -1,8 +1,8 @@
-"""What a model was captured with, as plain data, so that a fresh one can be captured without being told.
+"""The example inputs of a capture as plain data, so that a newly built model can be captured without inputs.
 
 Tracing looks at shapes, dtypes and Python values only. Masks, tensors of one value and tensors of a few entries keep
-their entries, since what runs on them later may fail on others (an attention mask of zeros). The rest is data of the
-user's, which has no business in a file of weights: it comes back as noise, integers as zeros.
+their entries, since the model may fail on others (an attention mask of zeros). The rest is the user's data, which does
+not belong in a file of weights: it is replaced by noise, integers by zeros.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from fxgrow.errors import FileError
 from fxgrow.graph.node_meta import EXAMPLE_INPUTS, KEYWORDS
 from fxgrow.storage.plain_tree import decoded, encoded
 
-#: tensors of so many entries keep them, masks of up to so many
-FEW, MASK = 16, 16384
+#: tensors keep up to so many entries
+MAX_ENTRIES = 16
+#: masks of up to so many entries keep them
+MAX_MASK_ENTRIES = 16384
 
 
 @dataclass(frozen=True)
@@ -29,16 +31,15 @@ class Example:
     """Example inputs as plain data.
 
     Attributes:
-        data: `inputs` (a tree, see `fxgrow.storage.plain_tree`), `tensors` (shape, dtype and perhaps entries of each),
-            and `dtype`,
-            that of the model's weights. An `inputs` of None means: they are no plain data.
+        data: `inputs` (a tree, see `fxgrow.storage.plain_tree`, or None where they are not plain data), `tensors`
+            (shape, dtype and perhaps entries of each) and `dtype`, that of the model's weights.
     """
 
     data: Mapping[str, Any]
 
     @classmethod
     def of(cls, gm: fx.GraphModule) -> Example:
-        """The example of a captured graph."""
+        """Returns the example of a captured graph."""
         values, keywords = gm.meta[EXAMPLE_INPUTS], gm.meta.get(KEYWORDS)
         given = tuple(values) if keywords is None else dict(zip(keywords, values, strict=True))
         tensors: dict[str, Tensor] = {}
@@ -52,20 +53,20 @@ class Example:
 
     @classmethod
     def from_data(cls, data: Any) -> Example:
-        """Checks what was read from a file.
+        """Checks the data of a file.
 
         Raises:
-            ValueError: it is no example.
+            ValueError: it is not an example.
         """
         if not isinstance(data, dict) or not {"inputs", "tensors", "dtype"} <= data.keys():
             raise ValueError("no example inputs")
         return cls(data)
 
     def inputs(self, model: nn.Module) -> tuple[Any, ...] | dict[str, Any] | None:
-        """Inputs for a model: on its device, and in the dtype of its weights where they were in that of the old ones.
+        """Returns inputs for a model: on its device, and in the dtype of its weights where the old ones were.
 
         Returns:
-            None where they were no plain data.
+            None where they were not plain data.
         """
         if self.data["inputs"] is None:
             return None
@@ -75,8 +76,8 @@ class Example:
         for name, spec in self.data["tensors"].items():
             t = _tensor(spec)
             tensors[name] = t.to(device, new if new is not None and spec["dtype"] == old else None)
-        found: tuple[Any, ...] | dict[str, Any] = decoded(self.data["inputs"], tensors)
-        return found
+        inputs: tuple[Any, ...] | dict[str, Any] = decoded(self.data["inputs"], tensors)
+        return inputs
 
 
 def _dtype_of(model: nn.Module) -> torch.dtype | None:
@@ -95,7 +96,7 @@ def _spec(t: Tensor) -> dict[str, Any]:
     entries = flat.view(torch.uint8).view(len(flat), -1)
     if bool((entries == entries[0]).all()):
         entries = entries[:1]
-    if len(entries) <= FEW or (len(entries) <= MASK and _is_mask(flat)):
+    if len(entries) <= MAX_ENTRIES or (len(entries) <= MAX_MASK_ENTRIES and _is_mask(flat)):
         spec["entries"] = base64.b64encode(bytes(entries.flatten().tolist())).decode()
     return spec
 

@@ -1,7 +1,7 @@
-"""Trees of plain values and tensors as JSON and back, exactly: what `state_dict()` returns, without pickle.
+"""Trees of plain values and tensors to JSON and back, exactly and without pickle: `state_dict()` and its like.
 
-ensures: `decoded(encoded(tree, tensors), tensors)` has the same structure, types and values. Anything that is no plain
-         value is refused with the path that leads to it. A tensor that stands in several places stays one tensor.
+ensures: `decoded(encoded(tree, tensors), tensors)` has the same structure, types and values. Anything else than plain
+         values is refused with its path. A tensor in several places stays one tensor.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ _DICTS: dict[str, Any] = {"OrderedDict": OrderedDict, "Counter": Counter}
 
 
 def encoded(tree: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
-    """The tree as JSON data; its tensors are entered into `tensors` under their paths.
+    """Returns the tree as JSON data, and enters its tensors into `tensors` under their paths.
 
     Args:
         tree: None, bool, int, float, complex, str, bytes, torch dtypes, devices and sizes, tensors, NumPy arrays and
             numbers, and lists, tuples and dicts of these (keys may be anything hashable among them).
-        tensors: gets the tensors.
+        tensors: is filled with the tensors.
         path: of the tree, for names and messages.
 
     Raises:
-        FileError: something else is in it.
+        FileError: the tree contains something else.
     """
     return _Encoder(tensors).encode(tree, path)
 
@@ -48,8 +48,8 @@ class _Encoder:
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors
         self.names: dict[int, str] = {}
-        self.kept: list[Any] = []  # ids are of living objects only
-        self.open: set[int] = set()
+        self.named: list[Any] = []  # kept alive, since an id identifies living objects only
+        self.open: set[int] = set()  # ids of the containers around the current item
 
     def encode(self, tree: Any, path: str) -> Any:
         if tree is None or type(tree) in (bool, int, str):
@@ -84,7 +84,7 @@ class _Encoder:
             return items if type(tree) is list else {"tuple": items}
         if type(tree) is dict and all(type(key) is str for key in tree):
             return {"dict": {key: self.encode(value, f"{path}/{key}") for key, value in tree.items()}}
-        # keys of JSON are strings: pairs keep what they are
+        # keys of JSON are strings; pairs keep other keys
         pairs = [[self.encode(k, f"{path} (a key)"), self.encode(v, f"{path}/{k}")] for k, v in tree.items()]
         return {"pairs": pairs} if type(tree) is dict else {"pairs": pairs, "type": type(tree).__name__}
 
@@ -106,13 +106,13 @@ class _Encoder:
                 number += 1
                 name = f"{path}#{number}"
             self.names[id(key)] = name
-            self.kept.append(key)
+            self.named.append(key)
             self.tensors[name] = tensor
         return self.names[id(key)]
 
 
 def _scalar(value: Any) -> Any:
-    """Subclasses of numbers and strings as what they are equal to."""
+    """Returns a number or a string as JSON data; of a subclass the plain value that it equals."""
     if isinstance(value, bytes):
         return {"bytes": base64.b64encode(value).decode()}
     if isinstance(value, complex):
@@ -125,21 +125,20 @@ def _scalar(value: Any) -> Any:
 def _refused(value: Any, path: str) -> FileError:
     return FileError(
         f"{path or 'The tree'} is a {type(value).__module__}.{type(value).__qualname__}, which cannot be saved without "
-        "pickle. Take it out, or give what it is made of: numbers, strings, tensors, and lists, tuples and dicts of "
-        "them."
+        "pickle. Remove it, or replace it by numbers, strings, tensors, and lists, tuples and dicts of them."
     )
 
 
 def decoded(data: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The tree that `encoded` wrote.
+    """Returns the tree that `encoded` wrote.
 
     Raises:
-        FileError: the data is nothing that `encoded` writes, or a tensor is missing.
+        FileError: `encoded` writes no such data, or a tensor is missing.
     """
     try:
         return _decode(data, tensors.__getitem__)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise FileError(f"This is no tree that fxgrow wrote: {error!r}.") from error
+        raise FileError(f"Invalid or foreign checkpoint data: {error!r}.") from error
 
 
 def _decode(data: Any, lookup: Callable[[str], Tensor]) -> Any:
@@ -148,10 +147,10 @@ def _decode(data: Any, lookup: Callable[[str], Tensor]) -> Any:
     if not isinstance(data, dict):
         return data
     if "pairs" in data:
-        made = _DICTS[data["type"]]() if "type" in data else {}
+        out = _DICTS[data["type"]]() if "type" in data else {}
         for key, value in data["pairs"]:
-            made[_decode(key, lookup)] = _decode(value, lookup)
-        return made
+            out[_decode(key, lookup)] = _decode(value, lookup)
+        return out
     ((tag, value),) = data.items()
     if tag == "dict":
         return {key: _decode(item, lookup) for key, item in value.items()}
@@ -173,7 +172,7 @@ _LEAVES: dict[str, Callable[[Any, Callable[[str], Tensor]], Any]] = {
 
 
 def _dtype(name: str) -> torch.dtype:
-    found = getattr(torch, name)
-    if not isinstance(found, torch.dtype):
-        raise TypeError(f"{name} is no dtype")
-    return found
+    dtype = getattr(torch, name)
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"{name} is not a dtype")
+    return dtype

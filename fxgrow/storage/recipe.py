@@ -1,8 +1,8 @@
 """The recipe: the growths that a model has been through, in order. Plain data without weights, to JSON and back.
 
-A step says what a growth changed in the captured graph: sizes of parameters and buffers, attributes of modules, numbers
-in calls. It is what was done, not what would be decided again: whether a width may grow can depend on values of weights
-and on which of them are frozen, and a model that is built afresh has others.
+A step records what a growth changed in the captured graph: sizes of parameters and buffers, attributes of modules,
+numbers in calls. Replay decides nothing again: whether a width may grow can depend on values of weights and on which of
+them are frozen, and a newly built model has others.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class CallSite:
-    """A node of a graph, by what does not change when other code does.
+    """A node of a graph, identified independently of other modules' code.
 
     Attributes:
-        module: qualified name of the module whose code calls it.
-        target: what it calls.
-        nth: which of that module's calls of this target it is, from 0.
+        module: qualified name of the module whose code makes the call.
+        target: the function, method or module that is called.
+        nth: index among that module's calls of this target, from 0.
     """
 
     module: str
@@ -43,7 +43,7 @@ class CallSite:
 
 @dataclass(frozen=True)
 class ChangedArgument:
-    """A number that a call takes: the path of the argument, the number before (None: computed) and after."""
+    """A number among the arguments of a call: its path, the number before (None: computed) and after."""
 
     place: CallSite
     path: tuple[int | str, ...]
@@ -71,7 +71,7 @@ class GrowthStep:
         sizes: per parameter or buffer, the dimensions that grew: (dimension, size before, size after).
         attributes: of modules.
         numbers: in the graph.
-        erased: nodes that nothing reads any more.
+        erased: nodes without users after the growth.
     """
 
     units: Mapping[str, int]
@@ -93,8 +93,8 @@ class Recipe:
 
     Attributes:
         steps: the growths, in order.
-        example: what the model was captured with, or None where it never was.
-        into: what it became, `graph` or `module`; see `fxgrow.grow`.
+        example: the example inputs of the capture, or None if the model was never captured.
+        into: the kind of the grown model, `graph` or `module`; see `fxgrow.grow`.
 
     Example:
         >>> import torch, fxgrow
@@ -111,7 +111,7 @@ class Recipe:
 
     @classmethod
     def of(cls, model: nn.Module) -> Recipe:
-        """The recipe of a grown model; one without steps for any other."""
+        """Returns the recipe of a grown model; one without steps for any other."""
         recipe = (model.meta if isinstance(model, fx.GraphModule) else vars(model)).get(RECIPE)
         if isinstance(recipe, Recipe):
             return recipe
@@ -126,14 +126,14 @@ class Recipe:
     # -- JSON
 
     def to_json(self) -> str:
-        """The recipe as JSON text.
+        """Returns the recipe as JSON text.
 
         Example:
             >>> from fxgrow import Recipe
             >>> Recipe.from_json(Recipe().to_json()) == Recipe()
             True
         """
-        steps = [_plain(step) for step in self.steps]
+        steps = [_step_data(step) for step in self.steps]
         example = None if self.example is None else self.example.data
         return json.dumps({RECIPE: VERSION, "steps": steps, "example": example, "into": self.into})
 
@@ -142,7 +142,7 @@ class Recipe:
         """Reads what `to_json` wrote.
 
         Raises:
-            FileError: the text is no recipe, or of a newer version.
+            FileError: the text is not a recipe, or of a newer version.
         """
         try:
             raw = json.loads(text)
@@ -162,7 +162,7 @@ class Recipe:
 
 
 def keep_recipe(out: nn.Module, recipe: Recipe) -> None:
-    """Puts a recipe where `Recipe.of` finds it."""
+    """Stores a recipe where `Recipe.of` finds it."""
     if isinstance(out, fx.GraphModule):
         out.meta[RECIPE] = recipe
     else:
@@ -170,11 +170,11 @@ def keep_recipe(out: nn.Module, recipe: Recipe) -> None:
 
 
 def grown_inside(model: nn.Module) -> Iterator[str]:
-    """Names of submodules that have grown on their own."""
+    """Yields the names of submodules that have grown separately."""
     return (name for name, m in model.named_modules() if name and m is not model and Recipe.of(m).steps)
 
 
-def _plain(step: GrowthStep) -> dict[str, Any]:
+def _step_data(step: GrowthStep) -> dict[str, Any]:
     raw = asdict(step)
     for part in (*raw["attributes"], *raw["numbers"]):
         part["before"], part["after"] = encoded(part["before"], {}), encoded(part["after"], {})

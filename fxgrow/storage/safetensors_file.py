@@ -2,9 +2,9 @@
 
 The file is safetensors' own format, for any of its readers. Its metadata has three entries: `format`, `fxgrow` (JSON
 with a format version) and `fxgrow.sha256`, of the JSON text and of every tensor's name, dtype, shape and bytes. Later
-versions keep the checksum, so that a damaged file is told from a newer one.
+versions keep the checksum, which distinguishes a damaged file from a newer one.
 
-ensures: a file appears under its name complete, or not at all; what is read is what was written, or `FileError`.
+ensures: a file appears complete or not at all; reading returns exactly what was written, or raises `FileError`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fxgrow.errors import FileError, MissingExtraError
 
 VERSION = 1
 _BODY, _SUM = "fxgrow", "fxgrow.sha256"
-#: safetensors refuses longer headers
+#: longest header in bytes that safetensors accepts
 _HEADER = 100_000_000
 
 
@@ -35,12 +35,12 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], body: Map
     """Writes a file atomically: to a temporary one in the same folder, to the disk, then under its name.
 
     Args:
-        path: where; a file that is there is replaced.
-        tensors: on any device; stored once each.
+        path: of the file; an existing file is replaced.
+        tensors: on any device; each is stored once.
         body: plain data for the metadata.
 
     Raises:
-        FileError: a tensor cannot be stored, or the file cannot be written. A file that was there is as before.
+        FileError: a tensor cannot be stored, or the file cannot be written. An existing file is unchanged.
         MissingExtraError: safetensors is not installed.
     """
     _safetensors()
@@ -54,21 +54,21 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], body: Map
     names = sum(len(json.dumps(name)) + 120 for name in stored)
     if len(json.dumps(text)) + names >= _HEADER:
         raise FileError(
-            f"{path} would need a header of {(len(text) + names) // 1_000_000} MB, more than safetensors allows: keep "
-            "long lists as tensors."
+            f"{path} would need a header of {(len(text) + names) // 1_000_000} MB, more than safetensors allows: "
+            "store long lists as tensors."
         )
     path = Path(path)
     if path.is_dir():
         raise FileError(f"{path} is a folder. Give the name of a file.")
     target = Path(os.path.realpath(path))  # a link stays one
     try:
-        # in a folder of its own on the same disk, which goes whatever happens
+        # in a temporary folder on the same disk, which is removed whatever happens
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
             part = Path(temporary) / "part"
             part.touch()
             mode = (target if target.exists() else part).stat().st_mode
             save_file(stored, part, metadata)
-            part.chmod(stat.S_IMODE(mode))  # safetensors would have it for the owner alone
+            part.chmod(stat.S_IMODE(mode))  # safetensors makes it readable for the owner alone
             _to_disk(part)
             os.replace(part, target)
     except (OSError, SafetensorError) as error:
@@ -78,10 +78,10 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], body: Map
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The body and the tensors (on the CPU) that `write` wrote.
+    """Returns the body and the tensors (on the CPU) that `write` wrote.
 
     Raises:
-        FileError: the file is missing, empty, truncated, damaged, not one of fxgrow, or of a newer format.
+        FileError: the file is missing, empty, truncated, damaged, not written by fxgrow, or of a newer format.
         MissingExtraError: safetensors is not installed.
     """
     safetensors = _safetensors()
@@ -90,9 +90,9 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            # out of the mapped file, each in a storage of its own
+            # clones, so that none refers to the mapped file
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118
-    except Exception as error:  # whatever a reader makes of damaged bytes
+    except Exception as error:  # of any kind, on damaged bytes
         raise FileError(f"{path} {_what_is_wrong(path)} ({error}).") from error
     if _BODY not in metadata:
         raise FileError(
@@ -100,14 +100,14 @@ def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor
             "Load plain weights with safetensors.torch.load_model."
         )
     if metadata.get(_SUM) != _digest(metadata[_BODY], tensors):
-        raise FileError(f"{path} is damaged: its contents do not fit its checksum. Take another copy.")
+        raise FileError(f"{path} is damaged: its contents do not match its checksum. Use another copy.")
     body = json.loads(metadata[_BODY])
     if body["version"] != VERSION:
         raise FileError(
             f"{path} has format version {body['version']}, this fxgrow reads version {VERSION}: it was written by a "
             "newer fxgrow. Update fxgrow."
         )
-    return body, {name: _as_it_was(t, body["layouts"].get(name, {})) for name, t in tensors.items()}
+    return body, {name: _restored(t, body["layouts"].get(name, {})) for name, t in tensors.items()}
 
 
 def _safetensors() -> Any:
@@ -122,7 +122,7 @@ def _safetensors() -> Any:
 
 
 def _stored(tensors: Mapping[str, Tensor], layouts: dict[str, Any]) -> dict[str, Tensor]:
-    """Contiguous copies on the CPU, with a storage each; `layouts` gets what those have lost."""
+    """Returns contiguous copies on the CPU without shared storage; `layouts` gets what they lose (strides, complex)."""
     out: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, tensor in tensors.items():
@@ -148,7 +148,7 @@ def _stored(tensors: Mapping[str, Tensor], layouts: dict[str, Any]) -> dict[str,
 def _check_storable(name: str, t: Tensor) -> None:
     why = None
     if hasattr(t, "placements") or hasattr(t, "local_shards"):
-        why = "is a part of a distributed tensor: gather it first (torch.distributed.checkpoint.state_dict)"
+        why = "is a shard of a distributed tensor: gather it first (torch.distributed.checkpoint.state_dict)"
     elif t.device.type == "meta":
         why = "is on the meta device, without values"
     elif t.layout is not torch.strided or t.is_quantized:
@@ -168,7 +168,7 @@ def _dtypes() -> set[torch.dtype]:
 
 
 def _is_dense(t: Tensor) -> bool:
-    """Whether the entries fill their memory, in whatever order of the dimensions."""
+    """Whether the entries fill their memory, in any order of the dimensions."""
     expected = 1
     for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
         if size != 1 and stride != expected:
@@ -177,7 +177,7 @@ def _is_dense(t: Tensor) -> bool:
     return True
 
 
-def _as_it_was(t: Tensor, layout: Mapping[str, Any]) -> Tensor:
+def _restored(t: Tensor, layout: Mapping[str, Any]) -> Tensor:
     if "strides" in layout:
         t = torch.empty_strided(t.shape, layout["strides"], dtype=t.dtype).copy_(t)
     return torch.view_as_complex(t) if layout.get("complex") else t
@@ -203,7 +203,7 @@ def _to_disk(path: Path) -> None:
 
 
 def _check_kind(path: Path) -> None:
-    """What can be said without opening it as safetensors."""
+    """Refuses what is not a readable, non-empty file."""
     try:
         if path.is_dir():
             raise FileError(f"{path} is a folder, not a file.")
@@ -218,33 +218,33 @@ def _check_kind(path: Path) -> None:
 
 
 def _what_is_wrong(path: Path) -> str:
-    """Which of truncated, damaged and foreign a file is that safetensors could not read."""
-    data = path.stat().st_size
+    """Returns why safetensors could not read a file: truncated, damaged or foreign."""
+    size = path.stat().st_size
     with path.open("rb") as file:
         start = file.read(4)
-    # only now: the length of a header can begin with the same bytes
+    # after safetensors has failed: the header's length, with which a valid file starts, can have the same bytes
     if start == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         return (
-            "is a pickle, such as torch.save writes, and not a file of fxgrow. It was not opened, since pickles can "
+            "is a pickle, such as torch.save writes, not a file of fxgrow. It was not opened, since pickles can "
             "run code: load it with torch.load(..., weights_only=True) if you trust it"
         )
-    if data < 8:
-        return f"is truncated or foreign: {data} bytes are no safetensors file"
+    if size < 8:
+        return f"is truncated or foreign: {size} bytes are too few for a safetensors file"
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if length > _HEADER:
-            return "is no safetensors file, or its first bytes are damaged"
+            return "is not a safetensors file, or its first bytes are damaged"
         header = file.read(length)
     if header[:1] != b"{":
-        return "is no safetensors file, or its header is damaged"
+        return "is not a safetensors file, or its header is damaged"
     if len(header) < length:
-        return f"is truncated: {data} bytes are there of a header of {length} alone"
+        return f"is truncated: it has {size} bytes, and its header alone has {length}"
     try:
         entries = json.loads(header)
         end = max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         return "is damaged: its header cannot be read"
-    missing = 8 + length + end - data if isinstance(end, int) else 0
+    missing = 8 + length + end - size if isinstance(end, int) else 0
     return f"is truncated: its last {missing} bytes are missing" if missing > 0 else "is damaged"
 
 

@@ -113,7 +113,7 @@ def test_a_tree_that_contains_itself() -> None:
     "data", [{"unknown": 1}, {"tensor": "absent"}, {"a": 1, "b": 2}, {"dtype": "nothing"}], ids=str
 )
 def test_other_json_is_refused(data: Any) -> None:
-    with pytest.raises(fxgrow.FileError, match="no tree"):
+    with pytest.raises(fxgrow.FileError, match="Invalid or foreign checkpoint data"):
         decoded(data, {})
 
 

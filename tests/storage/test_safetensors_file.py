@@ -87,7 +87,7 @@ def shard() -> torch.Tensor:
         (torch.eye(3).to_sparse(), "layout torch.sparse_coo"),
         (torch.zeros(2, device="meta"), "meta device"),
         (torch.quantize_per_tensor(torch.zeros(2), 0.1, 0, torch.qint8), "quantized"),
-        (shard(), "part of a distributed tensor: gather it first"),
+        (shard(), "shard of a distributed tensor: gather it first"),
     ],
     ids=["sparse", "meta", "quantized", "distributed"],
 )
@@ -157,7 +157,7 @@ def test_every_bit_of_the_recipe_counts(file: Path) -> None:
     body = json.loads(metadata["fxgrow"])
     body["recipe"]["steps"][0]["units"]["0"] = 3
     safetensors.torch.save_file(tensors, file, {**metadata, "fxgrow": json.dumps(body)})
-    with pytest.raises(fxgrow.FileError, match="is damaged: its contents do not fit its checksum"):
+    with pytest.raises(fxgrow.FileError, match="is damaged: its contents do not match its checksum"):
         fxgrow.load(build(), file)
 
 
@@ -182,7 +182,7 @@ def other(path: Path, kind: str) -> None:
         ("plain", "is a safetensors file without a recipe"),
         ("folder", "is a folder, not a file"),
         ("missing", "There is no file"),
-        ("text", "is no safetensors file"),
+        ("text", "is not a safetensors file"),
         ("empty", "is empty"),
         ("short", "is truncated or foreign: 2 bytes"),
     ],
