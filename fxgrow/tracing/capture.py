@@ -25,6 +25,7 @@ from fxgrow.graph.purity import is_pure
 from fxgrow.ops.registry import recognised
 from fxgrow.storage.recipe import Recipe, keep_recipe
 from fxgrow.tracing.input_sizes import keep_input_sizes
+from fxgrow.tracing.model_check import check_against_model
 from fxgrow.tracing.opaque import OpaqueFallback
 from fxgrow.tracing.tracer import ValueTracer
 from fxgrow.tracing.train_eval import guard_modes, merge_modes
@@ -73,10 +74,15 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
     inputs, call = _bind(model, example_inputs)
     for module in model.modules():
         recognised(module)  # runs it on numbers of its own, which tracing would record
+    keywords = list(inputs) if isinstance(example_inputs, Mapping) else None
     with _without_caches(model), _without_fast_path():
         tracer = _trace(model, inputs, call)
-    keywords = list(inputs) if isinstance(example_inputs, Mapping) else None
-    return _assemble(model, tracer, tuple(inputs.values()), keywords)
+        gm = _assemble(model, tracer, tuple(inputs.values()), keywords)
+        for other_mode in (False, True) if tracer.branches else (False,):
+            with _untouched(model):
+                check_against_model(model, gm, call, other_mode)
+        gm.training = model.training
+    return gm
 
 
 def _bind(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], Callable[[list[Any]], Any]]:

@@ -1,0 +1,115 @@
+"""Proof that a captured graph computes what its model computes: one forward pass of each, on the example inputs."""
+
+from __future__ import annotations
+
+import logging
+import random
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from fxgrow.data.random_state import random_state_kept
+from fxgrow.errors import CaptureError
+from fxgrow.graph.conditional import ConditionalInterpreter
+from fxgrow.graph.evaluate import difference, tensors_in
+
+log = logging.getLogger("fxgrow")
+
+
+def check_against_model(model: nn.Module, gm: fx.GraphModule, call: Callable[[list[Any]], Any], other_mode: bool) -> None:
+    """Compares outputs; buffers and random states are as before.
+
+    A model on `meta`, or one that does not run on the values of the example, is not compared.
+
+    Args:
+        model: the original.
+        gm: its graph, with the example inputs in `gm.meta`.
+        call: the model's forward, with the graph's inputs in their order.
+        other_mode: in train mode where the model is in eval mode, and the other way round; modes are left so.
+
+    Raises:
+        CaptureError: they differ by more than rounding.
+    """
+    inputs = list(gm.meta["example_inputs"])
+    state = [*model.parameters(), *model.buffers(), *tensors_in(inputs)]
+    if any(t.device.type == "meta" or type(t) not in (Tensor, nn.Parameter, nn.Buffer) for t in state):
+        return
+    if other_mode:
+        model.train(not model.training)
+        gm.training = model.training
+    try:
+        expected = _outputs(model, lambda: call(inputs))
+    except Exception as error:
+        log.debug("the model does not run on its example inputs: %s", error)
+        return
+    try:
+        found = _outputs(gm, lambda: gm(*inputs))
+    except CaptureError:
+        return  # it refuses this mode, or these inputs
+    if _agree(found, expected) or not _agree(_outputs(model, lambda: call(inputs)), expected):
+        return
+    raise CaptureError(
+        f"The graph of {type(model).__name__} computes something else than the model does in "
+        f"{'train' if model.training else 'eval'} mode, first at {_first_difference(model, gm, call, inputs)}. Its code "
+        "depends on something that a graph does not see, such as the type of a tensor or a counter of its own."
+    )
+
+
+@torch.no_grad()
+def _outputs(module: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
+    """Tensors of a seeded run; buffers are put back."""
+    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
+    with random_state_kept():
+        _seed()
+        try:
+            return [t.detach().clone() for t in tensors_in(run())]
+        finally:
+            for buffer, before in buffers:
+                buffer.copy_(before)
+
+
+def _seed() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(0)
+
+
+def _agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
+    return len(found) == len(expected) and all(
+        a.shape == b.shape and difference(a, b).is_rounding for a, b in zip(found, expected, strict=True)
+    )
+
+
+def _first_difference(model: nn.Module, gm: fx.GraphModule, call: Callable[[list[Any]], Any], inputs: list[Any]) -> str:
+    """The first module whose output is another one in the graph, with the line that calls it; else the output."""
+    seen: dict[str, list[list[Tensor]]] = {}
+    targets = {str(node.target) for node in gm.graph.find_nodes(op="call_module")}
+
+    def hook(name: str) -> Any:
+        return lambda module, args, out: seen.setdefault(name, []).append([t.clone() for t in tensors_in(out)])
+
+    hooks = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if name in targets]
+    try:
+        _outputs(model, lambda: call(inputs))
+    finally:
+        for h in hooks:
+            h.remove()
+    different: list[fx.Node] = []
+
+    class Compare(ConditionalInterpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            out = super().run_node(n)
+            if n.op == "call_module" and seen.get(str(n.target)) and pytree.tree_leaves(out)[0] is not None:
+                if not _agree(list(tensors_in(out)), seen[str(n.target)].pop(0)):
+                    different.append(n)
+            return out
+
+    _outputs(gm, lambda: Compare(gm).run(*inputs, enable_io_processing=False))
+    node = different[0] if different else next(iter(gm.graph.find_nodes(op="output")))
+    where = (node.stack_trace or "").strip().replace("\n", ":")
+    return f"module {node.target!r} ({where})" if different else "the output"
