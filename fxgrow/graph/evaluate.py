@@ -28,6 +28,20 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
             m.training = training
 
 
+@contextlib.contextmanager
+def lent_buffers(module: nn.Module) -> Iterator[None]:
+    """Lends a module copies of its buffers inside the block: statistics and counters stay as they are."""
+    copies = {id(b): b.detach().clone() for b in module.buffers()}
+    saved = [(m, m._buffers) for m in module.modules()]
+    for m, buffers in saved:
+        m._buffers = {name: None if b is None else copies[id(b)] for name, b in buffers.items()}
+    try:
+        yield
+    finally:
+        for m, buffers in saved:
+            m._buffers = buffers
+
+
 @torch.no_grad()
 def eval_outputs(module: nn.Module, inputs: Any) -> list[Tensor]:
     """Returns the tensors that a module outputs in eval mode; modes, buffers and random state are as before.
@@ -36,19 +50,13 @@ def eval_outputs(module: nn.Module, inputs: Any) -> list[Tensor]:
         module: to run.
         inputs: a tensor, a tuple of positional inputs, or a mapping of keyword inputs.
     """
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    try:
-        with eval_mode(module), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            if isinstance(inputs, Mapping):
-                out = module(**inputs)
-            else:
-                out = module(inputs) if isinstance(inputs, Tensor) else module(*inputs)
+    with eval_mode(module), lent_buffers(module), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if isinstance(inputs, Mapping):
+            out = module(**inputs)
+        else:
+            out = module(inputs) if isinstance(inputs, Tensor) else module(*inputs)
         return [t.clone() for t in tensors_in(out)]
-    finally:
-        for buffer, before in buffers:
-            if not torch.equal(buffer, before):
-                buffer.copy_(before)
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch.utils import _pytree as pytree
 from fxgrow.data.random_state import random_state_kept
 from fxgrow.errors import CaptureError
 from fxgrow.graph.conditional import ConditionalInterpreter
-from fxgrow.graph.evaluate import difference, tensors_in
+from fxgrow.graph.evaluate import difference, lent_buffers, tensors_in
 
 log = logging.getLogger("fxgrow")
 
 
-def check_against_model(model: nn.Module, gm: fx.GraphModule, call: Callable[[list[Any]], Any], other_mode: bool) -> None:
+def check_against_model(
+    model: nn.Module, gm: fx.GraphModule, call: Callable[[list[Any]], Any], other_mode: bool
+) -> None:
     """Compares outputs; buffers and random states are as before.
 
     A model on `meta`, or one that does not run on the values of the example, is not compared.
@@ -29,12 +32,17 @@ def check_against_model(model: nn.Module, gm: fx.GraphModule, call: Callable[[li
         model: the original.
         gm: its graph, with the example inputs in `gm.meta`.
         call: the model's forward, with the graph's inputs in their order.
-        other_mode: in train mode where the model is in eval mode, and the other way round; modes are left so.
+        other_mode: in train mode where the model is in eval mode, and the other way round. Modes and hooks are
+            left changed: `capture` puts the attributes of all modules back.
 
     Raises:
         CaptureError: they differ by more than rounding.
     """
     inputs = list(gm.meta["example_inputs"])
+    for node in gm.graph.find_nodes(op="call_module"):
+        # both run its hooks, which may collect what they see
+        layer = gm.get_submodule(str(node.target))
+        layer._forward_hooks, layer._forward_pre_hooks = OrderedDict(), OrderedDict()
     state = [*model.parameters(), *model.buffers(), *tensors_in(inputs)]
     if any(t.device.type == "meta" or type(t) not in (Tensor, nn.Parameter, nn.Buffer) for t in state):
         return
@@ -54,22 +62,17 @@ def check_against_model(model: nn.Module, gm: fx.GraphModule, call: Callable[[li
         return
     raise CaptureError(
         f"The graph of {type(model).__name__} computes something else than the model does in "
-        f"{'train' if model.training else 'eval'} mode, first at {_first_difference(model, gm, call, inputs)}. Its code "
-        "depends on something that a graph does not see, such as the type of a tensor or a counter of its own."
+        f"{'train' if model.training else 'eval'} mode, first at {_first_difference(model, gm, call, inputs)}. Its "
+        "code depends on something that a graph does not see, such as the type of a tensor or a counter of its own."
     )
 
 
 @torch.no_grad()
 def _outputs(module: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
-    """Tensors of a seeded run; buffers are put back."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in module.buffers()]
-    with random_state_kept():
+    """Tensors of a seeded run."""
+    with lent_buffers(module), random_state_kept():
         _seed()
-        try:
-            return [t.detach().clone() for t in tensors_in(run())]
-        finally:
-            for buffer, before in buffers:
-                buffer.copy_(before)
+        return [t.detach().clone() for t in tensors_in(run())]
 
 
 def _seed() -> None:

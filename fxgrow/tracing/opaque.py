@@ -16,6 +16,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxgrow.errors import CaptureError
+from fxgrow.graph.evaluate import lent_buffers
 from fxgrow.tracing.fake_values import FakeRunner
 from fxgrow.tracing.leaf_modules import trace_marked_functions
 from fxgrow.tracing.opaque_functions import Call, OpaqueFunction, replace_functions
@@ -108,18 +109,5 @@ def opaque_value(node: fx.Node, root: nn.Module, runner: FakeRunner) -> Any:
     except Exception:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
         module = root.get_submodule(str(node.target))
-        with _copied_buffers(module):
+        with lent_buffers(module):
             return runner.guess(module.forward, args, kwargs)
-
-
-@contextmanager
-def _copied_buffers(module: nn.Module) -> Iterator[None]:
-    """Lends a module copies of its buffers: running statistics must not see random values."""
-    saved = [(part, part._buffers) for part in module.modules()]
-    for part, buffers in saved:
-        part._buffers = {k: None if b is None else b.clone() for k, b in buffers.items()}
-    try:
-        yield
-    finally:
-        for part, buffers in saved:
-            part._buffers = buffers
