@@ -1,0 +1,45 @@
+"""A graph that computes something else than its model is never returned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fxgrow
+
+
+class ByType(nn.Module):
+    def __init__(self, doubled: bool = True) -> None:
+        super().__init__()
+        self.a, self.b, self.doubled = nn.Linear(4, 6), nn.Linear(6, 2), doubled
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        return self.b(h * 2 if type(h).__mro__[-2] is torch._C.TensorBase else h)
+
+
+class InTraining(ByType):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if self.training else self.b(self.a(x))
+
+
+@pytest.mark.parametrize(("cls", "mode"), [(ByType, "eval"), (InTraining, "train")])
+def test_what_differs_is_refused_with_the_module(cls: type[nn.Module], mode: str) -> None:
+    net = cls().eval()
+    message = rf"something else than the model does in {mode} mode, first at module .b."
+    with pytest.raises(fxgrow.CaptureError, match=message):
+        fxgrow.capture(net, (torch.randn(2, 4),))
+    assert not net.training and not net.a.training
+
+
+def test_a_model_that_does_not_run_on_the_values_of_the_example_is_captured() -> None:
+    net = nn.Sequential(nn.Embedding(3, 4), nn.Linear(4, 2))
+    assert fxgrow.capture(net, (torch.tensor([[7, 8]]),)) is not None
+
+
+def test_on_meta_nothing_is_run() -> None:
+    with torch.device("meta"):
+        net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
+    gm = fxgrow.capture(net, (torch.zeros(1, 4, device="meta"),))
+    assert [w.name for w in fxgrow.widths(gm) if w.pinned is None] == ["0"]
