@@ -1,4 +1,4 @@
-"""Where in the model's own code tracing is, for messages and for ``node.stack_trace``."""
+"""The line of the model's code that is being traced, for messages and for ``node.stack_trace``."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 
 _INTERNAL = (os.path.dirname(torch.__file__) + os.sep, str(Path(__file__).parents[1]) + os.sep)
 _DATA_HINT = (
-    "A graph cannot follow a decision on the data: write it with torch.where, or move it into a function of its own, "
-    "which is then kept whole."
+    "A graph cannot contain a decision on data: write it with torch.where, or move it into a separate function, "
+    "which then becomes one node."
 )
 
 
 def user_frame(frame: FrameType | None) -> FrameType | None:
-    """The innermost frame, from ``frame`` outwards, that is neither PyTorch's nor ours."""
-    while frame is not None and frame.f_code.co_filename.startswith(_INTERNAL):
+    """Returns the innermost frame, from ``frame`` outwards, of neither PyTorch nor fxgrow."""
+    while frame is not None and not is_user_code(frame):
         frame = frame.f_back
     return frame
 
 
 def last_place(frame: FrameType | None) -> tuple[str, int] | None:
-    """File and line of the innermost frame of the model's own code."""
+    """Returns file and line of the innermost frame of the model's code."""
     user = user_frame(frame)
     return (user.f_code.co_filename, user.f_lineno) if user is not None else None
 
 
 def is_user_code(frame: FrameType) -> bool:
-    """Whether a frame runs neither PyTorch's code nor ours."""
+    """Whether a frame runs code of neither PyTorch nor fxgrow."""
     return not frame.f_code.co_filename.startswith(_INTERNAL)
 
 
 def source(file: str, line: int) -> str:
-    """One line of a file, without its indentation."""
+    """Returns one line of a file, without its indentation."""
     return linecache.getline(file, line).strip()
 
 
@@ -77,20 +77,19 @@ def raises_otherwise(file: str, line: int, outcome: bool) -> bool:
 
 
 def stack_trace(frame: FrameType) -> str:
-    """The frame's line in the form of ``fx.Node.stack_trace``."""
+    """Returns the frame's line in the form of ``fx.Node.stack_trace``."""
     file, line = frame.f_code.co_filename, frame.f_lineno
     return f'File "{file}", line {line}, in {frame.f_code.co_name}\n    {source(file, line)}'
 
 
 def last_user_line(error: BaseException) -> tuple[str, int] | None:
-    """File and line of the innermost frame of the model's own code that an error went through."""
-    found, trace = None, error.__traceback__
+    """Returns file and line of the innermost frame of the model's code that an error went through."""
+    place, trace = None, error.__traceback__
     while trace is not None:
-        file = trace.tb_frame.f_code.co_filename
-        if not file.startswith(_INTERNAL):
-            found = file, trace.tb_lineno
+        if is_user_code(trace.tb_frame):
+            place = trace.tb_frame.f_code.co_filename, trace.tb_lineno
         trace = trace.tb_next
-    return found
+    return place
 
 
 def looks_at_data(error: BaseException) -> bool:
@@ -99,7 +98,7 @@ def looks_at_data(error: BaseException) -> bool:
 
 
 def failure(error: BaseException, module: str, place: tuple[str, int] | None) -> str:
-    """One message: the module, the line of the model's code, what went wrong, what to do.
+    """Returns an error message: the module, the line of the model's code, the problem, and advice.
 
     Args:
         error: what was raised.

@@ -1,4 +1,4 @@
-"""An fx tracer that runs every node on fake tensors while it records it."""
+"""A tracer of torch.fx that runs every node on fake tensors as it records it."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from fxgrow.graph.graph import submodule
 from fxgrow.graph.node_functions import guard, set_grad_enabled
 from fxgrow.graph.node_meta import CHECK, OPAQUE, set_value
 from fxgrow.ops.registry import recognised
+from fxgrow.tracing.dependence import Dependence
 from fxgrow.tracing.fake_values import FakeRunner, arithmetic_key
 from fxgrow.tracing.intercept import FACTORIES, intercept
 from fxgrow.tracing.leaf_modules import is_layer
@@ -36,7 +37,7 @@ from fxgrow.tracing.source_location import (
     user_frame,
 )
 
-# Values the model's code gets as they are, without a proxy.
+#: values that the model's code gets themselves, without a proxy
 _PLAIN = (type(None), str, torch.dtype, torch.layout, torch.memory_format, type, enum.Enum)
 _AS_IS = {type(None), bool, int, float, str}
 
@@ -47,9 +48,9 @@ class ValueTracer(fx.Tracer):
     Args:
         inputs: name and example value of each placeholder, in order.
         call: calls the model's forward, given the placeholders' proxies.
-        leaves: modules to keep whole, besides those of ``torch.nn``.
-        flipped: paths of ``training`` flags to read as their opposite.
-        opaque: modules to keep whole because their code cannot be followed, and why.
+        leaves: modules that become one node, besides those of ``torch.nn``.
+        flipped: paths of ``training`` flags that are read as their opposite.
+        opaque: modules that become one node because their code cannot be traced, and why.
     """
 
     def __init__(
@@ -72,21 +73,20 @@ class ValueTracer(fx.Tracer):
         self._traced_attention: set[nn.Module] = set()
         self.runner = FakeRunner()
         self.constants: dict[str, torch.Tensor] = {}
-        self.branches: dict[str, tuple[str, bool, str]] = {}  # flag -> (innermost module, value, where)
+        #: per `training` flag that the code branched on: path of the innermost module, the flag, module and line
+        self.branches: dict[str, tuple[str, bool, str]] = {}
+        #: guards on numbers that the code asked for, and the conversion of each
+        self.numbers: dict[fx.Node, Callable[[Any], Any]] = {}
         self._names: dict[int, str] = {}  # id of parameter, buffer or tensor attribute -> qualified name
         self._attributes: dict[str, ValueProxy] = {}
-        self._seen: dict[tuple[Any, ...], Any] = {}
-        self._fixed: set[fx.Node] = set()  # nodes that no input can change
-        self._flags: dict[fx.Node, frozenset[str]] = {}  # numbers that depend on a `training` flag
-        self._guessed: set[fx.Node] = set()  # what depends on data: empty tensors, and all that is no tensor
+        self._arithmetic: dict[tuple[Any, ...], Any] = {}
+        self._dependence = Dependence()
         self._guards: dict[tuple[str, str], fx.Node] = {}
-        #: guards on numbers that the code asked for, and what it made of each
-        self.numbers: dict[fx.Node, Callable[[Any], Any]] = {}
         self._asked: dict[tuple[int, CodeType, int], tuple[tuple[str, str], fx.Node]] = {}
         self._grad_modes: list[tuple[bool, fx.Node]] = []
 
     def record(self, model: nn.Module) -> fx.Graph:
-        """Trace the model.
+        """Traces the model.
 
         Raises:
             CaptureError: the model's code failed, or looked at data.
@@ -107,7 +107,7 @@ class ValueTracer(fx.Tracer):
             torch._C._set_grad_enabled(grad)
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """One placeholder per given input, whatever the signature of forward."""
+        """Makes one placeholder per given input, whatever the signature of forward."""
         del root_fn, is_module, concrete_args
         self._names = {**{id(tensor): name for tensor, name in self.tensor_attrs.items()}, **self._names}
 
@@ -135,19 +135,18 @@ class ValueTracer(fx.Tracer):
         target: Any,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
-        name: str | None = None,
-        type_expr: Any = None,
-        proxy_factory_fn: Any = None,
+        *_: Any,
+        **__: Any,
     ) -> Any:
-        """A node and what stands for its value: a proxy, or plain Python where that is static."""
+        """Records a node; returns a proxy of its value, or plain Python where that is static."""
         node_args, node_kwargs = self.create_arg(args), self.create_arg(kwargs)
         key = arithmetic_key(kind, target, node_args, node_kwargs)
-        if key is not None and key in self._seen:
-            return self._seen[key]
-        node = self.create_node(kind, target, node_args, node_kwargs, name, type_expr)
-        result = self._present(node, node.meta["val"], whole=kind in ("call_function", "call_method"))
+        if key is not None and key in self._arithmetic:
+            return self._arithmetic[key]
+        node = self.create_node(kind, target, node_args, node_kwargs)
+        result = self._present(node, node.meta["val"], unpack=kind not in ("call_function", "call_method"))
         if key is not None:
-            self._seen[key] = result
+            self._arithmetic[key] = result
         return result
 
     def create_node(
@@ -159,7 +158,7 @@ class ValueTracer(fx.Tracer):
         name: str | None = None,
         type_expr: Any = None,
     ) -> fx.Node:
-        """A node with its value in ``meta["val"]``, ``meta["tensor_meta"]`` and the user's line."""
+        """Records a node with its value in ``meta["val"]``, ``meta["tensor_meta"]`` and the user's line."""
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         try:
             value = self._run(node)
@@ -170,17 +169,7 @@ class ValueTracer(fx.Tracer):
         frame = user_frame(sys._getframe(1))
         if frame is not None and kind != "placeholder":
             node.stack_trace = stack_trace(frame)
-        sources = node.all_input_nodes
-        if kind != "placeholder" and all(source in self._fixed for source in sources):
-            self._fixed.add(node)
-        guessed = self.runner.guessed or any(source in self._guessed for source in sources)
-        if target is len and sources and not isinstance(sources[0].meta["val"], torch.Tensor):
-            guessed = False  # the items of a list may depend on data, their number rarely does
-        if guessed and (not isinstance(value, torch.Tensor) or value.numel() == 0):
-            self._guessed.add(node)
-        flags = frozenset().union(*(self._flags.get(source, frozenset()) for source in sources))
-        if flags and not isinstance(value, torch.Tensor):
-            self._flags[node] = flags
+        self._dependence.add(node, value, self.runner.guessed)
         return node
 
     def _run(self, node: fx.Node) -> Any:
@@ -208,27 +197,27 @@ class ValueTracer(fx.Tracer):
             return not value
         return value.carried if type(value) is ValueProxy else self.runner.fake(value)
 
-    def _present(self, node: fx.Node, value: Any, whole: bool) -> Any:
-        """What the model's code gets: structures come apart, so that `type(x) is tuple` and `**x` work."""
+    def _present(self, node: fx.Node, value: Any, unpack: bool) -> Any:
+        """Returns what the model's code gets: of a container its items, so that `type(x) is tuple` and `**x` work."""
         if isinstance(value, _PLAIN):
             return value
         proxy = ValueProxy(node, self, value)
-        if whole:
+        if not unpack:
             return proxy
         if type(value) is dict:
             return {name: proxy[name] for name in value}  # type: ignore[index]
         if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
             items = [proxy[i] for i in range(len(value))]  # type: ignore[index]
             if node.op == "placeholder" or node.op == "call_module":
-                items = [self._reopen(item) for item in items]
+                items = [self._unpacked(item) for item in items]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         return proxy
 
-    def _reopen(self, item: Any) -> Any:
-        return self._present(item.node, item.carried, whole=False) if type(item) is ValueProxy else item
+    def _unpacked(self, item: Any) -> Any:
+        return self._present(item.node, item.carried, unpack=True) if type(item) is ValueProxy else item
 
     def create_arg(self, a: Any) -> Any:
-        """Nodes for proxies, tensors and the containers fx would flatten into another type."""
+        """Returns nodes for proxies, tensors and the containers that fx would flatten into another type."""
         if type(a) in _AS_IS:
             return a
         if type(a) is tuple or type(a) is list:
@@ -252,7 +241,7 @@ class ValueTracer(fx.Tracer):
         return super().create_arg(a)
 
     def _tensor(self, tensor: torch.Tensor) -> ValueProxy:
-        """The one ``get_attr`` node of a parameter, a buffer, or a constant kept beside the model."""
+        """Returns the one ``get_attr`` node of a parameter, a buffer, or a constant of the graph."""
         name: str | None = self._names.get(id(tensor))
         if name is None:
             if isinstance(tensor, FakeTensor):
@@ -277,7 +266,7 @@ class ValueTracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
-        """A node for a leaf; other modules, and those outside the model's tree, are traced through."""
+        """Records a leaf as a node, and traces other modules, also those that are no part of the model."""
         if self.runner.silent:
             return m.forward(*args, **kwargs)
         path = (self.submodule_paths or {}).get(m)
@@ -289,14 +278,14 @@ class ValueTracer(fx.Tracer):
         return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Parameters and buffers of the model become nodes when its code asks for them."""
+        """Returns the node of a parameter or buffer that the model's code asks for."""
         del attr, parameter_proxy_cache
         if not self.runner.silent and isinstance(attr_val, torch.Tensor) and id(attr_val) in self._names:
             return self._tensor(attr_val)
         return attr_val
 
     def assign(self, module: nn.Module, name: str, value: ValueProxy) -> bool:
-        """``self.buffer = value`` as a write into the buffer; False if there is no such buffer."""
+        """Records ``self.buffer = value`` as a write into the buffer; False if there is no such buffer."""
         buffer = module._buffers.get(name)
         if buffer is None or id(buffer) not in self._names:
             return False
@@ -307,19 +296,19 @@ class ValueTracer(fx.Tracer):
         return True
 
     def training(self, module: nn.Module, value: bool) -> Any:
-        """``self.training``, read from the module's flag when the graph runs, not when it is captured."""
+        """Returns a node that reads the module's flag when the graph runs."""
         path = (self.submodule_paths or {}).get(module)
         if path is None:
             return value
         name = f"{path}.training" if path else "training"
         if name not in self._attributes:
             node = self.create_node("get_attr", name, (), {})
-            self._flags[node] = frozenset((name,))
+            self._dependence.flags[node] = frozenset((name,))
             self._attributes[name] = ValueProxy(node, self, value != (name in self.flipped))
         return self._attributes[name]
 
     def concrete(self, proxy: ValueProxy, convert: Callable[[Any], Any], asked_by: FrameType | None = None) -> Any:
-        """The plain value the model's code asks for, remembered as a guard if an input can change it."""
+        """Returns the plain value that the model's code asks for, with a guard if an input can change it."""
         node = proxy.node
         try:
             with self.runner.quiet():
@@ -330,14 +319,13 @@ class ValueTracer(fx.Tracer):
             raise CaptureError(failure(error, self._module(), last_place(sys._getframe(1)))) from error
         if isinstance(proxy.carried, torch.Tensor) or self.runner.silent:
             return value
-        if node in self._guessed:
+        if node in self._dependence.data:
             unknown = DynamicOutputShapeException(torch.ops.aten.nonzero.default)
             raise CaptureError(failure(unknown, self._module(), last_place(sys._getframe(1))))
-        if node in self._flags:
-            for flag in self._flags[node]:
-                current = self._attributes[flag].carried
-                self.branches.setdefault(flag, (self._innermost()[0], current, self._where()))
-        if node in self._fixed:
+        for flag in self._dependence.flags.get(node, ()):
+            current = self._attributes[flag].carried
+            self.branches.setdefault(flag, (self._innermost()[0], current, self._where()))
+        if node in self._dependence.constant:
             return value
         expected = value if convert is not hash else proxy.carried
         key = (node.name, repr(expected))
@@ -349,20 +337,20 @@ class ValueTracer(fx.Tracer):
             if user is not None and raises_otherwise(user.f_code.co_filename, user.f_lineno, bool(expected)):
                 self._guards[key].meta[CHECK] = True
             if convert is not bool:
-                self.numbers[self._guards[key]] = convert if convert is not hash else _as_it_is
+                self.numbers[self._guards[key]] = convert if convert is not hash else _identity
             if asked_by is not None:
                 self._asked[id(asked_by), asked_by.f_code, asked_by.f_lasti] = (key, self._guards[key])
         return value
 
     def forget_question(self, frame: FrameType) -> None:
-        """Drop the guard of an ``__index__`` that only the argument parser of this very call asked for."""
+        """Drops the guard of an ``__index__`` that only the argument parser of this call asked for."""
         key, node = self._asked.pop((id(frame), frame.f_code, frame.f_lasti), (None, None))
         if key is not None and node is not None:
             del self._guards[key]
             self.graph.erase_node(node)
 
     def record_grad_mode(self, enabled: bool) -> None:
-        """``with torch.no_grad():`` as two nodes, the second restoring what the first found."""
+        """Records ``with torch.no_grad():`` as two nodes, the second of which restores the mode before the first."""
         if self._grad_modes and self._grad_modes[-1][0] == enabled:
             argument: Any = self._grad_modes.pop()[1]
         else:
@@ -387,7 +375,7 @@ class ValueTracer(fx.Tracer):
         return self._module() + (f" at {frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "")
 
 
-def _as_it_is(value: Any) -> Any:
+def _identity(value: Any) -> Any:
     return value
 
 

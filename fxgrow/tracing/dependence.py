@@ -1,0 +1,42 @@
+"""What the values of nodes depend on, as far as Python code that looks at them is concerned."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, fx
+
+
+class Dependence:
+    """Facts about the nodes of a trace, found while they are recorded.
+
+    Attributes:
+        constant: nodes that no input can change.
+        data: nodes that depend on the values of tensors: empty tensors, and all that is not a tensor.
+        flags: per number that depends on them, the paths of `training` flags.
+    """
+
+    def __init__(self) -> None:
+        self.constant: set[fx.Node] = set()
+        self.data: set[fx.Node] = set()
+        self.flags: dict[fx.Node, frozenset[str]] = {}
+
+    def add(self, node: fx.Node, value: Any, guessed: bool) -> None:
+        """Enters a node.
+
+        Args:
+            node: whose inputs have been entered.
+            value: of the node on the example inputs.
+            guessed: whether its sizes depend on data.
+        """
+        sources = node.all_input_nodes
+        if node.op != "placeholder" and self.constant.issuperset(sources):
+            self.constant.add(node)
+        guessed = guessed or not self.data.isdisjoint(sources)
+        if node.target is len and sources and not isinstance(sources[0].meta["val"], Tensor):
+            guessed = False  # the items of a list may depend on data, their number rarely does
+        if guessed and (not isinstance(value, Tensor) or value.numel() == 0):
+            self.data.add(node)
+        flags = frozenset().union(*(self.flags.get(source, frozenset()) for source in sources))
+        if flags and not isinstance(value, Tensor):
+            self.flags[node] = flags
