@@ -1,0 +1,97 @@
+"""The state of a model and of torch while the model is traced; everything is restored afterwards."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import random
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+
+@contextlib.contextmanager
+def without_caches(model: nn.Module) -> Iterator[None]:
+    """Without key-value caches in the outputs: they are for generation, and not tensors."""
+    every = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(c): c for c in every if getattr(c, "use_cache", None) is True}
+    for config in configs.values():
+        config.use_cache = False  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True  # type: ignore[union-attr]
+
+
+@contextlib.contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Transformer layers of torch.nn run their parts instead of one fused operator for inference."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def without_failure_log() -> Iterator[None]:
+    """Fake tensors log every failure as an error, also where a caller only tries whether a model accepts a size."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    thread = threading.get_ident()
+
+    def other_thread(record: logging.LogRecord) -> bool:
+        return record.thread != thread
+
+    log.addFilter(other_thread)
+    try:
+        yield
+    finally:
+        log.removeFilter(other_thread)
+
+
+def _drop_caches(model: nn.Module) -> None:
+    """Drops what a module caches between evaluations and clears in its `train()`: a graph would keep it for good."""
+    modes = [(module, module.training) for module in model.modules()]
+    for module, training in modes:
+        if type(module).train is not nn.Module.train:
+            with contextlib.suppress(Exception):  # some refuse one of the modes
+                module.train(not training)
+                module.train(training)
+    for module, training in modes:
+        module.training = training
+
+
+@contextlib.contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Restores the attributes of every module, and the state of Python's random generator."""
+    saved: list[tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]] = []
+    containers = dict, list, set
+    for module in model.modules():
+        attributes = vars(module)
+        # most are empty: hooks that nobody registered
+        contents = [
+            (value, value.copy() if value else ()) for value in attributes.values() if isinstance(value, containers)
+        ]
+        saved.append((attributes, dict(attributes), contents))
+    state = random.getstate()
+    try:
+        _drop_caches(model)
+        yield
+    finally:
+        random.setstate(state)
+        for attributes, before, contents in saved:
+            attributes.clear()
+            attributes.update(before)
+            for container, content in contents:
+                if not content and not container:
+                    continue
+                container.clear()
+                if isinstance(container, list):
+                    container.extend(content)
+                else:
+                    container.update(content)
