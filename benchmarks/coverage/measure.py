@@ -109,7 +109,7 @@ def measure(subject: Subject, options: Mapping[str, bool]) -> Iterator[Findings]
 def _in_double(model: nn.Module, example: Inputs) -> float:
     """Casts the model to float64, unless an operator of it has none; returns how far outputs may differ."""
     try:
-        run(model.double(), _cast(example), False)
+        run(model.double(), _cast(example), False, plain=True)
     except RuntimeError:
         model.float()
         return SINGLE
@@ -209,6 +209,7 @@ def run(
     *,
     buffers: Iterable[str] = (),
     seeded: bool = False,
+    plain: bool = False,
 ) -> list[Tensor]:
     """Outputs, with buffers and flags left as they were.
 
@@ -219,6 +220,7 @@ def run(
         outputs: what of its output is returned.
         buffers: names of buffers whose values after the forward pass are returned too.
         seeded: draws random numbers from a seed; else those of a wider tensor begin with those of a narrow one.
+        plain: leaves code that computes in float32 by name as it is.
     """
     state = [(b, b.clone()) for b in module.buffers()]
     modes = [(m, m.training) for m in module.modules()]
@@ -228,7 +230,7 @@ def run(
     double = any(p.dtype is torch.float64 for p in module.parameters())
     try:
         with contextlib.ExitStack() as stack:
-            if double:
+            if double and not plain:
                 stack.enter_context(InDouble())
             if not seeded:
                 stack.enter_context(SameNoise())

@@ -1,8 +1,8 @@
 """Over networks of packages outside torchvision, timm and transformers: what fxgrow reads, widens, grows and saves.
 
     python -m benchmarks.wild --install .wild        a venv with the packages (Python 3.11 or newer; some GB)
-    .wild/bin/python -m benchmarks.wild [--package vit-pytorch monai] [--match TEXT] [--resume FILE] [--onnx]
-                                        [--time-limit S] [--memory GB] [--tables] [--list]
+    .wild/bin/python -m benchmarks.wild [--package vit-pytorch monai] [--match TEXT] [--limit N] [--onnx]
+                                        [--resume FILE] [--time-limit S] [--memory GB] [--tables] [--list]
 
 The checks are those of `benchmarks.coverage`; after them each network grows on batches of which the last is smaller,
 and what has grown is saved and loaded into a fresh one. One process per network; a package that is not installed is
@@ -11,6 +11,7 @@ left out.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.util
 import os
@@ -21,7 +22,7 @@ from typing import Any
 from benchmarks._command_line import parse
 from benchmarks.coverage.process import options_of, records_of
 from benchmarks.coverage.tables import COLUMNS, Record, share, tables
-from benchmarks.wild.entries import entries
+from benchmarks.wild.entries import Entry, entries
 from benchmarks.wild.install import install
 from benchmarks.wild.measure import steps
 from fxgrow.integrations._torchvision import import_torchvision
@@ -62,9 +63,18 @@ def wild_columns() -> dict[str, Any]:
     return {"all checks but into module": passing, **COLUMNS, **last}
 
 
+def chosen_entries(options: argparse.Namespace) -> list[Entry]:
+    packages: dict[str, list[Entry]] = {}
+    for entry in entries():
+        if options.match in entry.name and (options.package is None or entry.package in options.package):
+            packages.setdefault(entry.package, []).append(entry)
+    return [entry for members in packages.values() for entry in members[: options.limit]]
+
+
 def main() -> None:
     parser = options_of(__doc__, "wild.jsonl", time_limit=300, memory=8)
     parser.add_argument("--package", nargs="+", help="only these")
+    parser.add_argument("--limit", type=int, help="at most so many networks of a package")
     parser.add_argument("--install", type=Path, metavar="FOLDER", help="make a venv there and run nothing")
     parser.add_argument("--list", action="store_true", help="only print the names of the networks")
     options = parse(parser)
@@ -75,9 +85,7 @@ def main() -> None:
     if importlib.util.find_spec("torchvision") is not None:
         with contextlib.suppress(Exception):
             import_torchvision()
-    chosen = [
-        e for e in entries() if options.match in e.name and (options.package is None or e.package in options.package)
-    ]
+    chosen = chosen_entries(options)
     if options.list:
         print("\n".join(f"{e.package}/{e.name}{'' if e.installed else ' (not installed)'}" for e in chosen))
         return

@@ -68,12 +68,22 @@ def call(path: str, *args: Any, **kwargs: Any) -> Callable[[], Any]:
     """
 
     def build() -> Any:
+        target = imported(path)()
+        return target(*(_made(a) for a in args), **{key: _made(value) for key, value in kwargs.items()})
+
+    build.is_builder = True  # type: ignore[attr-defined]
+    return build
+
+
+def imported(path: str) -> Callable[[], Any]:
+    """The thing itself, as an argument of `call`: `imported("package.module:Class")`."""
+
+    def build() -> Any:
         module, _, name = path.partition(":")
-        made = [_made(a) for a in args]
-        target = importlib.import_module(module)
+        target: Any = importlib.import_module(module)
         for part in name.split("."):
             target = getattr(target, part)
-        return target(*made, **{key: _made(value) for key, value in kwargs.items()})  # type: ignore[operator]
+        return target
 
     build.is_builder = True  # type: ignore[attr-defined]
     return build
@@ -82,6 +92,8 @@ def call(path: str, *args: Any, **kwargs: Any) -> Callable[[], Any]:
 def _made(value: Any) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_made(v) for v in value)
+    if isinstance(value, dict):
+        return {key: _made(v) for key, v in value.items()}
     return value() if getattr(value, "is_builder", False) else value
 
 
@@ -127,9 +139,9 @@ def together(*parts: Callable[[int, int], tuple[Any, ...]]) -> Callable[[int, in
     return lambda batch, other: tuple(value for part in parts for value in part(batch, other))
 
 
-def listed(part: Callable[[int, int], tuple[Any, ...]]) -> Callable[[int, int], tuple[Any, ...]]:
-    """One input, the list of those of `part`."""
-    return lambda batch, other: (list(part(batch, other)),)
+def positional(part: Callable[[int, int], Any]) -> Callable[[int, int], tuple[Any, ...]]:
+    """One positional input, what `part` gives: a dict, say."""
+    return lambda batch, other: (part(batch, other),)
 
 
 def named(**parts: Callable[[int, int], tuple[Any, ...]]) -> Callable[[int, int], dict[str, Any]]:
