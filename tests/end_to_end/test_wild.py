@@ -64,8 +64,8 @@ def test_every_entry_is_well_formed() -> None:
     found = list(entries())
     assert len({(e.package, e.name) for e in found}) == len(found)
     listed = (Path(__file__).parents[2] / "benchmarks/wild/packages.txt").read_text()
-    packages = {line.partition("==")[0].lower() for line in listed.splitlines() if line and not line.startswith("#")}
-    assert {e.package.lower() for e in found} <= packages
+    packages = {line.partition("==")[0] for line in listed.splitlines() if line and not line.startswith("#")}
+    assert {e.package for e in found} <= packages
 
 
 def test_builders_are_nested() -> None:
