@@ -1,6 +1,6 @@
-"""Functions that captured graphs call while they run.
+"""Functions that captured graphs call when they run.
 
-Each one also accepts an ``fx.Proxy``, so that any other tracer can trace a captured graph again.
+They accept an ``fx.Proxy`` too, so that any other tracer can trace a captured graph.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ def _traceable(function: Callable[..., Any]) -> Callable[..., Any]:
 @has_side_effect
 @_traceable
 def guard(value: Any, expected: Any, message: str) -> None:
-    """Refuse an input that would have taken another branch than the captured one.
+    """Refuses an input that would take another branch than the captured one.
 
     Args:
-        value: the bool, int or float the model's Python code looked at.
-        expected: what it was when the graph was captured.
-        message: where the model looked at it.
+        value: the bool, int or float that the model's Python code looks at.
+        expected: its value when the graph was captured.
+        message: the line of the model's code.
 
     Raises:
         CaptureError: the value differs.
@@ -50,11 +50,11 @@ def guard(value: Any, expected: Any, message: str) -> None:
 @has_side_effect
 @_traceable
 def guard_mode(training: bool, expected: bool, message: str) -> None:
-    """Refuse to run in the mode (train or eval) that the graph does not describe.
+    """Refuses to run in the mode (train or eval) that the graph does not describe.
 
     Args:
         training: the flag of the module whose Python code branches on it.
-        expected: what the flag was when the graph was captured.
+        expected: the flag when the graph was captured.
         message: the module and the line.
 
     Raises:
@@ -71,14 +71,14 @@ def guard_mode(training: bool, expected: bool, message: str) -> None:
 
 @_traceable
 def in_mode(training: bool, if_training: Any, if_eval: Any) -> Any:
-    """Pick the constant that belongs to the mode the module is in now."""
+    """Returns the value that belongs to the mode of the module."""
     return if_training if training else if_eval
 
 
 @has_side_effect
 @_traceable
 def set_grad_enabled(enabled: bool) -> bool:
-    """Switch gradient recording and return what it was, so that a later node can restore it."""
+    """Switches gradient recording and returns the state before, so that a later node can restore it."""
     before = torch.is_grad_enabled()
     torch._C._set_grad_enabled(bool(enabled))
     return before
@@ -86,7 +86,7 @@ def set_grad_enabled(enabled: bool) -> bool:
 
 @functools.cache
 def function_call(cls: type[torch.autograd.Function]) -> Callable[..., Any]:
-    """The ``apply`` of an autograd function, as a plain function that a graph can call by name."""
+    """Returns the ``apply`` of an autograd function as a plain function that a graph can call by name."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return cls.apply(*args, **kwargs)

@@ -1,4 +1,4 @@
-"""Every key that fxgrow keeps in `node.meta` and `gm.meta`, and the values of nodes."""
+"""The keys of fxgrow in `node.meta` and `gm.meta`, and the values of nodes."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def is_captured(model: object) -> TypeGuard[fx.GraphModule]:
 
 
 def set_value(node: fx.Node, value: Any) -> None:
-    """Store a node's value, and its tensor metadata in the form ``ShapeProp`` writes."""
+    """Stores a node's value, and its tensor metadata in the form of ``ShapeProp``."""
     node.meta["val"] = value
     node.meta["type"] = type(value)
     found = False
@@ -59,14 +59,14 @@ def set_value(node: fx.Node, value: Any) -> None:
         node.meta["tensor_meta"] = meta
 
 
-_known: dict[Any, Any] = {}
+_metadata_cache: dict[Any, Any] = {}
 
 
 def _metadata(tensor: torch.Tensor) -> Any:
-    """A network has few different ones, and finding the memory format takes long."""
+    """Returns tensor metadata, from a cache: a network has few different ones, and the memory format takes long."""
     if tensor.is_quantized or tensor.layout is not torch.strided:
         return _extract_tensor_metadata(tensor)
     key = tensor.shape, tensor.stride(), tensor.dtype, tensor.requires_grad
-    if key not in _known:
-        _known[key] = _extract_tensor_metadata(tensor)
-    return _known[key]
+    if key not in _metadata_cache:
+        _metadata_cache[key] = _extract_tensor_metadata(tensor)
+    return _metadata_cache[key]

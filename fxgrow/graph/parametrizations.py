@@ -1,4 +1,4 @@
-"""Weights that are computed from other parameters, and what computes them."""
+"""Weights that are computed from other parameters, by parametrizations or hooks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 
 def norm_of(module: nn.Module) -> Any:
-    """The weight or spectral normalisation of a weight, if that is all there is."""
+    """Returns the weight or spectral normalisation of a weight, if it is the only parametrization."""
     lists = getattr(module, "parametrizations", None)
     if not isinstance(lists, nn.ModuleDict) or list(lists) != ["weight"]:
         return None
@@ -19,7 +19,7 @@ def norm_of(module: nn.Module) -> Any:
 
 
 def computed_by(module: nn.Module, name: str) -> str:
-    """Names of what computes a weight, as far as the module says so."""
+    """Returns the names of the parametrizations and hooks that compute a weight."""
     lists = getattr(module, "parametrizations", None)
     kinds = set()
     if isinstance(lists, nn.ModuleDict) and name in lists:

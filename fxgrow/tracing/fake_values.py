@@ -25,9 +25,12 @@ _isinstance = builtins.isinstance
 
 
 class FakeRunner:
-    """Evaluates single nodes; ``silent`` is true while it does, so that a tracer can look away.
+    """Evaluates single nodes.
 
-    ``guessed`` says of the last one whether its sizes depend on data and were learnt from random ones.
+    Attributes:
+        mode: of all fake tensors here.
+        silent: true during an evaluation, which a tracer must not record.
+        guessed: whether the sizes of the last node depend on data, and are those for random data.
     """
 
     def __init__(self) -> None:
@@ -37,13 +40,13 @@ class FakeRunner:
 
     @contextlib.contextmanager
     def quiet(self, module: nn.Module | None = None) -> Iterator[None]:
-        """Run torch code on fake values: nothing is recorded, no gradients are kept.
+        """Runs torch code on fake values: nothing is recorded, no gradients are kept.
 
         Args:
-            module: gets fake parameters and buffers for the time being.
+            module: has fake parameters and buffers inside the block.
         """
         before, self.silent = self.silent, True
-        # What a tracer puts in the way has nothing to say here, and asking it costs time.
+        # the tracer's patch knows proxies; there are none here, and the call takes time
         patched, builtins.isinstance = builtins.isinstance, _isinstance
         try:
             # DisableTorchFunction first: `no_grad` would call the active torch function modes
@@ -54,7 +57,7 @@ class FakeRunner:
             self.silent = before
 
     def call(self, node: fx.Node, root: nn.Module) -> Any:
-        """The value of a ``call_*`` node, from the values of its arguments."""
+        """Returns the value of a ``call_*`` node, from the values of its arguments."""
         args = fx.node.map_arg(node.args, lambda source: source.meta["val"])
         kwargs = fx.node.map_arg(node.kwargs, lambda source: source.meta["val"])
         self.guessed = False
@@ -62,7 +65,7 @@ class FakeRunner:
         try:
             with self.quiet(module):
                 if module is not None:
-                    # Not __call__: hooks are the user's and must not see fake tensors.
+                    # not __call__: the user's hooks must not see fake tensors
                     return module.forward(*args, **kwargs)
                 if node.op == "call_method":
                     return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -86,7 +89,7 @@ class FakeRunner:
             self.silent = before
 
     def fake(self, value: Any) -> Any:
-        """The same value with fake tensors, in nested tuples, lists and dicts too."""
+        """Returns the same value with fake tensors, in nested tuples, lists and dicts too."""
         kind = type(value)
         if isinstance(value, torch.Tensor):
             known = isinstance(value, FakeTensor) and value.fake_mode is self.mode
@@ -101,7 +104,7 @@ class FakeRunner:
 
     @contextlib.contextmanager
     def _fake_state(self, module: nn.Module | None) -> Iterator[None]:
-        """Lend a module fake parameters and buffers: batch norm counts its calls even in a fake mode."""
+        """Lends a module fake parameters and buffers: batch norm counts its calls even in a fake mode."""
         saved = []
         for part in () if module is None else module.modules():
             attributes = vars(part)
@@ -132,7 +135,7 @@ def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
 
 
 def _grouped_mm(mat_a: torch.Tensor, mat_b: torch.Tensor, **options: Any) -> torch.Tensor:
-    """A row times the matrix of its group; the registered kernel knows bfloat16 only."""
+    """Multiplies each row by the matrix of its group; the registered kernel knows bfloat16 only."""
     if mat_a.dim() != 2 or mat_b.dim() != 3 or mat_a.shape[1] != mat_b.shape[1]:
         return torch._grouped_mm(mat_a, mat_b, **options)
     return mat_a.new_empty(mat_a.shape[0], mat_b.shape[2])
@@ -152,11 +155,11 @@ _SIZES = {"shape", "size", "numel", "nelement", "device"}
 
 
 def arithmetic_key(kind: str, target: Any, args: Any, kwargs: Any) -> tuple[Any, ...] | None:
-    """Equal keys mean equal numbers: half of a raw trace is the same sizes computed again."""
+    """Returns a key that equal numbers share, or None: half of a raw trace is the same sizes computed again."""
     values = [arg.meta["val"] for arg in args if isinstance(arg, fx.Node)]
     name = args[1] if target is getattr else target
     if (target is getattr or kind == "call_method") and name in _SIZES and isinstance(values[0], torch.Tensor):
-        # The shape too, as an in-place method may have changed it.
+        # with the shape, as an in-place method may have changed it
         return target, repr(args), repr(kwargs), tuple(values[0].shape)
     if kind == "call_function" and getattr(target, "__module__", "") == "_operator" and values:
         if all(isinstance(value, (bool, int, float, torch.Size)) for value in values):
