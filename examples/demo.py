@@ -2,15 +2,15 @@
 
 make demo        (or: python -m examples.demo [seed])
 
-Profile by default: loss 0.2366 over 1,347 samples, 4 free widths, 1 pinned
+Profile by default: loss 0.2316 over 1,347 samples, 4 free widths, 1 pinned
 
                                                                          share of  predicted
 width           size  step  producers → consumers            bottleneck  gradient       gain  priority  accepted  add
 ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-conv1              4     1  conv1 +1 → layer1.0.conv1 +2           4.04     99.3%     0.0203      0.13    4 of 4   +1
-layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2        1.18     99.1%     0.0224     0.064    4 of 4    ·
-layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2      0.0974     95.9%     0.0099     0.036    0 of 4    ·
-layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear           0.0915     95.0%     0.0274     0.041    3 of 4   +1
+conv1              4     1  conv1 +1 → layer1.0.conv1 +2           3.96     99.4%     0.0214      0.13    4 of 4   +1
+layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2        1.15     99.2%     0.0204      0.06    4 of 4    ·
+layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2      0.0948     96.4%     0.0087     0.037    3 of 4    ·
+layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear            0.089     95.5%     0.0259     0.042    3 of 4   +1
 
 add: with the default budget: 2 units, 1,382 → 1,638 parameters (+18.5%)
 
@@ -22,20 +22,20 @@ pinned width  at node  because
 ────────────────────────────────────────────────────────
 linear        output   a dimension of the model's output
 
-Growth by default: 5 units, 1,382 → 2,006 parameters (+45.2%)
-held-out loss: eval 0.2502 → 0.1809 (-27.7%), train 0.2655 → 0.2157 (-18.7%)
-decrease: 0.1854 predicted, 0.0693 realised
-gamma: 5.08 applied, 5.08 best on held-out batches
-loss along gamma: 0: 0.2655  1.8: 0.2370  3.59: 0.2211  5.08: 0.2157  7.18: 0.2179  10.2: 0.2395  14.4: 0.3105
-seconds: 0.88 (capture 0.01, profile 0.42, plan 0.05, search 0.39)
+Growth by default: 5 units, 1,382 → 2,051 parameters (+48.4%)
+held-out loss: eval 0.2457 → 0.1728 (-29.6%), train 0.2642 → 0.2088 (-21.0%)
+decrease: 0.2084 predicted, 0.0728 realised
+gamma: 6.21 applied, 6.21 best on held-out batches
+loss along gamma: 0: 0.2642  2.2: 0.2297  3.11: 0.2207  4.39: 0.2125  6.21: 0.2088  8.79: 0.2170  17.6: 0.3635
+seconds: 1.90 (capture 0.06, profile 0.84, plan 0.06, search 0.94)
 
                                                                          share of  predicted
 width           size  step  producers → consumers            bottleneck  gradient       gain  priority  accepted  added
 ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-conv1              4     1  conv1 +1 → layer1.0.conv1 +2           4.04     99.3%     0.0203      0.13    4 of 4     +2
-layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2        1.18     99.1%     0.0224     0.064    4 of 4     +1
-layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2      0.0974     95.9%     0.0099     0.036    0 of 4      ·
-layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear           0.0915     95.0%     0.0274     0.041    3 of 4     +2
+conv1              4     1  conv1 +1 → layer1.0.conv1 +2           3.96     99.4%     0.0214      0.13    4 of 4     +2
+layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2        1.15     99.2%     0.0204      0.06    4 of 4     +1
+layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2      0.0948     96.4%     0.0087     0.037    3 of 4     +1
+layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear            0.089     95.5%     0.0259     0.042    3 of 4     +1
 
 bottleneck: gradient energy that the consumers' existing weights cannot explain; share: of all of it.
 predicted gain: decrease of the loss by the best unit; accepted: units that a test on held-out batches accepts.
@@ -45,12 +45,12 @@ pinned width  at node  because
 ────────────────────────────────────────────────────────
 linear        output   a dimension of the model's output
 
-the second growth: layer1.0.conv1 +2, layer2.0.conv1 +3, layer2.0.conv2 +2;
-2,006 -> 2,902 parameters, gamma 48.5
+the second growth: layer1.0.conv1 +4;
+2,051 -> 2,491 parameters, gamma 20.7
 
 wrote out/growth.png and out/grown.onnx (the same outputs in onnxruntime)
 
-test accuracy 92.2 % before growth, 98.0 % after two growths, 95.8 % ungrown; 1,382 -> 2,902 parameters; 2.2 s growing
+test accuracy 92.7 % before growth, 96.9 % after two growths, 96.0 % ungrown; 1,382 -> 2,491 parameters; 4.5 s growing
 """
 
 from __future__ import annotations

@@ -4,8 +4,9 @@
 
 With `DEFAULT` it starts from torchvision's trained weights, which torchvision downloads; without, from random ones.
 
-A network of 11 million parameters is hardly short of width on 1,024 digits: ten units pass the held-out test, and
-after one more epoch they make no difference (the ungrown copy goes on with a fresh optimiser). Output, on 2 busy cores:
+A network of 11 million parameters has enough width for 1,024 digits: no unit passes the held-out test, and nothing is
+added. Losses after one more epoch differ only by the optimiser: the ungrown copy gets a fresh one. Output, on 2 busy
+cores:
 
 ResNet: 12 of 13 widths can grow; 100.0% of 11,181,642 parameters are in weights that would grow with them
 
@@ -28,41 +29,40 @@ pinned width  size  because
 ─────────────────────────────────────────────────────────────────────
 fc              10  a dimension of the model's output, at node output
 
-2 epochs:        test loss 0.2480, accuracy 92.5 %, 11,181,642 parameters
-grown:           test loss 0.2020, accuracy 94.5 %, 11,228,297 parameters
+2 epochs:        test loss 0.2331, accuracy 93.0 %, 11,181,642 parameters
+grown:           test loss 0.2331, accuracy 93.0 %, 11,181,642 parameters
 
-Growth by default: 10 units, 11,181,642 → 11,228,297 parameters (+0.4%)
-held-out loss: eval 0.0662 → 0.0455 (-31.3%), train 0.0340 → 0.0327 (-3.9%)
-gamma: 4.71 applied, 18.8 best on held-out batches
-loss along gamma: 0: 0.0662  4.71: 0.0455  9.41: 0.0333  13.3: 0.0274  18.8: 0.0235  26.6: 0.0239  37.7: 0.0320
-                  75.3: 0.1568
-seconds: 894.29 (capture 0.54, profile 822.88, plan 22.25, search 48.63)
+Growth by default: nothing added
+declined: no width has a unit that the held-out test accepts
+held-out loss: eval 0.0750 → 0.0750 (+0.0%), train 0.0274 → 0.0274 (+0.0%)
+seconds: 361.32 (capture 1.15, profile 357.65, plan 0.15, search 2.37)
 
-                                                                               share of  predicted
-width           size  step  producers → consumers                  bottleneck  gradient       gain  accepted  added
-───────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-conv1             64     1  conv1 +2 → layer1.0.conv1 +3                0.177     99.7%          0   4 of 16     +4
-layer1.0.conv1    64     1  layer1.0.conv1 → layer1.0.conv2            0.0879     99.8%     0.0007   3 of 16     +3
-layer1.1.conv1    64     1  layer1.1.conv1 → layer1.1.conv2            0.0573     99.7%     0.0007   0 of 16      ·
-layer2.0.conv1   128     1  layer2.0.conv1 → layer2.0.conv2            0.0481     98.0%     0.0004   1 of 32     +1
-layer2.0.conv2   128     1  layer2.0.conv2 +2 → layer2.1.conv1 +2      0.0598     95.5%     0.0009   0 of 32      ·
-layer2.1.conv1   128     1  layer2.1.conv1 → layer2.1.conv2            0.0368     97.0%     0.0003   0 of 32      ·
-layer3.0.conv1   256     1  layer3.0.conv1 → layer3.0.conv2            0.0293     85.5%     0.0001   0 of 64      ·
-layer3.0.conv2   256     1  layer3.0.conv2 +2 → layer3.1.conv1 +2      0.0277     78.4%     0.0005   1 of 64     +1
-layer3.1.conv1   256     1  layer3.1.conv1 → layer3.1.conv2            0.0181     82.7%          0   0 of 64      ·
-layer4.0.conv1   512     1  layer4.0.conv1 → layer4.0.conv2           0.00929     42.9%          0  0 of 128      ·
-layer4.0.conv2   512     1  layer4.0.conv2 +2 → layer4.1.conv1 +1      0.0325     62.1%     0.0002  1 of 128     +1
-layer4.1.conv1   512     1  layer4.1.conv1 → layer4.1.conv2           0.00426     39.2%          0  0 of 128      ·
+                                                                          share of  predicted
+width           size  step  producers → consumers             bottleneck  gradient       gain  priority  accepted  added
+────────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
+conv1             64     1  conv1 +2 → layer1.0.conv1 +3           0.259     99.5%     0.0013    0.0088   0 of 16      ·
+layer1.0.conv1    64     1  layer1.0.conv1 → layer1.0.conv2        0.133     99.6%     0.0011    0.0066   0 of 16      ·
+layer1.1.conv1    64     1  layer1.1.conv1 → layer1.1.conv2       0.0761     99.5%     0.0009    0.0046   0 of 16      ·
+layer2.0.conv1   128     1  layer2.0.conv1 → layer2.0.conv2       0.0617     97.1%     0.0014    0.0034   0 of 32      ·
+layer2.0.conv2   128     1  layer2.0.conv2 +…yer2.1.conv1 +2      0.0738     93.3%     0.0042    0.0038   0 of 32      ·
+layer2.1.conv1   128     1  layer2.1.conv1 → layer2.1.conv2       0.0443     95.6%     0.0008    0.0025   0 of 32      ·
+layer3.0.conv1   256     1  layer3.0.conv1 → layer3.0.conv2        0.031     80.0%          0    0.0038   0 of 64      ·
+layer3.0.conv2   256     1  layer3.0.conv2 +…yer3.1.conv1 +2      0.0292     72.2%          0    0.0063   0 of 64      ·
+layer3.1.conv1   256     1  layer3.1.conv1 → layer3.1.conv2       0.0193     77.0%          0    0.0039   0 of 64      ·
+layer4.0.conv1   512     1  layer4.0.conv1 → layer4.0.conv2      0.00943     36.5%          0    0.0044  0 of 128      ·
+layer4.0.conv2   512     1  layer4.0.conv2 +…yer4.1.conv1 +1      0.0314     51.9%          0    0.0067  0 of 128      ·
+layer4.1.conv1   512     1  layer4.1.conv1 → layer4.1.conv2      0.00418     32.2%          0    0.0031  0 of 128      ·
 
 bottleneck: gradient energy that the consumers' existing weights cannot explain; share: of all of it.
 predicted gain: decrease of the loss by the best unit; accepted: units that a test on held-out batches accepts.
+priority: of a few more units here, against the other widths; budgets lean towards priority for the size.
 
 pinned width  at node  because
 ────────────────────────────────────────────────────────
 fc            output   a dimension of the model's output
 
-one more epoch:  test loss 0.1394, accuracy 97.0 %, 11,228,297 parameters
-... never grown: test loss 0.1288, accuracy 98.0 %, 11,181,642 parameters
+one more epoch:  test loss 0.1082, accuracy 98.0 %, 11,181,642 parameters
+... never grown: test loss 0.1176, accuracy 97.5 %, 11,181,642 parameters
 wrote out/resnet18.onnx, checked in onnxruntime
 """
 

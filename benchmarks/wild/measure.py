@@ -17,9 +17,9 @@ from benchmarks.coverage.subjects import Inputs, Subject
 from benchmarks.wild.entries import Entry
 from fxgrow.graph.evaluate import tensors_in
 
-#: samples of the batches to grow on: the last one is smaller, and one of the two that are held back
+#: samples of the batches to grow on: the last one is smaller, and one of the two that are held out
 BATCHES = (4, 4, 4, 4, 4, 4, 4, 2)
-#: the held-back loss may be so much larger afterwards
+#: the held-out loss may be so much larger afterwards
 WORSE = 0.01
 
 
@@ -81,7 +81,7 @@ def _grown(grown: fx.GraphModule) -> Findings:
     elif not all(bool(p.isfinite().all()) for p in grown.parameters()) or not math.isfinite(after):
         error = "not finite"
     elif after > before * (1 + WORSE) + 1e-12:
-        error = f"held-back loss {before:.4g} became {after:.4g}"
+        error = f"held-out loss {before:.4g} became {after:.4g}"
     return {"grown": not error, "grown_error": error, "losses": [before, after]}
 
 

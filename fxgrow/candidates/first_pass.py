@@ -228,7 +228,7 @@ class FirstPass:
         if single not in (0, size):
             raise ProfileError(
                 f"{single:.0f} of {size} processes have a single batch: give each at least two, so "
-                "that one can be held back, or each one alone."
+                "that one can be held out, or each one alone."
             )
         return total
 

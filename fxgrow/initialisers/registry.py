@@ -140,7 +140,7 @@ class Initialiser:
     name: str
     needs: Needs = Needs()
     function: Propose | None = None
-    nothing: ClassVar[str] = "no width has a unit that the held-back test accepts"
+    nothing: ClassVar[str] = "no width has a unit that the held-out test accepts"
 
     def check_profile(self, processes: int, keep_moments: bool) -> None:
         """Raises a `ProfileError` for settings of a profile that the method does not have."""

@@ -281,7 +281,7 @@ def test_success_changes_nothing_either(source: str, method: str) -> None:
     before = everything(model, loader=loader if isinstance(loader, DataLoader) else None)
     grown = fxgrow.grow(model, loader, neurons=2, method=method, progress=False)
     assert everything(model, loader=loader if isinstance(loader, DataLoader) else None) == before
-    # those that split old units add none that would not lower the held-back loss
+    # those that split old units add none that would not lower the held-out loss
     added = grown.meta["fxgrow"].plan.units if method in ("splitting", "firefly") else {"conv": 2, "fc": 2}
     assert (grown.conv.out_channels, grown.fc.out_features) == (3 + added.get("conv", 0), 4 + added.get("fc", 0))
     shared = {id(p) for p in model.parameters()} & {id(p) for p in grown.parameters()}

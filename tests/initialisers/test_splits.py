@@ -44,14 +44,14 @@ def small_conv() -> nn.Sequential:
 
 
 def learnable(*shape: int) -> list[tuple[Tensor, Tensor]]:
-    """Enough samples for held-back ones to agree, and labels that depend on the inputs."""
+    """Enough samples for held-out ones to agree, and labels that depend on the inputs."""
     x = torch.randn(1024, *shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     y = (x.flatten(1)[:, 0] * x.flatten(1)[:, 1] > 0).long() + (x.flatten(1)[:, 2] > 0).long()
     return list(zip(x.split(64), y.split(64), strict=True))
 
 
 def fitting(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """All but the batches that are held back."""
+    """All but the batches that are held out."""
     parts = [b for i, b in enumerate(batches) if i % 4 != 3]
     return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 

@@ -405,7 +405,7 @@ def test_predictions_come_true_and_are_kept() -> None:
 @pytest.mark.parametrize("method", ["tiny", "default"])
 def test_the_line_search_sees_what_nothing_was_fitted_on(method: str) -> None:
     model, _, batches = trained(20)
-    # other labels for the held-back batches: the units stay as they were
+    # other labels for the held-out batches: the units stay as they were
     broken = [(x, y if i % 4 != 3 else y.flip(0)) for i, (x, y) in enumerate(batches)]
     plans = [
         fxgrow.grow(model, data, method=method, neurons={"conv1": 2}, progress=False).meta["fxgrow"].plan

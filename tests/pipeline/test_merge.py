@@ -71,7 +71,7 @@ def test_without_a_refit_parts_make_up_the_whole(case: str, method: str, positio
 def test_the_default_refits_on_the_data_at_hand(case: str) -> None:
     gm, parts = graph_and_parts(case)
     found = [fxgrow.profile(gm, part, keep_moments=True, progress=False) for part in parts]
-    # every fourth batch is held back, in the parts as in the whole
+    # every fourth batch is held out, in the parts as in the whole
     merged = fxgrow.Profile.merge(found, dataloader=parts[0] + parts[1], progress=False)
     whole = fxgrow.profile(gm, parts[0] + parts[1], progress=False)
     same_units(merged, whole, 1e-8)

@@ -130,7 +130,7 @@ def test_nothing_significant_nothing_added() -> None:
         object.__setattr__(b, "significant", 0)
     plan = fxgrow.plan(profile)
     assert plan.units == {} and plan.parameters == (size(profile.gm),) * 2
-    assert "held-back test" in str(plan.reason) and "nothing to add" in str(plan)
+    assert "held-out test" in str(plan.reason) and "nothing to add" in str(plan)
     x = images()[0][0]
     assert torch.equal(fxgrow.apply(profile.gm, plan)(x), profile.gm(x))
 

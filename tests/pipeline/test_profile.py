@@ -236,7 +236,7 @@ def test_same_seed_same_profile() -> None:
 
 @pytest.mark.parametrize("off", [0.0, 2.0])
 def test_nothing_to_express_gets_no_units(off: float) -> None:
-    """Labels drawn from the model's own softmax: the held-back test accepts next to nothing.
+    """Labels drawn from the model's own softmax: the held-out test accepts next to nothing.
 
     Nor where the head is off by a bias alone, though every unit that is not zero on average would do for that too.
     """

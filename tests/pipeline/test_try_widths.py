@@ -1,4 +1,4 @@
-"""Trying each width by itself: what it reports is what applying that growth does to held-back batches."""
+"""Trying each width by itself: what it reports is what applying that growth does to held-out batches."""
 
 from __future__ import annotations
 
