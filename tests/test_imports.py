@@ -66,7 +66,6 @@ def test_every_package_has_a_place_in_the_order() -> None:
     assert {package(name) for name in SOURCES} == set(PACKAGES)
 
 
-@pytest.mark.xfail(reason="the house is being built")
 def test_packages_import_one_way() -> None:
     order = {name: i for i, name in enumerate(PACKAGES)}
     upwards = [
@@ -78,7 +77,6 @@ def test_packages_import_one_way() -> None:
     assert upwards == []
 
 
-@pytest.mark.xfail(reason="the house is being built")
 def test_no_circle_between_files() -> None:
     graph = networkx.DiGraph(
         (name, other) for name, tree in SOURCES.items() for other, _ in imported(tree) if other != name
@@ -113,7 +111,6 @@ def body_length(node: ast.FunctionDef) -> int:
     return node.end_lineno - node.lineno + 1 - spent
 
 
-@pytest.mark.xfail(reason="the house is being built")
 def test_private_functions_take_few_parameters() -> None:
     """Constructors of records, public functions and public methods apart."""
     many = {}
@@ -125,14 +122,12 @@ def test_private_functions_take_few_parameters() -> None:
     assert many == {}
 
 
-@pytest.mark.xfail(reason="the house is being built")
 def test_a_class_name_means_one_thing() -> None:
     count = Counter(node.name for tree in SOURCES.values() for node in ast.walk(tree) if isinstance(node, ast.ClassDef))
     # each integration has the callback of its library
     assert [name for name, n in count.items() if n > 1 and name != "GrowthCallback"] == []
 
 
-@pytest.mark.xfail(reason="the house is being built")
 def test_a_public_function_name_means_one_thing() -> None:
     """Functions that other files import: one name, one function."""
     defined: dict[str, set[str]] = {}

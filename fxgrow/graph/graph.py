@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
 
 from fxgrow.errors import FileError
 from fxgrow.graph.node_meta import RECORD
@@ -75,11 +76,18 @@ def copy_graph(gm: fx.GraphModule, replaced: Mapping[int, Tensor] | None = None)
     return out
 
 
+_STATE = {"_parameters", "_buffers", "_modules"}
+
+
 def copy_module(model: nn.Module, replaced: Mapping[int, Tensor]) -> nn.Module:
     """A deep copy without the record of earlier growth; see `copy_graph`."""
     if isinstance(model, fx.GraphModule):
         return copy_graph(model, replaced)
     memo: dict[int, Any] = dict(replaced)
+    for module in model.modules():
+        kept = pytree.tree_leaves([v for k, v in vars(module).items() if k not in _STATE])
+        # an activation that the model has kept is no leaf of autograd, and only leaves can be copied
+        memo.update({id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf})
     meta = vars(model).get("meta")
     if isinstance(meta, dict) and meta.keys() <= {RECORD}:
         memo[id(meta)] = {}

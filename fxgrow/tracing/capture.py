@@ -168,6 +168,8 @@ def _assemble(
     for name, tensor in constants.items():
         gm.register_buffer(name, tensor, persistent=False)
     tracer.graph._tracer_cls = None  # ValueTracer needs inputs; any tracer can read the graph again
+    for node in tracer.graph.nodes:
+        node.meta.pop("is_wrapped", None)  # the code of such a node would enter its function into fx's global table
     gm.graph = tracer.graph
     lint(gm)
     release_generated_source(gm)

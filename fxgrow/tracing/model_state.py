@@ -69,14 +69,10 @@ def _drop_caches(model: nn.Module) -> None:
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Restores the attributes of every module, and the state of Python's random generator."""
-    saved: list[tuple[dict[str, Any], dict[str, Any], list[tuple[Any, Any]]]] = []
-    containers = dict, list, set
+    saved = []
     for module in model.modules():
         attributes = vars(module)
-        # most are empty: hooks that nobody registered
-        contents = [
-            (value, value.copy() if value else ()) for value in attributes.values() if isinstance(value, containers)
-        ]
+        contents = [(value, _items(value)) for value in attributes.values() if isinstance(value, (dict, list, set))]
         saved.append((attributes, dict(attributes), contents))
     state = random.getstate()
     try:
@@ -88,10 +84,17 @@ def unchanged(model: nn.Module) -> Iterator[None]:
             attributes.clear()
             attributes.update(before)
             for container, content in contents:
-                if not content and not container:
-                    continue
-                container.clear()
-                if isinstance(container, list):
-                    container.extend(content)
-                else:
-                    container.update(content)
+                now = _items(container)
+                # one that is frozen has not changed
+                if len(now) != len(content) or any(a is not b for a, b in zip(now, content, strict=True)):
+                    container.clear()
+                    half = len(content) // 2
+                    if isinstance(container, dict):
+                        container.update(zip(content[:half], content[half:], strict=True))
+                    else:
+                        (container.extend if isinstance(container, list) else container.update)(content)
+
+
+def _items(container: Any) -> list[Any]:
+    """Returns what a container holds; of a dict its keys, then its values."""
+    return [*container, *container.values()] if isinstance(container, dict) else list(container)
