@@ -12,7 +12,7 @@ from fxgrow.pipeline.growth_record import GrowthResult, keep_record
 from fxgrow.pipeline.options import GrowOptions
 from fxgrow.training.data_source import Source, beside_training
 from fxgrow.training.schedule_inputs import no_autocast
-from fxgrow.transfer.device_mesh import is_sharded
+from fxgrow.transfer.device_mesh import sharded_modules
 from fxgrow.transfer.fsdp import UnshardedModel
 from fxgrow.transfer.parameter_change import ParameterChange
 from fxgrow.transfer.transfer import TrainingState
@@ -54,7 +54,7 @@ def grow_with_state(
         FxgrowError: the growth failed; nothing has changed.
     """
     inside, wrap = unwrapped(model)
-    unsharded = UnshardedModel.of(inside) if is_sharded(inside) else None
+    unsharded = UnshardedModel(inside) if sharded_modules(inside) else None
     old = inside if unsharded is None else unsharded.model
     with no_autocast(old):
         result = grown_copy(old, beside_training(source), options, process_group)

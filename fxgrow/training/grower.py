@@ -25,7 +25,7 @@ from fxgrow.training.grow_with_state import grow_with_state
 from fxgrow.training.history import History, make_event
 from fxgrow.training.schedule import Schedule, ScheduleState, TrainingStatus
 from fxgrow.training.schedule_inputs import ModelMetrics
-from fxgrow.transfer.device_mesh import is_sharded
+from fxgrow.transfer.device_mesh import sharded_modules
 from fxgrow.transfer.fsdp import UnshardedModel
 from fxgrow.transfer.transfer import TrainingState, lists_of, optimizers_of
 from fxgrow.transfer.wrappers import check_compiled_in_place, group_of, unwrapped
@@ -126,7 +126,7 @@ class Grower:
         self._training_state = TrainingState(optimizers_of(optimizer), ema, lists_of(parameters))
         self._process_group = process_group_of(group_of(model) if process_group is None else process_group)
         self._metrics = ModelMetrics(inside, dataloader, all_options, process_group=self._process_group)
-        if ema is not None and is_sharded(inside):
+        if ema is not None and sharded_modules(inside):
             raise FxgrowError("ema= is not supported for a sharded model (FSDP2): leave it out.")
         self._on_error = on_error
         self._callbacks: list[Callback] = []
@@ -306,8 +306,8 @@ class Grower:
     def _unsharded_metrics(self) -> Iterator[None]:
         """The schedule looks at a sharded model with all of its parameters gathered."""
         sharded = self._metrics.model
-        if is_sharded(sharded):
-            self._metrics.model = UnshardedModel.of(sharded).model
+        if sharded_modules(sharded):
+            self._metrics.model = UnshardedModel(sharded).model
         try:
             yield
         finally:

@@ -1,10 +1,9 @@
-"""Averages of weights grow with the model: `swa_utils.AveragedModel`, or a plain copy that the user updates.
-
-requires: an average with the names and shapes of the model before growth.
-ensures:  old entries keep their averages, new ones start at the new weights.
-"""
+"""Averages of weights grow with the model: `swa_utils.AveragedModel`, or a plain copy that the user updates."""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,13 +15,10 @@ from fxgrow.transfer.parameter_change import Assign, ParameterChange, spread
 from fxgrow.transfer.wrappers import unwrapped
 
 
-def check_average(average: nn.Module, model: nn.Module) -> None:
-    """Refuses an average of another model before any time is spent.
-
-    Raises:
-        FxgrowError: a parameter is missing, or has another shape.
-    """
-    averages = named_tensors(unwrapped(_averaged(average))[0])
+def check_average(average: nn.Module, model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
+    """Returns the module that holds the averages and a function that wraps another; refuses one of another model."""
+    averaged, wrap = unwrapped(average.module if isinstance(average, AveragedModel) else average)
+    averages = named_tensors(averaged)
     for name, parameter in model.named_parameters():
         tensor = averages.get(name)
         if tensor is None or tensor.shape != parameter.shape:
@@ -31,17 +27,16 @@ def check_average(average: nn.Module, model: nn.Module) -> None:
                 f"ema= is no average of this model: {name!r} {what} in it and has the shape {list(parameter.shape)} in "
                 "the model. Make it from the model, before growth."
             )
+    return averaged, wrap
 
 
 @torch.no_grad()
 def prepare_average(average: nn.Module, change: ParameterChange) -> tuple[nn.Module, Assign]:
     """Returns the grown average: the same `AveragedModel` once `Assign` is called, or a new plain module.
 
-    Raises:
-        FxgrowError: it is no average of the model before growth.
+    Old entries keep their averages, new ones start at the new weights.
     """
-    check_average(average, change.old)
-    averaged, wrap = unwrapped(_averaged(average))
+    averaged, wrap = check_average(average, change.old)
     averages = named_tensors(averaged)
     replaced: dict[int, Tensor] = {}
     for name, tensor in named_tensors(change.new).items():
@@ -58,13 +53,6 @@ def prepare_average(average: nn.Module, change: ParameterChange) -> tuple[nn.Mod
     for path, module in grown.named_modules():
         module.training = modes.get(path, averaged.training)
     wrapped = wrap(grown)
-
-    def assign() -> None:
-        if isinstance(average, AveragedModel):
-            average.module = wrapped
-
-    return (average if isinstance(average, AveragedModel) else wrapped), assign
-
-
-def _averaged(average: nn.Module) -> nn.Module:
-    return average.module if isinstance(average, AveragedModel) else average
+    if not isinstance(average, AveragedModel):
+        return wrapped, lambda: None
+    return average, functools.partial(setattr, average, "module", wrapped)

@@ -16,16 +16,10 @@ _OPTIONS = (
     "device_ids", "output_device", "dim", "process_group", "find_unused_parameters", "gradient_as_bucket_view",
     "static_graph", "skip_all_reduce_unused_params", "batched_grad_copy",
 )  # fmt: skip
-#: attribute with the names of parameters and buffers that are not synchronised
-_IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
 def check_ddp(model: DistributedDataParallel) -> None:
-    """Refuses options that cannot be carried over to another module.
-
-    Raises:
-        FxgrowError: such an option is set.
-    """
+    """Refuses options that cannot be carried over to another module."""
     for name, what in (("mixed_precision", "mixed_precision="), ("_delay_all_reduce_params", "delayed parameters")):
         if getattr(model, name, None):
             raise FxgrowError(
@@ -47,7 +41,8 @@ def rewrapping(model: DistributedDataParallel) -> Callable[[nn.Module], Distribu
     if not getattr(model, "bucket_bytes_cap_default", True):
         options["bucket_cap_mb"] = model.bucket_bytes_cap / 2**20
     hooks: list[tuple[Any, Any]] = list(getattr(model, "_comm_hooks", ()))
-    ignored, training = getattr(model.module, _IGNORED, None), model.training
+    # names of parameters and buffers that are not synchronised
+    ignored, training = getattr(model.module, "_ddp_params_and_buffers_to_ignore", None), model.training
 
     def wrap(new: nn.Module) -> DistributedDataParallel:
         if ignored is not None:

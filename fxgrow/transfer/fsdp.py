@@ -1,8 +1,4 @@
-"""Models that `torch.distributed.fsdp.fully_shard` has sharded (FSDP2): gathered to grow, then sharded again.
-
-requires: parameters that are sharded by FSDP2 alone, on one mesh of all its processes.
-ensures:  the grown model is sharded on the same mesh, along the same dimensions and with the same policies; so is the
-          optimiser's state.
+"""Models that `fully_shard` has sharded (FSDP2): gathered to grow, then sharded again in the same way.
 
 How a module was sharded is read from the state that FSDP2 keeps with it. That state is private to torch: growth is
 refused where it cannot be read.
@@ -11,9 +7,9 @@ refused where it cannot be read.
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,7 +17,7 @@ from torch.optim import Optimizer
 
 from fxgrow.errors import FxgrowError
 from fxgrow.graph.node_meta import RECORD
-from fxgrow.transfer.device_mesh import reshard
+from fxgrow.transfer.device_mesh import reshard, sharded_modules
 from fxgrow.transfer.module_hooks import called
 from fxgrow.transfer.parameter_change import Assign, ParameterChange
 from fxgrow.transfer.transfer import TrainingState
@@ -31,47 +27,29 @@ _MARKS = ("__composable_api", "_is_fsdp_managed_module", "_fsdp_use_orig_params"
 _HOOKS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
-@dataclass
-class Sharding:
-    """How one module was sharded: the arguments of `fully_shard`, and the names of the modules in its group."""
-
-    names: list[str]
-    options: dict[str, Any]
-
-
-@dataclass
 class UnshardedModel:
-    """A sharded model with all of its parameters on this process.
+    """A sharded model, and `model`, a plain copy with full parameters and gradients.
 
-    Attributes:
-        sharded: the original.
-        model: a plain copy with full parameters and their gradients.
-        shardings: how to shard the grown one, inner modules first.
+    It gathers all parameters, so every process of the group must make one.
     """
 
-    sharded: nn.Module
-    model: nn.Module
-    shardings: list[Sharding]
-    #: full parameters by id of the sharded ones, which `sharded` keeps alive
-    plain: dict[int, nn.Parameter] = field(default_factory=dict)
-
-    @classmethod
-    def of(cls, sharded: nn.Module) -> UnshardedModel:
-        """Gathers all parameters; every process of the group must call it."""
+    def __init__(self, sharded: nn.Module) -> None:
         reshard(sharded)
-        plain = {id(p): _full_parameter(p) for p in sharded.parameters()}
-        return cls(sharded, _plain_copy(sharded, plain), _shardings(sharded), plain)
+        self.sharded = sharded
+        # by id of the sharded parameters
+        self.plain = {id(p): _full_parameter(p) for p in sharded.parameters()}
+        self.model = _plain_copy(sharded, self.plain)
+        self.shardings = _shardings(sharded)
 
     def prepare(self, state: TrainingState, change: ParameterChange) -> Assign:
         """Prepares the change of all that holds parameters; `assign` also shards the new model."""
         optimizers = [self._full_optimizer(optimizer) for optimizer in state.optimizers]
         lists = [[self.plain.get(id(t), t) for t in tensors] for tensors in state.lists]
         TrainingState(optimizers, None, lists).prepare(change)()
-        placements = self._placements(change.new)
 
         def assign() -> None:
             full = dict(change.new.named_parameters())
-            self._shard(change.new, placements)
+            self._shard(change.new)
             sharded = {id(full[name]): p for name, p in change.new.named_parameters()}
             for name, p in change.new.named_parameters():
                 gradient = full[name].grad
@@ -84,7 +62,7 @@ class UnshardedModel:
         return assign
 
     def _full_optimizer(self, optimizer: Optimizer) -> Optimizer:
-        """A copy of the optimiser that owns the plain parameters, with its state in full."""
+        """Returns a copy of the optimiser that owns the plain parameters, with its state in full."""
         full = copy.copy(optimizer)
         full.param_groups = [
             {**group, "params": [self.plain.get(id(p), p) for p in group["params"]]} for group in optimizer.param_groups
@@ -95,36 +73,28 @@ class UnshardedModel:
             full.state[self.plain.get(id(p), p)] = {key: _full(value) for key, value in entries.items()}
         return full
 
-    def _placements(self, new: nn.Module) -> dict[int, Any]:
-        """By id of a new parameter, the placements of the old one of its name; None where it was not sharded."""
-        old = dict(self.sharded.named_parameters(remove_duplicate=False))
-        return {
-            id(p): getattr(old.get(name), "placements", None)
-            for name, p in new.named_parameters(remove_duplicate=False)
-        }
-
-    def _shard(self, new: nn.Module, placements: Mapping[int, Any]) -> None:
+    def _shard(self, new: nn.Module) -> None:
         from torch.distributed.fsdp import fully_shard
 
-        with_hooks = called(new)
-        ignored = {p for p in new.parameters() if placements.get(id(p)) is None}
-        modules = dict(new.named_modules())
+        old, named = (dict(m.named_parameters(remove_duplicate=False)) for m in (self.sharded, new))
+        placements = {id(p): getattr(old.get(name), "placements", None) for name, p in named.items()}
+        with_hooks, modules = called(new), dict(new.named_modules())
+        ignored = {p for p in new.parameters() if placements[id(p)] is None}
 
         def placement(p: nn.Parameter) -> Any:
             return next((q for q in placements.get(id(p)) or () if q.is_shard()), None)
 
         done: set[str] = set()
-        for sharding in self.shardings:
+        for sharded_names, options in self.shardings:
             # a module that the graph does not call runs no hooks: the called modules inside it take its place
-            names = [n for name in sharding.names for n in _called_below(name, with_hooks, modules) if n not in done]
+            names = [n for name in sharded_names for n in _called_below(name, with_hooks, modules) if n not in done]
             if not names:
                 continue
             done.update(names)
             group = [modules[name] for name in names]
-            options = {**sharding.options, "shard_placement_fn": placement}
             if ignored:
                 options["ignored_params"] = ignored
-            fully_shard(group if len(group) > 1 else group[0], **options)
+            fully_shard(group if len(group) > 1 else group[0], **options, shard_placement_fn=placement)
 
 
 def _called_below(name: str, called_names: set[str], modules: Mapping[str, nn.Module]) -> Iterator[str]:
@@ -139,9 +109,13 @@ def _shard_optimizer(optimizer: Optimizer, full: Optimizer, sharded: Mapping[int
     """Gives an optimiser the groups and the state of its full copy, for the sharded parameters."""
     for group, full_group in zip(optimizer.param_groups, full.param_groups, strict=True):
         group["params"][:] = [sharded.get(id(p), p) for p in full_group["params"]]
-    state = {sharded.get(id(p), p): _sharded_state(entries, p, sharded) for p, entries in full.state.items()}
     optimizer.state.clear()
-    optimizer.state.update(state)
+    for p, entries in full.state.items():
+        target = sharded.get(id(p), p)
+        optimizer.state[target] = {
+            key: _shard_like(v, target) if isinstance(v, Tensor) and v.shape == target.shape and v.dim() else v
+            for key, v in entries.items()
+        }
 
 
 def _full(value: Any) -> Any:
@@ -154,85 +128,64 @@ def _full_parameter(p: nn.Parameter) -> nn.Parameter:
     return out
 
 
-def _shard_like(value: Tensor, p: nn.Parameter) -> Tensor:
-    """Shards a full tensor as a parameter is; it stays whole where that is."""
+def _shard_like(value: Tensor, p: Any) -> Tensor:
+    """Shards a full tensor as a parameter is; where that is not sharded, returns it as it is."""
     if not hasattr(p, "device_mesh"):
         return value
     from torch.distributed.tensor import distribute_tensor
 
-    sharded: Any = p
-    return distribute_tensor(value, sharded.device_mesh, sharded.placements, src_data_rank=None)
+    return distribute_tensor(value, p.device_mesh, p.placements, src_data_rank=None)
 
 
-def _sharded_state(entries: Mapping[str, Any], p: Tensor, sharded: Mapping[int, nn.Parameter]) -> dict[str, Any]:
-    target = sharded.get(id(p))
-    if target is None:
-        return dict(entries)
-    return {
-        key: _shard_like(v, target) if isinstance(v, Tensor) and v.shape == target.shape and v.dim() else v
-        for key, v in entries.items()
-    }
-
-
-def _shardings(model: nn.Module) -> list[Sharding]:
-    """Reads how the parts of a model were sharded, the innermost first.
-
-    Raises:
-        FxgrowError: this torch keeps that in another way.
-    """
+def _shardings(model: nn.Module) -> list[tuple[list[str], dict[str, Any]]]:
+    """Reads how a model was sharded: names of modules and the arguments of `fully_shard` for them, inner ones first."""
     names = {id(m): name for name, m in model.named_modules()}
-    shardings: dict[int, Sharding] = {}
-    for module in model.modules():
-        if not hasattr(module, "_get_fsdp_state"):
-            continue
-        state = cast(Any, module)._get_fsdp_state()
-        if id(state) in shardings:
-            continue
+    states = {id(state): state for state in (module._get_fsdp_state() for module in sharded_modules(model))}
+    shardings: list[tuple[list[str], dict[str, Any]]] = []
+    for state in states.values():
         try:
             groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
             group = next((g for g in groups if g is not None), None)
             options: dict[str, Any] = {"mp_policy": state._mp_policy}
             if group is not None:
                 after, mesh = group.post_forward_mesh_info, group.mesh_info
-                reshard_after = False if after is None else True if after is mesh else after.shard_mesh_size
                 options |= {"mesh": mesh.mesh, "offload_policy": group.offload_policy}
-                options["reshard_after_forward"] = reshard_after
-            if state._auto_reshard_after_forward:
-                options.pop("reshard_after_forward", None)
-            group_names = [names[id(m)] for m in state._modules]
+                if not state._auto_reshard_after_forward:
+                    reshard_after = False if after is None else True if after is mesh else after.shard_mesh_size
+                    options["reshard_after_forward"] = reshard_after
+            shardings.append(([names[id(m)] for m in state._modules], options))
         except AttributeError as error:
             raise FxgrowError(
                 f"How this model was sharded cannot be read back from torch {torch.__version__} ({error}): grow it "
                 "before fully_shard."
             ) from error
-        shardings[id(state)] = Sharding(group_names, options)
-    meshes = [s.options["mesh"] for s in shardings.values() if "mesh" in s.options]
-    for sharding in shardings.values():
-        sharding.options.setdefault("mesh", meshes[0])
-    return sorted(shardings.values(), key=lambda s: -max(name.count(".") + bool(name) for name in s.names))
+    meshes = [options["mesh"] for _, options in shardings if "mesh" in options]
+    for _, options in shardings:
+        options.setdefault("mesh", meshes[0])
+    return sorted(shardings, key=lambda sharding: -max(name.count(".") + bool(name) for name in sharding[0]))
 
 
 def _plain_copy(model: nn.Module, parameters: Mapping[int, nn.Parameter]) -> nn.Module:
     """Copies a model with these parameters and without FSDP2; the user's hooks stay the same objects."""
     memo: dict[int, Any] = dict(parameters)
-    shards = [m for m in model.modules() if hasattr(m, "_get_fsdp_state")]
+    shards = sharded_modules(model)
     for module in shards:
-        memo[id(module)] = _blank(type(module).__bases__[-1])
-    for module in shards:
-        plain, record = memo[id(module)], None
-        state = {key: value for key, value in vars(module).items() if not key.startswith(_MARKS)}
-        hooks = {kind: type(state[kind])() for kind in _HOOKS}
-        for kind in _HOOKS:
-            hooks[kind].update({key: hook for key, hook in state.pop(kind).items() if not _is_fsdp(hook)})
-        if isinstance(module, fx.GraphModule):
-            # the record of an earlier growth is not copied
+        kind = type(module).__bases__[-1]
+        if issubclass(kind, fx.GraphModule):
+            kind = fx.GraphModule  # every graph has a class of its own, which holds its code
             record = module.meta.get(RECORD)
-            state["meta"] = {key: value for key, value in module.meta.items() if key != RECORD}
+            memo[id(record)] = record  # of an earlier growth: not copied
+        memo[id(module)] = kind.__new__(kind)
+    for module in shards:
+        plain = memo[id(module)]
+        state = {key: value for key, value in vars(module).items() if not key.startswith(_MARKS)}
+        hooks = {
+            kind: OrderedDict((key, hook) for key, hook in state.pop(kind).items() if not _is_fsdp(hook))
+            for kind in _HOOKS
+        }
         plain.__dict__.update(copy.deepcopy(state, memo) | hooks)
         if isinstance(plain, fx.GraphModule):
             plain.graph = plain.__dict__["_graph"]
-            if record is not None:
-                plain.meta[RECORD] = record
     out: nn.Module = memo[id(model)] if id(model) in memo else copy.deepcopy(model, memo)
     for module in out.modules():
         for mark in _MARKS[1:]:
@@ -242,8 +195,3 @@ def _plain_copy(model: nn.Module, parameters: Mapping[int, nn.Parameter]) -> nn.
 
 def _is_fsdp(hook: Any) -> bool:
     return "FSDPState" in getattr(hook, "__qualname__", type(hook).__name__)
-
-
-def _blank(kind: type) -> Any:
-    # every graph has a class of its own, which holds its code
-    return fx.GraphModule.__new__(fx.GraphModule) if issubclass(kind, fx.GraphModule) else kind.__new__(kind)

@@ -7,7 +7,6 @@ so the original hooks are put back. Only a hook that is a method of one of the m
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 from torch import nn
@@ -30,7 +29,11 @@ def prepare_module_hooks(change: ParameterChange) -> Assign:
     """Prepares the user's hooks on the modules of the old names."""
     after, before = called(change.new), called(change.old)
     modules = {id(module) for module in change.old.modules()}
-    hooked = [(name, old, change.new.get_submodule(name)) for name, old in _hooked(change.old)]
+    hooked = [
+        (name, old, change.new.get_submodule(name))
+        for name, old in change.old.named_modules()
+        if any(getattr(old, kind) for kind in _KINDS)
+    ]
 
     def assign() -> None:
         for name, old, new in hooked:
@@ -45,23 +48,12 @@ def prepare_module_hooks(change: ParameterChange) -> Assign:
     return assign
 
 
-def _hooked(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    for name, module in model.named_modules():
-        if any(getattr(module, kind) for kind in _KINDS):
-            yield name, module
-
-
 def called(model: nn.Module) -> set[str]:
     """Returns names of the modules whose hooks run: in a graph, the graph itself and those that a node calls."""
-    if is_captured(model):
-        nodes = model.graph.find_nodes(op="call_module")
-        inside = {f"{node.target}.{name}" for node in nodes for name, _ in _below(model, str(node.target))}
-        return {"", *(str(node.target) for node in nodes), *inside}
-    return {name for name, _ in model.named_modules()}
-
-
-def _below(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
-    return ((path, module) for path, module in model.get_submodule(name).named_modules() if path)
+    if not is_captured(model):
+        return {name for name, _ in model.named_modules()}
+    targets = {str(node.target) for node in model.graph.find_nodes(op="call_module")}
+    return {"", *(name for t in targets for name, _ in model.get_submodule(t).named_modules(prefix=t))}
 
 
 def _keep(old: nn.Module, new: nn.Module, modules: set[int]) -> None:
@@ -74,11 +66,10 @@ def _keep(old: nn.Module, new: nn.Module, modules: set[int]) -> None:
             # the dict itself, so that the user's handles still remove what is in it
             setattr(new, kind, hooks)
             continue
-        kept = getattr(new, kind)
-        copies = dict(kept)
-        kept.clear()
-        for key, hook in hooks.items():
-            kept[key] = copies.get(key, hook) if id(getattr(hook, "__self__", None)) in modules else hook
+        copies = getattr(new, kind)
+        kept = {k: copies.get(k, h) if id(getattr(h, "__self__", None)) in modules else h for k, h in hooks.items()}
+        copies.clear()
+        copies.update(kept)
     for flag in _FLAGS:
         getattr(new, flag).update(getattr(old, flag))
     # a full backward hook is called in another way than the deprecated kind
@@ -89,10 +80,7 @@ def _report(name: str, module: nn.Module) -> None:
     for kind, what in _KINDS.items():
         for hook in getattr(module, kind).values():
             log.warning(
-                "The %s %s on %r is no longer called: the grown model is a graph without a node for that module (an "
-                "output that the hook changed is changed there too). Register it on a layer inside, or take "
-                'into="module".',
-                what,
-                getattr(hook, "__qualname__", type(hook).__name__),
-                name,
+                f"The {what} {getattr(hook, '__qualname__', type(hook).__name__)} on {name!r} is no longer called: the "
+                "grown model is a graph without a node for that module (an output that the hook changed is changed "
+                'there too). Register it on a layer inside, or take into="module".'
             )

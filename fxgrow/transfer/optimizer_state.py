@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,46 +14,25 @@ from torch.optim import ASGD, LBFGS, Adafactor, Adagrad, Optimizer, Rprop
 from fxgrow.errors import FxgrowError
 from fxgrow.transfer.parameter_change import Assign, ParameterChange, ParameterMove, Positions, put_at, spread
 
-T = TypeVar("T")
 log = logging.getLogger("fxgrow")
 # State that does not start at zero, and the option of the group that it starts at. An Rprop step of zero
 # would be clamped to the smallest step there is, which leaves a new unit still for dozens of iterations.
-_STARTS: dict[tuple[type[Optimizer], str], str] = {
-    (Rprop, "step_size"): "lr",
-    (Adagrad, "sum"): "initial_accumulator_value",
-}
+_STARTS = {(Rprop, "step_size"): "lr", (Adagrad, "sum"): "initial_accumulator_value"}
 # Factored state, and the dimension that it has averaged away (kept with size 1).
-_AVERAGED: dict[tuple[type[Optimizer], str], int] = {(Adafactor, "row_var"): -1, (Adafactor, "col_var"): -2}
+_AVERAGED = {(Adafactor, "row_var"): -1, (Adafactor, "col_var"): -2}
 
 
 def repoint(optimizer: Optimizer, old: nn.Module, new: nn.Module, index: Mapping[str, Positions]) -> None:
-    """Makes an optimizer that trains `old` train `new` from here on.
+    """Makes an optimizer that trains `old` train `new` from here on; it remains the same object.
 
-    Every parameter of `old` that the optimizer owns is replaced, in its place in its group, by the parameter of the
-    same qualified name in `new`. State of the parameter's shape (momentum, moments) keeps its old entries bit for bit
-    and starts at zero for the new ones; state with some dimensions averaged away (factored second moments) follows the
-    dimensions it has; scalars (`step`) stay. State that cannot be matched is dropped with a logged warning, so that the
-    optimizer starts it afresh. The optimizer remains the same object, so schedulers and gradient scalers that hold it
-    stay valid.
-
-    Args:
-        optimizer: any `torch.optim.Optimizer`; changed in place. Parameters that are not `old`'s stay.
-        old: the model before growth, whose parameters the optimizer owns.
-        new: the grown model, with parameters of the same qualified names on the same device.
-        index: parameter name to, for each of its dimensions, an integer tensor `[old size]` with the new position of
-            each old entry, or None for a dimension that did not change. A name left out means an unchanged shape.
+    Each parameter of `old` is replaced, in its place in its group, by that of the same name in `new`; others stay.
+    State of the parameter's shape (momentum, moments) keeps its old entries bit for bit and starts at zero for the new
+    ones; state with some dimensions averaged away (factored second moments) follows the dimensions it has; scalars
+    (`step`) stay. State that cannot be matched is dropped with a logged warning: the optimizer starts it afresh.
 
     Raises:
         FxgrowError: the optimizer owns no parameter of `old`; `new` misses one, or ties them in another way; `index`
             does not fit the shapes. Nothing has been changed then.
-
-    Example:
-        >>> import torch
-        >>> old, new = torch.nn.Linear(2, 2, bias=False), torch.nn.Linear(2, 3, bias=False)
-        >>> optimizer = torch.optim.SGD(old.parameters(), lr=0.1, momentum=0.9)
-        >>> repoint(optimizer, old, new, {"weight": (torch.tensor([0, 1]), None)})
-        >>> optimizer.param_groups[0]["params"][0] is new.weight
-        True
     """
     prepare_transfer(optimizer, ParameterChange(old, new, index))()
 
@@ -62,13 +41,14 @@ def repoint(optimizer: Optimizer, old: nn.Module, new: nn.Module, index: Mapping
 def prepare_transfer(optimizer: Optimizer, change: ParameterChange) -> Assign:
     """Does all of `repoint` but its assignments: what can fail has failed on return, and nothing has changed."""
     moves = _moves(optimizer, change)
+    new = {key: move.new for key, move in moves.items()}
     _check_once(optimizer, moves)
     options = {id(p): group for group in optimizer.param_groups for p in group["params"]}
     state: dict[Tensor, Any] = {}
     for parameter, entries in optimizer.state.items():
         move = moves.get(id(parameter))
         if isinstance(optimizer, LBFGS):
-            state[_new(moves, parameter)] = _flat_state(optimizer, entries, moves)  # type: ignore[arg-type]
+            state[new.get(id(parameter), parameter)] = _flat_state(optimizer, entries, moves)
         elif move is None:
             state[parameter] = entries
         elif (moved := _state(optimizer, options[id(parameter)], entries, move)) is not None:
@@ -77,7 +57,7 @@ def prepare_transfer(optimizer: Optimizer, change: ParameterChange) -> Assign:
     def assign() -> None:
         for group in optimizer.param_groups:
             # in place: LBFGS keeps a second reference to this list
-            group["params"][:] = [_new(moves, parameter) for parameter in group["params"]]
+            group["params"][:] = [new.get(id(p), p) for p in group["params"]]
         optimizer.state.clear()
         optimizer.state.update(state)
         if isinstance(optimizer, LBFGS):
@@ -105,18 +85,13 @@ def _check_once(optimizer: Optimizer, moves: Mapping[int, ParameterMove]) -> Non
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             move = moves.get(id(parameter))
-            name = move.name if move is not None else "one it owned before"
-            first = seen.setdefault(id(_new(moves, parameter)), name)
+            name, new = ("one it owned before", parameter) if move is None else (move.name, move.new)
+            first = seen.setdefault(id(new), name)
             if first != name:
                 raise FxgrowError(
                     f"the optimizer would own one parameter of the grown model twice, as {first!r} and "
                     f"{name!r}; pass an optimizer that owns the old model's parameters only"
                 )
-
-
-def _new(moves: Mapping[int, ParameterMove], parameter: nn.Parameter) -> nn.Parameter:
-    move = moves.get(id(parameter))
-    return parameter if move is None else move.new
 
 
 def _state(
@@ -128,17 +103,21 @@ def _state(
     moved: dict[str, Any] = {}
     for key, value in entries.items():
         # One number with another number of dimensions than the parameter is a count, such as `step`.
+        what = f"a {type(value).__name__}"
         if isinstance(value, Tensor) and (value.numel() != 1 or value.dim() == move.old.dim()):
-            grown = _grown(optimizer, options, key, value, move)
-            if grown is None:
-                _warn(optimizer, key, f"a tensor of shape {list(value.shape)}", move)
-                return None
-            moved[key] = grown
+            what = f"a tensor of shape {list(value.shape)}"
+            if (grown := _grown(optimizer, options, key, value, move)) is not None:
+                moved[key] = grown
+                continue
         elif value is None or isinstance(value, (Tensor, bool, int, float, complex, str)):
             moved[key] = value
-        else:
-            _warn(optimizer, key, f"a {type(value).__name__}", move)
-            return None
+            continue
+        log.warning(
+            f"{type(optimizer).__name__} keeps {what} as {key!r} for parameter {move.name!r} of shape "
+            f"{list(move.old.shape)}; it cannot be carried over to shape {list(move.new.shape)}, so the optimizer "
+            "starts this parameter's state afresh"
+        )
+        return None
     return moved
 
 
@@ -169,19 +148,6 @@ def _flat_state(optimizer: Optimizer, entries: Mapping[str, Any], moves: Mapping
     return {key: moved(value) for key, value in entries.items()}
 
 
-def _warn(optimizer: Optimizer, key: str, what: str, move: ParameterMove) -> None:
-    log.warning(
-        "%s keeps %s as %r for parameter %r of shape %s; it cannot be carried over to shape %s, so the "
-        "optimizer starts this parameter's state afresh",
-        type(optimizer).__name__,
-        what,
-        key,
-        move.name,
-        list(move.old.shape),
-        list(move.new.shape),
-    )
-
-
 def _grown(
     optimizer: Optimizer, options: Mapping[str, Any], key: str, value: Tensor, move: ParameterMove
 ) -> Tensor | None:
@@ -204,22 +170,19 @@ def _grown(
     return grown
 
 
-def _lookup(table: Mapping[tuple[type[Optimizer], str], T], optimizer: Optimizer, key: str) -> T | None:
-    values = (value for (kind, name), value in table.items() if isinstance(optimizer, kind) and name == key)
-    return next(values, None)
+def _lookup(table: Mapping[tuple[Any, str], Any], optimizer: Optimizer, key: str) -> Any:
+    return next((v for (kind, name), v in table.items() if isinstance(optimizer, kind) and name == key), None)
 
 
 def _parameter_dims(optimizer: Optimizer, key: str, value: Tensor, move: ParameterMove) -> list[int | None] | None:
     """Returns, for each dimension of a state tensor, the dimension of the parameter it runs along (None: none)."""
     sizes = list(move.old.shape)
-    averaged = _lookup(_AVERAGED, optimizer, key)
-    if averaged is not None:
+    if (averaged := _lookup(_AVERAGED, optimizer, key)) is not None:
         return [None if dim - len(sizes) == averaged else dim for dim in range(len(sizes))]
     if value.dim() == len(sizes):
-        pairs = list(zip(value.shape, sizes, strict=True))
-        if not all(size in (1, full) for size, full in pairs):
+        if any(size not in (1, full) for size, full in zip(value.shape, sizes, strict=True)):
             return None
-        return [dim if size == full else None for dim, (size, full) in enumerate(pairs)]
+        return [dim if value.shape[dim] == full else None for dim, full in enumerate(sizes)]
     matches = [
         list(dims)
         for dims in itertools.combinations(range(len(sizes)), value.dim())

@@ -30,22 +30,16 @@ class ParameterMove:
 
     @property
     def unchanged(self) -> bool:
-        return self.old.shape == self.new.shape and all(where is None for where in self.positions)
+        return all(where is None for where in self.positions)
 
 
 @dataclass(frozen=True)
 class ParameterChange:
-    """A growth.
-
-    Attributes:
-        old: the model before, without wrappers.
-        new: the model after.
-        index: for each parameter and buffer that grew, the new positions of its old entries per dimension. Of tied
-            parameters any one name is enough.
-    """
+    """A growth: the models before and after, without wrappers."""
 
     old: nn.Module
     new: nn.Module
+    #: of each parameter and buffer that grew; of tied parameters any one name is enough
     index: Mapping[str, Positions]
 
     @cached_property
@@ -58,11 +52,7 @@ class ParameterChange:
 
     @cached_property
     def moves(self) -> list[ParameterMove]:
-        """The moves of all old parameters.
-
-        Raises:
-            FxgrowError: see `move`.
-        """
+        """The moves of all old parameters."""
         return [self.move(parameter) for parameter in self.old.parameters()]
 
     @cached_property
@@ -70,11 +60,7 @@ class ParameterChange:
         return dict(self.new.named_parameters(remove_duplicate=False))
 
     def move(self, parameter: nn.Parameter) -> ParameterMove:
-        """Returns what becomes of a parameter of the old model.
-
-        Raises:
-            FxgrowError: the new model misses it or ties it in another way, or the index does not fit the shapes.
-        """
+        """Returns what becomes of a parameter of the old model, if the names, ties and shapes of the new one fit."""
         names = self.names[id(parameter)]
         kept = [name for name in names if name in self._new_parameters]
         if not kept:

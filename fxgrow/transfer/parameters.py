@@ -1,7 +1,6 @@
-"""Gradients, hooks and lists of parameters after a growth: each change is prepared first and then made.
+"""Gradients, hooks and lists of parameters after a growth.
 
-requires: the model before and after, and the new positions of old entries.
-ensures:  everything that can fail fails while a change is prepared; making it is assignments alone.
+Everything that can fail fails while a change is prepared; making it is assignments alone.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ def prepare_gradients(change: ParameterChange) -> Assign:
 
 
 def _gradient(move: ParameterMove, old: Tensor) -> Tensor:
-    if all(positions is None for positions in move.positions):
+    if move.unchanged:
         return old
     zeros = torch.zeros_like(move.new)
     if old.layout is torch.strided:
@@ -51,11 +50,7 @@ def prepare_parameter_hooks(change: ParameterChange) -> Assign:
 
 
 def prepare_parameter_lists(lists: list[list[Tensor]], change: ParameterChange) -> Assign:
-    """Prepares the user's lists of parameters (for clipping, say), which are changed in place.
-
-    Raises:
-        FxgrowError: a list holds no parameter of the model.
-    """
+    """Prepares the user's lists of parameters (for clipping, say), which are changed in place."""
     new = {id(move.old): move.new for move in change.moves}
     for tensors in lists:
         if tensors and not any(id(t) in new for t in tensors):

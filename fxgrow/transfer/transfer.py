@@ -19,24 +19,14 @@ from fxgrow.transfer.parameters import prepare_gradients, prepare_parameter_hook
 
 @dataclass
 class TrainingState:
-    """What holds parameters of the model.
-
-    Attributes:
-        optimizers: those that train it.
-        ema: an average of its weights, or None.
-        lists: lists of its parameters that the user holds.
-    """
+    """What holds parameters of the model: an average of its weights and lists that the user made, among others."""
 
     optimizers: Sequence[Optimizer]
     ema: nn.Module | None
     lists: list[list[Tensor]]
 
     def check(self, model: nn.Module, lr_scheduler: Any) -> None:
-        """Refuses what belongs to another model before any time is spent.
-
-        Raises:
-            FxgrowError: an optimiser, a scheduler, the average or a list does.
-        """
+        """Refuses what belongs to another model before any time is spent."""
         unchanged = ParameterChange(model, model, {})
         for optimizer in self.optimizers:
             prepare_transfer(optimizer, unchanged)
@@ -53,7 +43,7 @@ class TrainingState:
 
     def prepare(self, change: ParameterChange) -> Assign:
         """Prepares the change of all of it; the function that is returned makes it and cannot fail."""
-        assigns: list[Assign] = [prepare_transfer(optimizer, change) for optimizer in self.optimizers]
+        assigns = [prepare_transfer(optimizer, change) for optimizer in self.optimizers]
         assigns += [prepare_gradients(change), prepare_parameter_hooks(change)]
         assigns.append(prepare_parameter_lists(self.lists, change))
         ema = self.ema
@@ -71,11 +61,7 @@ class TrainingState:
 
 
 def optimizers_of(given: Any) -> Sequence[Optimizer]:
-    """Returns one optimiser or several as a sequence.
-
-    Raises:
-        FxgrowError: something else is given.
-    """
+    """Returns one optimiser or several as a sequence."""
     optimizers = [given] if isinstance(given, Optimizer) else given
     several = isinstance(optimizers, (list, tuple)) and len(optimizers) > 0
     if not several or not all(isinstance(o, Optimizer) for o in optimizers):
@@ -84,11 +70,7 @@ def optimizers_of(given: Any) -> Sequence[Optimizer]:
 
 
 def lists_of(given: Any) -> list[list[Tensor]]:
-    """Returns one list of parameters or several as a list of lists.
-
-    Raises:
-        FxgrowError: one of them cannot be changed in place.
-    """
+    """Returns one list of parameters or several as a list of lists."""
     lists = [given] if len(given) and isinstance(given[0], Tensor) else list(given)
     if not all(isinstance(tensors, list) for tensors in lists):
         raise FxgrowError("parameters= takes lists of parameters, which are changed in place.")
