@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,11 +30,7 @@ class Batch:
     index: int
 
     def arguments(self, gm: fx.GraphModule) -> list[Any]:
-        """The inputs in the order of the graph's placeholders.
-
-        Raises:
-            ProfileError: the batch has other inputs than the graph was captured with.
-        """
+        """The inputs in the order of the graph's placeholders."""
         names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
         given = self.inputs
         if isinstance(given, dict):
@@ -55,32 +50,23 @@ class Batch:
 
 
 def parse(raw: Any, index: int) -> Batch:
-    """Reads one item of a loader: `(inputs, targets)`, or a dict for a model that returns its own `.loss`.
-
-    A `Batch` is returned as it is.
-
-    Raises:
-        ProfileError: the item has another layout, or holds no tensor.
-    """
+    """Reads one item of a loader: a `Batch`, `(inputs, targets)`, or a dict for a model with its own `.loss`."""
     if isinstance(raw, Batch):
         return raw
     if isinstance(raw, Mapping):
-        inputs: Any = dict(raw)
-        targets = None
+        inputs, targets = raw, None
     elif isinstance(raw, (tuple, list)) and len(raw) == 2:
         inputs, targets = raw
-        if isinstance(inputs, Mapping):
-            inputs = dict(inputs)
-        elif isinstance(inputs, (tuple, list)):
-            inputs = tuple(inputs)
-        else:
-            inputs = (inputs,)
     else:
         layout = f"a {type(raw).__name__}" + (f" of {len(raw)} items" if isinstance(raw, (tuple, list)) else "")
         raise ProfileError(
             f"Batch {index} is {layout}. A batch is (inputs, targets), where inputs may be a tuple or a dict, "
             "or a dict for models that return an object with a loss."
         )
+    if isinstance(inputs, Mapping):
+        inputs = dict(inputs)
+    else:
+        inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
     given = first_tensor(inputs)
     if given is None or given.dim() == 0:
         raise ProfileError(f"Batch {index} has no input tensor with a batch dimension.")
@@ -89,25 +75,13 @@ def parse(raw: Any, index: int) -> Batch:
 
 def first_tensor(inputs: tuple[Any, ...] | dict[str, Any]) -> Tensor | None:
     """The first tensor of a batch, in nested inputs too."""
-    for value in inputs.values() if isinstance(inputs, dict) else inputs:
-        if isinstance(value, Tensor):
-            return value
-        inner = next((t for t in pytree.tree_leaves(value) if isinstance(t, Tensor)), None)
-        if inner is not None:
-            return inner
-    return None
+    return next((t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)), None)
 
 
 class Data:
     """Yields the same batches of a loader at every pass, and leaves all random generators as they were.
 
-    Args:
-        loader: any iterable of batches; an iterator is read once and kept.
-        samples: how many samples to use at most, of all processes together; None for `DEFAULT_SAMPLES`.
-        process_group: the processes that read the rest of the data, each as many.
-
-    Raises:
-        ProfileError: `samples` is not positive.
+    An iterator is read once and kept. `samples` bounds those of all processes of the group together.
     """
 
     def __init__(
@@ -131,11 +105,7 @@ class Data:
             self.batches = len(self.loader)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:
-        """Every batch, unchanged and on its device.
-
-        Raises:
-            ProfileError: there is none, or one has another layout.
-        """
+        """Every batch, unchanged and on its device."""
         count = 0
         for batch in self._batches():
             yield batch
@@ -190,19 +160,18 @@ class Data:
 
 
 def _parsed(loader: Iterable[Any], limit: int) -> Iterator[Batch]:
-    """Batches of a loader, until they hold `limit` samples."""
+    """Batches of a loader, until they hold `limit` samples; the loader's iterator is made at the first step."""
+    yield from take((parse(raw, index) for index, raw in enumerate(loader)), limit)
+
+
+def take(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
+    """As many batches as hold `samples`, or all."""
     seen = 0
-    iterator = iter(loader)
-    for index in itertools.count():
-        if seen >= limit:
-            return
-        try:
-            raw = next(iterator)
-        except StopIteration:
-            return
-        batch = parse(raw, index)
+    for batch in batches:
         yield batch
         seen += batch.size
+        if seen >= samples:
+            return
 
 
 @dataclass(frozen=True)

@@ -16,16 +16,10 @@ LossFn = Callable[[Any, Any], Tensor]
 
 
 def loss_of(output: Any, batch: Batch, loss_fn: LossFn | None) -> Tensor:
-    """The mean loss of a batch: `loss_fn`, or what the targets suggest.
+    """The mean loss of a batch, on which the model returned `output`.
 
-    Args:
-        output: what the model returned.
-        batch: the batch it was computed on.
-        loss_fn: takes (output, targets) and returns the mean over the batch, or one value per sample. None: the
-            model's own `.loss`, cross-entropy for integer targets, mean squared error for floating ones.
-
-    Raises:
-        ProfileError: the loss cannot be computed, is not a number, or does not depend on the output.
+    `loss_fn` takes (output, targets) and returns the mean over the batch, or one value per sample. None: the model's
+    own `.loss`, cross-entropy for integer targets, mean squared error for floating ones.
     """
     try:
         loss = loss_fn(output, batch.targets) if loss_fn is not None else _default_loss(output, batch)

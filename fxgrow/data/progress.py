@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -11,11 +12,8 @@ T = TypeVar("T")
 def progress(items: Iterable[T], text: str, total: int | None, enabled: bool) -> Iterator[T]:
     """Yields `items`, showing a bar on standard error if `enabled` and tqdm can be imported."""
     if enabled:
-        try:
+        with contextlib.suppress(ImportError):
             from tqdm.auto import tqdm
-        except ImportError:
-            pass
-        else:
-            yield from tqdm(items, desc=f"fxgrow: {text}", total=total, leave=False, unit="batch")
-            return
+
+            items = tqdm(items, desc=f"fxgrow: {text}", total=total, leave=False, unit="batch")
     yield from items

@@ -85,11 +85,7 @@ def state_of(thing: Any) -> Any:
 
 
 def set_state_of(thing: Any, state: Any, name: str) -> None:
-    """Puts a state back where it came from.
-
-    Raises:
-        FileError: the object has no way to take it.
-    """
+    """Puts a state back where it came from."""
     if isinstance(thing, torch.Generator):
         thing.set_state(state)
     elif isinstance(thing, random.Random):

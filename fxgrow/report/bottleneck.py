@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fxgrow.axes.records import Reason, Width
-from fxgrow.report.table import Column, count, flow, number, table, text
+from fxgrow.report.table import Column, count, few, number, table, text
 from fxgrow.rewriting.plan import Plan
 
 LEGEND = (
@@ -16,14 +16,9 @@ LEGEND = (
 )
 COLUMNS = (
     text("width"),
-    number("size"),
-    number("step"),
+    *map(number, ("size", "step")),
     text("producers → consumers"),
-    number("bottleneck"),
-    number("share of\ngradient"),
-    number("predicted\ngain"),
-    number("priority"),
-    number("accepted"),
+    *map(number, ("bottleneck", "share of\ngradient", "predicted\ngain", "priority", "accepted")),
 )
 
 
@@ -73,9 +68,9 @@ def bottleneck_table(bottlenecks: Mapping[str, Bottleneck], title: str, units: M
 def _row(b: Bottleneck) -> tuple[str, ...]:
     width = b.width
     return (
-        width.name, str(width.size), str(width.step), flow(width), f"{b.bottleneck:.3g}",
-        f"{gradient_share(b):.1%}" if b.desired > 0 else "·", _gain(b.gains), f"{b.worth:.2g}" if b.worth else "·",
-        f"{b.significant} of {max(len(b.gains) * b.width.step, b.significant)}",
+        width.name, str(width.size), str(width.step), f"{few(width.producers, 1)} → {few(width.consumers, 1)}",
+        f"{b.bottleneck:.3g}", f"{gradient_share(b):.1%}" if b.desired > 0 else "·", _gain(b.gains),
+        f"{b.worth:.2g}" if b.worth else "·", f"{b.significant} of {max(len(b.gains) * b.width.step, b.significant)}",
     )  # fmt: skip
 
 

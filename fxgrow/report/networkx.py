@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
@@ -55,31 +55,22 @@ def to_networkx(gm: fx.GraphModule) -> nx.DiGraph:
     def carried(*axes: Axis) -> tuple[str, ...]:
         return tuple(names[v] for v in variables(*axes) if v in names)
 
-    produces: dict[fx.Node, tuple[str, ...]] = {}
-    consumes: dict[fx.Node, tuple[str, ...]] = {}
-    for p in structure.projections:
-        produces[p.node] = carried(p.output_axis)
-        consumes[p.node] = carried(p.input_axis)
-
+    produces = {p.node: carried(p.output_axis) for p in structure.projections}
+    consumes = {p.node: carried(p.input_axis) for p in structure.projections}
     graph: nx.DiGraph = nx.DiGraph(widths={name: w.width for name, w in widths.items()})
     for node in gm.graph.nodes:
-        value = node.meta.get("val")
-        dims = pytree.tree_leaves(structure.outputs.get(node), is_leaf=lambda x: isinstance(x, Dims))
+        value, target = node.meta.get("val"), node.target
+        dims = [d for d in pytree.tree_leaves(structure.outputs.get(node)) if isinstance(d, Dims)]
         graph.add_node(
             node.name,
             op=node.op,
-            target=_target(node),
+            target=target if isinstance(target, str) else getattr(target, "__name__", str(target)),
             module=type(gm.get_submodule(str(node.target))).__name__ if node.op == "call_module" else None,
             shape=tuple(value.shape) if isinstance(value, Tensor) else None,
             dtype=value.dtype if isinstance(value, Tensor) else None,
-            widths=carried(*(axis for d in dims if isinstance(d, Dims) for axis in d)),
+            widths=carried(*(axis for d in dims for axis in d)),
             produces=produces.get(node, ()),
             consumes=consumes.get(node, ()),
         )
     graph.add_edges_from((source.name, node.name) for node in gm.graph.nodes for source in node.all_input_nodes)
     return graph
-
-
-def _target(node: fx.Node) -> str:
-    target: Any = node.target
-    return target if isinstance(target, str) else getattr(target, "__name__", str(target))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from fxgrow.errors import MissingExtraError
 from fxgrow.report.bottleneck import Bottleneck, gradient_share
@@ -23,11 +23,7 @@ NAME = 26
 
 
 def new_figure(panels: int, rows: int) -> Figure:
-    """A figure of panels side by side, high enough for so many rows.
-
-    Raises:
-        MissingExtraError: matplotlib is not installed.
-    """
+    """A figure of panels side by side, high enough for so many rows."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -61,14 +57,7 @@ def bottleneck_panel(axes: Axes, bottlenecks: Mapping[str, Bottleneck]) -> None:
 def gain_panel(
     axes: Axes, bottlenecks: Mapping[str, Bottleneck], unit: str, added: Mapping[str, int] | None = None
 ) -> None:
-    """Per width, one segment per unit as long as its predicted gain; units that were added stand out.
-
-    Args:
-        axes: to draw on.
-        bottlenecks: the widths.
-        unit: of gains.
-        added: units per width; None where nothing has grown.
-    """
+    """Per width, one segment per unit as long as its predicted gain; `added` units (None: no growth) stand out."""
     for row, (name, b) in enumerate(bottlenecks.items()):
         start = 0.0
         for i, gain in enumerate(b.gains):
@@ -101,17 +90,7 @@ def line_search_panel(
     best: float,
     applied: tuple[float, float] | None,
 ) -> None:
-    """The held-out loss along gamma.
-
-    Args:
-        axes: to draw on.
-        gammas: that were tried, 0 first.
-        losses: at each of them, in train mode.
-        eval_losses: the same in eval mode.
-        best: gamma with the smallest loss.
-        applied: the gamma that was applied and its loss; None where nothing was added.
-    """
-    _title(axes, "line search")
+    """The held-out loss (in train and in eval mode) along gamma; `applied` is the gamma of the growth and its loss."""
     start = losses[0]
     axes.axhline(start, color=MUTED, linewidth=0.9, linestyle=(0, (4, 3)))
     axes.plot(gammas, losses, color=INK, linewidth=1.4, marker="o", markersize=4, zorder=3)
@@ -133,10 +112,8 @@ def line_search_panel(
     high = min(max(losses), max(start, eval_losses[0]) + 2.5 * (start - lowest) + 1e-12)
     margin = 0.2 * max(high - low, 1e-3 * abs(start), 1e-12)
     axes.set_ylim(low - margin, high + margin)
-    axes.set_xlabel("γ: scale of the new outgoing weights and of δW", fontsize=8.5, color=MUTED)
     axes.set_ylabel("held-out loss (train mode)", fontsize=8.5, color=MUTED)
-    axes.grid(color=GRID, linewidth=0.7)
-    _frame(axes)
+    _frame(axes, "line search", "γ: scale of the new outgoing weights and of δW")
 
 
 def history_panels(
@@ -146,21 +123,10 @@ def history_panels(
     losses: Sequence[tuple[float, float]],
     grown: Sequence[bool],
 ) -> None:
-    """Parameters over optimiser steps, and the held-out loss before and after each growth.
-
-    Args:
-        figure: to draw on.
-        steps: of each growth.
-        parameters: before and after it.
-        losses: before and after it.
-        grown: whether it added units.
-    """
+    """Parameters and held-out losses before and after each growth (`grown`: whether it added units) over the steps."""
     left, right = figure.subplots(1, 2)
-    for axes, title in ((left, "parameters"), (right, "held-out loss (eval mode)")):
-        _title(axes, title)
-        axes.set_xlabel("optimiser steps", fontsize=8.5, color=MUTED)
-        axes.grid(color=GRID, linewidth=0.7)
-        _frame(axes)
+    _frame(left, "parameters", "optimiser steps")
+    _frame(right, "held-out loss (eval mode)", "optimiser steps")
     corners = [(step, after) for step, (_, after), g in zip(steps, parameters, grown, strict=True) if g]
     if corners:
         first = parameters[grown.index(True)][0]
@@ -173,14 +139,14 @@ def history_panels(
 
 
 def _bars(axes: Axes, title: str, label: str, longest: float) -> None:
+    axes.set_xlim(0, 1.32 * longest or 1.0)
+    _frame(axes, title, label, "x")
+
+
+def _frame(axes: Axes, title: str, label: str, grid: Literal["both", "x"] = "both") -> None:
     _title(axes, title)
     axes.set_xlabel(label, fontsize=8.5, color=MUTED)
-    axes.set_xlim(0, 1.32 * longest or 1.0)
-    axes.grid(axis="x", color=GRID, linewidth=0.7)
-    _frame(axes)
-
-
-def _frame(axes: Axes) -> None:
+    axes.grid(axis=grid, color=GRID, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8.5, colors=INK, length=0)
     for side, spine in axes.spines.items():

@@ -6,16 +6,9 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from fxgrow.axes.records import Width
-
 #: what a terminal and a pull request show without wrapping
 WIDTH = 120
 GAP = "  "
-
-
-def flow(width: Width) -> str:
-    """What writes the width, and what reads it: the first of each, and how many more there are."""
-    return f"{few(width.producers, 1)} → {few(width.consumers, 1)}"
 
 
 def few(names: Sequence[str], most: int) -> str:
@@ -41,14 +34,7 @@ def count(n: int, what: str) -> str:
 
 @dataclass(frozen=True)
 class Column:
-    """One column.
-
-    Attributes:
-        title: its heading, of one line or more.
-        right: numbers stand flush right.
-        shrink: gives room when the table is too wide: its texts lose their middle.
-        wrap: the same, but its texts go on in the next line; for the last column.
-    """
+    """A column; where the table is too wide, its texts lose their middle (shrink), or, of the last one, wrap."""
 
     title: str
     right: bool = False
@@ -80,15 +66,7 @@ def shorten(text: str, width: int) -> str:
 
 
 def table(columns: Sequence[Column], rows: Sequence[Sequence[str]]) -> str:
-    """Rows under their headings, with a rule between.
-
-    Args:
-        columns: one for each cell of a row.
-        rows: the cells as text.
-
-    Returns:
-        Lines of at most `WIDTH` characters.
-    """
+    """Rows under their headings, with a rule between: lines of at most `WIDTH` characters."""
     widths = _fit(columns, rows)
     titles = [c.title.split("\n") for c in columns]
     height = max(map(len, titles))

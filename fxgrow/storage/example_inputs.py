@@ -28,13 +28,9 @@ MAX_MASK_ENTRIES = 16384
 
 @dataclass(frozen=True)
 class Example:
-    """Example inputs as plain data.
+    """Example inputs as plain data."""
 
-    Attributes:
-        data: `inputs` (a tree, see `fxgrow.storage.plain_tree`, or None where they are not plain data), `tensors`
-            (shape, dtype and perhaps entries of each) and `dtype`, that of the model's weights.
-    """
-
+    #: `inputs` (None where they are not plain data), shape, dtype and perhaps entries of `tensors`, `dtype` of weights
     data: Mapping[str, Any]
 
     @classmethod
@@ -48,34 +44,25 @@ class Example:
         except FileError:
             return cls({"inputs": None, "tensors": {}, "dtype": None})
         specs = {name: _spec(t) for name, t in tensors.items()}
-        dtype = _dtype_of(gm)
-        return cls({"inputs": tree, "tensors": specs, "dtype": None if dtype is None else _name(dtype)})
+        return cls({"inputs": tree, "tensors": specs, "dtype": _name(_dtype_of(gm))})
 
     @classmethod
     def from_data(cls, data: Any) -> Example:
-        """Checks the data of a file.
-
-        Raises:
-            ValueError: it is not an example.
-        """
+        """Checks the data of a file."""
         if not isinstance(data, dict) or not {"inputs", "tensors", "dtype"} <= data.keys():
             raise ValueError("no example inputs")
         return cls(data)
 
     def inputs(self, model: nn.Module) -> tuple[Any, ...] | dict[str, Any] | None:
-        """Returns inputs for a model: on its device, and in the dtype of its weights where the old ones were.
-
-        Returns:
-            None where they were not plain data.
-        """
+        """Returns inputs on the device of a model, and in the dtype of its weights where the old ones were."""
         if self.data["inputs"] is None:
             return None
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
         old, new = self.data["dtype"], _dtype_of(model)
-        tensors = {}
-        for name, spec in self.data["tensors"].items():
-            t = _tensor(spec)
-            tensors[name] = t.to(device, new if new is not None and spec["dtype"] == old else None)
+        tensors = {
+            name: _tensor(spec).to(device, new if spec["dtype"] == old else None)
+            for name, spec in self.data["tensors"].items()
+        }
         inputs: tuple[Any, ...] | dict[str, Any] = decoded(self.data["inputs"], tensors)
         return inputs
 
@@ -84,8 +71,8 @@ def _dtype_of(model: nn.Module) -> torch.dtype | None:
     return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
 
 
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _name(dtype: torch.dtype | None) -> str | None:
+    return None if dtype is None else str(dtype).removeprefix("torch.")
 
 
 def _spec(t: Tensor) -> dict[str, Any]:

@@ -37,9 +37,6 @@ def encoded(tree: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
             numbers, and lists, tuples and dicts of these (keys may be anything hashable among them).
         tensors: is filled with the tensors.
         path: of the tree, for names and messages.
-
-    Raises:
-        FileError: the tree contains something else.
     """
     return _Encoder(tensors).encode(tree, path)
 
@@ -130,11 +127,7 @@ def _refused(value: Any, path: str) -> FileError:
 
 
 def decoded(data: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """Returns the tree that `encoded` wrote.
-
-    Raises:
-        FileError: `encoded` writes no such data, or a tensor is missing.
-    """
+    """Returns the tree that `encoded` wrote."""
     try:
         return _decode(data, tensors.__getitem__)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -24,13 +24,7 @@ VERSION = 1
 
 @dataclass(frozen=True)
 class CallSite:
-    """A node of a graph, identified independently of other modules' code.
-
-    Attributes:
-        module: qualified name of the module whose code makes the call.
-        target: the function, method or module that is called.
-        nth: index among that module's calls of this target, from 0.
-    """
+    """A node of a graph: the nth call (from 0) of a function, method or module in the code of `module`."""
 
     module: str
     target: str

@@ -29,19 +29,18 @@ VERSION = 1
 _BODY, _SUM = "fxgrow", "fxgrow.sha256"
 #: longest header in bytes that safetensors accepts
 _HEADER = 100_000_000
+_DTYPES = {
+    torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2, torch.bool,
+    torch.int64, torch.int32, torch.int16, torch.int8, torch.uint64, torch.uint32, torch.uint16, torch.uint8,
+}  # fmt: skip
+#: how pickles begin, of zip files and of the protocols
+_PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], body: Mapping[str, Any]) -> None:
     """Writes a file atomically: to a temporary one in the same folder, to the disk, then under its name.
 
-    Args:
-        path: of the file; an existing file is replaced.
-        tensors: on any device; each is stored once.
-        body: plain data for the metadata.
-
-    Raises:
-        FileError: a tensor cannot be stored, or the file cannot be written. An existing file is unchanged.
-        MissingExtraError: safetensors is not installed.
+    `body` is plain data for the metadata. On any error an existing file is unchanged.
     """
     _safetensors()
     from safetensors import SafetensorError
@@ -57,8 +56,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], body: Map
             f"{path} would need a header of {(len(text) + names) // 1_000_000} MB, more than safetensors allows: "
             "store long lists as tensors."
         )
-    path = Path(path)
-    if path.is_dir():
+    if Path(path).is_dir():
         raise FileError(f"{path} is a folder. Give the name of a file.")
     target = Path(os.path.realpath(path))  # a link stays one
     try:
@@ -78,14 +76,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], body: Map
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Returns the body and the tensors (on the CPU) that `write` wrote.
-
-    Raises:
-        FileError: the file is missing, empty, truncated, damaged, not written by fxgrow, or of a newer format.
-        MissingExtraError: safetensors is not installed.
-    """
-    safetensors = _safetensors()
-    path = Path(path)
+    """Returns the body and the tensors (on the CPU) that `write` wrote."""
+    safetensors, path = _safetensors(), Path(path)
     _check_kind(path)
     try:
         with safetensors.safe_open(path, framework="pt", device="cpu") as file:
@@ -128,20 +120,19 @@ def _stored(tensors: Mapping[str, Tensor], layouts: dict[str, Any]) -> dict[str,
     for name, tensor in tensors.items():
         _check_storable(name, tensor)
         t = tensor.detach()
-        layout: dict[str, Any] = {}
         if t.is_complex():
-            t, layout["complex"] = torch.view_as_real(t.resolve_conj()), True
+            t = torch.view_as_real(t.resolve_conj())
+            layouts[name] = {"complex": True}
         t = t.resolve_neg()
-        if not t.is_contiguous() and _is_dense(t):
-            layout["strides"] = list(t.stride())
+        # an empty tensor like it has its strides if its entries fill their memory, in any order of the dimensions
+        if not t.is_contiguous() and torch.empty_like(t, device="meta").stride() == t.stride():
+            layouts[name] = {**layouts.get(name, {}), "strides": list(t.stride())}
         t = t.cpu().contiguous()
         storage = t.untyped_storage()
         if storage.data_ptr() in seen or storage.nbytes() != t.numel() * t.element_size():
             t = t.clone()
         seen.add(t.untyped_storage().data_ptr())
         out[name] = t
-        if layout:
-            layouts[name] = layout
     return out
 
 
@@ -153,28 +144,10 @@ def _check_storable(name: str, t: Tensor) -> None:
         why = "is on the meta device, without values"
     elif t.layout is not torch.strided or t.is_quantized:
         why = f"has the layout {'quantized' if t.is_quantized else t.layout}, which safetensors does not store"
-    elif t.dtype not in _dtypes() and not t.is_complex():
+    elif t.dtype not in _DTYPES and not t.is_complex():
         why = f"has the dtype {t.dtype}, which safetensors does not store"
     if why:
         raise FileError(f"Tensor {name!r} {why}. Nothing was written.")
-
-
-def _dtypes() -> set[torch.dtype]:
-    names = (
-        "float64 float32 float16 bfloat16 int64 int32 int16 int8 uint8 bool uint16 uint32 uint64 float8_e4m3fn "
-        "float8_e5m2"
-    )
-    return {getattr(torch, name) for name in names.split() if hasattr(torch, name)}
-
-
-def _is_dense(t: Tensor) -> bool:
-    """Whether the entries fill their memory, in any order of the dimensions."""
-    expected = 1
-    for stride, size in sorted(zip(t.stride(), t.shape, strict=True)):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True
 
 
 def _restored(t: Tensor, layout: Mapping[str, Any]) -> Tensor:
@@ -204,9 +177,9 @@ def _to_disk(path: Path) -> None:
 
 def _check_kind(path: Path) -> None:
     """Refuses what is not a readable, non-empty file."""
+    if path.is_dir():
+        raise FileError(f"{path} is a folder, not a file.")
     try:
-        if path.is_dir():
-            raise FileError(f"{path} is a folder, not a file.")
         with path.open("rb") as file:
             start = file.read(1)
     except FileNotFoundError as error:
@@ -221,20 +194,19 @@ def _what_is_wrong(path: Path) -> str:
     """Returns why safetensors could not read a file: truncated, damaged or foreign."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        start = file.read(4)
+        start = file.read(8)
+        length = int.from_bytes(start, "little")
+        header = file.read(length) if length <= _HEADER else b""
     # after safetensors has failed: the header's length, with which a valid file starts, can have the same bytes
-    if start == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
+    if start.startswith(_PICKLES):
         return (
             "is a pickle, such as torch.save writes, not a file of fxgrow. It was not opened, since pickles can "
             "run code: load it with torch.load(..., weights_only=True) if you trust it"
         )
     if size < 8:
         return f"is truncated or foreign: {size} bytes are too few for a safetensors file"
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > _HEADER:
-            return "is not a safetensors file, or its first bytes are damaged"
-        header = file.read(length)
+    if length > _HEADER:
+        return "is not a safetensors file, or its first bytes are damaged"
     if header[:1] != b"{":
         return "is not a safetensors file, or its header is damaged"
     if len(header) < length:
