@@ -14,11 +14,7 @@ Source = Iterable[Any] | Callable[[], Iterable[Any]]
 
 
 def check_source(source: Source) -> None:
-    """Refuses data that can be read only once.
-
-    Raises:
-        ProfileError: it is an iterator, or not iterable.
-    """
+    """Refuses data that can be read only once, or not at all."""
     if hasattr(source, "__next__"):
         raise ProfileError(
             f"The dataloader is a {type(source).__name__}, which can be read only once, and each growth reads it anew: "
@@ -37,10 +33,9 @@ def beside_training(source: Source) -> Iterable[Any]:
     loader = source() if callable(source) and not hasattr(source, "__iter__") else cast(Iterable[Any], source)
     if not isinstance(loader, DataLoader) or not (loader.persistent_workers and loader.num_workers):
         return loader
-    if isinstance(loader.dataset, IterableDataset) or loader.batch_sampler is None:
-        batches: dict[str, Any] = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
-        if not isinstance(loader.dataset, IterableDataset):
-            batches = {"batch_size": None, "sampler": loader.sampler}
-    else:
-        batches = {"batch_sampler": loader.batch_sampler}
+    batches: dict[str, Any] = {"batch_sampler": loader.batch_sampler}
+    if isinstance(loader.dataset, IterableDataset):
+        batches = {"batch_size": loader.batch_size, "drop_last": loader.drop_last}
+    elif loader.batch_sampler is None:
+        batches = {"batch_size": None, "sampler": loader.sampler}
     return DataLoader(loader.dataset, collate_fn=loader.collate_fn, generator=loader.generator, **batches)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import nn
 
 from fxgrow.distributed import ProcessGroup
@@ -19,36 +17,14 @@ from fxgrow.transfer.transfer import TrainingState
 from fxgrow.transfer.wrappers import unwrapped
 
 
-@dataclass(frozen=True)
-class GrownTraining:
-    """What a growth made.
-
-    Attributes:
-        model: to train from here on, wrapped as the old one; the old one where nothing was added.
-        old: the model before, without wrappers and shards.
-        result: the grown model without wrappers, and the record of the growth.
-    """
-
-    model: nn.Module
-    old: nn.Module
-    result: GrowthResult[nn.Module]
-
-    @property
-    def declined(self) -> bool:
-        return not self.result.record.plan.units
-
-
 def grow_with_state(
     model: nn.Module, state: TrainingState, source: Source, options: GrowOptions, process_group: ProcessGroup
-) -> GrownTraining:
+) -> tuple[nn.Module, nn.Module, GrowthResult[nn.Module]]:
     """Grows a model on all processes that train it, and changes what holds its parameters.
 
-    Args:
-        model: left as it is.
-        state: optimisers and the like; changed last, when nothing can fail any more.
-        source: batches.
-        options: of the growth.
-        process_group: the processes that train the model.
+    Returns:
+        The model to train from here on, wrapped as the old one (the old one itself where nothing was added); the old
+        model without wrappers and shards; and the result of the growth.
 
     Raises:
         FxgrowError: the growth failed; nothing has changed.
@@ -59,7 +35,7 @@ def grow_with_state(
     with no_autocast(old):
         result = grown_copy(old, beside_training(source), options, process_group)
     if not result.record.plan.units:
-        return GrownTraining(model, old, result)
+        return model, old, result
     change = ParameterChange(old, result.model, result.index)
     with process_group.session():
         assign = state.prepare(change) if unsharded is None else unsharded.prepare(state, change)
@@ -70,4 +46,4 @@ def grow_with_state(
         assign()  # shards the model, which comes before its wrappers
         grown = wrap(result.model)
     keep_record(result.model, result.record)
-    return GrownTraining(grown, old, result)
+    return grown, old, result

@@ -125,7 +125,7 @@ class Grower:
         inside, _ = unwrapped(model)
         self._training_state = TrainingState(optimizers_of(optimizer), ema, lists_of(parameters))
         self._process_group = process_group_of(group_of(model) if process_group is None else process_group)
-        self._metrics = ModelMetrics(inside, dataloader, all_options, process_group=self._process_group)
+        self._metrics = ModelMetrics(inside, dataloader, all_options, self._process_group)
         if ema is not None and sharded_modules(inside):
             raise FxgrowError("ema= is not supported for a sharded model (FSDP2): leave it out.")
         self._on_error = on_error
@@ -150,8 +150,6 @@ class Grower:
         """The average of the weights now."""
         return self._training_state.ema
 
-    # -- what the loop calls
-
     def step(self, loss: Tensor | float | None = None) -> bool:
         """Counts an optimiser step, and grows if it is time.
 
@@ -167,9 +165,7 @@ class Grower:
         self.steps += 1
         if loss is not None:
             self._losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
-        if self.steps < self._ask_at:
-            return False
-        return self._ask(epoch_end=False)
+        return self.steps >= self._ask_at and self._ask(epoch_end=False)
 
     def epoch_end(self, metric: Tensor | float | None = None) -> bool:
         """Counts an epoch, and grows if it is time; `metric` is a reading for `OnPlateau`."""
@@ -213,8 +209,6 @@ class Grower:
         """
         self._callbacks.append(callback)
 
-    # -- saving
-
     def state_dict(self) -> dict[str, Any]:
         """Returns counters, the schedule with its state, and the history: numbers, strings, lists and dicts only.
 
@@ -257,8 +251,6 @@ class Grower:
         self._metrics.start = start
         self._readings, self._losses = readings, deque(losses, maxlen=MAX_LOSSES)
         self._ask_at = self._next_step()
-
-    # -- asking the schedule
 
     def _ask(self, epoch_end: bool) -> bool:
         before = copy.deepcopy(self._schedule_state)
@@ -313,13 +305,11 @@ class Grower:
         finally:
             self._metrics.model = sharded
 
-    # -- growing
-
     def _grow(self, options: GrowOptions, reason: str) -> bool:
         start = time.perf_counter()
         options = {**options, "seed": options["seed"] + len(self.history)}
         try:
-            grown = grow_with_state(
+            model, old, result = grow_with_state(
                 self.model, self._training_state, self._metrics.source, options, self._process_group
             )
         except SmallBudgetError as error:
@@ -329,15 +319,15 @@ class Grower:
             if self._on_error == "skip":
                 return self._skipped(error)
             raise
-        self.growth = grown.result.record
+        self.growth = result.record
         event = make_event(self.steps, self.epochs, reason, self.growth, time.perf_counter() - start)
         self.history.add(event)
         log.info("%s", event)
-        if grown.declined:
+        if not self.growth.plan.units:
             return False
-        self.model, self._metrics.model = grown.model, grown.result.model
+        self.model, self._metrics.model = model, result.model
         for callback in self._callbacks:
-            callback(grown.old, grown.result.model, grown.result.index)
+            callback(old, result.model, result.index)
         return True
 
     def _skipped(self, error: FxgrowError) -> bool:

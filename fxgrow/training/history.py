@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -60,34 +60,17 @@ class Event:
 
 
 def make_event(step: int, epoch: int, reason: str, growth: Growth, seconds: float) -> Event:
-    """Returns the light record of a growth."""
-    plan = growth.plan
+    plan, losses = growth.plan, growth.losses
+    before, after = plan.parameters
+    predicted = float(plan.decrease(plan.scale)) if plan.units else 0.0
     return Event(
-        step=step,
-        epoch=epoch,
-        reason=reason,
-        units=dict(plan.units),
-        parameters=(int(plan.parameters[0]), int(plan.parameters[1])),
-        loss=growth.losses["eval"],
-        train_loss=growth.losses["train"],
-        gamma=float(plan.scale),
-        predicted=float(plan.decrease(plan.scale)) if plan.units else 0.0,
-        seconds=seconds,
-        declined=growth.declined,
-    )
+        step, epoch, reason, dict(plan.units), (int(before), int(after)), losses["eval"], losses["train"],
+        gamma=float(plan.scale), predicted=predicted, seconds=seconds, declined=growth.declined,
+    )  # fmt: skip
 
 
-COLUMNS = (
-    number("step"),
-    number("epoch"),
-    number("parameters"),
-    number("loss, eval"),
-    number("loss, train"),
-    number("predicted"),
-    number("gamma"),
-    number("seconds"),
-    Column("added", wrap=True),
-)
+NUMBERS = "step", "epoch", "parameters", "loss, eval", "loss, train", "predicted", "gamma", "seconds"
+COLUMNS = (*map(number, NUMBERS), Column("added", wrap=True))
 
 
 class History(Sequence[Event]):
@@ -101,9 +84,6 @@ class History(Sequence[Event]):
 
     def __len__(self) -> int:
         return len(self._events)
-
-    def __iter__(self) -> Iterator[Event]:
-        return iter(self._events)
 
     def add(self, event: Event) -> None:
         """Appends an event."""
@@ -128,9 +108,8 @@ class History(Sequence[Event]):
     def __str__(self) -> str:
         if not self._events:
             return "no growth yet"
-        rows = [_row(e) for e in self]
         total = f"{count(self.growths, 'growth')}, {len(self) - self.growths} declined, {self.seconds:.1f} s"
-        return f"{table(COLUMNS, rows)}\n\n{total}"
+        return f"{table(COLUMNS, [_row(e) for e in self])}\n\n{total}"
 
     def to_list(self) -> list[dict[str, Any]]:
         """Returns plain data for `from_list`."""
@@ -145,9 +124,7 @@ class History(Sequence[Event]):
         """
         pairs = "parameters", "loss", "train_loss"
         try:
-            plain: list[dict[str, Any]] = [
-                {key: tuple(value) if key in pairs else value for key, value in item.items()} for item in items
-            ]
+            plain: Any = ({k: tuple(v) if k in pairs else v for k, v in item.items()} for item in items)
             return cls(Event(**fields) for fields in plain)
         except (TypeError, AttributeError) as error:
             raise FxgrowError(f"invalid history of growth: {error}.") from error
@@ -157,9 +134,8 @@ class History(Sequence[Event]):
         figure = new_figure(2, 4)
         steps, parameters, losses = [e.step for e in self], [e.parameters for e in self], [e.loss for e in self]
         history_panels(figure, steps, parameters, losses, [e.declined is None for e in self])
-        declined = sum(e.declined is not None for e in self)
-        title = f"fxgrow · {self.growths} growths, {declined} declined · {self.seconds:.1f} s growing"
-        return save_figure(figure, title, path)
+        counts = f"{self.growths} growths, {len(self) - self.growths} declined"
+        return save_figure(figure, f"fxgrow · {counts} · {self.seconds:.1f} s growing", path)
 
     def to_tensorboard(self, writer: Any) -> None:
         """Writes parameters, losses, gamma, seconds and added units as scalars `fxgrow/...` at their steps.
@@ -170,28 +146,18 @@ class History(Sequence[Event]):
         Raises:
             MissingExtraError: a folder is given and tensorboard is not installed.
         """
-        if not isinstance(writer, (str, os.PathLike)):
-            self._write(writer)
+        if isinstance(writer, (str, os.PathLike)):
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                message = "Writing for TensorBoard needs tensorboard: pip install 'fxgrow[tensorboard]'."
+                raise MissingExtraError(message) from error
+            with SummaryWriter(str(writer)) as opened:
+                self.to_tensorboard(opened)
             return
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise MissingExtraError(
-                "Writing for TensorBoard needs tensorboard: pip install 'fxgrow[tensorboard]'."
-            ) from error
-        with SummaryWriter(str(writer)) as opened:
-            self._write(opened)
-
-    def _write(self, writer: Any) -> None:
         for e in self:
-            scalars = {
-                "parameters": e.parameters[1],
-                "loss/before": e.loss[0],
-                "loss/after": e.loss[1],
-                "gamma": e.gamma,
-                "seconds": e.seconds,
-                **{f"units/{name}": k for name, k in e.units.items()},
-            }
+            scalars = {"parameters": e.parameters[1], "loss/before": e.loss[0], "loss/after": e.loss[1]}
+            scalars |= {"gamma": e.gamma, "seconds": e.seconds, **{f"units/{name}": k for name, k in e.units.items()}}
             for name, value in scalars.items():
                 writer.add_scalar(f"fxgrow/{name}", value, e.step)
 

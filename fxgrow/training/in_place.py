@@ -1,8 +1,4 @@
-"""Growth in place, for trainers that keep the model object: it stays the same object and gets new parameters.
-
-requires: what growth or a recipe made of the model, in the model's own class (`into="module"`).
-ensures:  the model computes what that computes; its class, hooks and other attributes are as before.
-"""
+"""Growth in place, for trainers that keep the model object: it stays the same object and gets new parameters."""
 
 from __future__ import annotations
 
@@ -69,9 +65,6 @@ class GrowerInPlace(Grower):
         """Gives the model the sizes of a recipe, so that weights and optimisers saved with it can be loaded.
 
         Tensors whose sizes differ from the fresh model's are zero until then, and optimisers start afresh.
-
-        Raises:
-            FileError: the model does not fit the recipe, or had grown before it was given here.
         """
         inside, _ = unwrapped(self._given)
         fresh = fresh_if_resized(inside, recipe, self._fresh)
@@ -86,7 +79,6 @@ class GrowerInPlace(Grower):
         adopt(inside, new)
 
     def grow_now(self, *args: Any, **options: Any) -> bool:
-        """See `fxgrow.Grower.grow_now`."""
         with without_forward_override(unwrapped(self._given)[0]):
             return super().grow_now(*args, **options)
 
@@ -125,11 +117,7 @@ def fresh_copy(model: nn.Module) -> nn.Module | None:
 
 
 def fresh_if_resized(model: nn.Module, recipe: Recipe, fresh: nn.Module | None) -> nn.Module | None:
-    """Returns the copy to rebuild a recipe's model from; None where the model has been through those growths.
-
-    Raises:
-        FileError: the model had grown before a copy could be made.
-    """
+    """Returns the copy to rebuild a recipe's model from; None where the model has been through those growths."""
     if recipe_of(model).steps == recipe.steps:
         return None
     if fresh is None:
@@ -149,10 +137,8 @@ def _inner(optimizer: Any) -> Any:
 
 def _replace_parameters(optimizer: Optimizer, old: nn.Module, new: nn.Module) -> None:
     """Replaces the old model's parameters in an optimiser by the new one's, without state."""
-    names = {id(p): name for name, p in old.named_parameters()}
-    parameters = dict(new.named_parameters(remove_duplicate=False))
+    replaced = {p: new.get_parameter(name) for name, p in old.named_parameters()}
     for group in optimizer.param_groups:
-        for p in group["params"]:
-            if id(p) in names:
-                optimizer.state.pop(p, None)
-        group["params"][:] = [parameters[names[id(p)]] if id(p) in names else p for p in group["params"]]
+        for p in replaced.keys() & group["params"]:
+            optimizer.state.pop(p, None)
+        group["params"][:] = [replaced.get(p, p) for p in group["params"]]

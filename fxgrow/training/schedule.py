@@ -1,7 +1,4 @@
-"""The base of all schedules, and the two that combine others: `Either` of several, and `Until` with an end.
-
-`|` and `.until` of the base return them, so they are in one file.
-"""
+"""The base of all schedules, and the two that it returns: `Either` of several, and `Until` with an end."""
 
 from __future__ import annotations
 
@@ -17,46 +14,33 @@ from fxgrow.errors import ScheduleError
 
 @dataclass
 class TrainingStatus:
-    """What a schedule sees of a training run.
-
-    Attributes:
-        steps: optimiser steps so far.
-        epochs: epochs that have ended.
-        epoch_end: whether one has just ended; else this is a step.
-        readings: values of a metric since the schedule was last asked.
-        losses: of the steps since then, where they were given.
-        growths: growths so far that added something.
-        declines: growths that declined since the last one that did not.
-        shares: per width, the bottleneck's share of E|V|^2; reads data.
-        sizes: per free width, its size and its step.
-        spent: of a kind of cost, what all growths have added so far, and the cost before the first.
-    """
+    """What a schedule sees of a training run; readings of a metric and losses are those since it was last asked."""
 
     steps: int
     epochs: int
+    #: whether an epoch has just ended; else this is a step
     epoch_end: bool
     readings: list[float]
     losses: list[float]
+    #: growths so far that added something, and those that declined since the last of them
     growths: int
     declines: int
+    #: per width, the bottleneck's share of E|V|^2, measured on so many samples
     shares: Callable[[int | None], Mapping[str, float]]
+    #: per free width, its size and its step
     sizes: Callable[[], Mapping[str, tuple[int, int]]]
+    #: of a kind of cost, what all growths have added so far, and the cost before the first
     spent: Callable[[str], tuple[float, float]]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to grow.
-
-    Attributes:
-        reason: why now, for the log.
-        neurons: units per width, or None for those given to the Grower.
-        limit: the most that may be added, in units of `cost`, or None.
-        cost: of the limit.
-    """
+    """What to grow, and why now."""
 
     reason: str
+    #: units per width, or None for those given to the Grower
     neurons: Mapping[str, int] | None = None
+    #: the most that may be added, in units of `cost`, or None
     limit: float | None = None
     cost: str = "parameters"
 
@@ -195,13 +179,9 @@ class Until(Schedule):
 
     def ended(self, seen: TrainingStatus) -> bool:
         """Returns whether a limit other than the total is reached."""
-        reached = (
-            (self.growths, seen.growths),
-            (self.declines, seen.declines),
-            (self.steps, seen.steps - 1),
-            (self.epochs, seen.epochs - 1),
-        )
-        return any(limit is not None and now >= limit for limit, now in reached)
+        limits = self.growths, self.declines, self.steps, self.epochs
+        now = seen.growths, seen.declines, seen.steps - 1, seen.epochs - 1
+        return any(limit is not None and n >= limit for limit, n in zip(limits, now, strict=True))
 
     def ask(self, seen: TrainingStatus, memory: ScheduleState) -> Request | None:
         if memory.get("spent") or self.ended(seen):

@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from fxgrow.analysis.analyse import analyse, widths
 from fxgrow.data.batches import Data
-from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
+from fxgrow.distributed import ProcessGroup
 from fxgrow.errors import PlanError, ScheduleError
 from fxgrow.pipeline.cost import Cost, cost_of
 from fxgrow.pipeline.options import GrowOptions
@@ -28,21 +28,14 @@ from fxgrow.training.schedule import Request
 
 @dataclass
 class ModelMetrics:
-    """Measures one model on one source of data.
-
-    Attributes:
-        model: as it is now, without wrappers.
-        source: batches.
-        options: of growths.
-        start: per kind of cost, the cost when it was first measured.
-        process_group: the processes that train the model; rank 0 measures costs.
-    """
+    """Measures one model, without wrappers, on one source of data; rank 0 measures costs."""
 
     model: nn.Module
     source: Source
     options: GrowOptions
+    process_group: ProcessGroup
+    #: per kind of cost, the cost when it was first measured
     start: dict[str, float] = field(default_factory=dict)
-    process_group: ProcessGroup = SINGLE_PROCESS
 
     def sizes(self) -> dict[str, tuple[int, int]]:
         """Returns size and step of each free width."""
@@ -59,24 +52,14 @@ class ModelMetrics:
         options = self.options
         with no_autocast(self.model):
             bottlenecks = profile(
-                self._graph(),
-                beside_training(self.source),
-                options["loss_fn"],
-                samples or options["samples"],
-                "tiny",
-                memory_limit=options["memory_limit"],
-                progress=options["progress"],
-                seed=options["seed"],
+                self._graph(), beside_training(self.source), options["loss_fn"], samples or options["samples"], "tiny",
+                memory_limit=options["memory_limit"], progress=options["progress"], seed=options["seed"],
                 process_group=self.process_group,
-            )
+            )  # fmt: skip
         return {name: gradient_share(b) for name, b in bottlenecks.items()}
 
     def options_for(self, request: Request) -> GrowOptions | None:
-        """Returns the options of a growth within the schedule's limit; None where the requested units exceed it.
-
-        Raises:
-            ScheduleError: the budget and the limit are in different costs.
-        """
+        """Returns the options of a growth within the schedule's limit; None where the requested units exceed it."""
         options = self.options
         if request.neurons is not None:
             options = {**options, "neurons": request.neurons, "budget": None}
@@ -84,7 +67,12 @@ class ModelMetrics:
             return options
         neurons, budget, cost = options["neurons"], options["budget"], options["cost"]
         units = {} if neurons is None else self._units(neurons)
-        now, then = self.process_group.broadcast_from_rank0(lambda: self._costs(request.cost, units))
+
+        def costs() -> tuple[float, float]:
+            measured = self._cost(request.cost)
+            return measured.total({}), measured.total(units)
+
+        now, then = self.process_group.broadcast_from_rank0(costs)
         if neurons is not None:
             return options if then - now <= request.limit else None
         if cost != request.cost and isinstance(budget, (int, float)):
@@ -95,11 +83,6 @@ class ModelMetrics:
         most = min(budget if isinstance(budget, (int, float)) else _share(budget) * now, request.limit)
         most = most if request.cost == "latency" else max(1, math.floor(most))
         return {**options, "cost": request.cost, "budget": most}
-
-    def _costs(self, kind: str, units: Mapping[str, int]) -> tuple[float, float]:
-        """Returns the cost now, and with more units."""
-        cost = self._cost(kind)
-        return cost.total({}), cost.total(units)
 
     def _units(self, neurons: int | Mapping[str, int]) -> dict[str, int]:
         steps = {name: step for name, (_, step) in self.sizes().items()}
