@@ -59,7 +59,7 @@ ENTRIES = [
           channels=3, attn_heads=2, attn_dim_head=8), together(floats(3, 16), integers(50))),
     Entry("denoising-diffusion-pytorch", "karras_unet", call("denoising_diffusion_pytorch.karras_unet:KarrasUnet",
           image_size=16, dim=8, dim_max=16, num_downsamples=1, num_blocks_per_stage=1, attn_res=(8,), attn_dim_head=4,
-          num_classes=5), together(floats(4, 16, 16), floats(), integers(5))),
+          num_classes=5), named(x=floats(4, 16, 16), time=floats(), class_labels=integers(5))),
     Entry("compressai", "factorized_prior", call("compressai.models:FactorizedPrior", 8, 12), images(3, 64, 32), True),
     Entry("compressai", "scale_hyperprior", call("compressai.models:ScaleHyperprior", 8, 12), images(3, 64, 64), True),
     Entry("compressai", "mean_scale", call("compressai.models:MeanScaleHyperprior", 8, 12), images(3, 64, 64), True),

@@ -71,7 +71,7 @@ ENTRIES = [
     _eeg("eegnex", "EEGNeX", 250),
     _eeg("tidnet", "TIDNet", 250),
     Entry("pytorchvideo", "slow_resnet", call("pytorchvideo.models.resnet:create_resnet", model_depth=50,
-          model_num_class=5, stem_dim_out=8), floats(3, 8, 224, 224)),
+          model_num_class=5, stem_dim_out=8, head_pool_kernel_size=(4, 2, 2)), floats(3, 4, 64, 64)),
     Entry("pytorchvideo", "x3d", call("pytorchvideo.models.x3d:create_x3d", input_clip_length=4, input_crop_size=64,
           model_num_class=5, width_factor=0.5, depth_factor=1.0, head_dim_out=32), floats(3, 4, 64, 64)),
     Entry("pytorchvideo", "mvit", call("pytorchvideo.models.vision_transformers:create_multiscale_vision_transformers",
