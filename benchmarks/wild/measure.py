@@ -42,8 +42,11 @@ def steps(entry: Entry, options: Mapping[str, Any]) -> Iterator[Findings]:
 
 def _growth(entry: Entry) -> Iterator[Findings]:
     """Growth by two units at every width, from targets that other weights give, and the file of what has grown."""
-    subject = entry.subject()
-    data = [(given, _targets(entry, given)) for given in (subject.inputs(batch, 0) for batch in BATCHES)]
+    subject, teacher = entry.subject(), entry.subject(1)
+    teacher.model.eval()
+    with torch.no_grad():
+        given = [subject.inputs(batch, 0) for batch in BATCHES]
+        data = [(inputs, _floating(teacher, call(teacher.model, inputs))) for inputs in given]
 
     def loss(output: Any, targets: list[Tensor]) -> Tensor:
         pairs = zip(_floating(subject, output), targets, strict=False)
@@ -60,12 +63,6 @@ def _growth(entry: Entry) -> Iterator[Findings]:
         yield _saved(entry, grown, data[0][0])
     except Exception as error:
         yield {"saved": False, "saved_error": described(error)}
-
-
-def _targets(entry: Entry, given: Inputs) -> list[Tensor]:
-    teacher = entry.subject(1)
-    with torch.no_grad():
-        return _floating(teacher, call(teacher.model.eval(), given))
 
 
 def _floating(subject: Subject, output: Any) -> list[Tensor]:
