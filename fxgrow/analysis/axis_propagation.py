@@ -1,7 +1,7 @@
-"""Runs a graph on axes instead of tensors (abstract interpretation): who must change together, and what cannot.
+"""Runs a graph on axes instead of tensors (abstract interpretation): what changes together, and what cannot change.
 
 requires: a captured graph, `node.meta["val"]` on every node.
-ensures:  every parameter axis of an understood operator is unified; what an unknown operator touches is pinned.
+ensures:  every parameter axis of a described operator is unified; what an unknown operator touches is pinned.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from fxgrow.axes.axes import (
     multiplicity,
     pin,
     resolve,
+    single_variable,
     unify,
 )
 from fxgrow.axes.records import Reason
 from fxgrow.axes.size_expressions import SizeExpr, measured
 from fxgrow.axes.structure import SizeCheck, SizeReplacement, Structure
-from fxgrow.graph.graph import lookup
+from fxgrow.graph.graph import lookup, operator_name
 from fxgrow.graph.node_functions import guard
 from fxgrow.graph.node_meta import OPAQUE
 from fxgrow.graph.purity import overwrites
@@ -46,7 +47,7 @@ from fxgrow.ops.registry import find_rule
 
 
 def propagate_axes(gm: fx.GraphModule) -> Structure:
-    """Evaluates every node of `gm` on axes."""
+    """Evaluates every node of a graph on axes."""
     structure = Structure()
     env: dict[fx.Node, Any] = structure.outputs
     for node in gm.graph.nodes:
@@ -76,7 +77,7 @@ def _evaluate(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         _pin_sizes(args, ctx.reason("output", "its size is returned by the model"))
         return args
     if node.target is guard:
-        return None  # what it says of sizes is settled when all axes are known
+        return None  # settled once all axes are known
     if OPAQUE in node.meta:
         why = ctx.reason("opaque", f"the model's code cannot be followed there: {node.meta[OPAQUE]}")
         _pin_all(ctx, args, kwargs, why)
@@ -85,21 +86,21 @@ def _evaluate(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return _number(ctx, args, kwargs)
     if all(is_fixed(a) for a in axes_in((args, kwargs))) and not any(measured((args, kwargs))) and not _writes(ctx):
         reasons = [s.reason for a in axes_in((args, kwargs)) for s in a if s.reason]
-        # what was computed from an input is no input any more, but an unknown operator stays the reason
+        # a function of an input is no input any more, but an unknown operator stays the reason
         return _fixed(ctx.value, next((r for r in reasons if r.code != "input"), None))
     return _apply(ctx, args, kwargs)
 
 
 def _apply(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     rule = find_rule(ctx.node, ctx.module)
-    what = _name(ctx)
+    what = operator_name(ctx.gm, ctx.node)
     try:
         if ctx.node.kwargs.get("out") is not None:
             raise Unsupported(f"{what} writes its result into out=")
         if _changes_a_parameter(ctx, args):
             raise Unsupported(f"{what} changes a parameter in place")
         out = infer_rule(ctx, what, args, kwargs) if rule is None else rule(ctx, *args, **kwargs)
-        _agree(ctx, out)
+        _check_lengths(ctx, out)
     except (Unsupported, TypeError, IndexError, KeyError, ValueError) as refusal:
         code = refusal.code if isinstance(refusal, Unsupported) else "operator"
         text = str(refusal) if isinstance(refusal, Unsupported) else f"{what}: {refusal}"
@@ -109,12 +110,12 @@ def _apply(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     for size in measured((args, kwargs)):
         if not any(size is f for f in ctx.followed):
             _pin_sizes([size], ctx.reason("size", "its size is used as a number"))
-    # what an operator returns is no parameter any more, even where it has the same axes
+    # an output is no parameter any more, even where it has the same axes
     return Dims(out) if any(out is a for a in args) else out
 
 
 def _changes_a_parameter(ctx: Context, args: tuple[Any, ...]) -> bool:
-    """New entries are chosen for the parameter as it is stored, not for what the graph makes of it."""
+    """Whether a node writes into a parameter: new entries are chosen for the values that are stored."""
     if not args or not isinstance(args[0], Dims) or args[0].parameter is None:
         return False
     written = ctx.node.args[0] in overwrites(ctx.node, ctx.gm)
@@ -122,7 +123,7 @@ def _changes_a_parameter(ctx: Context, args: tuple[Any, ...]) -> bool:
 
 
 def _pin_all(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any], why: Reason) -> None:
-    """Pins whatever an operator that is not understood can see."""
+    """Pins all axes that an operator without a rule can see."""
     for axis in axes_in((args, kwargs)):
         pin(axis, why)
     _pin_sizes((args, kwargs), why)
@@ -138,27 +139,32 @@ def _pin_sizes(value: Any, why: Reason) -> None:
             pin(axis, why)
 
 
-def _agree(ctx: Context, out: Any) -> None:
-    """A rule is believed only if its axes have the lengths of the real output."""
+def _check_lengths(ctx: Context, out: Any) -> None:
+    """Checks that the axes of a rule have the lengths of the real output."""
     expected = [tuple(v.shape) for v in pytree.tree_leaves(ctx.value) if isinstance(v, torch.Tensor)]
-    found = [tuple(map(length, dims)) for dims in dims_in(out)]
-    if expected != found:
-        raise Unsupported(f"{_name(ctx)}: the rule gives shapes {found}, the operator {expected}")
+    given = [tuple(map(length, dims)) for dims in dims_in(out)]
+    if expected != given:
+        raise Unsupported(f"{operator_name(ctx.gm, ctx.node)}: the rule gives shapes {given}, the operator {expected}")
 
 
 def _number(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Shape arithmetic, evaluated; a result that cannot be followed back to its axes becomes an opaque size."""
+    """Evaluates shape arithmetic; a result that cannot be traced to its axes becomes an opaque size."""
     node = ctx.node
     tensors = list(axes_in((args, kwargs)))
     out = ctx.value
-    known = False  # whether every size in `out` is followed
+    known = False  # whether every size in `out` is a function of axes
     try:
         if tensors:
             rule = find_rule(node, ctx.module)
             out, known = (out, False) if rule is None else (rule(ctx, *args, **kwargs), True)
             if out is None and rule is None:
-                # it is called for what it does, and that is not described
-                _pin_all(ctx, args, kwargs, ctx.reason("operator", f"{_name(ctx)} is not described by any rule"))
+                # a call for its side effects, which no rule describes
+                _pin_all(
+                    ctx,
+                    args,
+                    kwargs,
+                    ctx.reason("operator", f"{operator_name(ctx.gm, ctx.node)} is not described by any rule"),
+                )
         elif node.target is operator.getitem:
             out, known = args[0][args[1]], not any(measured(args[1]))
         elif node.target in _LINEAR:
@@ -177,11 +183,11 @@ def _number(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if known or not sources:
         return out
     if isinstance(out, float) and _of_widths_alone(node, sources):
-        # such as 1/sqrt(d): what was computed with it stays when it does
+        # such as 1/sqrt(d): the function stays if it does
         ctx.keep(out, [axis for _, axis in sources])
         return out
     if any(isinstance(leaf, float) for leaf in pytree.tree_leaves(out)):
-        # it would change what is computed, and nothing says how
+        # it would change the function in an unknown way
         for _, axis in sources:
             pin(axis, ctx.reason("size", "its size is used as a number"))
     return pytree.tree_map_only(int, lambda n: SizeExpr.make(int(n), Fraction(0), sources, opaque=True), out)
@@ -189,15 +195,15 @@ def _number(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 def _of_widths_alone(node: fx.Node, sources: list[tuple[Fraction, Axis]]) -> bool:
     """Whether a number comes from one size that only a width gives: other sizes may change from call to call."""
-    whole = len(sources) == 1 and all(s.var is not None for s in resolve(sources[0][1]))
-    return whole and len(node.all_input_nodes) == 1
+    only_units = len(sources) == 1 and all(s.var is not None for s in resolve(sources[0][1]))
+    return only_units and len(node.all_input_nodes) == 1
 
 
-#: what these say of a tensor does not depend on its sizes
+#: their results do not depend on sizes
 _RANK = frozenset(
     {"dim", "ndimension", "is_floating_point", "is_complex", "get_device", "element_size", "is_contiguous"}
 )
-#: what `SizeExpr` can do; of anything else (min, max, %) only the value is known
+#: operators of `SizeExpr`; of anything else (min, max, %) only the value is known
 _LINEAR = frozenset(
     {
         operator.add, operator.sub, operator.mul, operator.floordiv, operator.neg,
@@ -210,12 +216,12 @@ def _check(structure: Structure, check: SizeCheck) -> None:
     """A computed size must be the same linear form as the axis it is used for."""
     expected = _entries(check.axis), {v: Fraction(m) for v, m in multiplicity(check.axis).items()}
     form = check.size.form()
-    if form is not None and _settled(form) == _settled(expected):
+    if form is not None and _without_pinned(form) == _without_pinned(expected):
         return
     axes = (*check.size.axes, check.axis)
     if check.where is not None:
-        # the length of a width is a number that no input changes
-        if _is_width(check.axis):
+        # a number that no input changes: the size of a width
+        if single_variable(check.axis) is not None:
             structure.size_replacements.append(SizeReplacement(*check.where, axes, check.axis))
             return
         # one size of a view can be inferred, whatever the others are
@@ -223,7 +229,7 @@ def _check(structure: Structure, check: SizeCheck) -> None:
         if check.infer and all(node is not check.where[0] for node in others):
             structure.size_replacements.append(SizeReplacement(*check.where, axes, None))
             return
-    # else what it measures must grow with the axis
+    # else the measured axis must grow with this one
     if check.size.measures_one and not any(is_fixed(a) for a in axes):
         unify(check.axis, check.size.axes[0], check.why)
         return
@@ -231,13 +237,8 @@ def _check(structure: Structure, check: SizeCheck) -> None:
         pin(a, check.why)
 
 
-def _is_width(axis: Axis) -> bool:
-    segments = resolve(axis)
-    return len(segments) == 1 and segments[0].var is not None and segments[0].inner == 1
-
-
-def _settled(form: tuple[Fraction, dict[UnitVar, Fraction]]) -> tuple[Fraction, dict[UnitVar, Fraction]]:
-    """A linear form in which what is pinned by now is a number."""
+def _without_pinned(form: tuple[Fraction, dict[UnitVar, Fraction]]) -> tuple[Fraction, dict[UnitVar, Fraction]]:
+    """The linear form in which pinned variables are numbers."""
     const, coefficients = form
     const += sum(c * v.size for v, c in coefficients.items() if v.pinned is not None)
     return const, {v: c for v, c in coefficients.items() if v.pinned is None}
@@ -248,7 +249,7 @@ def _entries(axis: Axis) -> Fraction:
 
 
 def _pin_frozen(gm: fx.GraphModule, structure: Structure) -> None:
-    """A frozen weight cannot learn what new units would need, and may not be changed."""
+    """Pins the axes of frozen weights: they cannot learn what new units would need, and may not be changed."""
     for p in structure.projections:
         with torch.enable_grad():  # a weight may be computed
             weight = lookup(gm, p.weight)
@@ -266,14 +267,8 @@ def _is_state(gm: fx.GraphModule, node: fx.Node) -> bool:
 
 
 def _writes(ctx: Context) -> bool:
-    """Whether this node may own weights that start a new axis."""
+    """Whether this node may have weights that start a new axis."""
     return ctx.module is not None and next(ctx.module.parameters(), None) is not None
-
-
-def _name(ctx: Context) -> str:
-    if ctx.module is not None:
-        return type(ctx.module).__name__
-    return ctx.node.target if isinstance(ctx.node.target, str) else getattr(ctx.node.target, "__name__", "?")
 
 
 def _fixed(value: Any, why: Reason | None = None) -> Any:

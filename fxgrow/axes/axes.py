@@ -137,6 +137,12 @@ def resolve(axis: Axis) -> Axis:
     return tuple(out)
 
 
+def single_variable(axis: Axis) -> UnitVar | None:
+    """The variable of an axis that has one entry for each of its units and nothing else, or None."""
+    segments = resolve(axis)
+    return segments[0].var if len(segments) == 1 and segments[0].inner == 1 else None
+
+
 def variables(*axes: Axis) -> list[UnitVar]:
     """The unbound variables of `axes`, in order, without duplicates."""
     return list(dict.fromkeys(s.var for a in axes for s in resolve(a) if s.var is not None))

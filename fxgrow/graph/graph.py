@@ -45,6 +45,15 @@ def lookup(gm: nn.Module, name: str) -> Tensor:
     return tensor
 
 
+def operator_name(gm: nn.Module, node: fx.Node) -> str:
+    """The class of a node's module, or the name of its function, method or attribute."""
+    if node.op == "call_module":
+        return type(gm.get_submodule(str(node.target))).__name__
+    if node.target is getattr:
+        return str(node.args[1])
+    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "?")
+
+
 def caller(node: fx.Node) -> str:
     """Path of the innermost module whose code made the node."""
     stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]

@@ -269,7 +269,7 @@ ROWS = [
     Row("prenorm_alpha_free_omega_zero", "timm Mlp",
         lambda: library("timm.layers").Mlp(6, 8, 4, norm_layer=nn.LayerNorm), TOKENS,
         pinned={"fc1": ("norm", "cannot be kept at their mean")}),
-    # there are no weights to make up for the new size: the columns of what reads the norm do
+    # there are no weights to rescale: the columns of what reads the norm are
     Row("layernorm_no_affine_readers_rescaled", "torch",
         lambda: nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8, elementwise_affine=False), nn.Linear(8, 3)), TOKENS,
         {"0": 1}),
