@@ -1,11 +1,11 @@
-"""Layers whose weight is computed by a norm grow as the plain layers they are.
+"""Layers with weight or spectral normalisation grow as plain layers.
 
 requires: `weight_norm` or `spectral_norm` of `torch.nn.utils.parametrizations` on a weight, nothing else on that layer.
 ensures:  `remove_parametrizations` gives a copy whose weights are parameters; `restore_parametrizations` puts the
           norms back, under the names they had. A weight's direction then is the weight itself (Salimans and Kingma
           2016, eq. 2).
 
-Any weight at all has a length and a direction, so nothing between the two needs to know of weight normalisation. Under
+Any weight has a length and a direction, so that no stage needs to know of weight normalisation. Under
 spectral normalisation the largest singular value must stay, through later power iterations too (Miyato et al. 2018,
 algorithm 1): `orthogonalise_new_rows` makes new rows orthogonal to the old ones.
 """
@@ -24,7 +24,7 @@ from fxgrow.graph.graph import copy_graph, lookup
 from fxgrow.graph.node_meta import PARAMETRIZATIONS
 from fxgrow.graph.parametrizations import norm_of
 
-#: per layer without its parametrization, its parametrization
+#: per parameter and dimension, the new positions of old entries (None: unchanged)
 Index = dict[str, tuple[Tensor | None, ...]]
 
 
@@ -38,7 +38,7 @@ def remove_parametrizations(gm: fx.GraphModule) -> fx.GraphModule:
         layer = out.get_submodule(name)
         parts: Any = layer.get_submodule("parametrizations")
         trained = any(p.requires_grad for p in parts.parameters())
-        parts.eval()  # in training to look at the weight is to iterate
+        parts.eval()  # in training reading the weight runs a power iteration
         norm = found[name] = copy.deepcopy(found[name])
         if hasattr(norm, "_u"):
             matrix = parts.weight.original.detach().movedim(norm.dim, 0)
@@ -56,24 +56,25 @@ def remove_parametrizations(gm: fx.GraphModule) -> fx.GraphModule:
 def restore_parametrizations(
     grown: fx.GraphModule, index: Mapping[str, tuple[Tensor | None, ...]]
 ) -> tuple[fx.GraphModule, Index]:
-    """The graph with its norms where its original had them, and the index by the names there are then."""
+    """The graph with the norms of its original, and the index by the names of the parameters with norms."""
     index = dict(index)
     for name, norm in grown.meta.pop(PARAMETRIZATIONS, {}).items():
         layer = grown.get_submodule(name)
         trained = lookup(layer, "weight").requires_grad
         moved = index.pop(f"{name}.weight", None)
-        own = _spectral(layer, norm, moved) if hasattr(norm, "_u") else _weight(layer, norm, moved)
+        restore = _restore_spectral_norm if hasattr(norm, "_u") else _restore_weight_norm
+        parts = restore(layer, norm, moved)
         layer.get_submodule("parametrizations.weight").requires_grad_(trained)
         layer.train(layer.training)
-        index.update({f"{name}.parametrizations.weight.{part}": at for part, at in own.items()})
+        index.update({f"{name}.parametrizations.weight.{part}": at for part, at in parts.items()})
     return grown, index
 
 
-def _weight(layer: nn.Module, norm: Any, moved: tuple[Tensor | None, ...] | None) -> Index:
+def _restore_weight_norm(layer: nn.Module, norm: Any, moved: tuple[Tensor | None, ...] | None) -> Index:
     parametrizations.weight_norm(layer, "weight", norm.dim)
     parts = layer.get_submodule("parametrizations.weight")
     length, direction = lookup(parts, "original0"), lookup(parts, "original1")
-    # columns that start at zero need some direction
+    # zero rows need a direction
     direction.data.masked_fill_(length.detach() == 0, 1.0)
     if moved is None:
         return {}
@@ -81,9 +82,9 @@ def _weight(layer: nn.Module, norm: Any, moved: tuple[Tensor | None, ...] | None
     return {"original1": moved, **({"original0": lengths} if any(at is not None for at in lengths) else {})}
 
 
-def _spectral(layer: nn.Module, norm: Any, moved: tuple[Tensor | None, ...] | None) -> Index:
-    """Singular vectors get zeros at new rows and columns: with them the largest singular value is the old one."""
-    with torch.random.fork_rng(devices=[]):  # it starts at random
+def _restore_spectral_norm(layer: nn.Module, norm: Any, moved: tuple[Tensor | None, ...] | None) -> Index:
+    """Singular vectors get zeros at new rows and columns, which keeps the largest singular value."""
+    with torch.random.fork_rng(devices=[]):  # its vectors start random
         parametrizations.spectral_norm(layer, "weight", norm.n_power_iterations, norm.eps, norm.dim)
     parts: Any = layer.get_submodule("parametrizations.weight")
     parts.original.data.mul_(norm.sigma)
@@ -96,7 +97,7 @@ def _spectral(layer: nn.Module, norm: Any, moved: tuple[Tensor | None, ...] | No
 
 
 def _padded(old: Tensor, where: Sequence[Tensor | None], shape: Sequence[int]) -> Tensor:
-    """Zeros but for the old entries, at their new positions."""
+    """Old entries at their new positions, zeros elsewhere."""
     for d, (at, n) in enumerate(zip(where, shape, strict=True)):
         if at is not None:
             old = old.new_zeros(*old.shape[:d], n, *old.shape[d + 1 :]).index_copy_(d, at.to(old.device), old)
@@ -109,7 +110,7 @@ def spectral(gm: fx.GraphModule, name: str) -> bool:
 
 
 def orthogonalise_new_rows(gm: fx.GraphModule, name: str, weight: Tensor, old: Sequence[Tensor]) -> None:
-    """Under spectral normalisation, new rows at right angles to old ones and singular vector, half as long as may be.
+    """Under spectral normalisation, makes new rows orthogonal to old ones and to the singular vector, and short.
 
     Args:
         gm: a graph without parametrizations.
@@ -130,11 +131,11 @@ def orthogonalise_new_rows(gm: fx.GraphModule, name: str, weight: Tensor, old: S
         rows[is_new] = kept
     if not bool(is_new.any()):
         return
-    # what the last iteration left need not lie between the rows
+    # the estimate of the singular vector need not lie in the span of the rows
     vector = _padded(norm._v.view(norm.columns), columns, rows.shape[1:]).flatten()
     basis, _ = torch.linalg.qr(torch.cat([rows[~is_new].flatten(1), vector[None]]).double().mT)
     new = rows[is_new].flatten(1).double()
-    for _ in range(2):  # once more for what rounding left
+    for _ in range(2):  # a second time against rounding
         new = new - (new @ basis) @ basis.mT
     new *= (0.5 / new.norm(dim=1, keepdim=True).clamp_min(1e-30)).clamp_max(1)
     rows[is_new] = new.view_as(rows[is_new]).to(rows)

@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from fxgrow.analysis.analyse import analyse
-from fxgrow.rewriting.parametrizations import remove_parametrizations, restore_parametrizations
+from fxgrow.rewriting.parametrizations import Index, remove_parametrizations, restore_parametrizations
 from fxgrow.rewriting.size_change import SizeChange
 from fxgrow.rewriting.values import Values
 from fxgrow.rewriting.widened_graph import WidenedGraph
@@ -25,7 +25,7 @@ def rewrite(
     values: Values | None = None,
     generator: torch.Generator | None = None,
     removals: Mapping[str, Sequence[int]] | None = None,
-) -> tuple[fx.GraphModule, dict[str, tuple[Tensor | None, ...]]]:
+) -> tuple[fx.GraphModule, Index]:
     """Resizes a copy of a graph, and checks it.
 
     Args:

@@ -15,7 +15,7 @@ from fxgrow.analysis.initial_state import SPLIT, InitialState
 from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.axes.axes import Axis, UnitVar, grown_length, resolve, variables
 from fxgrow.errors import PlanError
-from fxgrow.rewriting.parametrizations import spectral
+from fxgrow.rewriting.parametrizations import Index, spectral
 
 #: positions of new entries per parameter, by width and dimension, in the order of the units
 NewIndices = dict[str, dict[tuple[str, int], Tensor]]
@@ -162,7 +162,7 @@ class SizeChange:
         }
 
     @cached_property
-    def index(self) -> dict[str, tuple[Tensor | None, ...]]:
+    def index(self) -> Index:
         """For each of these and each dimension that changes, the new positions of old entries (-1: left out)."""
         return {n: tuple(a.index if a.changed else None for a in axes) for n, axes in self.parameters.items()}
 
