@@ -1,4 +1,4 @@
-"""Proxies that carry the (fake) value they stand for, so that Python code can look at it."""
+"""Proxies that carry their (fake) value, so that Python code can look at it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from fxgrow.tracing.fake_values import FakeRunner
 
-# What a method with one of these names returns never depends on the sizes of the tensor.
+#: methods whose results do not depend on the sizes of the tensor
 STATIC_METHODS = {
     "dim", "ndimension", "is_floating_point", "is_complex", "is_signed", "is_contiguous", "get_device",
     "element_size", "is_inference", "is_conj", "is_neg",
@@ -58,8 +58,8 @@ class RecordingTracer(Protocol):
 class ValueProxy(fx.Proxy):
     """A proxy with a value: it answers ``bool``, ``len``, ``int``, iteration and attributes.
 
-    ``__class__`` is left alone on purpose: a proxy that claims to be a ``torch.Tensor`` is taken for
-    one by the C++ argument parser, which then reads memory that is not there.
+    ``__class__`` stays as it is: the C++ argument parser would take a proxy that claims to be a ``torch.Tensor``
+    for one, and read memory that does not exist.
     """
 
     tracer: RecordingTracer  # type: ignore[assignment]
@@ -84,7 +84,7 @@ class ValueProxy(fx.Proxy):
         return int(self.tracer.concrete(self, int))
 
     def __index__(self) -> int:
-        # The argument parser of torch calls __index__ just to see whether the call fits.
+        # the argument parser of torch calls __index__ only to find out whether an overload fits
         return int(self.tracer.concrete(self, operator.index, asked_by=sys._getframe(1)))
 
     def __float__(self) -> float:
@@ -111,7 +111,7 @@ class ValueProxy(fx.Proxy):
         fixed = isinstance(self.carried, torch.Size) or _unpacks(frame.f_code, frame.f_lasti)
         with self.tracer.runner.quiet():
             length = len(self.carried)
-        # `a, b = x.chunk(2)` checks the number by itself; a loop needs to be told when it changes.
+        # `a, b = x.chunk(2)` checks the number itself; a loop needs a guard on it
         return iter([self[i] for i in range(length if fixed else len(self))])  # type: ignore[index]
 
     def __contains__(self, item: Any) -> bool:
@@ -157,8 +157,8 @@ class ValueProxy(fx.Proxy):
         if isinstance(value, (torch.Tensor, torch.Size, torch.device)):
             return tracer.create_proxy("call_function", getattr, (self, name), {})
         # numbers, and lists of them, that another input would change
-        own = isinstance(value, (bool, int, float, complex, list, tuple, dict))
-        if own and not isinstance(self.carried, (torch.Tensor, torch.device)):
+        is_plain_value = isinstance(value, (bool, int, float, complex, list, tuple, dict))
+        if is_plain_value and not isinstance(self.carried, (torch.Tensor, torch.device)):
             return tracer.create_proxy("call_function", getattr, (self, name), {})
         return value
 
@@ -175,7 +175,7 @@ def _method(proxy: ValueProxy, name: str) -> Callable[..., Any]:
 
 def _inplace(name: str) -> Callable[..., Any]:
     def method(self: ValueProxy, other: Any) -> Any:
-        # Only a tensor changes in place; on a number `+=` is plain arithmetic.
+        # only a tensor changes in place; on a number `+=` is plain arithmetic
         prefix = "i" if isinstance(self.carried, torch.Tensor) else ""
         target = getattr(operator, prefix + (name.rstrip("_") if prefix else name))
         return self.tracer.create_proxy("call_function", target, (self, other), {})
@@ -189,12 +189,12 @@ for _name in _INPLACE:
 
 
 def _unpacks(code: Any, offset: int) -> bool:
-    """Whether the instruction at ``offset`` is the ``a, b = …`` kind, which fixes the length."""
+    """Whether the instruction at ``offset`` is of the kind ``a, b = …``, which fixes the length."""
     return bool(dis.opname[code.co_code[offset]] == "UNPACK_SEQUENCE")
 
 
 def has_proxy(value: Any) -> bool:
-    """Whether a proxy sits anywhere in nested tuples, lists, dicts and slices."""
+    """Whether there is a proxy in nested tuples, lists, dicts and slices."""
     kind = type(value)
     if kind is ValueProxy:
         return True
