@@ -26,17 +26,8 @@ import torch
 from torch import Tensor
 
 from fxgrow.analysis.widths import GrowableWidth
-from fxgrow.initialisers.registry import SearchRequest, Splits, initialiser
-from fxgrow.initialisers.splits import (
-    SplitGraph,
-    SplitInitialiser,
-    gradients,
-    incoming_dims,
-    outgoing_dims,
-    pack,
-    unit_rows,
-    unpack,
-)  # fmt: skip
+from fxgrow.initialisers.registry import InitialiserRequest, Splits, initialiser
+from fxgrow.initialisers.splits import SplitGraph, SplitInitialiser, gradients, unit_vectors
 
 #: largest length of delta and omega, relative to incoming and outgoing weights of the width
 EPS = 0.1
@@ -50,7 +41,7 @@ class Firefly(SplitInitialiser):
 
     nothing = "no split and no new unit lowers the loss to first order"
 
-    def splits(self, request: SearchRequest) -> tuple[dict[str, Splits], float]:
+    def splits(self, request: InitialiserRequest) -> tuple[dict[str, Splits], float]:
         """All candidates, after the gradient steps."""
         candidates = {w.name: _Candidates(request, w) for w in request.widths}
         leaves = [t for c in candidates.values() for t in c.leaves]
@@ -62,12 +53,12 @@ class Firefly(SplitInitialiser):
         for batch in itertools.islice(itertools.cycle(graph.batches()), STEPS):
             slopes = iter(gradients(graph.loss(graph.at(now()), batch), leaves))
             for c in candidates.values():
-                c.step([next(slopes) for _ in c.leaves])
+                c.step(list(itertools.islice(slopes, 3)))
         parameters = graph.at(now())
         loss, means = graph.means(parameters, lambda loss: gradients(loss, leaves))
-        slopes, buffers = iter(means), graph.statistics(now(), parameters)
+        slopes, buffers = iter(means), graph.running_statistics(now(), parameters)
         return {
-            name: replace(c.splits(), gains=c.gains([next(slopes) for _ in c.leaves]), buffers=buffers[name])
+            name: replace(c.splits(), gains=c.gains(*itertools.islice(slopes, 3)), buffers=buffers[name])
             for name, c in candidates.items()
         }, loss
 
@@ -75,12 +66,9 @@ class Firefly(SplitInitialiser):
 class _Candidates:
     """Of one width: deltas `[units, D]`, incoming `[k, D]` and outgoing weights `[k, D']` of new units."""
 
-    def __init__(self, request: SearchRequest, width: GrowableWidth) -> None:
-        analysed, generator = request.analysed, request.generator
-        k, size = request.additions[width.name], width.var.size
-        self.rows = unit_rows(analysed, width, incoming_dims(analysed, width))
-        self.columns = unit_rows(analysed, width, outgoing_dims(width))
-        into, out = pack(self.rows), pack(self.columns)
+    def __init__(self, request: InitialiserRequest, width: GrowableWidth) -> None:
+        k, size, generator = request.additions[width.name], width.var.size, request.generator
+        into, out = unit_vectors(request.analysed, width)
         self.length = float(into.norm(dim=1).mean())
         self.eps = EPS * self.length, EPS * float(out.norm(dim=1).mean())
         self.origin = torch.cat([torch.arange(size), torch.randint(size, (k,), generator=generator)])
@@ -93,18 +81,13 @@ class _Candidates:
         self.delta = (self.eps[0] / 2 * draw(size)).requires_grad_()
         self.alpha = (self.length * draw(k)).requires_grad_()
         self.omega = out.new_zeros(k, out.shape[1], requires_grad=True)
-
-    @property
-    def leaves(self) -> list[Tensor]:
-        """What is optimised."""
-        return [self.delta, self.alpha, self.omega]
+        #: what is optimised
+        self.leaves = [self.delta, self.alpha, self.omega]
 
     def splits(self) -> Splits:
         """All of them as they are now."""
-        rows = unpack(torch.cat([self.delta, self.alpha]), self.rows)
         omega = torch.cat([self.omega.new_zeros(len(self.delta), self.omega.shape[1]), self.omega])
-        columns = unpack(omega, self.columns)
-        return Splits(self.origin, self.fresh, rows, columns)
+        return Splits(self.origin, self.fresh, torch.cat([self.delta, self.alpha]), omega)
 
     @torch.no_grad()
     def step(self, slopes: list[Tensor]) -> None:
@@ -116,16 +99,14 @@ class _Candidates:
         self.alpha.copy_(_within(self.alpha, self.length, True))
         self.omega.copy_(_within(self.omega, out))
 
-    def gains(self, slopes: list[Tensor]) -> Tensor:
-        """Predicted decrease by each."""
-        delta, _, omega = slopes
-        split = -(delta * self.delta.detach()).sum(1) / 2
-        new = -(omega * self.omega.detach()).sum(1)
+    def gains(self, delta: Tensor, alpha: Tensor, omega: Tensor) -> Tensor:
+        """Predicted decrease by each, from the slopes."""
+        split, new = -(delta * self.delta.detach()).sum(1) / 2, -(omega * self.omega.detach()).sum(1)
         return torch.cat([split, new]).double().cpu()
 
 
 def _within(t: Tensor, length: float, exactly: bool = False) -> Tensor:
     """Rows no longer than this, or just as long; zero stays zero."""
-    ratio = length / t.norm(dim=1, keepdim=True).clamp_min(torch.finfo(t.dtype).tiny)
-    ratio = torch.where(t.abs().amax(1, keepdim=True) > 0, ratio, 0.0)
+    norm = t.norm(dim=1, keepdim=True).clamp_min(torch.finfo(t.dtype).tiny)
+    ratio: Tensor = length / norm
     return t * (ratio if exactly else ratio.clamp_max(1.0))

@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import torch
 
+from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.initialisers.copies import CopyInitialiser
-from fxgrow.initialisers.registry import Outgoing, WriteRequest, initialiser
+from fxgrow.initialisers.registry import InitialiserRequest, Outgoing, Proposal, initialiser
 from fxgrow.rewriting.values import CopiedUnits, Values
 
 #: shares are drawn between 1 and this, then divided by their sum
@@ -23,12 +24,12 @@ MOST = 3.0
 class Net2Wider(CopyInitialiser):
     """See the top of the file."""
 
-    def write(self, request: WriteRequest, values: Values) -> Outgoing:
+    def write(self, request: InitialiserRequest, width: GrowableWidth, proposal: Proposal, values: Values) -> Outgoing:
         """Copies."""
-        size, k, generator = request.width.var.size, request.k, request.generator
+        size, k, generator = width.var.size, request.additions[width.name], request.generator
         units = torch.randint(size, (k,), generator=generator)
         parts = 1 + (MOST - 1) * torch.rand(size + k, generator=generator, dtype=torch.float64)
         origin = torch.cat([torch.arange(size), units])
         shares = parts / torch.zeros(size, dtype=torch.float64).index_add_(0, origin, parts)[origin]
-        values.copies[request.width.name] = CopiedUnits(units, shares)
+        values.copies[width.name] = CopiedUnits(units, shares)
         return []

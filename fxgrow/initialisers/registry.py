@@ -31,26 +31,26 @@ class Splits:
     Attributes:
         origin: the old unit that each is split from, `[k]`; a fresh one takes only what follows on the path from it.
         fresh: which are no splits, `[k]`.
-        rows: per parameter that writes the width, `[k, entries of a unit, ...]`: delta, or those of a fresh unit.
-        columns: per weight that reads it, likewise, outgoing weights of fresh units (zero for splits).
+        incoming: delta, or incoming weights of fresh units, `[k, D]`, all entries of a unit in a row.
+        outgoing: outgoing weights of fresh units, `[k, D']`; zero for splits.
         gains: predicted decrease of the loss by each, `[k]`.
-        buffers: running statistics of the norms on the path, likewise, where they are not the origin's.
+        buffers: running statistics of the norms on the path, `[k, entries]`, where they are not the origin's.
     """
 
     origin: Tensor
     fresh: Tensor
-    rows: dict[str, Tensor]
-    columns: dict[str, Tensor] = field(default_factory=dict)
+    incoming: Tensor
+    outgoing: Tensor | None = None
     gains: Tensor = field(default_factory=lambda: torch.zeros(0))
     buffers: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, units: Tensor) -> Splits:
         """Those of these numbers."""
-        rows, columns, buffers = (
-            {name: t.detach()[units.to(t.device)] for name, t in parts.items()}
-            for parts in (self.rows, self.columns, self.buffers)
+        tensors = {name: t for name, t in vars(self).items() if isinstance(t, Tensor)}
+        tensors, buffers = (
+            {name: t.detach()[units.to(t.device)] for name, t in parts.items()} for parts in (tensors, self.buffers)
         )
-        return Splits(self.origin[units], self.fresh[units], rows, columns, self.gains[units], buffers)
+        return Splits(**tensors, buffers=buffers)
 
 
 @dataclass(frozen=True)
@@ -72,26 +72,15 @@ class Proposal:
 
 
 @dataclass(frozen=True)
-class SearchRequest:
-    """What a method searches: `additions` per width of `widths`, in steps of the width."""
+class InitialiserRequest:
+    """What a method searches or writes: `additions` per width of `widths`, in steps of the width."""
 
     analysed: AnalysedGraph
     widths: Sequence[GrowableWidth]
     additions: Mapping[str, int]
-    data: Data
-    loss_fn: LossFn | None
     generator: torch.Generator
-
-
-@dataclass(frozen=True)
-class WriteRequest:
-    """What a method writes: `k` steps of a width."""
-
-    analysed: AnalysedGraph
-    width: GrowableWidth
-    k: int
-    proposal: Proposal
-    generator: torch.Generator
+    data: Data = field(default_factory=lambda: Data(()))
+    loss_fn: LossFn | None = None
 
 
 @dataclass(frozen=True)
@@ -152,12 +141,14 @@ class Initialiser:
         """At most k units from a width's moments, and those of the weights that read it."""
         return Proposal() if self.function is None else self.function(width, consumers, k)
 
-    def search(self, request: SearchRequest) -> dict[str, Proposal] | None:
+    def search(self, request: InitialiserRequest) -> dict[str, Proposal] | None:
         """Units per width, from the data themselves; widths without an entry get none. None: those of `propose`."""
         return None
 
-    def write(self, request: WriteRequest, values: Values) -> Outgoing | None:
-        """Enters new units at gamma = 1 into `values`; returns those of the new slices that gamma scales.
+    def write(
+        self, request: InitialiserRequest, width: GrowableWidth, proposal: Proposal, values: Values
+    ) -> Outgoing | None:
+        """Enters new units of a width at gamma = 1 into `values`; returns those of the new slices that gamma scales.
 
         None: the pipeline writes what was proposed.
         """

@@ -29,8 +29,8 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from fxgrow.errors import ProfileError
-from fxgrow.initialisers.registry import SearchRequest, Splits, initialiser
-from fxgrow.initialisers.splits import SplitGraph, SplitInitialiser, gradients, incoming_dims, pack, unit_rows, unpack
+from fxgrow.initialisers.registry import InitialiserRequest, Splits, initialiser
+from fxgrow.initialisers.splits import SplitGraph, SplitInitialiser, gradients, unit_vectors
 
 #: length of delta at gamma = 1, relative to the incoming weights of its width
 EPS = 0.1
@@ -52,39 +52,39 @@ class Splitting(SplitInitialiser):
 
     nothing = "no unit's splitting matrix has a negative eigenvalue: no split would lower the loss"
 
-    def splits(self, request: SearchRequest) -> tuple[dict[str, Splits], float]:
+    def splits(self, request: InitialiserRequest) -> tuple[dict[str, Splits], float]:
         """A split of every unit."""
-        matrix, found = SplittingMatrix(request), {}
+        matrix = SplittingMatrix(request)
         start = {
-            name: torch.randn(t.shape, generator=request.generator, dtype=torch.float64).to(t.detach())
-            for name, t in matrix.delta.items()
+            name: torch.randn(t.shape, generator=request.generator, dtype=torch.float64).to(t)
+            for name, t in matrix.theta.items()
         }
         values, vectors = smallest(matrix.product, start, STEPS)
-        for name, v in vectors.items():
-            eps = EPS * pack(matrix.like[name]).norm(dim=1).mean()
-            found[name] = replace(matrix.split(name, eps * v), gains=(-0.5 * eps**2 * values[name]).double().cpu())
+        found = {}
+        for name, theta in matrix.theta.items():
+            eps = EPS * theta.norm(dim=1).mean()
+            gains = (-0.5 * eps**2 * values[name]).double().cpu()
+            found[name] = replace(split_every_unit(eps * vectors[name]), gains=gains)
         return found, matrix.loss
+
+
+def split_every_unit(delta: Tensor) -> Splits:
+    """Every unit of a width split along its row of `delta`."""
+    return Splits(torch.arange(len(delta)), torch.zeros(len(delta), dtype=torch.bool), delta)
 
 
 class SplittingMatrix:
     """S of every unit of the requested widths, all at once, on a copy of the graph with a copy of every unit."""
 
-    def __init__(self, request: SearchRequest) -> None:
-        analysed = request.analysed
-        self.like = {w.name: unit_rows(analysed, w, incoming_dims(analysed, w)) for w in request.widths}
-        self.delta = {name: torch.zeros_like(pack(t), requires_grad=True) for name, t in self.like.items()}
-        zero = {name: self.split(name, delta) for name, delta in self.delta.items()}
-        self.graph = SplitGraph(request, zero)
-        self.graph.mode = SmoothKinks()
+    def __init__(self, request: InitialiserRequest) -> None:
+        #: incoming weights
+        self.theta = {w.name: unit_vectors(request.analysed, w)[0] for w in request.widths}
+        self.delta = {name: torch.zeros_like(t, requires_grad=True) for name, t in self.theta.items()}
+        zero = {name: split_every_unit(delta) for name, delta in self.delta.items()}
+        self.graph = SplitGraph(request, zero, SmoothKinks())
         self.parameters = self.graph.at(zero)
         #: mean loss, from the last product
         self.loss = 0.0
-
-    def split(self, name: str, delta: Tensor) -> Splits:
-        """Every unit of a width split along its row of `delta`."""
-        return Splits(
-            torch.arange(len(delta)), torch.zeros(len(delta), dtype=torch.bool), unpack(delta, self.like[name])
-        )
 
     @torch.enable_grad()
     def product(self, vectors: Vectors) -> Vectors:
@@ -115,32 +115,24 @@ def smallest(product: Callable[[Vectors], Vectors], start: Vectors, steps: int) 
 
     Eigenvalues at zero or above may be reported as zero.
     """
-    basis = {name: _unit(v, 0.0)[:, None] for name, v in start.items()}
+    basis = {name: F.normalize(v, dim=1)[:, None] for name, v in start.items()}
     images = {name: v[:, :0] for name, v in basis.items()}
     for _ in range(steps):
         for name, image in product({name: known[:, -1] for name, known in basis.items()}).items():
-            known, rest = basis[name], image
+            known, rest = basis[name], image[:, None]
+            images[name] = torch.cat([images[name], rest], 1)
+            rounding = 1e3 * torch.finfo(rest.dtype).eps * rest.norm(dim=2, keepdim=True)
             for _ in range(2):  # once more for what rounding left
-                rest = rest - torch.einsum("ukd,uk->ud", known, torch.einsum("ukd,ud->uk", known, rest))
-            rounding = 1e3 * torch.finfo(image.dtype).eps * image.norm(dim=1, keepdim=True)
-            basis[name] = torch.cat([known, _unit(rest, rounding)[:, None]], 1)
-            images[name] = torch.cat([images[name], image[:, None]], 1)
-        if not any(bool(known[:, -1].any()) for known in basis.values()):
-            break
+                rest = rest - (rest @ known.mT) @ known
+            rest = torch.where(rest.norm(dim=2, keepdim=True) > rounding, F.normalize(rest, dim=2), 0.0)
+            basis[name] = torch.cat([known, rest], 1)
     values, vectors = {}, {}
     for name, v in start.items():
         known = basis[name][:, :-1].double()
-        inner = known @ images[name].double().mT
-        eigen = torch.linalg.eigh((inner + inner.mT) / 2)
+        eigen = torch.linalg.eigh(known @ images[name].double().mT)
         values[name] = eigen.eigenvalues[:, 0].to(v)
         vectors[name] = torch.einsum("ukd,uk->ud", known, eigen.eigenvectors[:, :, 0]).to(v)
     return values, vectors
-
-
-def _unit(v: Tensor, least: Tensor | float) -> Tensor:
-    """Rows of length one; zero where there is nothing but rounding."""
-    length = v.norm(dim=1, keepdim=True)
-    return torch.where(length > least, v / length.clamp_min(torch.finfo(v.dtype).tiny), 0.0)
 
 
 class SmoothKinks(TorchFunctionMode):

@@ -13,11 +13,12 @@ import math
 
 import torch
 
+from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.axes.axes import unit_entries
 from fxgrow.errors import PlanError
 from fxgrow.graph.graph import lookup
 from fxgrow.initialisers.copies import CopyInitialiser
-from fxgrow.initialisers.registry import Outgoing, WriteRequest, initialiser
+from fxgrow.initialisers.registry import InitialiserRequest, Outgoing, Proposal, initialiser
 from fxgrow.rewriting.values import CopiedUnits, Values
 
 
@@ -25,9 +26,9 @@ from fxgrow.rewriting.values import CopiedUnits, Values
 class VarianceTransfer(CopyInitialiser):
     """See the top of the file."""
 
-    def write(self, request: WriteRequest, values: Values) -> Outgoing:
+    def write(self, request: InitialiserRequest, width: GrowableWidth, proposal: Proposal, values: Values) -> Outgoing:
         """An even number of new units."""
-        analysed, width, k, generator = request.analysed, request.width, request.k, request.generator
+        analysed, k, generator = request.analysed, request.additions[width.name], request.generator
         if k % 2:
             raise PlanError(
                 f"method='variance-transfer' adds units in pairs: {k} more at width {width.name!r}, give an even "

@@ -10,7 +10,7 @@ from torch import Tensor
 from fxgrow.axes.structure import Projection
 from fxgrow.candidates.refit import Refit
 from fxgrow.graph.graph import lookup
-from fxgrow.initialisers.registry import WriteRequest
+from fxgrow.initialisers.registry import InitialiserRequest
 from fxgrow.pipeline.profile_record import Profile
 from fxgrow.rewriting.plan import Plan
 from fxgrow.rewriting.values import Values
@@ -75,17 +75,18 @@ def _written_by_method(profile: Profile, units: dict[str, int], parameters: tupl
     generator = torch.Generator().manual_seed(profile.seed)
     values, outgoing = Values(new_units_see_each_other=False), []
     predicted: dict[str, float] = {}
-    for name, width in analysed.widths.items():
-        if name not in units:
-            continue
-        k = units[name] // width.step
+    widths = [w for w in analysed.widths.values() if w.name in units]
+    steps = {w.name: units[w.name] // w.step for w in widths}
+    request = InitialiserRequest(analysed, widths, steps, generator)
+    for width in widths:
+        name = width.name
         method.check_width(analysed, width)
-        written = method.write(WriteRequest(analysed, width, k, profile.proposals[name], generator), values)
+        written = method.write(request, width, profile.proposals[name], values)
         if written is None:
             return None
         outgoing += written
         if profile[name].gains:
-            predicted[name] = sum(profile[name].gains[:k])
+            predicted[name] = sum(profile[name].gains[: steps[name]])
     return Plan(units, method.name, predicted=predicted, parameters=parameters, values=values, outgoing=tuple(outgoing))
 
 

@@ -32,7 +32,7 @@ from fxgrow.distributed import process_group_of
 from fxgrow.errors import PlanError, ProfileError
 from fxgrow.graph.node_meta import RECORD, is_captured
 from fxgrow.graph.unrolled_rnn import unroll_recurrent_layers
-from fxgrow.initialisers.registry import Initialiser, Proposal, SearchRequest, find_initialiser, lists_methods
+from fxgrow.initialisers.registry import Initialiser, InitialiserRequest, Proposal, find_initialiser, lists_methods
 from fxgrow.pipeline.plan import with_suggestion
 from fxgrow.pipeline.profile_record import Profile, ProfileRequest
 from fxgrow.report.bottleneck import Bottleneck
@@ -247,7 +247,7 @@ class _Profiler:
         wanted = [w for w in self.chosen if not isinstance(units, Mapping) or w.name in units]
         steps = {w.name: self.additions[w.name] // w.step for w in wanted}
         found = self.method.search(
-            SearchRequest(self.analysed, wanted, steps, self.data, self.request.loss_fn, self.generator)
+            InitialiserRequest(self.analysed, wanted, steps, self.generator, self.data, self.request.loss_fn)
         )
         if found is not None:
             proposals |= found

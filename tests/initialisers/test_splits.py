@@ -14,8 +14,7 @@ import fxgrow
 from fxgrow.analysis.analyse import analyse
 from fxgrow.data.batches import Data
 from fxgrow.initialisers import firefly as firefly_module
-from fxgrow.initialisers.registry import SearchRequest
-from fxgrow.initialisers.splits import pack
+from fxgrow.initialisers.registry import InitialiserRequest
 from fxgrow.initialisers.splitting import BOX, SplittingMatrix, smallest
 from tests.initialisers.test_initialisers import IMAGES, VECTORS, settled
 
@@ -56,20 +55,19 @@ def fitting(batches: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     return torch.cat([x for x, _ in parts]), torch.cat([y for _, y in parts])
 
 
-def setting(net: nn.Module, batches: list[tuple[Tensor, Tensor]], *names: str) -> SearchRequest:
+def setting(net: nn.Module, batches: list[tuple[Tensor, Tensor]], *names: str) -> InitialiserRequest:
     gm = fxgrow.capture(net, (batches[0][0],))
     analysed = analyse(gm)
     hiddens = [h for name, h in analysed.widths.items() if name in names]
     units = dict.fromkeys(names, 1)
-    return SearchRequest(analysed, hiddens, units, Data(batches), None, torch.Generator().manual_seed(0))
+    return InitialiserRequest(analysed, hiddens, units, torch.Generator().manual_seed(0), Data(batches))
 
 
 def dense(matrix: SplittingMatrix, name: str) -> Tensor:
     """S of every unit, column by column."""
-    like = pack(matrix.like[name])
     columns = []
-    for i in range(like.shape[1]):
-        vectors = {n: torch.zeros_like(pack(t)) for n, t in matrix.like.items()}
+    for i in range(matrix.theta[name].shape[1]):
+        vectors = {n: torch.zeros_like(t) for n, t in matrix.theta.items()}
         vectors[name][:, i] = 1.0
         columns.append(matrix.product(vectors)[name])
     return torch.stack(columns, 2)
