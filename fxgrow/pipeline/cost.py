@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
 
 from fxgrow.analysis.analyse import AnalysedGraph
-from fxgrow.axes.axes import Axis, Dims, UnitVar, length, multiplicity
+from fxgrow.axes.axes import Axis, Dims, length, multiplicity
 from fxgrow.axes.structure import Structure
 from fxgrow.errors import PlanError
 from fxgrow.graph.evaluate import eval_mode
@@ -32,34 +32,25 @@ _PRODUCTS = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmu
 
 
 class Cost(Protocol):
-    """Of the network with so many more units per width."""
+    """Of the whole network with so many more units per width."""
 
     unit: str
 
-    def total(self, units: Mapping[str, int]) -> float:
-        """The cost of all of it."""
+    def total(self, units: Mapping[str, int]) -> float: ...
 
 
 class _AxisProducts:
-    """A constant and a sum of products of axis lengths, as a function of the units that are added.
-
-    Args:
-        analysed: the graph.
-        products: axes whose lengths are multiplied, and how often.
-        constant: the rest.
-    """
+    """A constant and a sum of products of axis lengths (and how often), as a function of the units that are added."""
 
     def __init__(
         self, analysed: AnalysedGraph, products: Iterable[tuple[Sequence[Axis], float]], constant: int = 0
     ) -> None:
-        self.constant = constant
-        self.widths: dict[str, tuple[UnitVar, int]] = {name: (w.var, w.step) for name, w in analysed.widths.items()}
+        self.constant, self.widths = constant, analysed.widths
         #: per product: how often; per axis its length now, and by how much a unit of each variable makes it longer
         self.products = [(times, [(length(a), multiplicity(a)) for a in axes]) for axes, times in products]
 
     def total(self, units: Mapping[str, int]) -> float:
-        """With so many more units per width."""
-        added = {self.widths[name][0]: k // self.widths[name][1] for name, k in units.items()}
+        added = {self.widths[name].var: k // self.widths[name].step for name, k in units.items()}
         return self.constant + sum(
             times * math.prod(n + sum(added.get(var, 0) * m for var, m in longer.items()) for n, longer in axes)
             for times, axes in self.products
@@ -78,7 +69,6 @@ class Parameters(_AxisProducts):
         super().__init__(analysed, [(axes[name], 1) for name in weights], without_axes)
 
     def total(self, units: Mapping[str, int]) -> int:
-        """All parameters, with so many more units per width."""
         return int(super().total(units))
 
 
@@ -93,7 +83,8 @@ class MultiplyAdds(_AxisProducts):
 
 def _multiplied(gm: fx.GraphModule, structure: Structure) -> Iterator[tuple[Sequence[Axis], float]]:
     """Axes that are multiplied in layers and products, and how often for one sample."""
-    batch = next((v.shape[0] for v in _inputs(gm) if v.dim()), 1)
+    inputs = (n.meta["val"] for n in gm.graph.find_nodes(op="placeholder"))
+    batch = next((v.shape[0] for v in inputs if isinstance(v, Tensor) and v.dim()), 1)
     layers = {p.node: (p.weight, p.transposed) for p in structure.projections if p.node.target is not F.embedding}
     for node in gm.graph.nodes:
         module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -141,16 +132,11 @@ class Latency:
             self.slopes[name] = max(after - before, LEAST * expected, 1e-12) / k
 
     def total(self, units: Mapping[str, int]) -> float:
-        """Of the example batch."""
         return self.base + sum(self.slopes.get(name, 0.0) * k for name, k in units.items())
 
 
 def cost_of(kind: str, analysed: AnalysedGraph, names: Sequence[str]) -> Cost:
-    """The cost of that name.
-
-    Raises:
-        PlanError: there is none.
-    """
+    """The cost of that name."""
     if kind == "latency":
         return Latency(analysed, names)
     for cost in (Parameters, MultiplyAdds):
@@ -159,21 +145,15 @@ def cost_of(kind: str, analysed: AnalysedGraph, names: Sequence[str]) -> Cost:
     raise PlanError(f"cost={kind!r}: choose 'parameters', 'multiply-adds' or 'latency'.")
 
 
-def _inputs(gm: fx.GraphModule) -> list[Tensor]:
-    values = (n.meta["val"] for n in gm.graph.find_nodes(op="placeholder"))
-    return [v for v in values if isinstance(v, Tensor)]
-
-
 @torch.no_grad()
 def _seconds(gm: fx.GraphModule, inputs: Sequence[object]) -> float:
     on_gpu = any(p.is_cuda for p in gm.parameters())
-    taken = []
+    times = []
     with eval_mode(gm):
-        for i in range(RUNS + 2):
+        for _ in range(RUNS + 2):
             start = time.perf_counter()
             gm(*inputs)
             if on_gpu:
                 torch.cuda.synchronize()
-            if i > 1:  # the first ones warm up
-                taken.append(time.perf_counter() - start)
-    return statistics.median(taken)
+            times.append(time.perf_counter() - start)
+    return statistics.median(times[2:])  # the first ones warm up

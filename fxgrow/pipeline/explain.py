@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxgrow.analysis.analyse import AnalysedGraph, analyse
-from fxgrow.axes.axes import multiplicity
+from fxgrow.axes.axes import variables
 from fxgrow.axes.records import Width
 from fxgrow.graph.graph import lookup
 from fxgrow.graph.node_meta import OPAQUE
@@ -60,13 +60,13 @@ class Explanation:
     __repr__ = __str__
 
     def _pinned_table(self) -> str:
-        rows = []
-        for w in self.widths:
-            if w.pinned is not None:
-                place = f" ({self.places[w.name]})" if w.name in self.places else ""
-                rows.append((w.name, str(w.size), f"{w.pinned.message}, at node {w.pinned.node}{place}"))
-        columns = [text("pinned width"), number("size"), Column("because", wrap=True)]
-        return table(columns, rows)
+        places = {name: f" ({place})" for name, place in self.places.items()}
+        rows = [
+            (w.name, str(w.size), f"{w.pinned.message}, at node {w.pinned.node}{places.get(w.name, '')}")
+            for w in self.widths
+            if w.pinned is not None
+        ]
+        return table([text("pinned width"), number("size"), Column("because", wrap=True)], rows)
 
 
 def explain(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] | None = None) -> Explanation:
@@ -99,19 +99,13 @@ def explain(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
     gm = capture(model, () if example_inputs is None else example_inputs)
     analysed = analyse(gm)
     widths = tuple(w.width for w in analysed.widths.values())
-    return Explanation(
-        model=gm.meta.get("name") or type(model).__name__,
-        widths=widths,
-        parameters=sum(p.numel() for p in gm.parameters()),
-        reachable=_reachable(analysed),
-        places=_places(gm, widths),
-        opaque=_opaque(gm),
-    )
+    name, parameters = gm.meta.get("name") or type(model).__name__, sum(p.numel() for p in gm.parameters())
+    return Explanation(name, widths, parameters, _reachable(analysed), _places(gm, widths), _opaque(gm))
 
 
 def _free_table(free: list[Width]) -> str:
-    columns = [text("free width"), number("size"), number("step")]
-    columns += [text("producers"), text("→ consumers"), text("followers")]
+    numbers, names = ("size", "step"), ("producers", "→ consumers", "followers")
+    columns = [text("free width"), *map(number, numbers), *map(text, names)]
     rows = [
         (w.name, str(w.size), str(w.step), few(w.producers, 1), few(w.consumers, 1), few(w.followers, 1)) for w in free
     ]
@@ -134,35 +128,25 @@ def _opaque_table(modules: tuple[OpaqueModule, ...], total: int) -> str:
 
 def _reachable(analysed: AnalysedGraph) -> int:
     """Parameters that have a free width among their axes."""
-    gm, free = analysed.gm, {w.var for w in analysed.free_widths}
-    return sum(
-        lookup(gm, name).numel()
-        for name, dims in analysed.structure.parameters.items()
-        if isinstance(lookup(gm, name), nn.Parameter) and any(v in free for axis in dims for v in multiplicity(axis))
-    )
+    free = {w.var for w in analysed.free_widths}
+    growing = [n for n, dims in analysed.structure.parameters.items() if any(v in free for v in variables(*dims))]
+    return sum(p.numel() for name in growing if isinstance(p := lookup(analysed.gm, name), nn.Parameter))
 
 
 def _places(gm: fx.GraphModule, widths: tuple[Width, ...]) -> dict[str, str]:
     lines = {}
     for node in gm.graph.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
         line = re.match(r'File "(.*)", line (\d+)', node.stack_trace or "")
-        if line:
+        if line and node.op not in ("placeholder", "output"):
             lines[node.name] = f"{Path(line[1]).name}:{line[2]}"
     return {w.name: lines[w.pinned.node] for w in widths if w.pinned is not None and w.pinned.node in lines}
 
 
 @dataclass(frozen=True)
 class OpaqueModule:
-    """A submodule that is one node of the graph because its code cannot be followed.
-
-    Attributes:
-        name: its qualified name.
-        parameters: how many parameters it holds.
-        reason: the line of the code and what is wrong with it.
-    """
+    """A submodule that is one node of the graph because its code cannot be followed."""
 
     name: str
     parameters: int
+    #: the line of the code and what is wrong with it
     reason: str

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fxgrow.axes.structure import Projection
 from fxgrow.candidates.refit import Refit
@@ -20,11 +22,7 @@ from fxgrow.statistics.consumer_moments import like_weight
 def fill_plan(profile: Profile, units: dict[str, int], update_existing: bool, parameters: tuple[int, int]) -> Plan:
     """The plan that adds so many of the best units per width, with the weights of the method or of the refit.
 
-    Args:
-        profile: what the units were proposed from.
-        units: how many per width.
-        update_existing: also move the weights that exist.
-        parameters: of the model, before and after.
+    `parameters` are those of the model before and after; `update_existing` also moves the weights that exist.
     """
     written = _written_by_method(profile, units, parameters)
     if written is not None:
@@ -45,28 +43,16 @@ def fill_plan(profile: Profile, units: dict[str, int], update_existing: bool, pa
                 entries.values.new.setdefault(name, {})[width, dim] = new
                 if (name, dim) in produces:
                     incoming.append((name, width, dim))
-    slope, curvature, scale = 0.0, 0.0, 1.0
-    predicted: dict[str, float] = {}
-    if refit is not None:
+    symmetric = needs.symmetric and not any(analysed.widths[name].width.followers for name in units)
+    plan = Plan(units, profile.method.name, symmetric=symmetric, parameters=parameters, incoming=tuple(incoming))
+    if refit is None:
+        entries.proposed(units, update_existing)
+    else:
         slope, curvature = entries.refitted(refit, chosen, update_existing)
         scale = needs.share * slope / curvature if slope > 0 and curvature > 0 else 0.0
         predicted = {name: refit.marginal(name, len(groups)) for name, groups in chosen.items() if refit.of(name)}
-    else:
-        entries.proposed(units, update_existing)
-    followed = any(analysed.widths[name].width.followers for name in units)
-    return Plan(
-        units=units,
-        method=profile.method.name,
-        scale=scale,
-        symmetric=needs.symmetric and not followed,
-        predicted=predicted,
-        slope=slope,
-        curvature=curvature,
-        parameters=parameters,
-        values=entries.values,
-        outgoing=tuple(entries.outgoing),
-        incoming=tuple(incoming),
-    )
+        plan = replace(plan, scale=scale, predicted=predicted, slope=slope, curvature=curvature)
+    return replace(plan, values=entries.values, outgoing=tuple(entries.outgoing))
 
 
 def _written_by_method(profile: Profile, units: dict[str, int], parameters: tuple[int, int]) -> Plan | None:
@@ -119,8 +105,8 @@ class _PlanEntries:
         if bias is not None:
             parts[bias] = update[:, -1]
         for name, t in parts.items():
-            above = self.values.delta.get(name)
-            self.values.delta[name] = t if above is None else torch.cat([above, t])
+            delta = self.values.delta
+            delta[name] = torch.cat([delta[name], t]) if name in delta else t
 
     def refitted(self, refit: Refit, chosen: Mapping[str, Tensor], update_existing: bool) -> tuple[float, float]:
         """Solved jointly for all chosen units that a consumer reads; returns slope and curvature along gamma."""
@@ -132,13 +118,11 @@ class _PlanEntries:
             update, weights = fit.solve(groups, update_existing)
             slope, curvature = fit.predict(groups, update_existing)
             terms.append((slope, curvature * max(refit.tests[w].coherence for w in groups)))
-            at = 0
-            for width, picked in groups.items():
-                n = fit.new[width][picked].numel()
+            columns = [fit.new[width][picked].numel() for width, picked in groups.items()]
+            for width, block in zip(groups, weights.split(columns, 1), strict=True):
                 # the columns of units that are zero at first stay random: these units learn through them
                 if not self.profile.analysed.widths[width].starts_at_zero:
-                    self.add_outgoing(fit.use, width, weights[:, at : at + n])
-                at += n
+                    self.add_outgoing(fit.use, width, block)
             if update_existing:
                 self.add_update(fit.use, fit.bias, update)
         return sum(t[0] for t in terms), sum(t[1] for t in terms)
@@ -148,8 +132,7 @@ class _PlanEntries:
         uses = {p.weight: p for p in self.profile.analysed.structure.projections}
         for width, k in units.items():
             for name, omega in self.profile.proposals[width].omega.items():
-                block = omega[:k].permute(2, 0, 1)  # [O, k, taps]
-                block = torch.cat([block, block.new_zeros(block.shape[0], k - block.shape[1], block.shape[2])], 1)
+                block = F.pad(omega[:k].permute(2, 0, 1), (0, 0, 0, k - len(omega[:k])))  # [O, k, taps]
                 self.add_outgoing(uses[name], width, block.flatten(1))
         for name in dict.fromkeys(name for name, _, _ in self.outgoing) if update_existing else ():
             bias, update = uses[name].bias, self.profile.updates[name]

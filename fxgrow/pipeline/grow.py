@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import operator
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import torch
@@ -15,12 +17,12 @@ from fxgrow.data.batches import Data, Fitting, check_device
 from fxgrow.data.random_state import random_state_kept
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup, process_group_of
 from fxgrow.errors import PlanError
-from fxgrow.graph.graph import copy_graph
+from fxgrow.graph.graph import copy_graph, named_tensors
 from fxgrow.graph.node_meta import EXAMPLE_INPUTS, RECORD
 from fxgrow.initialisers.registry import find_initialiser, lists_methods
 from fxgrow.pipeline.growth_record import Growth, GrowthResult, Index, keep_record
 from fxgrow.pipeline.line_search import GammaLine, HeldOut, Search, search
-from fxgrow.pipeline.options import GrowOptions, Options, takes_options, with_defaults
+from fxgrow.pipeline.options import CopyOptions, GrowOptions, takes_options, with_defaults
 from fxgrow.pipeline.plan import plan as make_plan
 from fxgrow.pipeline.profile import profiled
 from fxgrow.pipeline.profile_record import Profile, ProfileRequest
@@ -40,38 +42,23 @@ if TYPE_CHECKING:
 M = TypeVar("M", bound=nn.Module)
 #: a step that lowers the held-out loss by less than this part of it is no improvement
 ROUNDING = 1e-6
+STAGES = ("capture", "profile", "plan", "search")
 log = logging.getLogger("fxgrow")
 
 
 @overload
 def grow(
-    model: nn.Module,
-    dataloader: Iterable[Any],
-    *,
-    optimizer: torch.optim.Optimizer | None = ...,
-    into: Literal["graph"] = ...,
-    process_group: Any = ...,
-    **options: Unpack[Options],
+    model: nn.Module, dataloader: Iterable[Any], *, into: Literal["graph"] = ..., **options: Unpack[CopyOptions]
 ) -> fx.GraphModule: ...
 
 
 @overload
-def grow(
-    model: M,
-    dataloader: Iterable[Any],
-    *,
-    optimizer: torch.optim.Optimizer | None = ...,
-    into: Literal["module"],
-    process_group: Any = ...,
-    **options: Unpack[Options],
-) -> M: ...
+def grow(model: M, dataloader: Iterable[Any], *, into: Literal["module"], **options: Unpack[CopyOptions]) -> M: ...
 
 
 @lists_methods
 @takes_options()
-def grow(
-    model: nn.Module, dataloader: Iterable[Any], *, process_group: Any = None, **options: Unpack[GrowOptions]
-) -> nn.Module:
+def grow(model: nn.Module, dataloader: Iterable[Any], **options: Unpack[GrowOptions]) -> nn.Module:
     """Makes a network wider where the loss asks for what its weights cannot express.
 
     The model is captured as a graph, every hidden width is profiled on the data, units are chosen within the budget,
@@ -113,10 +100,9 @@ def grow(
         torch.Size([5, 6])
     """
     settings = with_defaults(options)
-    done = grown_copy(model, dataloader, settings, process_group_of(process_group))
-    optimizer = settings["optimizer"]
-    if optimizer is not None:
-        repoint(optimizer, model, done.model, done.index)
+    done = grown_copy(model, dataloader, settings, process_group_of(settings["process_group"]))
+    if settings["optimizer"] is not None:
+        repoint(settings["optimizer"], model, done.model, done.index)
     keep_record(done.model, done.record)
     log.info("%s", done.record.declined or done.record.plan)
     return done.model
@@ -126,49 +112,39 @@ def grow(
 def grown_copy(
     model: nn.Module, dataloader: Iterable[Any], settings: GrowOptions, process_group: ProcessGroup = SINGLE_PROCESS
 ) -> GrowthResult[nn.Module]:
-    """The stages of `grow`, on a copy: the model and whatever trains it are as before.
-
-    Every process of the group makes the same model.
-    """
+    """The stages of `grow`, on a copy, which is the same in every process: the model is as before."""
     with process_group.session(), process_group.sync_buffers(model):
         grown = _run(model, Data(dataloader, settings["samples"], process_group), settings)
-        process_group.check_equal(
-            {**dict(grown.model.named_parameters()), **dict(grown.model.named_buffers())}, "after growth"
-        )
+        process_group.check_equal(named_tensors(grown.model), "after growth")
         return grown
 
 
 def _run(model: nn.Module, data: Data, options: GrowOptions) -> GrowthResult[nn.Module]:
     check_into(options["into"], model)
-    clock = _Clock()
+    times = [time.perf_counter()]
     first = data.first()
     check_device(first, model)
     inputs = first.inputs if options["example_inputs"] is None else options["example_inputs"]
     captured = capture(model, inputs)
     gm = remove_parametrizations(captured)
-    clock.lap("capture")
+    times.append(time.perf_counter())
     profile = _profile(gm, data, options)
-    clock.lap("profile")
+    times.append(time.perf_counter())
+    update, neurons = options["update_existing"], options["neurons"]
+    decide = partial(make_plan, profile, options["budget"], neurons, update_existing=update)
     decided = data.process_group.broadcast_from_rank0(
-        lambda: make_plan(
-            profile,
-            options["budget"],
-            options["neurons"],
-            cost=options["cost"],
-            multiple=options["multiple"],
-            update_existing=options["update_existing"],
-        )
+        lambda: decide(cost=options["cost"], multiple=options["multiple"])
     )
-    clock.lap("plan")
+    times.append(time.perf_counter())
     held_out = HeldOut.of(data, options["loss_fn"])
-    forced = options["neurons"] is not None
-    result = apply_best(decided, profile, held_out, forced, options["update_existing"])
-    clock.lap("search")
+    result = apply_best(decided, profile, held_out, neurons is not None, update)
+    times.append(time.perf_counter())
+    seconds = dict(zip(STAGES, map(operator.sub, times[1:], times), strict=True))
     grown, index = restore_parametrizations(result.model, result.index)
     out = into_module(model, inputs, captured, grown) if options["into"] == "module" else grown
     record(out, captured, grown, result.record.plan.units, options["method"])
     decreases = _decreases(model, result.record)
-    return GrowthResult(out, index, replace(result.record, seconds=clock.laps, decreases=decreases))
+    return GrowthResult(out, index, replace(result.record, seconds=seconds, decreases=decreases))
 
 
 def _profile(gm: fx.GraphModule, data: Data, options: GrowOptions) -> Profile:
@@ -194,17 +170,10 @@ def _profile(gm: fx.GraphModule, data: Data, options: GrowOptions) -> Profile:
 def apply_best(
     plan: Plan, profile: Profile, held_out: HeldOut, forced: bool, follow: bool
 ) -> GrowthResult[fx.GraphModule]:
-    """Searches gamma and rewrites.
+    """Searches gamma and rewrites; an unchanged copy where nothing is worth adding, and the record says why.
 
-    Args:
-        plan: what to add.
-        profile: of the graph to grow.
-        held_out: what the line search measures.
-        forced: the units were asked for by number: they are added although no gamma lowers the loss.
-        follow: running statistics move as batch statistics do.
-
-    Returns:
-        The grown graph; an unchanged copy where nothing is worth adding, and the record says why.
+    Units that were asked for by number (`forced`) are added although no gamma lowers the loss. Running statistics
+    `follow` batch statistics.
     """
     gm = profile.graph
     pinned = {w.name: w.pinned for w in profile.widths if w.pinned is not None}
@@ -244,14 +213,3 @@ def _decreases(model: nn.Module, growth: Growth) -> tuple[tuple[float, float], .
     earlier = before.decreases if isinstance(before, Growth) else ()
     predicted, (old, new) = growth.plan.decrease(growth.plan.scale), growth.losses["eval"]
     return (*earlier, (predicted, old - new)) if growth.plan.units and predicted else earlier
-
-
-class _Clock:
-    def __init__(self) -> None:
-        self.laps: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, name: str) -> None:
-        now = time.perf_counter()
-        self.laps[name] = now - self._last
-        self._last = now

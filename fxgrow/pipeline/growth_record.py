@@ -123,13 +123,7 @@ def _change(before: float, after: float) -> str:
 
 @dataclass(frozen=True)
 class GrowthResult(Generic[M]):
-    """What a growth made, before anything around the model knows of it.
-
-    Attributes:
-        model: the wider copy.
-        index: where old entries are now.
-        record: what was done, and why.
-    """
+    """What a growth made, before anything around the model knows of it: the wider copy, where old entries are now."""
 
     model: M
     index: Index

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxgrow.analysis.analyse import AnalysedGraph
-from fxgrow.data.batches import Batch, Data
+from fxgrow.data.batches import Batch, Data, take
 from fxgrow.data.loss import LossFn, loss_of
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
 from fxgrow.graph.evaluate import eval_mode
@@ -67,22 +68,14 @@ class HeldOut:
     @classmethod
     def of(cls, data: Data, loss_fn: LossFn | None) -> HeldOut:
         """Held-out batches of some data, as many as hold `SEARCH_SAMPLES`."""
-        batches: list[Batch] = []
-        size = 0
-        for batch in data.held_out():
-            batches.append(batch)
-            size += batch.size
-            if size * data.process_group.size >= SEARCH_SAMPLES:
-                break
-        return cls(batches, loss_fn, data.process_group)
+        batches = take(data.held_out(), math.ceil(SEARCH_SAMPLES / data.process_group.size))
+        return cls(list(batches), loss_fn, data.process_group)
 
     @torch.no_grad()
     def mean_loss(self, graph: fx.GraphModule) -> float:
         """Mean loss over the samples of all processes, in the graph's mode."""
-        total = 0.0
-        for b in self.batches:
-            total += float(loss_of(forward(graph, graph, b), b, self.loss_fn)) * b.size
-        total, size = self.process_group.sum_numbers(total, sum(b.size for b in self.batches))
+        losses = (float(loss_of(forward(graph, graph, b), b, self.loss_fn)) * b.size for b in self.batches)
+        total, size = self.process_group.sum_numbers(sum(losses), sum(b.size for b in self.batches))
         return total / max(1, size)
 
     def losses(self, gm: fx.GraphModule) -> dict[str, float]:
@@ -145,10 +138,8 @@ def search(line: GammaLine, share: float = 1.0, follow: bool = True) -> Search:
     The predicted scale rests on the gradients' second moment, which is the curvature of a likelihood only: for other
     losses it can be off by orders of magnitude, so the search goes as far as it must, in both directions.
 
-    Args:
-        line: the graph that moves; left at the gamma to apply, with the running statistics there.
-        share: the part of the best gamma to apply.
-        follow: running statistics move as batch statistics do.
+    The graph is left at the gamma to apply, a `share` of the best one, with the running statistics there (which
+    `follow` batch statistics).
     """
     norms, mean_loss = line.norms, line.held_out.mean_loss
     start: dict[str, Moments] = {}
@@ -162,11 +153,8 @@ def search(line: GammaLine, share: float = 1.0, follow: bool = True) -> Search:
             start.update(moments)
         if follow:
             norms.follow(start, moments)
-        if norms.live:
-            with eval_mode(graph):
-                losses[gamma] = train, mean_loss(graph)
-        else:
-            losses[gamma] = train, train
+        with eval_mode(graph):
+            losses[gamma] = train, mean_loss(graph) if norms.live else train
 
     def at(gamma: float) -> float:
         if gamma not in losses:

@@ -31,10 +31,16 @@ class Options(TypedDict, total=False):
     seed: int
 
 
-class GrowOptions(Options, total=False):
-    """What `fxgrow.grow` takes besides: an optimiser that a Grower has anyway, and the kind of its result."""
+class CopyOptions(Options, total=False):
+    """What `fxgrow.grow` takes besides, and a Grower by other parameters."""
 
     optimizer: torch.optim.Optimizer | None
+    process_group: Any
+
+
+class GrowOptions(CopyOptions, total=False):
+    """All of `fxgrow.grow`: the kind of its result too."""
+
     into: Literal["graph", "module"]
 
 
@@ -42,16 +48,12 @@ class GrowOptions(Options, total=False):
 DEFAULTS: GrowOptions = {
     "loss_fn": None, "example_inputs": None, "budget": None, "neurons": None, "method": "default",
     "cost": "parameters", "multiple": 1, "samples": None, "memory_limit": None, "optimizer": None,
-    "update_existing": True, "progress": True, "seed": 0, "into": "graph",
+    "update_existing": True, "progress": True, "seed": 0, "into": "graph", "process_group": None,
 }  # fmt: skip
 
 
 def with_defaults(options: Mapping[str, Any]) -> GrowOptions:
-    """All options: those that are not given have their defaults.
-
-    Raises:
-        TypeError: a name is unknown.
-    """
+    """All options: those that are not given have their defaults."""
     unknown = [name for name in options if name not in DEFAULTS]
     if unknown:
         raise TypeError(f"unexpected keyword argument {unknown[0]!r}; options are {', '.join(DEFAULTS)}")
@@ -59,11 +61,7 @@ def with_defaults(options: Mapping[str, Any]) -> GrowOptions:
 
 
 def takes_options(**other_defaults: object) -> Callable[[F], F]:
-    """Shows the options in the signature of a function with `**options`, for `help` and editors.
-
-    Args:
-        other_defaults: of options that have another default in this function.
-    """
+    """Shows the options, some with other defaults, in the signature of a function with `**options`, for `help`."""
     types = typing.get_type_hints(GrowOptions)
     keyword = inspect.Parameter.KEYWORD_ONLY
 

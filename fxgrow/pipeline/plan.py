@@ -104,25 +104,24 @@ def with_suggestion(profile: Profile) -> Profile:
 
 def _requested_units(profile: Profile, neurons: int | Mapping[str, int]) -> dict[str, int]:
     analysed = profile.analysed
-    if isinstance(neurons, Mapping):
-        wanted = {name: (k, analysed.free_width(name).step) for name, k in neurons.items()}
-        missing = [name for name in wanted if name not in profile]
-        if missing:
-            raise PlanError(f"Width {missing[0]!r} was not profiled; profiled: {', '.join(profile)}.")
-    else:
-        steps = {name: b.width.step for name, b in profile.items()}
-        wanted = {name: (math.ceil(neurons / step) * step, step) for name, step in steps.items()}
-    for name, (k, step) in wanted.items():
+    names = neurons if isinstance(neurons, Mapping) else profile
+    steps = {name: analysed.free_width(name).step for name in names}
+    missing = [name for name in names if name not in profile]
+    if missing:
+        raise PlanError(f"Width {missing[0]!r} was not profiled; profiled: {', '.join(profile)}.")
+    if not isinstance(neurons, Mapping):
+        neurons = {name: math.ceil(neurons / step) * step for name, step in steps.items()}
+    for name, k in neurons.items():
         profile.method.check_width(analysed, analysed.widths[name])
-        if k <= 0 or k % step:
-            raise PlanError(f"{k} units for width {name!r}: give a positive multiple of its step {step}.")
+        if k <= 0 or k % steps[name]:
+            raise PlanError(f"{k} units for width {name!r}: give a positive multiple of its step {steps[name]}.")
         have = profile.proposed[name]
         if k > have:
             raise PlanError(
                 f"{k} units are asked for at width {name!r}, but the profile proposed {have}: "
                 f"call profile(..., units={k})."
             )
-    return {name: k for name, (k, _) in wanted.items()}
+    return dict(neurons)
 
 
 def _limit(budget: str | float, costs: Cost) -> float:

@@ -25,7 +25,7 @@ from fxgrow.candidates.isolated_refit import IsolatedRefit
 from fxgrow.candidates.refit import Refit
 from fxgrow.candidates.widened import Candidates, padded
 from fxgrow.candidates.widened_refit import WidenedRefit
-from fxgrow.data.batches import Data, check_device
+from fxgrow.data.batches import Data, check_device, take
 from fxgrow.data.loss import LossFn
 from fxgrow.data.random_state import random_state_kept
 from fxgrow.distributed import process_group_of
@@ -112,9 +112,7 @@ def profile(
     """
     if positions not in ("sampled", "all"):
         raise ProfileError(f"positions={positions!r}: choose 'sampled' or 'all'.")
-    request = ProfileRequest(
-        loss_fn, method, positions, memory_limit, widths, units, progress, seed, keep_moments
-    )  # fmt: skip
+    request = ProfileRequest(loss_fn, method, positions, memory_limit, widths, units, progress, seed, keep_moments)
     process_group = process_group_of(process_group)
     with process_group.session(), process_group.sync_buffers(gm):
         return with_suggestion(profiled(gm, Data(dataloader, samples, process_group), request))
@@ -170,22 +168,15 @@ def profiled(gm: nn.Module, data: Data, request: ProfileRequest) -> Profile:
 
 
 class _Profiler:
-    """One profile on its way.
-
-    Attributes:
-        captured: the graph that was given.
-        original: the same without parametrizations.
-        analysed: the same with recurrent layers unrolled, which is what runs.
-        chosen: the widths to profile.
-        additions: units to propose per width.
-        generator: of all random choices.
-    """
+    """One profile on its way."""
 
     def __init__(self, gm: fx.GraphModule, data: Data, request: ProfileRequest, method: Initialiser) -> None:
         self.data, self.request, self.method = data, request, method
+        # the graph that was given, and without parametrizations
         self.captured, self.original = gm, analyse(remove_parametrizations(gm))
         chosen = _chosen(self.original, request)
         self.first_producers = {w.name: w.producers[0].node.name for w in chosen}
+        # with recurrent layers unrolled: this is what runs
         unrolled = unroll_recurrent_layers(self.original.gm)
         self.analysed = self.original if unrolled is self.original.gm else analyse(unrolled)
         self.chosen = [self.analysed.widths[w.name] for w in chosen]
@@ -225,17 +216,11 @@ class _Profiler:
         return profile
 
     def _first_pass(self) -> Measurements:
-        request = self.request
+        request, exact = self.request, self.request.positions == "all"
+        show, limit = request.progress and self.data.process_group.rank == 0, request.memory_limit
+        keep = request.keep_moments or bool(request.parts)
         first_pass = FirstPass(
-            self.analysed,
-            self.method,
-            self.data,
-            request.loss_fn,
-            exact=request.positions == "all",
-            generator=self.generator,
-            show=request.progress and self.data.process_group.rank == 0,
-            limit=request.memory_limit,
-            keep=request.keep_moments or bool(request.parts),
+            self.analysed, self.method, self.data, request.loss_fn, exact, self.generator, show, limit, keep
         )
         if request.parts:
             return first_pass.merge(request.parts, self.chosen, self.additions)
@@ -274,15 +259,9 @@ class _Profiler:
 
     def _kept(self, measured: Measurements) -> Moments:
         """Moments of the first pass: a refit adds the samples that it was tested on."""
-        return Moments(
-            measured.samples,
-            measured.loss,
-            self.method.name,
-            self.request.positions,
-            tuple(w.name for w in self.chosen),
-            fingerprint(self.captured),
-            measured.mergeable,
-        )
+        names, method, positions = tuple(w.name for w in self.chosen), self.method.name, self.request.positions
+        weights = fingerprint(self.captured)
+        return Moments(measured.samples, measured.loss, method, positions, names, weights, measured.mergeable)
 
 
 def _chosen(analysed: AnalysedGraph, request: ProfileRequest) -> list[GrowableWidth]:
@@ -317,13 +296,8 @@ def _calibration(gm: fx.GraphModule, data: Data, hold: bool) -> list[Any]:
     """Inputs of one large fitting batch of all processes, if any norm needs it; of the first where it is no tensor."""
     if not has_batch_norm(gm):
         return []
-    inputs: list[list[Any]] = []
-    size, group = 0, data.process_group
-    for batch in data.fitting(hold):
-        inputs.append(batch.arguments(gm))
-        size += batch.size
-        if size * group.size >= CALIBRATION:
-            break
+    group = data.process_group
+    inputs = [batch.arguments(gm) for batch in take(data.fitting(hold), math.ceil(CALIBRATION / group.size))]
     can_be_joined = all(
         isinstance(t, Tensor) and t.dim() > 0 and t.shape[1:] == first.shape[1:]
         for arguments in inputs
@@ -353,14 +327,6 @@ def _bottleneck(w: GrowableWidth, measured: Measurements, refit: Refit | None, k
         worth = refit.joint(w.name, max(1, math.ceil(w.width.size / 8) // w.step)) * psi**0.5
     elif refit is not None:
         gains, significant = (), 0
-    return Bottleneck(
-        width=w.width,
-        bottleneck=psi,
-        desired=desired,
-        gains=gains,
-        singular_values=values,
-        significant=significant // w.step * w.step,
-        samples=samples,
-        positions=measured.positions[w.name],
-        worth=worth,
-    )
+    significant = significant // w.step * w.step
+    positions = measured.positions[w.name]
+    return Bottleneck(w.width, psi, desired, gains, values, significant, samples, positions, worth)
