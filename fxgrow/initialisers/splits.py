@@ -26,7 +26,7 @@ from fxgrow.errors import ProfileError
 from fxgrow.graph.graph import lookup
 from fxgrow.initialisers.copies import CopyInitialiser, why_no_copies
 from fxgrow.initialisers.registry import InitialiserRequest, Outgoing, Proposal, Splits
-from fxgrow.rewriting.batch_norm import norms_of
+from fxgrow.rewriting.batch_norm import RunningStatistics
 from fxgrow.rewriting.size_change import SizeChange
 from fxgrow.rewriting.values import CopiedUnits, Values
 from fxgrow.rewriting.widened_graph import WidenedGraph
@@ -156,7 +156,7 @@ class SplitGraph(WidenedGraph):
         units = {n: len(s.origin) * self.analysed.widths[n].step for n, s in splits.items()}
         generator = torch.Generator().manual_seed(0)
         super().__init__(SizeChange(self.analysed, units), self._values(splits), generator)
-        self.norms = norms_of(self.gm.eval())
+        self.norms = RunningStatistics(self.gm.eval(), ()).norms
         # a batch of one sample has no statistics
         self.least_size = 2 if self.norms and request.data.first().size > 1 else 1
         # batch statistics, as in the line search: what training would normalise away is no gain
