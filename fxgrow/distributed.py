@@ -1,8 +1,7 @@
 """Communication between the processes that grow one model together, each with its own part of the data.
 
-requires: every process of the group runs the same code on models with the same weights.
-ensures:  sums run over all processes and have the same bits everywhere; rank 0 makes the choices; an error in one
-          process is raised by all of them, and none waits for another that has failed.
+Every process runs the same code on a model with the same weights. Sums have the same bits everywhere; rank 0 makes the
+choices; an error in one process is raised by all of them, and none waits for another that has failed.
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from fxgrow import errors as _errors
+from fxgrow import errors
 from fxgrow.errors import FxgrowError
 
 T = TypeVar("T")
@@ -29,12 +28,7 @@ BUCKET_BYTES = 16 << 20
 
 
 class ProcessGroup:
-    """A single process; `DistributedGroup` overrides everything for several.
-
-    Attributes:
-        rank: of this process in the group.
-        size: number of processes.
-    """
+    """A single process; `DistributedGroup` overrides everything for several."""
 
     rank = 0
     size = 1
@@ -71,11 +65,7 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def sync_buffers(self, model: nn.Module) -> Iterator[None]:
-        """Gives every process the buffers (running statistics) of rank 0 inside the block.
-
-        Raises:
-            FxgrowError: parameters differ.
-        """
+        """Gives every process the buffers (running statistics) of rank 0 inside the block; checks the parameters."""
         yield
 
 
@@ -84,11 +74,7 @@ SINGLE_PROCESS = ProcessGroup()
 
 
 def process_group_of(process_group: Any) -> ProcessGroup:
-    """Wraps a process group of torch.distributed; None stands for a single process.
-
-    Raises:
-        FxgrowError: the argument is no process group, or this process is not a member of it.
-    """
+    """Wraps a process group of torch.distributed; None stands for a single process."""
     if process_group is None:
         return SINGLE_PROCESS
     if isinstance(process_group, ProcessGroup):
@@ -121,18 +107,14 @@ class DistributedGroup(ProcessGroup):
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         nccl = dist.get_backend(group) == "nccl"
         self.device = torch.device("cuda", torch.cuda.current_device()) if nccl else None
-        self._depth = 0
-        self._over = False
-        self._buffers_synced = False
-
-    # -- errors
+        self._in_session = self._over = self._buffers_synced = False
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        if self._depth:
+        if self._in_session:
             yield
             return
-        self._depth, self._over = 1, False
+        self._in_session, self._over = True, False
         try:
             yield
             self._sync_status("the end")
@@ -141,7 +123,7 @@ class DistributedGroup(ProcessGroup):
                 self._sync_status("an error", error)
             raise
         finally:
-            self._depth = 0
+            self._in_session = False
 
     def _sync_status(self, what: str, error: Exception | None = None) -> None:
         """Exchanges statuses with all processes and raises the error of another one, if there is one."""
@@ -162,7 +144,7 @@ class DistributedGroup(ProcessGroup):
             return
         if failed:
             name, message, _ = reports[failed[0]]
-            raise _error_class(name)(f"Process {failed[0]} of {self.size} failed: {message}")
+            raise getattr(errors, str(name), FxgrowError)(f"Process {failed[0]} of {self.size} failed: {message}")
         where = "; ".join(f"process {rank}: {report[2]}" for rank, report in enumerate(reports))
         raise FxgrowError(
             f"The processes do different things ({where}). Each needs the same model, the same settings and data of "
@@ -175,20 +157,20 @@ class DistributedGroup(ProcessGroup):
         dist.all_gather(gathered, tensor, group=self.group)
         return gathered
 
-    # -- exchange
-
     @torch.no_grad()
     def sum_(self, tensors: Iterable[Tensor]) -> None:
         parts: list[Tensor] = []
         for t in sorted(tensors, key=lambda t: str((t.dtype, t.device))):
-            if parts and (_kind(t) != _kind(parts[0]) or sum(p.nbytes for p in parts) + t.nbytes > BUCKET_BYTES):
+            other = parts and (t.dtype, t.device) != (parts[0].dtype, parts[0].device)
+            if other or sum(p.nbytes for p in parts) + t.nbytes > BUCKET_BYTES:
                 self._sum(parts)
                 parts = []
             parts.append(t)
-        if parts:
-            self._sum(parts)
+        self._sum(parts)
 
     def _sum(self, parts: Sequence[Tensor]) -> None:
+        if not parts:
+            return
         self._sync_status(f"a sum of {', '.join(f'{tuple(t.shape)} {t.dtype}' for t in parts)}")
         flat = torch.cat([t.reshape(-1) for t in parts]).to(self.device or parts[0].device)
         dist.all_reduce(flat, group=self.group)
@@ -198,7 +180,7 @@ class DistributedGroup(ProcessGroup):
     def sum_numbers(self, *numbers: float) -> list[float]:
         sums = torch.tensor(numbers, dtype=torch.float64)
         self.sum_([sums])
-        return [float(v) for v in sums.tolist()]
+        return cast(list[float], sums.tolist())
 
     @torch.no_grad()
     def all_gather_rows(self, rows: Tensor) -> Tensor:
@@ -231,8 +213,6 @@ class DistributedGroup(ProcessGroup):
         file = io.BytesIO(ctypes.string_at(data.data_ptr(), len(data)))
         # pickle between the processes of one run, as in torch.distributed.broadcast_object_list
         return torch.load(file, map_location=_to_this_device, weights_only=False)
-
-    # -- checks
 
     def assert_same(self, what: str) -> None:
         self._sync_status(what)
@@ -272,18 +252,8 @@ class DistributedGroup(ProcessGroup):
                     t.copy_(before[name])
 
 
-def _kind(t: Tensor) -> tuple[torch.dtype, torch.device]:
-    return t.dtype, t.device
-
-
 def _to_this_device(storage: Any, location: str) -> Any:
     return storage.cuda(torch.cuda.current_device()) if location.startswith("cuda") else storage
-
-
-def _error_class(name: str) -> type[FxgrowError]:
-    """Returns the class of that name of fxgrow's errors, else `FxgrowError`."""
-    error_class = getattr(_errors, str(name), None)
-    return error_class if isinstance(error_class, type) and issubclass(error_class, FxgrowError) else FxgrowError
 
 
 @torch.no_grad()

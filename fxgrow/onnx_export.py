@@ -78,8 +78,9 @@ def export_onnx(
         raise ExportError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
     inputs = _Inputs.of(example_inputs, dynamic_batch)
     frozen = _eval_copy(module)
+    compared = [inputs] if inputs.batch is None else [inputs, inputs.at(inputs.batch + 1)]
     # with the guards still in place: an input that the captured graph refuses is refused here too
-    cases = [(case, _expected(frozen, case)) for case in inputs.cases()] if check else []
+    cases = [(case, _expected(frozen, case)) for case in compared] if check else []
     program = _to_onnx(_without_guards(frozen), inputs, opset)
     try:
         # A folder beside the target keeps the final rename on one file system. The file has its final name in it,
@@ -99,18 +100,13 @@ def export_onnx(
 
 @dataclass(frozen=True)
 class _Inputs:
-    """Inputs of one call.
-
-    Attributes:
-        leaves: all values, without their containers.
-        spec: the containers.
-        batch: size of dimension 0 of the tensors that hold the batch; None where it is fixed.
-        is_example: whether the batch is that of the user's example.
-    """
+    """Inputs of one call, as a flattened pytree."""
 
     leaves: list[Any]
     spec: pytree.TreeSpec
+    #: size of dimension 0 of the tensors that hold the batch; None where it is fixed
     batch: int | None
+    #: whether the batch is that of the user's example
     is_example: bool = True
 
     @classmethod
@@ -144,10 +140,6 @@ class _Inputs:
             for leaf in self.leaves
         ]
         return replace(self, leaves=leaves, batch=size, is_example=False)
-
-    def cases(self) -> list[_Inputs]:
-        """Returns the inputs to compare on."""
-        return [self] if self.batch is None else [self, self.at(self.batch + 1)]
 
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns the inputs as positional and keyword arguments."""
@@ -205,14 +197,14 @@ def _to_onnx(module: nn.Module, inputs: _Inputs, opset: int | None) -> torch.onn
     traced = inputs if inputs.batch is None else inputs.at(max(inputs.batch, 2))
     args, kwargs = traced.call()
     shapes = torch.export.ShapesCollection()
-    axis_names: list[dict[int, str]] = []  # per tensor
     batch = torch.export.Dim(_AXIS)
     for leaf, original in zip(traced.leaves, inputs.leaves, strict=True):
         if inputs.holds_batch(original):
             shapes[leaf] = {0: batch}
-        if isinstance(leaf, Tensor):
-            axis_names.append({0: _AXIS} if inputs.holds_batch(original) else {})
-    dynamic_shapes = None if inputs.batch is None else shapes.dynamic_shapes(module, args, kwargs)
+    dynamic_shapes = axis_names = None
+    if inputs.batch is not None:
+        dynamic_shapes = shapes.dynamic_shapes(module, args, kwargs)
+        axis_names = [{0: _AXIS} if inputs.holds_batch(t) else {} for t in inputs.leaves if isinstance(t, Tensor)]
     try:
         with torch.no_grad(), _quiet():
             exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
@@ -221,12 +213,7 @@ def _to_onnx(module: nn.Module, inputs: _Inputs, opset: int | None) -> torch.onn
     try:
         with _quiet():
             program = torch.onnx.export(
-                exported,
-                (),
-                dynamo=True,
-                verbose=False,
-                opset_version=opset,
-                dynamic_shapes=None if inputs.batch is None else axis_names,
+                exported, (), dynamo=True, verbose=False, opset_version=opset, dynamic_shapes=axis_names
             )
     except Exception as error:
         raise ExportError(f"torch.onnx has no translation for this module: {_first_lines(error)}") from error
@@ -306,9 +293,8 @@ def _require(*packages: str) -> None:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Silences warnings and log lines of the exporter; what matters is raised."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
+    levels = {logger: logger.level for logger in map(logging.getLogger, _LOGGERS)}
+    for logger in levels:
         logger.setLevel(logging.CRITICAL + 1)
     try:
         # torch.export prints the graph it could not finish to stderr, past every logger.
@@ -316,5 +302,5 @@ def _quiet() -> Iterator[None]:
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in levels.items():
             logger.setLevel(level)

@@ -1,12 +1,7 @@
 """Full training state in one file without pickle: model, recipe, optimisers, other states, random generators.
 
 An optimiser can only be made for parameters that exist, so a checkpoint first returns the model, then restores the
-objects that were made for it:
-
-    ckpt = fxgrow.load_checkpoint("run.safetensors")
-    model = ckpt.model(fresh_model)
-    optimizer = torch.optim.Adam(model.parameters())
-    ckpt.restore(optimizer=optimizer)
+objects that were made for it.
 """
 
 from __future__ import annotations
@@ -26,11 +21,7 @@ from fxgrow.data.random_state import random_state, set_random_state, set_state_o
 from fxgrow.errors import FileError, FxgrowError
 from fxgrow.graph.graph import unwrap
 from fxgrow.storage.plain_tree import decoded, encoded
-from fxgrow.storage.recipe import Recipe
 from fxgrow.storage.safetensors_file import read, require_kind, write
-
-#: prefix of the names of random states among the tensors
-_RANDOM = "random"
 
 
 def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, **state: Any) -> None:
@@ -68,13 +59,12 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, **state: Any
     """
     tensors: dict[str, Tensor] = {}
     body = model_body(model, tensors, PREFIX)
-    names = _names(unwrap(model))
     entries = {}
     for name, thing in state.items():
         entries[name] = {"tree": encoded(state_of(thing), tensors, name)}
         if hasattr(thing, "param_groups"):
-            entries[name]["parameters"] = _owned_parameters(thing, names)
-    body["random"] = encoded(random_state(), tensors, _RANDOM)
+            entries[name]["parameters"] = _owned_parameters(thing, model)
+    body["random"] = encoded(random_state(), tensors, "random")
     write(path, tensors, {"kind": "checkpoint", **body, "entries": entries})
 
 
@@ -106,7 +96,6 @@ class Checkpoint(Mapping[str, Any]):
 
     def __init__(self, path: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.path = path
-        self.recipe: Recipe
         self.recipe, self._weights = model_in(body, tensors)
         self._entries: Mapping[str, Any] = body["entries"]
         self._random, self._tensors = body["random"], tensors
@@ -151,10 +140,9 @@ class Checkpoint(Mapping[str, Any]):
                 f"{self.path} has no {sorted(unknown)[0]!r}; it has: {', '.join(self._entries) or 'only the model'}."
             )
         model = None if self._model is None else self._model()
-        names = {} if model is None else _names(unwrap(model))
         for name, thing in things.items():
             if hasattr(thing, "param_groups") and "parameters" in self._entries[name]:
-                _check_owned(name, self._entries[name]["parameters"], _owned_parameters(thing, names))
+                _check_owned(name, self._entries[name]["parameters"], _owned_parameters(thing, model))
         before = {name: copy.deepcopy(state_of(thing)) for name, thing in things.items()}
         done: list[str] = []
         try:
@@ -173,12 +161,9 @@ class Checkpoint(Mapping[str, Any]):
             set_random_state(copy.deepcopy(decoded(self._random, self._tensors)))
 
 
-def _names(model: nn.Module) -> dict[int, str]:
-    return {id(p): name for name, p in model.named_parameters()}
-
-
-def _owned_parameters(optimizer: Any, names: Mapping[int, str]) -> list[list[Any]]:
+def _owned_parameters(optimizer: Any, model: nn.Module | None) -> list[list[Any]]:
     """Returns name and shape of each parameter, per group."""
+    names = {} if model is None else {id(p): name for name, p in unwrap(model).named_parameters()}
     return [[[names.get(id(p)), list(p.shape)] for p in group["params"]] for group in optimizer.param_groups]
 
 

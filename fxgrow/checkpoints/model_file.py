@@ -79,9 +79,7 @@ def load(
         PlanError: the model's code does not allow `into="module"`.
         MissingExtraError: safetensors is not installed.
     """
-    body, tensors = read(path)
-    recipe, weights = model_in(body, tensors)
-    return rebuild(model, recipe, weights, example_inputs, into)
+    return rebuild(model, *model_in(*read(path)), example_inputs, into)
 
 
 def resize(
@@ -133,12 +131,8 @@ def model_body(model: nn.Module, tensors: dict[str, Tensor], prefix: str) -> dic
     weights = weights_of(model, recipe)
     tensors.update({prefix + name: t for name, t in weights.tensors.items()})
     extra = {name: encoded(state, tensors, f"{name}._extra_state") for name, state in weights.extra.items()}
-    return {
-        "recipe": json.loads(recipe.to_json()),
-        "names": list(weights.tensors),
-        "aliases": dict(weights.aliases),
-        "extra": extra,
-    }
+    stored = {"names": list(weights.tensors), "aliases": dict(weights.aliases), "extra": extra}
+    return {"recipe": json.loads(recipe.to_json()), **stored}
 
 
 def model_in(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Recipe, Weights]:

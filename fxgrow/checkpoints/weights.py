@@ -1,14 +1,13 @@
 """The stored tensors of a model by name, and a fresh model that takes them.
 
-Stored are parameters, persistent buffers, and other tensors that a growth made larger. Tied ones are stored once, but
-tensors that only share memory each. A loaded tensor takes the device and `requires_grad` of the fresh model, and keeps
-the dtype and strides that it was saved with.
+Tied tensors are stored once, but tensors that only share memory each. A loaded tensor takes the device and
+`requires_grad` of the fresh model, and keeps the dtype and strides that it was saved with.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,31 +27,17 @@ LISTED = 4
 
 @dataclass(frozen=True)
 class Weights:
-    """The stored state of a model.
-
-    Attributes:
-        tensors: by name, each once.
-        aliases: other names of tied tensors, and the name each is stored under.
-        extra: results of `get_extra_state()`, by the module's name.
-    """
+    """The stored state of a model: tensors, each once, and results of `get_extra_state()` by the module's name."""
 
     tensors: Mapping[str, Tensor]
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    extra: Mapping[str, Any] = field(default_factory=dict)
-
-    def named_tensors(self) -> dict[str, Tensor]:
-        """Returns the tensors under all of their names."""
-        return {**self.tensors, **{name: self.tensors[first] for name, first in self.aliases.items()}}
+    #: other names of tied tensors, and the name each is stored under
+    aliases: Mapping[str, str]
+    extra: Mapping[str, Any]
 
 
 def weights_of(model: nn.Module, recipe: Recipe) -> Weights:
-    """Returns the state of a model without wrappers.
-
-    Raises:
-        FileError: a submodule has grown on its own, or has no shape yet.
-    """
-    inside = next(grown_inside(model), None)
-    if inside is not None:
+    """Returns the state of a model without wrappers."""
+    if (inside := next(grown_inside(model), None)) is not None:
         raise FileError(
             f"Submodule {inside!r} of this {type(model).__name__} has grown on its own: save that one "
             f"(model.{inside}), and load it into the fresh model's."
@@ -68,8 +53,7 @@ def weights_of(model: nn.Module, recipe: Recipe) -> Weights:
             tensors[name] = tensor
         else:
             aliases[name] = first
-    extra = {name: m.get_extra_state() for name, m in _with_extra_state(model)}
-    return Weights(tensors, aliases, extra)
+    return Weights(tensors, aliases, {name: m.get_extra_state() for name, m in _with_extra_state(model)})
 
 
 def rebuild(
@@ -79,19 +63,9 @@ def rebuild(
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
     into: str | None = None,
 ) -> nn.Module:
-    """Returns a copy of a fresh model with the recipe's sizes, and the weights.
+    """Returns a copy of a fresh model with the recipe's sizes, and the weights; see `fxgrow.load`.
 
-    Args:
-        model: as it was before it grew; left as it is.
-        recipe: the growths.
-        weights: None for zeros where sizes changed, and the model's values elsewhere.
-        example_inputs: to capture it with; None for those of the recipe.
-        into: `graph`, `module`, or None for that of the saved model.
-
-    Raises:
-        FileError: the model does not fit the recipe or the weights.
-        CaptureError: the model cannot be traced.
-        PlanError: the model's code does not allow `into="module"`.
+    Without weights, entries are zero where sizes changed, and the model's values elsewhere.
     """
     into = into or recipe.into
     model = unwrap(model)
@@ -145,12 +119,9 @@ def _with_extra_state(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _loaded(model: nn.Module, recipe: Recipe, weights: Weights) -> dict[str, Tensor]:
-    """Returns the weights as parameters and buffers for a fresh model, under all of their names.
-
-    Raises:
-        FileError: names, shapes, dtypes or ties are not those that the model has after the recipe.
-    """
-    stored, fresh = weights.named_tensors(), _stored_tensors(model, recipe)
+    """Returns the weights as parameters and buffers for a fresh model, under all of their names."""
+    stored = {**weights.tensors, **{name: weights.tensors[first] for name, first in weights.aliases.items()}}
+    fresh = _stored_tensors(model, recipe)
     _check_names(stored, fresh)
     _check_types(stored, fresh, sizes_after(fresh, recipe))
     _check_ties(weights, fresh)
@@ -167,12 +138,8 @@ def _loaded(model: nn.Module, recipe: Recipe, weights: Weights) -> dict[str, Ten
 
 
 def _check_names(stored: Mapping[str, Tensor], fresh: Mapping[str, Tensor]) -> None:
-    parts = []
-    if missing := stored.keys() - fresh.keys():
-        parts.append(f"the model has no {_list(missing)}")
-    if missing := fresh.keys() - stored.keys():
-        parts.append(f"the file has no {_list(missing)}")
-    if parts:
+    missing = {"the model": stored.keys() - fresh.keys(), "the file": fresh.keys() - stored.keys()}
+    if parts := [f"{owner} has no {_list(names)}" for owner, names in missing.items() if names]:
         raise FileError(f"The file is of another model: {'; '.join(parts)}.")
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -26,11 +26,7 @@ def missing_package(name: str, error: ImportError) -> MissingExtraError:
 
 
 def check_one_process(processes: int, who: str) -> None:
-    """Refuses several processes: each would grow a network of its own.
-
-    Raises:
-        FxgrowError: there are several.
-    """
+    """Refuses several processes: each would grow a network of its own."""
     if processes > 1:
         raise FxgrowError(
             f"{who} runs {processes} processes, and this integration supports one: the networks of the processes would "
@@ -39,22 +35,14 @@ def check_one_process(processes: int, who: str) -> None:
 
 
 def begun(grower: G | None) -> G:
-    """Returns the Grower of a callback.
-
-    Raises:
-        FxgrowError: training has not begun.
-    """
+    """Returns the Grower of a callback; refuses calls before training has begun."""
     if grower is None:
         raise FxgrowError("GrowthCallback has no Grower yet: the Trainer makes it when training begins.")
     return grower
 
 
 def observe(grower: Grower, monitor: str, metrics: Mapping[str, Any], kind: str) -> None:
-    """Gives a metric of the trainer to the schedule.
-
-    Raises:
-        FxgrowError: there is no metric of that name.
-    """
+    """Gives a metric of the trainer to the schedule."""
     if monitor not in metrics:
         raise FxgrowError(f"monitor={monitor!r} is no {kind}; those are: {', '.join(metrics) or 'none'}.")
     grower.observe(metrics[monitor])
@@ -65,8 +53,7 @@ def on_device(source: Source, device: torch.device) -> Source:
     check_source(source)
     if device.type == "cpu":
         return source
-    made: Callable[[], Iterable[Any]] = lambda: _Moved(beside_training(source), device)  # noqa: E731
-    return made
+    return lambda: _Moved(beside_training(source), device)
 
 
 @dataclass(frozen=True)
@@ -78,7 +65,7 @@ class _Moved:
         for batch in self.loader:
             # batches of transformers are not dicts, and have a method for it
             has_to = hasattr(batch, "to") and not isinstance(batch, Tensor)
-            yield batch.to(self.device) if has_to else pytree.tree_map_only(Tensor, self._move, batch)
+            yield batch.to(self.device) if has_to else pytree.tree_map_only(Tensor, lambda t: t.to(self.device), batch)
 
     def __len__(self) -> int:
         return len(self.loader)  # type: ignore[arg-type]
@@ -87,6 +74,3 @@ class _Moved:
         if name.startswith("_") or name in ("loader", "device"):
             raise AttributeError(name)
         return getattr(self.loader, name)  # its random generators, whose state growth restores
-
-    def _move(self, t: Tensor) -> Tensor:
-        return t.to(self.device)

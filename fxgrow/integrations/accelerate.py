@@ -1,7 +1,6 @@
-"""Growth in a loop of Hugging Face Accelerate: prepared model and optimiser, `save_state` and `load_state`.
+"""Growth in a loop of Hugging Face Accelerate. Needs the package accelerate: `pip install fxgrow[accelerate]`.
 
-Needs the package accelerate: `pip install fxgrow[accelerate]`. `load_state` calls its hooks before it loads weights;
-they give the model the checkpoint's sizes.
+`load_state` calls its hooks before it loads weights; they give the model the checkpoint's sizes.
 """
 
 from __future__ import annotations
@@ -104,15 +103,10 @@ class AcceleratedGrower(GrowerInPlace):
         return super().step(loss) if self._accelerator.sync_gradients else False
 
     def _save(self, models: list[nn.Module], weights: list[Any], folder: str) -> None:
-        body = {
-            "fxgrow": 1,
-            "recipe": json.loads(recipe_of(self._given).to_json()),
-            "grower": self.state_dict(),
-        }
-        path = Path(folder) / FILE
-        part = path.with_name(f".{FILE}.part")
-        part.write_text(json.dumps(body), encoding="utf-8")
-        os.replace(part, path)
+        recipe = json.loads(recipe_of(self._given).to_json())
+        part = Path(folder) / f".{FILE}.part"
+        part.write_text(json.dumps({"fxgrow": 1, "recipe": recipe, "grower": self.state_dict()}), encoding="utf-8")
+        os.replace(part, part.with_name(FILE))
 
     def _load(self, models: list[nn.Module], folder: str) -> None:
         if all(unwrap(model) is not unwrap(self._given) for model in models):

@@ -31,7 +31,6 @@ try:
     from lightning.pytorch import Callback, LightningModule, Trainer
 except ImportError as error:
     raise missing_package("lightning", error) from error
-#: of the recipe in a checkpoint
 
 
 class GrowthCallback(Callback):
@@ -95,8 +94,6 @@ class GrowthCallback(Callback):
         self._state: dict[str, Any] | None = None
         self._counted = 0
 
-    # -- sizes are restored before weights
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Copies the module before it grows, and wraps its checkpoint hooks."""
         if trainer.strategy.restore_checkpoint_after_setup:
@@ -107,9 +104,8 @@ class GrowthCallback(Callback):
         net = self._net(pl_module)
         if self._fresh is None:
             self._fresh = fresh_copy(net)
-        attributes = vars(pl_module)
         for name, before in (("on_save_checkpoint", self._save_recipe), ("on_load_checkpoint", self._resize)):
-            attributes[name] = _preceded(before, pl_module, getattr(type(pl_module), name))
+            vars(pl_module)[name] = _preceded(before, pl_module, getattr(type(pl_module), name))
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restores the module's hooks."""
@@ -127,11 +123,9 @@ class GrowthCallback(Callback):
         recipe = Recipe.from_json(checkpoint[RECIPE]) if RECIPE in checkpoint else Recipe()
         net = self._net(pl_module)
         fresh = fresh_if_resized(net, recipe, self._fresh)
-        if fresh is None:
-            return
-        if self._name:
+        if fresh is not None and self._name:
             self._set_net(pl_module, unwrapped(net)[1](rebuild(fresh, recipe)))
-        else:
+        elif fresh is not None:
             adopt(unwrap(net), rebuild(fresh, recipe, into="module"))
 
     def state_dict(self) -> dict[str, Any]:
@@ -141,8 +135,6 @@ class GrowthCallback(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Keeps the state until training begins."""
         self._state = state_dict
-
-    # -- growth
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Makes the Grower, now that optimisers and data exist."""
@@ -185,8 +177,6 @@ class GrowthCallback(Callback):
         """Gives the metric to the schedule."""
         if self._monitor is not None and self.grower is not None and not trainer.sanity_checking:
             observe(self.grower, self._monitor, trainer.callback_metrics, "logged metric")
-
-    # -- the module that grows
 
     def _net(self, pl_module: LightningModule) -> nn.Module:
         try:

@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -143,16 +143,13 @@ def resized(model: M, checkpoint: str | os.PathLike[str]) -> M:
 
 def _saved(states: Any) -> dict[str, Any]:
     """Returns the saved attributes of this callback among the states of a Trainer's callbacks."""
-    state = (states or {}).get(GrowthCallback.__name__, {})
-    if isinstance(state, list):  # several callbacks of this class
-        state = state[0]
-    attributes: dict[str, Any] = state.get("attributes", {})
-    return attributes
+    state: Any = (states or {}).get(GrowthCallback.__name__, {})
+    first = state[0] if isinstance(state, list) else state  # several callbacks of this class
+    return cast(dict[str, Any], first.get("attributes", {}))
 
 
 def _like(loader: Any, batch_size: int, seed: int) -> DataLoader[Any]:
     """Returns another loader of the Trainer's data: reading the Trainer's would advance its samplers."""
-    dataset = loader.dataset
-    shuffle = not isinstance(dataset, IterableDataset)
+    shuffle = not isinstance(loader.dataset, IterableDataset)
     order = torch.Generator().manual_seed(seed) if shuffle else None
-    return DataLoader(dataset, batch_size, shuffle=shuffle, generator=order, collate_fn=loader.collate_fn)
+    return DataLoader(loader.dataset, batch_size, shuffle=shuffle, generator=order, collate_fn=loader.collate_fn)
