@@ -187,7 +187,6 @@ class FirstPass:
     def collect(self, stats: Statistics, cache: HeldOutCache | None = None) -> float:
         """Reads the data once; returns the sum of the fitting batches' losses. Held-out batches go to the cache."""
         total, held_out = 0.0, False
-        gradients: dict[fx.Node, Tensor] = {}
 
         def batches() -> Iterator[Batch]:
             nonlocal held_out
@@ -199,7 +198,7 @@ class FirstPass:
 
         def on_output_gradient(record: BatchRecord, node: fx.Node, v: Tensor) -> None:
             if held_out:
-                gradients[node] = v
+                record.output_gradients[node] = v
             else:
                 stats.add_output_gradient(record, node, v, batches=self.data.expected(record.size))
 
@@ -209,9 +208,8 @@ class FirstPass:
                 total += record.loss * record.size
                 stats.end_batch(record)
             elif cache is not None:
-                cache.cache.expected = max(1, self.data.expected(record.size) // HOLD_OUT_EVERY)
-                cache.add(record, stats.held_out_inputs, stats.isolated_targets, gradients)
-                gradients.clear()
+                cache.expected = max(1, self.data.expected(record.size) // HOLD_OUT_EVERY)
+                cache.add(record, stats.held_out_inputs, stats.isolated_targets)
 
         gm = self.analysed.gm
         request = PassRequest(

@@ -10,7 +10,7 @@ before: what a refit needs beyond the first pass is E[V z^T], E[h z^T] and E[z z
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -33,28 +33,20 @@ from fxgrow.statistics.gram import accumulating, matrix_product
 NodeTensors = Mapping[fx.Node, Tensor]
 
 
-@dataclass
-class HeldOutCache:
-    """Held-out batches that the first pass has cached: layer inputs, V and the sum of the losses."""
+class HeldOutCache(ActivationCache):
+    """Held-out batches that the first pass has cached, and the sum of their losses."""
 
-    cache: ActivationCache = field(default_factory=ActivationCache)
     samples: int = 0
     loss: float = 0.0
 
-    def count(self, record: BatchRecord) -> None:
-        """Adds samples and losses of one batch."""
+    def add(self, record: BatchRecord, sources: Iterable[fx.Node] = (), targets: Iterable[fx.Node] = ()) -> None:
+        """Caches one batch: the outputs of sources and the output gradients of targets."""
         self.samples += record.size
         self.loss += record.loss * record.size
-
-    def add(
-        self, record: BatchRecord, sources: Iterable[fx.Node], targets: Iterable[fx.Node], gradients: NodeTensors
-    ) -> None:
-        """Caches one batch: the outputs of sources and the output gradients of targets."""
-        self.count(record)
         for node in sources:
-            self.cache.add_input(node, record.inputs[node], record.size)
+            self.add_input(node, record.inputs[node], record.size)
         for node in targets:
-            self.cache.add_output_gradient(node, gradients[node], record.size)
+            self.add_output_gradient(node, record.output_gradients[node], record.size)
 
 
 @dataclass
@@ -123,16 +115,13 @@ class IsolatedRefit:
         self, batches: Iterator[Batch], sources: list[fx.Node], visit: Callable[[int, NodeTensors, NodeTensors], None]
     ) -> HeldOutCache:
         """Reads the data again; returns samples and the sum of losses."""
-        gradients: dict[fx.Node, Tensor] = {}
         counts = HeldOutCache()
 
         def on_batch(batch: Batch, record: BatchRecord) -> None:
-            counts.count(record)
-            visit(record.size, record.inputs, gradients)
-            gradients.clear()
+            counts.add(record)
+            visit(record.size, record.inputs, record.output_gradients)
 
-        keep = lambda record, node, v: gradients.__setitem__(node, v)  # noqa: E731
-        forward_backward(self._gm, batches, self.loss_fn, PassRequest(sources, on_batch, self.targets, keep))
+        forward_backward(self._gm, batches, self.loss_fn, PassRequest(sources, on_batch, self.targets))
         return counts
 
     # -- fitting
@@ -207,7 +196,7 @@ class IsolatedRefit:
 
         counts = self.held_out
         if counts.samples:
-            for _, inputs, gradients in counts.cache.groups(None, self.inputs, self.targets):
+            for _, inputs, gradients in counts.groups(None, self.inputs, self.targets):
                 visit(len(inputs[self.sources[0]]), inputs, gradients)
         else:
             counts = self._pass(self.data.held_out(), self.inputs, visit)

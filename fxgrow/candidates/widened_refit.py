@@ -8,7 +8,7 @@ and one over the held-out ones, where each unit is tested. For units that cannot
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator
 
 import torch
 from torch import Tensor, fx
@@ -73,16 +73,14 @@ class WidenedRefit:
             c.vh, c.m, c.g = torch.zeros(0), None, None
         refit.rank(self.unit_groups, process_group)
         slopes = HeldOutSlopes(refit.fits, refit.tests, self.unit_groups)
-        gradients: dict[fx.Node, Tensor] = {}
 
         def test(batch: Batch, record: BatchRecord) -> None:
             self._add_gradients(batch, record)
             refit.samples += record.size
             refit.loss += record.loss * record.size
-            slopes.add(record.size, list(self._consumer_batches(record, gradients)))
-            gradients.clear()
+            slopes.add(record.size, list(self._consumer_batches(record)))
 
-        self._pass(self.data.held_out(), test, lambda record, node, v: gradients.__setitem__(node, v))
+        self._pass(self.data.held_out(), test)
         for name, c in self.consumers.items():
             if len(c.vh):
                 fit, (old, z) = refit.fits[name], self._columns(name)
@@ -95,7 +93,7 @@ class WidenedRefit:
         self,
         batches: Iterator[Batch],
         on_batch: Callable[[Batch, BatchRecord], None],
-        on_output_gradient: Callable[[BatchRecord, fx.Node, Tensor], None],
+        on_output_gradient: Callable[[BatchRecord, fx.Node, Tensor], None] | None = None,
     ) -> None:
         graph, consumers = self.candidates.gm, self.consumers.values()
         names = [n for c in consumers for n in (c.weight, c.bias) if n is not None]
@@ -116,14 +114,12 @@ class WidenedRefit:
             h = c.layer_input(record.inputs[p.source][:keep])
             c.add_rows(h, c.output_gradient(v[:keep]), record.size, self.generator, 1 / batches, processes)
 
-    def _consumer_batches(
-        self, record: BatchRecord, gradients: Mapping[fx.Node, Tensor]
-    ) -> Iterator[tuple[str, ConsumerBatch]]:
+    def _consumer_batches(self, record: BatchRecord) -> Iterator[tuple[str, ConsumerBatch]]:
         for name, c in self.consumers.items():
             for p in c.uses:
                 x = c.layer_input(record.inputs[p.source])
                 h, z = (x.index_select(c.dim, channels) for channels in self.channels[name])
-                yield name, ConsumerBatch(c, h, z, c.output_gradient(gradients[p.node]))
+                yield name, ConsumerBatch(c, h, z, c.output_gradient(record.output_gradients[p.node]))
 
     def _new_channels(self, c: ConsumerMoments) -> dict[str, Tensor]:
         """Channels of each width's new units in what a weight reads."""

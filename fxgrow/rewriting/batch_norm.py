@@ -67,8 +67,20 @@ class IdentityBatchNorm(ConditionalInterpreter):
         return super().call_module(target, args, kwargs)
 
 
+def norms_of(gm: nn.Module) -> dict[str, Any]:
+    """The BatchNorms that use batch statistics in training; a frozen one keeps its running ones."""
+    return {
+        name: m
+        for name, m in gm.named_modules()
+        if isinstance(m, _BatchNorm)
+        and m.running_mean is not None
+        and m.track_running_stats
+        and (m.weight is None or m.weight.requires_grad)
+    }
+
+
 class RunningStatistics:
-    """The norms of a graph that moves along gamma, but for frozen ones, which keep their statistics.
+    """The norms of a graph that moves along gamma.
 
     Attributes:
         norms: by name.
@@ -80,14 +92,7 @@ class RunningStatistics:
         self, gm: fx.GraphModule, batches: Sequence[Batch], process_group: ProcessGroup = SINGLE_PROCESS
     ) -> None:
         self.graph, self.process_group = gm, process_group
-        self.norms: dict[str, Any] = {
-            name: m
-            for name, m in gm.named_modules()
-            if isinstance(m, _BatchNorm)
-            and m.running_mean is not None
-            and m.track_running_stats
-            and (m.weight is None or m.weight.requires_grad)
-        }
+        self.norms = norms_of(gm)
         self.live = bool(self.norms) and not process_group.sum_numbers(any(b.size == 1 for b in batches))[0]
         self._start = {name: (m.running_mean.clone(), m.running_var.clone()) for name, m in self.norms.items()}
 

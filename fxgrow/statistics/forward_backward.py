@@ -36,12 +36,14 @@ class BatchRecord:
     Attributes:
         inputs: outputs of the requested nodes, `[n, ...]`; a list of all samples' positions becomes `[n, positions,
             F]`.
+        output_gradients: V = -dl/da at the targets, `[n, ...]`, unless `on_output_gradient` takes them.
         gradients: by name, minus the gradient of the requested weights, summed over samples: the sum of V h^T.
         size: number of samples n.
         loss: mean loss of the batch.
     """
 
     inputs: dict[fx.Node, Tensor] = field(default_factory=dict)
+    output_gradients: dict[fx.Node, Tensor] = field(default_factory=dict)
     gradients: dict[str, Tensor] = field(default_factory=dict)
     size: int = 0
     loss: float = 0.0
@@ -64,7 +66,7 @@ class PassRequest:
     sources: Iterable[fx.Node]
     on_batch: Callable[[Batch, BatchRecord], None]
     targets: Iterable[fx.Node] = ()
-    on_output_gradient: Callable[[BatchRecord, fx.Node, Tensor], None] = lambda record, node, v: None
+    on_output_gradient: Callable[[BatchRecord, fx.Node, Tensor], None] | None = None
     weights: Mapping[str, Tensor] = field(default_factory=dict)
     weights_needed: Callable[[], bool] = lambda: True
     corrections: Mapping[fx.Node, Correction] = field(default_factory=dict)
@@ -139,7 +141,11 @@ class _ActivationRecorder:
 
     def returned(self, node: fx.Node, v: Tensor) -> None:
         del self.waiting[node]
-        self.request.on_output_gradient(self.record, node, self._by_sample(node, v))
+        v = self._by_sample(node, v)
+        if self.request.on_output_gradient is None:
+            self.record.output_gradients[node] = v
+        else:
+            self.request.on_output_gradient(self.record, node, v)
 
     def lay_out(self) -> None:
         """Lays out inputs of experts by sample, after the forward pass."""

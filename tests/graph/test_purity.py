@@ -22,7 +22,9 @@ CALLS: list[tuple[str, Any, dict[str, Any], bool]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("kind, target, options, expected", CALLS, ids=[f"{getattr(c[1], '__name__', c[1])} {c[2]}" for c in CALLS])
+@pytest.mark.parametrize(
+    "kind, target, options, expected", CALLS, ids=[f"{getattr(c[1], '__name__', c[1])} {c[2]}" for c in CALLS]
+)
 def test_what_writes_into_its_first_input(kind: str, target: Any, options: dict[str, Any], expected: bool) -> None:
     root = nn.Sequential(nn.ReLU(inplace=True), nn.ReLU())
     graph = fx.Graph()
