@@ -86,24 +86,19 @@ def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]],
     """Traces until both train and eval mode are described, or the other one is refused."""
     leaves = frozenset(module for module in model.modules() if _is_drop_path(module))
     fallback = OpaqueFallback(model)
-    while True:
-        tracer = ValueTracer(inputs, call, leaves, opaque=fallback.reasons)
-        try:
-            with unchanged(model), fallback.applied():
-                tracer.record(model)
-        except CaptureError as error:
-            fallback.add(tracer.failed_in, error, tracer.failed_calls)
-            continue
-        innermost = {model.get_submodule(path) for path, _, _ in tracer.branches.values() if path}
-        small = {
-            module for module in innermost if isinstance(module, _NormBase) or not _has_children_or_parameters(module)
-        }
-        if small <= leaves:
-            break
-        leaves |= small
 
-    def retrace(changed: dict[str, Any], flipped: frozenset[str] = frozenset()) -> tuple[ValueTracer, bool]:
-        again = ValueTracer(changed, call, leaves, flipped, fallback.reasons)
+    def trace_around_obstacles(flipped: frozenset[str] = frozenset()) -> ValueTracer:
+        while True:
+            tracer = ValueTracer(inputs, call, leaves, flipped, fallback.reasons)
+            try:
+                with unchanged(model), fallback.applied():
+                    tracer.record(model)
+                return tracer
+            except CaptureError as error:
+                fallback.add(tracer.failed_in, error, tracer.failed_calls)
+
+    def retrace(values: dict[str, Any], flipped: frozenset[str] = frozenset()) -> tuple[ValueTracer, bool]:
+        again = ValueTracer(values, call, leaves, flipped, fallback.reasons)
         try:
             with unchanged(model), fallback.applied(), without_failure_log():
                 again.record(model)
@@ -111,20 +106,29 @@ def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]],
             return again, False
         return again, True
 
+    tracer = trace_around_obstacles()
+    while small := _small_modules(model, tracer.branches) - leaves:
+        leaves |= small
+        tracer = trace_around_obstacles()
     keep_input_sizes(tracer, retrace)
     _prune(tracer.graph)
     if tracer.branches:
-        other = ValueTracer(inputs, call, leaves, frozenset(tracer.branches), fallback.reasons)
+        flipped = frozenset(tracer.branches)
         try:
-            with unchanged(model), fallback.applied():
-                other.record(model)
-            keep_input_sizes(other, functools.partial(retrace, flipped=other.flipped))
+            other = trace_around_obstacles(flipped)
+            keep_input_sizes(other, functools.partial(retrace, flipped=flipped))
             _prune(other.graph)
             merge_modes(tracer, other)
         except CaptureError:
             guard_modes(tracer)
     tracer.opaque_functions.update({name: function for name, (_, function) in fallback.functions.items()})
     return tracer
+
+
+def _small_modules(model: nn.Module, branches: Mapping[str, tuple[str, bool, str]]) -> frozenset[nn.Module]:
+    """Modules that branch on their mode and may as well be one node: norms, and those that hold nothing."""
+    innermost = {model.get_submodule(path) for path, _, _ in branches.values() if path}
+    return frozenset(m for m in innermost if isinstance(m, _NormBase) or not _has_children_or_parameters(m))
 
 
 def _is_drop_path(module: nn.Module) -> bool:

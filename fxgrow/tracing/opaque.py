@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -81,13 +81,29 @@ class OpaqueFallback:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """While a trace runs, the opaque functions are modules of the model."""
-        self.model._modules.update({name: function for name, (_, function) in self.functions.items()})
+        modules = self.model._modules
+        self.model._modules = _WithFunctions(
+            modules, {name: function for name, (_, function) in self.functions.items()}
+        )
         try:
             with replace_functions(list(self.functions.values())), trace_marked_functions():
                 yield
         finally:
-            for name in self.functions:
-                del self.model._modules[name]
+            self.model._modules = modules
+
+
+class _WithFunctions(dict[str, Any]):
+    """The modules of a model; opaque functions are found by name, but a loop over the modules does not meet them."""
+
+    def __init__(self, modules: Mapping[str, Any], functions: Mapping[str, OpaqueFunction]) -> None:
+        super().__init__(modules)
+        self.functions = functions
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self.functions
+
+    def __missing__(self, name: str) -> OpaqueFunction:
+        return self.functions[name]
 
 
 def _outwards(path: str) -> Iterator[str]:

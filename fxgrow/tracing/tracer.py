@@ -269,13 +269,21 @@ class ValueTracer(fx.Tracer):
         """Records a leaf as a node, and traces other modules, also those that are no part of the model."""
         if self.runner.silent:
             return m.forward(*args, **kwargs)
-        path = (self.submodule_paths or {}).get(m)
+        path = self._path(m)
         if path is None:
             return forward(*args, **kwargs)
         if type(m) is nn.MultiheadAttention and has_no_extra_keys(m):
             self._traced_attention.add(m)
             forward = functools.partial(multihead_attention, m)
         return super().call_module(m, forward, args, kwargs)
+
+    def _path(self, m: nn.Module) -> str | None:
+        functions: dict[str, nn.Module] = getattr(self.root._modules, "functions", {})
+        return next((name for name, f in functions.items() if f is m), (self.submodule_paths or {}).get(m))
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        """The path, of an opaque function the name of the module that stands for it."""
+        return self._path(mod) or super().path_of_module(mod)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         """Returns the node of a parameter or buffer that the model's code asks for."""

@@ -332,3 +332,28 @@ def test_another_number_of_images_is_refused() -> None:
     gm = fxgrow.capture(model, ([torch.randn(2, 3), torch.randn(4, 3)],))
     with pytest.raises(CaptureError, match="length of the input 'images'"):
         gm([torch.randn(2, 3)] * 3)
+
+
+class Decodes(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 7), nn.Linear(7, 3)
+
+    def decode(self, y: Tensor) -> Tensor:
+        return y.sigmoid() if float(y.detach().max()) > -9 else y
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.b(self.a(x).relu())
+        return y if self.training else self.decode(y) * 1.0
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_method_is_applied_once_wherever_its_module_sits_and_in_its_mode_alone(training: bool) -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), Decodes(), nn.Linear(3, 3)).train(training)
+    names = list(net._modules)
+    x = torch.randn(4, 6)
+    gm = fxgrow.capture(net, (x,))
+    for mode in (training, not training):
+        net.train(mode), gm.train(mode)
+        assert torch.equal(gm(x), net(x))
+    assert list(net._modules) == names
