@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -156,11 +156,10 @@ class SplitGraph(WidenedGraph):
         units = {n: len(s.origin) * self.analysed.widths[n].step for n, s in splits.items()}
         generator = torch.Generator().manual_seed(0)
         super().__init__(SizeChange(self.analysed, units), self._values(splits), generator)
-        self.norms = RunningStatistics(self.gm.eval(), ()).norms
-        # a batch of one sample has no statistics
-        self.least_size = 2 if self.norms and request.data.first().size > 1 else 1
+        running = RunningStatistics(self.gm.eval(), [request.data.first()])
         # batch statistics, as in the line search: what training would normalise away is no gain
-        for m in self.norms.values() if self.least_size > 1 else ():
+        self.norms = running.norms if running.live else {}
+        for m in self.norms.values():
             # without a momentum, running statistics are the means over batches since the counter was zero
             m.training, m.momentum = True, None
             m._buffers = {name: torch.zeros_like(b) for name, b in m.named_buffers()}
@@ -169,7 +168,8 @@ class SplitGraph(WidenedGraph):
         """Fitting batches of `SAMPLES` samples in all."""
         seen = 0
         for batch in self.request.data.fitting():
-            if batch.size >= self.least_size:
+            # a single sample has no statistics
+            if batch.size > 1 or not self.norms:
                 yield batch
                 seen += batch.size
             if seen >= SAMPLES:
@@ -202,8 +202,8 @@ class SplitGraph(WidenedGraph):
         """
         sums: list[Tensor] = []
         count = 0
-        for m in self.norms.values() if self.least_size > 1 else ():
-            cast(Tensor, m.num_batches_tracked).zero_()
+        for m in self.norms.values():
+            m.num_batches_tracked.zero_()
         for batch in self.batches():
             loss = self.loss(parameters, batch)
             parts = [t * batch.size for t in (loss.detach(), *derive(loss))]
