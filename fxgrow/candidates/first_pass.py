@@ -212,12 +212,13 @@ class FirstPass:
                 cache.add(record, stats.held_out_inputs, stats.isolated_targets)
 
         gm = self.analysed.gm
+        names = [n for c in stats.consumers.values() for n in (c.weight, c.bias) if n is not None]
         request = PassRequest(
             stats.sources,
             on_batch,
             stats.uses,
             on_output_gradient,
-            weights={n: lookup(gm, n) for n in stats.weights},
+            weights={n: lookup(gm, n) for n in names},
             weights_needed=lambda: not (held_out or stats.complete),
         )
         forward_backward(gm, bar(batches(), "profiling", self.data.batches, self.show), self.loss_fn, request)

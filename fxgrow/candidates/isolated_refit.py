@@ -44,9 +44,9 @@ class HeldOutCache(ActivationCache):
         self.samples += record.size
         self.loss += record.loss * record.size
         for node in sources:
-            self.add_input(node, record.inputs[node], record.size)
+            self.inputs[node].add(record.inputs[node], record.size, self.expected)
         for node in targets:
-            self.add_output_gradient(node, record.output_gradients[node], record.size)
+            self.output_gradients[node].add(record.output_gradients[node], record.size, self.expected)
 
 
 @dataclass
@@ -158,14 +158,14 @@ class IsolatedRefit:
     @torch.no_grad()
     def _second_moments(self, c: ConsumerMoments, width: str) -> tuple[Tensor, Tensor]:
         """E[h z^T] and E[z z^T], from the rows that E[h h^T] is from."""
-        cache, path = self.stats.cache, self.paths[width]
+        cached, path = self.stats.cache.inputs, self.paths[width]
         total: list[Tensor] = []
         for sampled in c.sampled:
-            (h,) = cache.read([sampled.use.source], sampled.span, sampled.keep)
+            h = cached[sampled.use.source].read(sampled.span, sampled.keep)
             activations = self.activations.get((width, sampled.span))
             if activations is None:
-                inputs = zip(path.sources, cache.read(path.sources, sampled.span, sampled.keep), strict=True)
-                activations = path.activations(self.proposals[width], dict(inputs))
+                inputs = {n: cached[n].read(sampled.span, sampled.keep) for n in path.sources}
+                activations = path.activations(self.proposals[width], inputs)
             z = activations[sampled.use.source]
             for part in sampled.parts:
                 right = accumulating(c.input_rows(c.layer_input(z), part))

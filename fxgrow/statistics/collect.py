@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 
 import torch
@@ -41,16 +42,9 @@ SAMPLED_RIDGE = (1e-2, 1e-1)
 class Statistics:
     """All consumers and widths of one profile, filled batch by batch.
 
-    Args:
-        analysed: the graph.
-        widths: the widths to measure.
-        exact: form every matrix from every position.
-        width_moments: collect S and N at all.
-        project: `subtract_expressible` will follow, and then adds cached samples to N.
-        output_side: collect G too.
-        width_cache_bytes: largest size of the cached activations of a width.
-        isolated_cache_bytes: largest size of those for isolated units.
-        rows: sampled rows of b per feature from which S is formed; None for `rows_for`.
+    With `exact` every matrix is formed from every position. S and N are collected with `width_moments`, G with
+    `output_side`. With `project`, `subtract_expressible` will follow, and then adds cached samples to N. `rows` are the
+    sampled rows of b per feature from which S is formed; None for `rows_for`.
     """
 
     def __init__(
@@ -82,10 +76,14 @@ class Statistics:
                 most = rows_for(w.features)
                 w.wanted = most if rows is None else min(most, max(FEW_ROWS, math.ceil(rows * w.features)))
         self.uses = uses_by_node(self.consumers)
-        self.paths: dict[fx.Node, list[tuple[WidthMoments, ConvPath]]] = {}
+        #: inputs of the consumers
+        self.inputs = {p.source for c in self.consumers.values() for p in c.uses}
+        #: nodes whose outputs a pass must record
+        self.sources = self.inputs | {path.producer.source for w in self.widths.values() for path in w.paths}
+        self.paths: defaultdict[fx.Node, list[tuple[WidthMoments, ConvPath]]] = defaultdict(list)
         for w in self.widths.values():
             for path in w.paths:
-                self.paths.setdefault(path.consumer.node, []).append((w, path))
+                self.paths[path.consumer.node].append((w, path))
         self.cache = ActivationCache()
         #: number of samples of each batch to cache
         self.keep: dict[fx.Node, int] = {}
@@ -98,34 +96,18 @@ class Statistics:
         #: whether h and V of all samples are cached, so that no weight gradient is needed
         self.complete = False
 
-    @property
-    def sources(self) -> set[fx.Node]:
-        """Nodes whose outputs a pass must record."""
-        producer_inputs = {path.producer.source for w in self.widths.values() for path in w.paths}
-        return producer_inputs | {p.source for uses in self.uses.values() for _, p in uses}
-
-    @property
-    def weights(self) -> list[str]:
-        """Parameters whose gradients a pass must compute."""
-        biases = [c.bias for c in self.consumers.values() if c.bias is not None]
-        return list(dict.fromkeys([*(c.weight for c in self.consumers.values()), *biases]))
-
     def cache_for_isolated(self, widths: Iterable[GrowableWidth]) -> None:
         """Asks to cache what isolated units of these widths need, if it is small enough."""
-        widths = list(widths)
-        consumers = [p for h in widths for p in h.consumers]
-        self.isolated_inputs = {p.source for h in widths for p in h.producers}
-        self.isolated_targets = {p.node for p in consumers}
-        self.held_out_inputs = self.isolated_inputs | {p.source for p in consumers}
-
-    # -- during a pass
+        for h in widths:
+            self.isolated_inputs |= {p.source for p in h.producers}
+            self.isolated_targets |= {p.node for p in h.consumers}
+            self.held_out_inputs |= {p.source for p in (*h.producers, *h.consumers)}
 
     def _plan(self, record: BatchRecord, batches: int | None) -> None:
         """Decides how many samples of each batch to cache, from the first batch's shapes."""
         per_batch = self.cache.expected = max(1, batches or 8)
         few = math.ceil(FEW_SAMPLES / per_batch)
-        for p in (p for uses in self.uses.values() for _, p in uses):
-            self.keep[p.node] = self.keep[p.source] = few
+        self.keep = dict.fromkeys((*self.inputs, *self.uses), few)
         for w in self.widths.values():
             samples = math.ceil(rows_for(w.features) / w.positions(record.inputs))
             nodes = {n for path in w.paths for n in (path.producer.source, path.consumer.source)}
@@ -138,13 +120,12 @@ class Statistics:
         if size <= self.isolated_cache_bytes:
             self.caches_isolated = True
             self.keep |= dict.fromkeys((*self.isolated_inputs, *self.isolated_targets), sys.maxsize)
-            inputs = {p.source for uses in self.uses.values() for _, p in uses}
-            if self.isolated_targets == self.uses.keys() and all(self.keep[n] >= record.size for n in inputs):
+            if self.isolated_targets == self.uses.keys() and all(self.keep[n] >= record.size for n in self.inputs):
                 self.complete = True
-                self.keep |= dict.fromkeys(inputs, sys.maxsize)
+                self.keep |= dict.fromkeys(self.inputs, sys.maxsize)
 
     def _isolated_bytes(self, record: BatchRecord) -> float:
-        """Bytes per sample of all that isolated units need; infinity where inputs are not laid out by sample."""
+        """Bytes per sample that isolated units need; infinity where inputs are not laid out by sample."""
         if any(len(record.inputs[n]) != record.size for n in self.isolated_inputs | self.held_out_inputs):
             return math.inf
         size = {n: t.numel() / record.size for n, t in record.inputs.items()}
@@ -160,13 +141,13 @@ class Statistics:
         if not self.exact:
             if not self.keep:
                 self._plan(record, batches)
-            self.cache.add_output_gradient(node, v, self.keep[node])
+            self.cache.output_gradients[node].add(v, self.keep[node], self.cache.expected)
         for c, p in self.uses[node] if not self.complete else ():
             gradient = c.output_gradient(v)
             c.add_norm(gradient)
             if self.exact:
                 c.add_rows(c.layer_input(record.inputs[p.source]), gradient, None)
-        for w, path in self.paths.get(node, []):
+        for w, path in self.paths[node]:
             later = w.keep if self.project else 0
             if later < len(v):
                 gradient = self.consumers[path.consumer.weight].output_gradient(v[later:])
@@ -182,7 +163,7 @@ class Statistics:
                 w.add_rows(record.inputs, None)
             return
         for node in self.sources:
-            self.cache.add_input(node, record.inputs[node], self.keep[node])
+            self.cache.inputs[node].add(record.inputs[node], self.keep[node], self.cache.expected)
 
     def finish(self, generator: torch.Generator, process_group: ProcessGroup = SINGLE_PROCESS) -> None:
         """Turns sums into means over all processes, except N; sampled matrices are formed from the cache."""
@@ -219,7 +200,7 @@ class Statistics:
     ) -> Iterator[tuple[float, Span, dict[fx.Node, Tensor], dict[fx.Node, Tensor]]]:
         """Yields cached samples: their share of all that are cached, their batches, inputs and output gradients."""
         sources, targets = list(dict.fromkeys(inputs)), list(dict.fromkeys(targets))
-        total = sum(min(keep, c.size) for c in self.cache.inputs[sources[0]].chunks)
+        total = sum(min(keep, c.stop - c.start) for c in self.cache.inputs[sources[0]].chunks)
         for span, ins, gradients in self.cache.groups(keep, sources, targets):
             yield len(ins[sources[0]]) / total, span, ins, gradients
 
@@ -234,9 +215,9 @@ class Statistics:
     def subtract_expressible(self, updates: Mapping[str, Tensor]) -> None:
         """Subtracts E[b (dW* h)^T], what the existing weights can express, from N, by cached samples."""
         for w in self.widths.values():
-            by_use: dict[Projection, list[ConvPath]] = {}
+            by_use: defaultdict[Projection, list[ConvPath]] = defaultdict(list)
             for path in w.paths:
-                by_use.setdefault(path.consumer, []).append(path)
+                by_use[path.consumer].append(path)
             sources = [n for path in w.paths for n in (path.producer.source, path.consumer.source)]
             for share, _, inputs, gradients in self.cached(w.keep, sources, [p.node for p in by_use]):
                 for p, paths in by_use.items():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, fx
@@ -42,18 +42,17 @@ def rows_for(features: int) -> int:
     return min(max(20 * features, 2048), 12_000 + 2 * features)
 
 
-def uses_of(weight: str, projections: list[Projection]) -> list[Projection]:
-    """Every use of a weight, if all of them are alike; a weight that is also an embedding has no statistics."""
+def consumers_of(weight: str, projections: list[Projection], output_side: bool = True) -> dict[str, ConsumerMoments]:
+    """Moments of a weight by its name, or of each of its groups by `name[group]`.
+
+    Empty unless all uses of the weight are alike; one that is also an embedding has no statistics.
+    """
     uses = [p for p in projections if p.weight == weight and runs_in_eval_mode(p.node)]
     kinds = {(p.out_dim, p.transposed, p.groups) for p in uses}
-    return uses if len(kinds) == 1 and all(p.plain or p.transposed or 1 < p.groups <= GROUPS for p in uses) else []
-
-
-def consumers_of(weight: str, projections: list[Projection], output_side: bool = True) -> dict[str, ConsumerMoments]:
-    """Moments of a weight by its name, or of each of its groups by `name[group]`; empty where there are none."""
-    uses = uses_of(weight, projections)
-    if not uses or uses[0].groups == 1:
-        return {weight: ConsumerMoments(uses, output_side)} if uses else {}
+    if len(kinds) != 1 or not all(p.plain or p.transposed or 1 < p.groups <= GROUPS for p in uses):
+        return {}
+    if uses[0].groups == 1:
+        return {weight: ConsumerMoments(uses, output_side)}
     return {f"{weight}[{g}]": ConsumerMoments(uses, output_side, g) for g in range(uses[0].groups)}
 
 
@@ -71,28 +70,15 @@ def some_rows(count: int, limit: int, generator: torch.Generator | None, device:
     return torch.randperm(count, generator=generator)[:limit].to(device) if limit < count else None
 
 
-def _trained_bias(p: Projection) -> str | None:
-    """The bias, if it is trained: a frozen one is no feature."""
-    gm = p.node.graph.owning_module
-    return p.bias if p.bias is not None and gm is not None and lookup(gm, p.bias).requires_grad else None
-
-
-@dataclass(frozen=True)
-class SampledRows:
-    """The sampled rows of one use's input from which M was formed.
-
-    Attributes:
-        use: the use.
-        span: of the cached batches.
-        keep: samples of each batch.
-        parts: indices of rows among these samples, in parts that are gathered at once; None for all.
-        scale: weight of a row.
-    """
+class SampledRows(NamedTuple):
+    """The sampled rows of one use's input from which M was formed: of the first `keep` samples of cached batches."""
 
     use: Projection
     span: Span
     keep: int
+    #: indices of rows among these samples, in parts that are gathered at once; None for all
     parts: list[Tensor | None]
+    #: weight of a row
     scale: float
 
 
@@ -100,23 +86,7 @@ class ConsumerMoments:
     """E[V h^T], E|V|^2, M = E[h h^T] and G = E[V V^T] of one weight, over all its uses.
 
     A transposed convolution counts as a linear layer at each input position, before overlapping outputs are summed: V
-    are then windows of the output gradient, `[positions, channels * taps]`.
-
-    Before `finish` these are sums over samples and positions.
-
-    Attributes:
-        vh: E[V h^T], `[O, H]`; with a trained bias h has a trailing 1.
-        vv: E|V|^2.
-        m: M, `[H, H]`.
-        g: G, `[O, O]`, if `output_side`.
-        samples: number of samples behind M and G.
-        position_count: their positions.
-        rows: number of rows from which M and G were formed.
-        sampled: these rows.
-        kernel_taps: rows of vh per output channel: the kernel's size for a transposed convolution, else 1.
-        dim: dimension of `layer_input` that the weight sums over, and of `output_gradient` that has its outputs.
-        input_factor: M plus a ridge, factored, once `project` was called.
-        delta_w: dW*, then.
+    are then windows of the output gradient, `[positions, channels * taps]`. Before `finish` all moments are sums.
     """
 
     def __init__(self, uses: list[Projection], output_side: bool = True, group: int | None = None) -> None:
@@ -125,17 +95,25 @@ class ConsumerMoments:
         self.weight = uses[0].weight
         #: of a transposed convolution, the windows of its output
         self.output_window = window(uses[0]) if uses[0].transposed else None
-        # the bias of a transposed convolution is added once, not once per tap
-        self.bias = None if self.output_window else _trained_bias(uses[0])
+        # a frozen bias is no feature; that of a transposed convolution is added once, not once per tap
+        name, gm = uses[0].bias, cast(fx.GraphModule, uses[0].node.graph.owning_module)
+        is_feature = name is not None and not self.output_window and lookup(gm, name).requires_grad
+        self.bias = name if is_feature else None
         self.window = Window() if self.output_window else window(uses[0])
+        #: rows of vh per output channel
         self.kernel_taps = self.output_window.taps if self.output_window else 1
+        #: dimension of `layer_input` that the weight sums over, and of `output_gradient` that has its outputs
         self.dim = 1 if self.window.kernel else -1
+        #: E[V h^T], `[O, H]`; with a bias h has a trailing 1
         self.vh = torch.zeros(0)
         self.vv: Tensor | float = 0.0
+        #: `[H, H]`, and `[O, O]` if `output_side`
         self.m: Tensor | None = None
         self.g: Tensor | None = None
+        #: samples behind M and G, their positions, and the rows from which M and G were formed
         self.samples, self.position_count, self.rows = 0, 0, 0
         self.sampled: list[SampledRows] = []
+        #: M plus a ridge, factored, and dW*, once `project` was called
         self.input_factor: Factor | None = None
         self.delta_w: Tensor | None = None
 
@@ -195,18 +173,11 @@ class ConsumerMoments:
         share: float = 1.0,
         processes: int = 1,
     ) -> tuple[list[Tensor | None], float]:
-        """Adds rows to M and G.
+        """Adds rows of a `layer_input` and an `output_gradient` to M and G.
 
-        Args:
-            h: the `layer_input`.
-            v: the `output_gradient`.
-            samples: sampled rows are scaled as if they were of so many samples; None for all rows, unscaled.
-            generator: of the sampling.
-            share: of the rows that this weight needs, to be added by this call.
-            processes: that add as much each.
-
-        Returns:
-            Indices of the rows, in parts, and the weight of each.
+        With `samples`, they are sampled and scaled as if they were of so many samples: this call adds the given share
+        of the rows that the weight needs, and other processes as much each. None: all rows, unscaled. Returns indices
+        of the rows, in parts, and the weight of each.
         """
         gradients = self.gradient_rows(v)
         n = len(gradients)
