@@ -1,1 +1,1 @@
-"""New units tried on data: their outgoing weights, their worth, and whether they are significant."""
+"""New units on data: their outgoing weights, the decrease of the loss, and whether it is significant."""

@@ -7,7 +7,6 @@ and run.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -78,10 +77,12 @@ class Candidates(WidenedGraph):
         return out
 
 
-def padded(gm: fx.GraphModule, h: GrowableWidth, proposal: Proposal, k: int, generator: torch.Generator) -> Proposal:
+def padded(
+    gm: fx.GraphModule, width: GrowableWidth, proposal: Proposal, k: int, generator: torch.Generator
+) -> Proposal:
     """The proposal with k incoming rows for every producer: random ones (Kaiming) fill up, or are all there are."""
     alpha: dict[str, Tensor] = {}
-    for p in h.producers:
+    for p in width.producers:
         if p.weight in alpha:
             continue
         weight, biased = lookup(gm, p.weight), p.bias is not None
@@ -122,9 +123,7 @@ def _put_identity_kernels(change: SizeChange, name: str, values: Values) -> None
         positions = change.new_indices.get(parameter, {}).get((name, 0))
         if fill == "random" and positions is not None:
             shape = lookup(change.gm, parameter).shape[1:]
-            kernel = torch.zeros(len(positions), math.prod(shape))
-            centre = 0
-            for n in shape[1:]:
-                centre = centre * n + n // 2
-            kernel[:, centre] = 1.0
-            values.new.setdefault(parameter, {})[name, 0] = kernel.reshape(-1, *shape)
+            kernel = torch.zeros(len(positions), *shape)
+            centre: Any = (0, *(n // 2 for n in shape[1:]))
+            kernel[(slice(None), *centre)] = 1.0
+            values.new.setdefault(parameter, {})[name, 0] = kernel

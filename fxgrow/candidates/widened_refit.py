@@ -121,42 +121,35 @@ class WidenedRefit:
                 h, z = (x.index_select(c.dim, channels) for channels in self.channels[name])
                 yield name, ConsumerBatch(c, h, z, c.output_gradient(record.output_gradients[p.node]))
 
-    def _new_channels(self, c: ConsumerMoments) -> dict[str, Tensor]:
-        """Channels of each width's new units in what a weight reads."""
-        new = self.candidates.new_indices[c.weight]
-        return {width: positions for (width, dim), positions in new.items() if dim == c.uses[0].in_dim}
-
     def _channels(self, c: ConsumerMoments) -> tuple[Tensor, Tensor]:
-        new = torch.cat(list(self._new_channels(c).values()))
-        is_old = torch.ones((c.vh.shape[1] - (c.bias is not None)) // c.window.taps, dtype=torch.bool)
-        is_old[new] = False
-        return is_old.nonzero().flatten().to(c.vh.device), new.to(c.vh.device)
+        axis = self.candidates.change.parameters[c.weight][c.uses[0].in_dim]
+        return axis.moved.to(c.vh.device), torch.cat(list(axis.new.values())).to(c.vh.device)
 
     def _columns(self, name: str) -> tuple[Tensor, Tensor]:
         """Old and new columns of the weight, and the bias with the old ones."""
-        c, (old, new) = self.consumers[name], self.channels[name]
-        taps = torch.arange(c.window.taps, device=old.device)
-        old, new = ((channels[:, None] * len(taps) + taps).flatten() for channels in (old, new))
+        c, channels = self.consumers[name], self.channels[name]
+        old, new = (_spread(part, c.window.taps) for part in channels)
         return (old if c.bias is None else torch.cat([old, old.new_tensor([len(old) + len(new)])])), new
 
     def _fit(self, c: ConsumerMoments, old: Tensor, z: Tensor) -> OutgoingWeightFit:
         if c.m is None:
             raise RuntimeError("no rows were added")
-        channels = self._new_channels(c)
-        parts = torch.arange(len(z), device=z.device).split([len(at) * c.window.taps for at in channels.values()])
-        groups = self.candidates.unit_groups
-        new = {width: part.view(groups[width], -1) for width, part in zip(channels, parts, strict=True)}
-        outputs = self._old_outputs(c)
+        change, use = self.candidates.change, c.uses[0]
+        axes = change.parameters[c.weight]
+        new, at = {}, 0
+        for var, positions in axes[use.in_dim].new.items():
+            columns = torch.arange(at, at + len(positions) * c.window.taps, device=z.device)
+            new[change.names[var]] = columns.view(change.added[var], -1)
+            at += len(columns)
+        # rows of the weight that are not new units themselves
+        outputs = _spread(axes[use.out_dim].moved, c.kernel_taps).to(c.vh.device)
+        if c.groups > 1 and not use.experts:
+            outputs = outputs[outputs // len(c.vh) == c.group] % len(c.vh)
         g, fit = c.curvature()[outputs][:, outputs], (c.vh[outputs][:, old], c.vh[outputs][:, z])
         hh, hz, zz = c.m[old][:, old], c.m[old][:, z], c.m[z][:, z]
-        return OutgoingWeightFit(c.weight, c.bias, c.uses[0], outputs, new, hh, hz, zz, g, fit)
+        return OutgoingWeightFit(c.weight, c.bias, use, outputs, new, hh, hz, zz, g, fit)
 
-    def _old_outputs(self, c: ConsumerMoments) -> Tensor:
-        """Rows of the weight that are not new units themselves."""
-        groups = 1 if c.uses[0].experts else c.groups
-        is_old = torch.ones(len(c.vh) * groups, dtype=torch.bool)
-        for (_, dim), positions in self.candidates.new_indices[c.weight].items():
-            if dim == c.uses[0].out_dim:
-                is_old[(positions[:, None] * c.kernel_taps + torch.arange(c.kernel_taps)).flatten()] = False
-        is_old = is_old if groups == 1 else is_old.unflatten(0, (groups, -1))[c.group]
-        return is_old.nonzero().flatten().to(c.vh.device)
+
+def _spread(positions: Tensor, taps: int) -> Tensor:
+    """Positions of all taps of these channels."""
+    return (positions[:, None] * taps + torch.arange(taps, device=positions.device)).flatten()
