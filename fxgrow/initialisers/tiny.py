@@ -8,7 +8,6 @@ Incoming weights alpha `[k, P]`, outgoing weights omega `[k, taps, O]`.
 from __future__ import annotations
 
 from fxgrow.initialisers.registry import Consumers, Proposal, initialiser, split_rows
-from fxgrow.statistics.factorisation import factor
 from fxgrow.statistics.top_singular import top_units
 from fxgrow.statistics.width_moments import WidthMoments
 
@@ -17,6 +16,5 @@ from fxgrow.statistics.width_moments import WidthMoments
 def tiny(width: WidthMoments, consumers: Consumers, k: int) -> Proposal:
     """Incoming and outgoing weights of at most k units."""
     names = list(width.blocks)
-    s = factor(width.upper, ridge=width.ridge)
-    units = top_units([width.blocks[n] for n in names], s, None, k)
+    units = top_units([width.blocks[n] for n in names], width.factor(width.ridge), None, k)
     return Proposal(split_rows(units.alpha, width), dict(zip(names, units.omega, strict=True)), units.values)

@@ -9,6 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd, prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
 
 from fxgrow.errors import ProfileError
 
@@ -16,12 +20,6 @@ from fxgrow.errors import ProfileError
 @dataclass(frozen=True)
 class Window:
     """A convolution's geometry, one entry per spatial dimension; ``Window()`` is a linear layer.
-
-    Attributes:
-        kernel: kernel sizes; empty for a linear layer.
-        stride: strides; 1 by default.
-        dilation: dilations; 1 by default.
-        padding: zeros on both sides; 0 by default.
 
     Raises:
         ProfileError: the entries do not have one value per spatial dimension.
@@ -52,21 +50,15 @@ class Window:
         return tuple((size + 2 * p - d * (k - 1) - 1) // s + 1 for size, k, s, d, p in sizes)
 
 
-@dataclass(frozen=True)
-class Strip:
-    """A part of the virtual convolution along one dimension.
+class Strip(NamedTuple):
+    """A part of the virtual convolution along one dimension."""
 
-    Attributes:
-        positions: output positions.
-        start: first tap.
-        stop: one past the last tap.
-        low: first virtual kernel entry, counted from that of the first tap, that reads data.
-        high: one past the last one.
-    """
-
+    #: output positions
     positions: slice
+    #: taps
     start: int
     stop: int
+    #: virtual kernel entries that read data, counted from that of the first tap
     low: int
     high: int
 
@@ -78,26 +70,18 @@ class AxisGeometry:
     The consumer reads the *read map*. Entry i of the patch behind position m of this map is at ``hop * m + dilation *
     i`` of the producer's padded and averaged input. Output position p of the consumer reads m = ``stride * p + spread *
     j - padding`` at tap j.
-
-    Attributes:
-        kernel: producer kernel size.
-        dilation: producer dilation.
-        hop: input distance between neighbouring read positions (producer stride times pool).
-        taps: consumer kernel size.
-        stride: consumer stride.
-        spread: consumer dilation.
-        padding: consumer padding.
-        read: size of the read map.
-        out: size of the consumer's output.
     """
 
+    #: of the producer; ``hop`` is its stride times the pool
     kernel: int
     dilation: int
     hop: int
+    #: of the consumer: kernel size, stride, dilation and padding
     taps: int
     stride: int
     spread: int
     padding: int
+    #: sizes of the read map and of the consumer's output
     read: int
     out: int
 
@@ -129,6 +113,10 @@ class AxisGeometry:
         """Read position of output position ``p`` at ``tap``; outside ``[0, read)`` it is padding."""
         return self.stride * p + self.spread * tap - self.padding
 
+    def positions(self) -> Tensor:
+        """The same of all output positions and taps, ``[out, taps]``."""
+        return self.stride * torch.arange(self.out)[:, None] + self.spread * torch.arange(self.taps) - self.padding
+
     def inside(self, tap: int) -> range:
         """Output positions whose ``tap`` falls inside the read map."""
         first = self.spread * tap - self.padding
@@ -145,43 +133,32 @@ class AxisGeometry:
         """Zeros in front of the input, for the consumer's padding."""
         return self.hop * self.padding
 
-    @property
-    def span(self) -> int:
-        """Length of the input that the virtual convolution reads."""
-        return self.jump * (self.out - 1) + self.step * (self.size(self.taps) - 1) + 1
-
     def borders(self, data: range | None = None) -> list[Strip]:
         """One strip for every output position where the virtual patch of a padded tap reads data.
 
         The virtual convolution reads patches at padded positions too. They start outside of the map, but where patches
-        overlap they end inside: these products have to be subtracted again.
-
-        Args:
-            data: positions of the input that are not the producer's padding; None for all.
+        overlap they end inside: these products have to be subtracted again. ``data`` are the positions of the input
+        that are not the producer's padding; None for all.
         """
         overlap = self.reach // self.hop
         strips = []
         for p in range(self.out) if overlap and self.padding else ():
             for first, last in ((-overlap, 0), (self.read, self.read + overlap)):
                 taps = [j for j in range(self.taps) if first <= self.position(p, j) < last]
-                if taps:
-                    at = self.jump * p + self.gap * taps[0] - self.lead
-                    entries = range(self.size(len(taps)))
-                    inside = [u for u in entries if 0 <= at + self.step * u < self.extent]
-                    inside = [u for u in inside if data is None or at + self.step * u in data]
-                    if inside:
-                        strips.append(Strip(slice(p, p + 1), taps[0], taps[-1] + 1, inside[0], inside[-1] + 1))
+                if not taps:
+                    continue
+                at = self.jump * p + self.gap * taps[0] - self.lead
+                reads = ((u, at + self.step * u) for u in range(self.size(len(taps))))
+                inside = [u for u, i in reads if 0 <= i < self.extent and (data is None or i in data)]
+                if inside:
+                    strips.append(Strip(slice(p, p + 1), taps[0], taps[-1] + 1, inside[0], inside[-1] + 1))
         return strips
 
 
 def axis_geometries(
     shape: tuple[int, ...], producer: Window, consumer: Window, pool: tuple[int, ...] = ()
 ) -> tuple[AxisGeometry, ...]:
-    """The geometry per spatial dimension of a producer on spatial ``shape``, a pool of ``pool`` and a consumer.
-
-    Raises:
-        ProfileError: the numbers of spatial dimensions differ, or a map would be empty.
-    """
+    """The geometry per spatial dimension of a producer on spatial ``shape``, a pool of ``pool`` and a consumer."""
     nd = len(producer.kernel)
     pool = pool or (1,) * nd
     if not len(shape) == len(consumer.kernel) == len(pool) == nd:
@@ -208,8 +185,6 @@ def border_strips(
     shape: tuple[int, ...], producer: Window, geometry: tuple[AxisGeometry, ...], pool: tuple[int, ...]
 ) -> tuple[tuple[Strip, ...], ...]:
     """The borders per spatial dimension, without entries that read only the producer's padding."""
-    strips = []
-    for d, axis in enumerate(geometry):
-        first = producer.padding[d] - producer.stride[d] * (pool[d] - 1 if pool else 0)
-        strips.append(tuple(axis.borders(range(first, producer.padding[d] + shape[d]))))
-    return tuple(strips)
+    margin = [s * (r - 1) for s, r in zip(producer.stride, pool or (1,) * len(shape), strict=True)]
+    parts = zip(geometry, shape, producer.padding, margin, strict=True)
+    return tuple(tuple(axis.borders(range(p - m, p + size))) for axis, size, p, m in parts)

@@ -22,24 +22,12 @@ from fxgrow.statistics.gram import accumulating, matrix_product
 
 
 def patch_rows(
-    x: Tensor,
-    window: Window,
-    chosen: Tensor | None = None,
-    bias: bool = False,
-    pool: tuple[int, ...] = (),
+    x: Tensor, window: Window, chosen: Tensor | None = None, bias: bool = False, pool: tuple[int, ...] = ()
 ) -> Tensor:
-    """Patches that a window reads, in the feature order of ``weight.flatten(1)``.
+    """Patches that a window reads, ``[m, C * prod(kernel) (+ 1)]`` in the feature order of ``weight.flatten(1)``.
 
-    Args:
-        x: ``[n, C, *S]``, or ``[n, T, F]`` for a linear layer.
-        window: the geometry.
-        chosen: ``[m]`` int64, flat index into samples and positions of the window's output map (with ``pool``: the
-            pooled map); None for all.
-        bias: append a feature that is 1.
-        pool: window = stride of an average pool after the producer; a row is then the mean patch.
-
-    Returns:
-        ``[m, C * prod(kernel) (+ 1)]``.
+    ``chosen`` (None: all) are flat indices into samples and positions of the window's output map; with ``pool``, window
+    and stride of an average pool, of the pooled map, and a row is the mean patch. ``bias`` appends a feature that is 1.
     """
     if not window.kernel:
         rows = accumulating(x.flatten(0, 1) if chosen is None else x.flatten(0, 1).index_select(0, chosen))
@@ -64,12 +52,7 @@ def patch_rows(
 
 @torch.no_grad()
 def cross_moment(
-    x: Tensor,
-    v: Tensor,
-    producer: Window,
-    consumer: Window,
-    bias: bool = False,
-    pool: tuple[int, ...] = (),
+    x: Tensor, v: Tensor, producer: Window, consumer: Window, bias: bool = False, pool: tuple[int, ...] = ()
 ) -> Tensor:
     """Sum over samples and output positions p of b(p + tap) v(p)^T, zero where the tap is padding.
 
@@ -87,9 +70,6 @@ def cross_moment(
 
     Returns:
         ``[P, taps, O]`` with P = C * prod(kernel) (+ 1) and taps = prod(consumer.kernel).
-
-    Raises:
-        ProfileError: the shapes do not fit the geometry.
     """
     x, v = accumulating(x), accumulating(v)
     if not producer.kernel:
@@ -113,18 +93,14 @@ def cross_moment(
 
 @lru_cache(maxsize=256)
 def coverage(read_shape: tuple[int, ...], consumer: Window) -> Tensor:
-    """How many of the consumer's windows cover each position of the map that it reads.
+    """How many of the consumer's windows cover each position of the map that it reads, int64 ``[*read_shape]``.
 
-    Returns:
-        int64 ``[*read_shape]``: the weight of each position in S of TINY, where a patch counts once per window.
+    It is the weight of each position in S of TINY, where a patch counts once per window.
     """
     total = torch.ones((), dtype=torch.long)
     for axis in axis_geometries(read_shape, Window((1,) * len(read_shape)), consumer):
-        count = torch.zeros(axis.read, dtype=torch.long)
-        for tap in range(axis.taps):
-            for p in axis.inside(tap):
-                count[axis.position(p, tap)] += 1
-        total = total[..., None] * count
+        at = axis.positions()
+        total = total[..., None] * torch.bincount(at[(at >= 0) & (at < axis.read)], minlength=axis.read)
     return total
 
 
@@ -139,11 +115,9 @@ def _place(x: Tensor, lead: Sequence[int], length: Sequence[int]) -> Tensor:
 
 def _averaged(x: Tensor, producer: Window, geometry: tuple[AxisGeometry, ...], pool: tuple[int, ...]) -> Tensor:
     """The producer's padded input, averaged so that the patch at a read position is the mean patch of its pool."""
-    pool = pool or (1,) * len(geometry)
-    strides = producer.stride
-    margin = [s * (r - 1) for s, r in zip(strides, pool, strict=True)]
-    x = _place(x, producer.padding, [a.extent + m for a, m in zip(geometry, margin, strict=True)])
-    for dim, (axis, stride, r) in enumerate(zip(geometry, strides, pool, strict=True), start=2):
+    axes = list(zip(geometry, producer.stride, pool or (1,) * len(geometry), strict=True))
+    x = _place(x, producer.padding, [a.extent + s * (r - 1) for a, s, r in axes])
+    for dim, (axis, stride, r) in enumerate(axes, start=2):
         if r > 1:
             shifted = (x.narrow(dim, stride * t, axis.extent) for t in range(1, r))
             x = sum(shifted, x.narrow(dim, 0, axis.extent)) / r
@@ -181,10 +155,8 @@ def _by_tap(x: Tensor, v: Tensor, geometry: tuple[AxisGeometry, ...]) -> Tensor:
             moment[:, tap] = 0
             continue
         first = [a.position(r.start, j) for a, r, j in zip(geometry, to, entry, strict=True)]
-        here = tuple(slice(r.start, r.stop) for r in to)
-        there = tuple(
-            slice(f, f + a.stride * (len(r) - 1) + 1, a.stride) for a, r, f in zip(geometry, to, first, strict=True)
-        )
+        here = [slice(r.start, r.stop) for r in to]
+        there = [slice(f, f + a.stride * len(r), a.stride) for a, r, f in zip(geometry, to, first, strict=True)]
         left: Tensor = b[(slice(None), *there)].flatten(0, nd)
         right: Tensor = v[(slice(None), *here)].flatten(0, nd)
         torch.mm(left.mT, right, out=moment[:, tap])
@@ -197,24 +169,20 @@ def _virtual(
 ) -> Tensor:  # fmt: skip
     """Weight gradient of the virtual convolution, less its borders by inclusion-exclusion over dimensions.
 
-    Args:
-        x: the producer's input, padded and averaged.
-        v: V at the consumer's output.
-        geometry: per spatial dimension.
-        borders: per spatial dimension.
-        raw: the producer's input before padding, and its padding, if there is no pool.
+    x is the producer's input, padded and averaged; without a pool, `raw` is it before padding, and its padding.
     """
     nd, channels = len(geometry), x.shape[1]
     padding = _implicit_padding(*raw, geometry) if raw else None
     every = [Strip(slice(0, a.out), 0, a.taps, 0, a.size(a.taps)) for a in geometry]
     choices = [[full, *strips] for full, strips in zip(every, borders, strict=True)]
     # O is the innermost dimension throughout, so that every sum runs along it
-    moment = x.new_empty(channels, *(a.kernel for a in geometry), *(a.taps for a in geometry), v.shape[1])
+    moment = x.new_zeros(channels, *(a.kernel for a in geometry), *(a.taps for a in geometry), v.shape[1])
     # per dimension: all positions, or one border position with the taps that are padding there
     for choice in product(*choices):
         cut = sum(strip is not full for strip, full in zip(choice, every, strict=True))
         vs, xs, target = v, x, moment
-        lead, length = [a.lead for a in geometry], [a.span for a in geometry]
+        lead = [a.lead for a in geometry]
+        length = [a.jump * (a.out - 1) + a.step * (a.size(a.taps) - 1) + 1 for a in geometry]
         for d, (axis, strip) in enumerate(zip(geometry, choice, strict=True)):
             target = target.narrow(1 + nd + d, strip.start, strip.stop - strip.start)
             if strip is not every[d]:
@@ -227,11 +195,7 @@ def _virtual(
             weight = _virtual_weight_gradient(raw[0], vs, kernel, geometry, padding)
         else:
             weight = _virtual_weight_gradient(_place(xs, lead, length), vs, kernel, geometry)
-        term = _offsets(weight, choice, geometry)
-        if cut:
-            target.add_(term, alpha=(-1) ** cut)
-        else:
-            target.copy_(term)
+        target.add_(_offsets(weight, choice, geometry), alpha=(-1) ** cut)
     return moment.reshape(-1, prod(a.taps for a in geometry), v.shape[1])
 
 
@@ -289,11 +253,8 @@ def _tap_sums(v: Tensor, geometry: tuple[AxisGeometry, ...]) -> Tensor:
     """The row of the feature that is 1, ``[taps, O]``: per tap, the sum of v where the tap is not padding."""
     total = v.sum(0)
     for axis in geometry:
-        valid = total.new_zeros(axis.out, axis.taps)
-        for tap in range(axis.taps):
-            inside = axis.inside(tap)
-            valid[inside.start : inside.stop, tap] = 1
-        total = torch.tensordot(total, valid, dims=([1], [0]))
+        at = axis.positions().to(total.device)
+        total = torch.tensordot(total, ((at >= 0) & (at < axis.read)).to(total), dims=([1], [0]))
     return total.flatten(1).mT
 
 

@@ -7,8 +7,10 @@ gradient of a sample's loss at a consumer's output. E is the mean over samples o
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -25,50 +27,38 @@ from fxgrow.statistics.producer_consumer_path import ConvPath, gradient_map, pro
 
 
 class PatchMap(NamedTuple):
-    """The map on which the patches b of all producers are taken.
-
-    Attributes:
-        paths: the paths on this map.
-        shape: its spatial shape, empty between linear layers.
-        pooled: whether it is the map that a consumer reads, after the pools, and not the output of the producers.
-        cover: how often each position is read, `[*shape]`.
-    """
+    """The map on which the patches b of all producers are taken, and the paths on it."""
 
     paths: list[ConvPath]
+    #: its spatial shape, empty between linear layers
     shape: tuple[int, ...]
+    #: whether it is the map that a consumer reads, after the pools, and not the output of the producers
     pooled: bool
+    #: how often each position is read, `[*shape]`
     cover: Tensor
 
 
 @dataclass
 class WidthMoments:
-    """N and S of one width.
-
-    Attributes:
-        growable: the width.
-        paths: from every producer to every consumer.
-        spans: range of each producer's features in b, by weight.
-        blocks: N by consumer, `[P, taps, O]`.
-        s: S, `[P, P]`, in its upper triangle.
-        rows: number of rows of b from which S was formed.
-        samples: number of samples behind S.
-        position_count: their positions that are read, counted once per window.
-        keep: number of samples of each batch that are cached for this width.
-        ridge: relative ridge that S needs.
-        wanted: number of rows from which S is to be formed; with fewer than P, the rows replace S.
-        sampled: these rows, weighted, `[m, P]` in parts.
-    """
+    """N and S of one width, by the paths from every producer to every consumer."""
 
     growable: GrowableWidth
     paths: list[ConvPath]
+    #: range of each producer's features in b, by weight
     spans: dict[str, tuple[int, int]]
+    #: N by consumer, `[P, taps, O]`
     blocks: dict[str, Tensor] = field(default_factory=dict)
+    #: S, `[P, P]`, in its upper triangle
     s: Tensor | None = None
+    #: number of rows of b and of samples behind S, and of positions that are read, counted once per window
     rows: int = 0
     samples: int = 0
     position_count: float = 0.0
+    #: number of samples of each batch that are cached for this width
     keep: int = 0
+    #: relative ridge that S needs
     ridge: float = 0.0
+    #: number of rows from which S is to be formed; with fewer than P, the rows replace S: weighted, `[m, P]` in parts
     wanted: int = 0
     sampled: list[Tensor] = field(default_factory=list)
 
@@ -85,18 +75,13 @@ class WidthMoments:
     @property
     def second_moment(self) -> Tensor:
         """S, `[P, P]`."""
-        return mirrored(self.upper)
-
-    @property
-    def upper(self) -> Tensor:
-        """S in its upper triangle, which is what `factor` reads; the rest is unspecified."""
         if self.s is None:
             raise RuntimeError("no rows were added")
-        return self.s
+        return mirrored(self.s)
 
     def factor(self, ridge: float) -> Factor:
         """The factor of S plus a relative ridge."""
-        return factor(rows=self._rows(), ridge=ridge) if self.sampled else factor(self.upper, ridge=ridge)
+        return factor(rows=self._rows(), ridge=ridge) if self.sampled else factor(self.second_moment, ridge=ridge)
 
     def scaled(self, alpha: Tensor) -> Tensor:
         """Every column of alpha scaled so that E[(alpha^T b)^2] over positions is 1, `[P, k]`."""
@@ -110,26 +95,16 @@ class WidthMoments:
         return self.sampled[0] if len(self.sampled) == 1 else torch.cat(self.sampled)
 
     def add(self, path: ConvPath, x: Tensor, v: Tensor, scale: float = 1.0) -> None:
-        """Adds scale * sum of b V^T over one batch to N of the path's consumer.
-
-        Args:
-            path: from the producer to the consumer.
-            x: the producer's input, `[n, ...]`.
-            v: V at the consumer's output, `[n, ...]`.
-            scale: see above.
-        """
+        """Adds scale * sum of b V^T to N: x is the producer's input, V at the consumer's output, `[n, ...]`."""
         name, bias = path.consumer.weight, path.producer.bias is not None
         x, v = producer_map(x, path), gradient_map(v, path)
-        moment = cross_moment(x, v, path.producer_window, path.consumer_window, bias=bias, pool=path.pool)
-        moment.mul_(scale)
-        block = self.blocks.get(name)
-        if block is None and len(moment) == self.features:
-            self.blocks[name] = moment
-            return
-        if block is None:
-            block = self.blocks[name] = moment.new_zeros(self.features, *moment.shape[1:])
-        start, stop = self.spans[path.producer.weight]
-        block[start:stop].add_(moment)
+        moment = cross_moment(x, v, path.producer_window, path.consumer_window, bias=bias, pool=path.pool).mul_(scale)
+        if name not in self.blocks:
+            if len(moment) == self.features:
+                self.blocks[name] = moment
+                return
+            self.blocks[name] = moment.new_zeros(self.features, *moment.shape[1:])
+        self.blocks[name][slice(*self.spans[path.producer.weight])].add_(moment)
 
     def patch_map(self) -> PatchMap:
         """The map on which b is taken."""
@@ -141,10 +116,8 @@ class WidthMoments:
                 (shape,) = written
                 return PatchMap(paths, shape, False, torch.ones(shape))
             # producers write different maps too: take the input of the consumer that most of them reach
-            by_use: dict[fx.Node, list[ConvPath]] = {}
-            for p in paths:
-                by_use.setdefault(p.consumer.node, []).append(p)
-            paths = max(by_use.values(), key=len)
+            ((node, _),) = Counter(p.consumer.node for p in paths).most_common(1)
+            paths = [p for p in paths if p.consumer.node is node]
         shape = paths[0].read_shape
         if not shape:
             return PatchMap(paths, shape, True, torch.ones(()))
@@ -159,25 +132,19 @@ class WidthMoments:
         share: float = 1.0,
         processes: int = 1,
     ) -> None:
-        """Adds rows b to S.
+        """Adds rows b of inputs, by node, to S.
 
-        Args:
-            inputs: by node, `[n, ...]`.
-            samples: sampled rows are scaled as if they were of so many samples; None for all rows, unscaled.
-            generator: of the sampling.
-            share: of the `wanted` rows, to be added by this call.
-            processes: that add as much each.
+        With `samples`, they are sampled and scaled as if they were of so many samples: this call adds the given share
+        of the `wanted` rows, and other processes as much each. None: all rows, unscaled.
         """
         limit = None if samples is None else math.ceil(share * self.wanted / processes)
-        n = next(iter(inputs[p.producer.source] for p in self.paths)).shape[0]
+        n = len(inputs[self.paths[0].producer.source])
         total = n * self.positions(inputs)
         self.samples += n
         for uses in self.rounds():
             rows, weight, bias = self.stacked(uses, inputs, limit, generator)
             self.position_count += float(weight.mean()) * total
             scale = 1.0 if samples is None else samples / n * total / len(rows)
-            least, most = (float(w) for w in weight.aminmax())
-            even = least == most
             self.rows += len(rows)
             if samples is not None and self.wanted < self.features:
                 ones = (weight * (scale * share / samples)).sqrt()[:, None].to(rows)
@@ -187,18 +154,19 @@ class WidthMoments:
                     weighted[:, -1:] = ones
                 self.sampled.append(weighted)
                 continue
-            self.s = add_gram(self.s, rows, None if even else weight, bias, scale * (least if even else 1.0))
+            least, most = (float(w) for w in weight.aminmax())
+            if least == most:
+                self.s = add_gram(self.s, rows, None, bias, scale * least)
+            else:
+                self.s = add_gram(self.s, rows, weight, bias, scale)
 
-    def rounds(self) -> list[dict[str, ConvPath]]:
+    def rounds(self) -> list[dict[str, ConvPath | None]]:
         """For each i the i-th use of every producer: further uses of a module count like further positions."""
         uses: dict[str, dict[fx.Node, ConvPath]] = {name: {} for name in self.spans}
         for path in self.patch_map().paths:
             uses[path.producer.weight].setdefault(path.producer.node, path)
-        lists = {name: list(paths.values()) for name, paths in uses.items()}
-        return [
-            {name: paths[i] for name, paths in lists.items() if i < len(paths)}
-            for i in range(max(map(len, lists.values())))
-        ]
+        rounds = zip_longest(*(paths.values() for paths in uses.values()))
+        return [dict(zip(uses, paths, strict=True)) for paths in rounds]
 
     def positions(self, inputs: Mapping[fx.Node, Tensor]) -> int:
         """Positions of a sample on the map of patches."""
@@ -207,42 +175,32 @@ class WidthMoments:
 
     def stacked(
         self,
-        uses: Mapping[str, ConvPath],
+        uses: Mapping[str, ConvPath | None],
         inputs: Mapping[fx.Node, Tensor],
         limit: int | None,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor, bool]:
-        """Rows b of all producers side by side, at most `limit` of them (None: all).
+        """Rows b of all producers side by side, at most `limit` of them (None: all), zero for one without a use.
 
         Returns:
-            The rows `[m, P]` (zero for a producer without a use), how often each is read `[m]`, and whether the last
-            feature, which is 1, is left out.
+            The rows `[m, P]`, how often each is read `[m]`, and whether the last feature, which is 1, is left out.
         """
-        _, shape, pooled, cover = self.patch_map()
-        maps = {name: producer_map(inputs[path.producer.source], path) for name, path in uses.items()}
-        first = next(iter(maps.values()))
-        n, device, positions = first.shape[0], first.device, self.positions(inputs)
-        chosen = None if limit is None else some_rows(n * positions, limit, generator, device)
-        count = n * positions if chosen is None else len(chosen)
-        cover = cover.flatten().to(device)
-        if not shape:
-            weight = cover.expand(count)
-        else:
-            weight = cover.repeat(n) if chosen is None else cover[chosen % positions]
-
-        def patches(name: str, bias: bool) -> Tensor:
-            path = uses[name]
-            return patch_rows(maps[name], path.producer_window, chosen, bias, path.pool if pooled else ())
-
-        if len(self.spans) == 1:
-            ((name, path),) = uses.items()
-            return patches(name, False), weight, path.producer.bias is not None
-        parts = []
+        _, _, pooled, cover = self.patch_map()
+        maps = {name: producer_map(inputs[path.producer.source], path) for name, path in uses.items() if path}
+        first, positions = next(iter(maps.values())), self.positions(inputs)
+        chosen = None if limit is None else some_rows(len(first) * positions, limit, generator, first.device)
+        cover = cover.flatten().to(first.device).expand(positions)
+        weight = cover.repeat(len(first)) if chosen is None else cover[chosen % positions]
+        parts, alone = [], len(self.spans) == 1
         for name, (start, stop) in self.spans.items():
-            if name in uses:
-                parts.append(patches(name, uses[name].producer.bias is not None))
+            path = uses[name]
+            if path is None:
+                parts.append(accumulating(first.new_zeros(len(weight), stop - start)))
             else:
-                parts.append(accumulating(first.new_zeros(count, stop - start)))
+                bias, pool = not alone and path.producer.bias is not None, path.pool if pooled else ()
+                parts.append(patch_rows(maps[name], path.producer_window, chosen, bias, pool))
+        if alone:
+            return parts[0], weight, self.paths[0].producer.bias is not None
         return torch.cat(parts, 1), weight, False
 
 
