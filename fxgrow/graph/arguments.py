@@ -12,19 +12,15 @@ Path: TypeAlias = tuple[int | str, ...]
 
 def argument_leaves(node: fx.Node) -> Iterator[tuple[Path, Any]]:
     """Yields path and value of everything in a node's arguments that is no container."""
-    for i, argument in enumerate(node.args):
-        yield from _leaves(argument, (i,))
+    yield from _leaves(node.args, ())
     yield from _leaves(node.kwargs, ())
 
 
 def _leaves(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
-    if isinstance(value, (tuple, list)):
-        for i, item in enumerate(value):
-            yield from _leaves(item, (*path, i))
-    elif isinstance(value, slice):
-        yield from _leaves((value.start, value.stop, value.step), path)
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
+    if isinstance(value, slice):
+        value = value.start, value.stop, value.step
+    if isinstance(value, (tuple, list, Mapping)):
+        for key, item in value.items() if isinstance(value, Mapping) else enumerate(value):
             yield from _leaves(item, (*path, key))
     else:
         yield path, value

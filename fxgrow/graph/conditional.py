@@ -1,8 +1,8 @@
 """Nodes that run only under a condition: in one mode, or when a random number says so.
 
 A graph of torch.fx has no branches. Here a node may carry conditions, the names of nodes with a truth value; the
-generated code evaluates it only where they hold, so that it draws no random number and moves no buffer elsewhere. What
-it computes is read by other conditional nodes, or chosen by `fxgrow.graph.node_functions.in_mode`.
+generated code runs it only where they hold: elsewhere it draws no random number and moves no buffer. Its value is read
+by other conditional nodes, or chosen by `fxgrow.graph.node_functions.in_mode`.
 
 >>> import torch
 >>> graph = torch.fx.Graph()
@@ -25,8 +25,6 @@ from torch.fx.graph import CodeGen
 
 from fxgrow.graph.node_meta import CONDITIONS
 
-#: names of nodes with a truth value, and the values at which a node runs
-Conditions = tuple[tuple[str, bool], ...]
 _STATEMENT = re.compile(r"(?:^|;  )(\w+)(?: ?:[^=]+)? = ")
 
 
@@ -36,13 +34,16 @@ class ConditionalCodeGen(CodeGen):
     def _gen_python_code(self, nodes: Any, *args: Any, **kwargs: Any) -> Any:
         names = {node.name: repr(node) for node in nodes}
         conditions = {node.name: node.meta[CONDITIONS] for node in nodes if node.meta.get(CONDITIONS)}
-        tests = {names[node]: _test(of, names) for node, of in conditions.items()}
+        tests = {
+            names[node]: " and ".join(names[name] if outcome else f"not {names[name]}" for name, outcome in of)
+            for node, of in conditions.items()
+        }
         asked = {names[name] for of in conditions.values() for name, _ in of}
         before = self._body_transformer
 
         def transform(body: list[str]) -> list[str]:
             body = before(body) if before is not None else body
-            return [_keep(part, asked) if part.startswith(";") else _conditional(part, tests) for part in body]
+            return [_free(part, asked) if part.startswith(";") else _conditional(part, tests) for part in body]
 
         self._body_transformer = transform if tests else before
         try:
@@ -51,11 +52,7 @@ class ConditionalCodeGen(CodeGen):
             self._body_transformer = before
 
 
-def _test(conditions: Conditions, names: dict[str, str]) -> str:
-    return " and ".join(names[name] if outcome else f"not {names[name]}" for name, outcome in conditions)
-
-
-def _keep(part: str, asked: set[str]) -> str:
+def _free(part: str, asked: set[str]) -> str:
     """The end of a line, which frees variables, without those that are still asked for."""
     freed = [name for name in re.findall(r"\w+", part) if name != "None" and name not in asked]
     return f";  {' = '.join(freed)} = None\n" if freed else "\n"
@@ -97,10 +94,7 @@ class ConditionalInterpreter(fx.Interpreter):
     """An interpreter that leaves out the nodes whose conditions do not hold; their value is None."""
 
     def run_node(self, n: fx.Node) -> Any:
-        """Runs a node, or leaves it out."""
         conditions = n.meta.get(CONDITIONS, ())
-        if conditions:
-            values = {node.name: value for node, value in self.env.items()}
-            if not all(bool(values[name]) is outcome for name, outcome in conditions):
-                return None
-        return super().run_node(n)
+        values = {node.name: value for node, value in self.env.items()} if conditions else {}
+        runs = all(bool(values[name]) is outcome for name, outcome in conditions)
+        return super().run_node(n) if runs else None

@@ -44,18 +44,11 @@ def lent_buffers(module: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def eval_outputs(module: nn.Module, inputs: Any) -> list[Tensor]:
-    """Returns the tensors that a module outputs in eval mode; modes, buffers and random state are as before.
-
-    Args:
-        module: to run.
-        inputs: a tensor, a tuple of positional inputs, or a mapping of keyword inputs.
-    """
+    """Returns the tensors that a module outputs in eval mode; modes, buffers and random state are as before."""
     with eval_mode(module), lent_buffers(module), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if isinstance(inputs, Mapping):
-            out = module(**inputs)
-        else:
-            out = module(inputs) if isinstance(inputs, Tensor) else module(*inputs)
+        args = (inputs,) if isinstance(inputs, Tensor) else inputs
+        out = module(**args) if isinstance(args, Mapping) else module(*args)
         return [t.clone() for t in tensors_in(out)]
 
 
@@ -69,17 +62,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 
 class Difference(NamedTuple):
-    """How far an output is from the expected one.
+    """How far an output is from the expected one; an infinity or NaN equals itself and nothing else."""
 
-    Attributes:
-        error: largest absolute difference; an infinity or NaN equals itself and nothing else.
-        scale: largest finite magnitude of what is expected.
-        tolerance: relative error that rounding explains; 0 for numbers that are not rounded.
-    """
-
-    error: float
-    scale: float
-    tolerance: float
+    error: float  # largest absolute difference
+    scale: float  # largest finite expected magnitude
+    tolerance: float  # relative error that rounding explains; 0 for numbers that are not rounded
 
     @property
     def relative(self) -> float:
@@ -101,6 +88,5 @@ def difference(output: Tensor, expected: Tensor) -> Difference:
     differ = (a != b) & ~(a.isnan() & b.isnan())
     errors, sizes = (a - b)[differ].abs(), b[torch.isfinite(b)].abs()
     error = float(errors.nan_to_num(math.inf, math.inf).max()) if len(errors) else 0.0
-    return Difference(
-        error, float(sizes.max()) if len(sizes) else 0.0, TOLERANCE.get(expected.dtype, 1e-4) if rounded else 0.0
-    )
+    scale = float(sizes.max()) if len(sizes) else 0.0
+    return Difference(error, scale, TOLERANCE.get(expected.dtype, 1e-4) if rounded else 0.0)

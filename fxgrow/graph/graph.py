@@ -61,12 +61,7 @@ def caller(node: fx.Node) -> str:
 
 
 def copy_graph(gm: fx.GraphModule, replaced: Mapping[int, Tensor] | None = None) -> fx.GraphModule:
-    """A deep copy without gradients and without the record of earlier growth.
-
-    Args:
-        gm: the original.
-        replaced: by the id of a tensor of `gm`, what stands in its place, wherever it stands: tied stays tied.
-    """
+    """A deep copy without gradients and record of earlier growth; `replaced` tensors, by id, stay tied."""
     memo: dict[int, Any] = dict(replaced or {})
     record = gm.meta.pop(RECORD, None)
     try:
@@ -118,11 +113,7 @@ def lint(gm: fx.GraphModule) -> None:
 
 
 def release_generated_source(gm: fx.GraphModule) -> None:
-    """Lets the text of a graph's code go with the code.
-
-    torch.fx keeps the text of whatever it has ever compiled, for tracebacks: a run that grows without end would only
-    ever add to it.
-    """
+    """Frees the text of a graph's code with the code: torch.fx keeps every text, and a long run grows many graphs."""
     code = type(gm).forward.__code__
     weakref.finalize(code, _forget, code.co_filename).atexit = False
 
@@ -166,10 +157,7 @@ def same_kind(value: Tensor, old: Tensor) -> Tensor:
 
 def named_tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers under all of their names."""
-    return {
-        **dict(module.named_parameters(remove_duplicate=False)),
-        **dict(module.named_buffers(remove_duplicate=False)),
-    }
+    return dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
 
 
 def accumulation_dtype(t: Tensor) -> torch.dtype:

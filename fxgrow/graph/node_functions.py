@@ -30,16 +30,7 @@ def _traceable(function: Callable[..., Any]) -> Callable[..., Any]:
 @has_side_effect
 @_traceable
 def guard(value: Any, expected: Any, message: str) -> None:
-    """Refuses an input that would take another branch than the captured one.
-
-    Args:
-        value: the bool, int or float that the model's Python code looks at.
-        expected: its value when the graph was captured.
-        message: the line of the model's code.
-
-    Raises:
-        CaptureError: the value differs.
-    """
+    """Refuses an input for which the line `message` of the model's code sees another value than the captured one."""
     if (bool(value) if type(expected) is bool else value) != expected:
         raise CaptureError(
             f"This graph was captured for inputs where {message} gives {expected!r}, but here it gives "
@@ -50,22 +41,12 @@ def guard(value: Any, expected: Any, message: str) -> None:
 @has_side_effect
 @_traceable
 def guard_mode(training: bool, expected: bool, message: str) -> None:
-    """Refuses to run in the mode (train or eval) that the graph does not describe.
-
-    Args:
-        training: the flag of the module whose Python code branches on it.
-        expected: the flag when the graph was captured.
-        message: the module and the line.
-
-    Raises:
-        CaptureError: the flag differs.
-    """
+    """Refuses to run in the mode (train or eval) that the graph does not describe; `message` is module and line."""
     if training != expected:
-        names = {True: "train", False: "eval"}
+        mode, now = ("train" if flag else "eval" for flag in (expected, training))
         raise CaptureError(
-            f"This graph was captured in {names[bool(expected)]} mode and is run in "
-            f"{names[bool(training)]} mode, where the model computes something else ({message}). "
-            f"Capture the model again after calling .{names[bool(training)]}() on it."
+            f"This graph was captured in {mode} mode and is run in {now} mode, where the model computes something else "
+            f"({message}). Capture the model again after calling .{now}() on it."
         )
 
 

@@ -42,16 +42,14 @@ def is_captured(model: object) -> TypeGuard[fx.GraphModule]:
 
 def set_value(node: fx.Node, value: Any) -> None:
     """Stores a node's value, and its tensor metadata in the form of ``ShapeProp``."""
-    node.meta["val"] = value
-    node.meta["type"] = type(value)
-    found = False
+    node.meta.update(val=value, type=type(value))
+    found = []
 
     def extract(item: Any) -> Any:
-        nonlocal found
-        if isinstance(item, torch.Tensor):
-            found = True
-            return _metadata(item)
-        return item
+        if not isinstance(item, torch.Tensor):
+            return item
+        found.append(_metadata(item))
+        return found[-1]
 
     with torch._C.DisableTorchFunction():
         meta = fx.node.map_aggregate(value, extract)

@@ -1,13 +1,10 @@
 """Recurrent layers unrolled over time, for passes that look inside: a fused kernel does not show a gate's inputs.
 
-requires: a captured graph.
 ensures:  a graph of the same function in eval mode, over the same parameters, in which every weight of an LSTM, a GRU
-          or an RNN is a linear layer by itself: W_ih at all steps at once, W_hh through `rnn_previous_state`, which is
-          its layer input, and a gradient probe (zeros that are added to its output), where -dl/d(W_hh h + b_hh) is
-          read.
+          or an RNN is a linear layer by itself: W_ih at all steps at once, W_hh through `rnn_previous_state`, its layer
+          input, and a gradient probe (zeros that are added to its output), where -dl/d(W_hh h + b_hh) is read.
 
-Packed sequences and projected outputs (`proj_size`) stay as they are: no width of theirs can grow. A loop over steps
-takes longer than a fused kernel, so no other pass should run this graph.
+Packed sequences and projected outputs (`proj_size`) stay as they are. The loop is slower than a fused kernel.
 """
 
 from __future__ import annotations
@@ -40,19 +37,11 @@ def rnn_scan(
     cell: str,
     order: tuple[int, bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Runs one layer in one direction.
+    """Returns h at all steps of one layer in one direction, and the last h and c.
 
-    Args:
-        gates: from `rnn_input_gates`, `[n, T, gates * H]` or `[T, n, gates * H]`.
-        probe: is added to W_hh h + b_hh, like `gates`.
-        weight: W_hh, `[gates * H, H]`.
-        bias: b_hh.
-        state: h at the start and, of an LSTM, c, `[n, H]`; None for zero.
-        cell: `LSTM`, `GRU`, `tanh` or `relu`.
-        order: the dimension of the steps, and whether they run from the last to the first.
-
-    Returns:
-        h at all steps, and the last h and c.
+    `gates` and `probe`, which is added to W_hh h + b_hh, are `[n, T, gates * H]` or `[T, n, gates * H]`; `weight` and
+    `bias` are W_hh and b_hh, `state` is h and c at the start (None: zero), `cell` is `LSTM`, `GRU`, `tanh` or `relu`,
+    and `order` the dimension of the steps and whether they run from the last to the first.
     """
     time, reverse = order
     from_input, probes = gates.unbind(time), probe.unbind(time)
@@ -98,10 +87,8 @@ def unroll_recurrent_layers(gm: fx.GraphModule) -> fx.GraphModule:
         return gm
     graph, node_map = graph_like(gm.graph)
     new = fx.GraphModule(nn.Module(), fx.Graph())
-    new._modules.update(gm._modules)
-    new._parameters.update(gm._parameters)
-    new._buffers.update(gm._buffers)
-    new._non_persistent_buffers_set = set(gm._non_persistent_buffers_set)
+    for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+        getattr(new, name).update(getattr(gm, name))
     new.meta = {key: value for key, value in gm.meta.items() if key != RECORD}
     new.training = gm.training
     for node in layers:

@@ -31,29 +31,21 @@ def bind_inputs(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], 
             f"{type(model).__name__}.forward{inspect.signature(forward)} cannot take the example inputs: {error}."
         ) from error
     inputs: dict[str, Any] = {}
-    slots: list[tuple[str, str | None]] = []  # (placeholder, keyword or None)
-    positional = True
+    by_position = 0
     for name, value in bound.arguments.items():
         kind = signature.parameters[name].kind
         if kind is inspect.Parameter.VAR_POSITIONAL:
-            slots += [(f"{name}_{i}", None) for i in range(len(value))]
             inputs.update({f"{name}_{i}": item for i, item in enumerate(value)})
-        elif kind is inspect.Parameter.VAR_KEYWORD:
-            slots += [(key, key) for key in value]
-            inputs.update(value)
         else:
-            before = list(signature.parameters)[: list(signature.parameters).index(name)]
-            positional = (
-                positional
-                and kind is not inspect.Parameter.KEYWORD_ONLY
-                and all(earlier in bound.arguments for earlier in before)
-            )
-            slots.append((name, None if positional else name))
-            inputs[name] = value
+            inputs.update(value if kind is inspect.Parameter.VAR_KEYWORD else {name: value})
+        # positional up to the first parameter that is left out or takes keywords alone
+        by_keyword = kind in (inspect.Parameter.KEYWORD_ONLY, inspect.Parameter.VAR_KEYWORD)
+        if not by_keyword and list(signature.parameters).index(name) == list(bound.arguments).index(name):
+            by_position = len(inputs)
 
     def call(values: list[Any]) -> Any:
-        args = [value for value, (_, key) in zip(values, slots, strict=True) if key is None]
-        kwargs = {key: value for value, (_, key) in zip(values, slots, strict=True) if key is not None}
-        return forward(*args, **kwargs)
+        return forward(
+            *values[:by_position], **dict(zip(list(inputs)[by_position:], values[by_position:], strict=True))
+        )
 
     return inputs, call

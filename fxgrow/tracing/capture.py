@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -87,37 +86,35 @@ def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]],
     leaves = frozenset(module for module in model.modules() if _is_drop_path(module))
     fallback = OpaqueFallback(model)
 
+    def attempt(values: dict[str, Any], flipped: frozenset[str]) -> tuple[ValueTracer, CaptureError | None]:
+        tracer = ValueTracer(values, call, leaves, flipped, fallback.reasons)
+        try:
+            with unchanged(model), fallback.applied():
+                tracer.record(model)
+        except CaptureError as error:
+            return tracer, error
+        return tracer, None
+
     def trace_around_obstacles(flipped: frozenset[str] = frozenset()) -> ValueTracer:
         while True:
-            tracer = ValueTracer(inputs, call, leaves, flipped, fallback.reasons)
-            try:
-                with unchanged(model), fallback.applied():
-                    tracer.record(model)
+            tracer, error = attempt(inputs, flipped)
+            if error is None:
                 return tracer
-            except CaptureError as error:
-                fallback.add(tracer.failed_in, error, tracer.failed_calls)
+            fallback.add(tracer.failed_in, error, tracer.failed_calls)
 
-    def retrace(values: dict[str, Any], flipped: frozenset[str] = frozenset()) -> tuple[ValueTracer, bool]:
-        again = ValueTracer(values, call, leaves, flipped, fallback.reasons)
-        try:
-            with unchanged(model), fallback.applied(), without_failure_log():
-                again.record(model)
-        except CaptureError:
-            return again, False
-        return again, True
+    def finish(tracer: ValueTracer) -> None:
+        with without_failure_log():
+            keep_input_sizes(tracer, lambda values: attempt(values, tracer.flipped))
+        _prune(tracer.graph)
 
     tracer = trace_around_obstacles()
     while small := _small_modules(model, tracer.branches) - leaves:
         leaves |= small
         tracer = trace_around_obstacles()
-    keep_input_sizes(tracer, retrace)
-    _prune(tracer.graph)
+    finish(tracer)
     if tracer.branches:
-        flipped = frozenset(tracer.branches)
         try:
-            other = trace_around_obstacles(flipped)
-            keep_input_sizes(other, functools.partial(retrace, flipped=flipped))
-            _prune(other.graph)
+            finish(other := trace_around_obstacles(frozenset(tracer.branches)))
             merge_modes(tracer, other)
         except CaptureError:
             guard_modes(tracer)
@@ -132,10 +129,7 @@ def _small_modules(model: nn.Module, branches: Mapping[str, tuple[str, bool, str
 
 
 def _is_drop_path(module: nn.Module) -> bool:
-    """Whether a module is a DropPath by its name: without weights, it can be one node.
-
-    Other modules that branch on their mode are found by a trace; a known name saves that trace.
-    """
+    """Whether a module is a DropPath by its name; `_small_modules` finds others, with one more trace."""
     name = type(module).__name__.lower()
     return ("droppath" in name or "stochasticdepth" in name) and not _has_children_or_parameters(module)
 
@@ -157,19 +151,16 @@ def _assemble(
     gm = fx.GraphModule(nn.Module(), fx.Graph(), class_name=type(model).__name__)
     gm._modules.update(model._modules)
     used = {str(node.target) for node in tracer.graph.find_nodes(op="call_module")}
-    functions = {name: f.train(model.training) for name, f in tracer.opaque_functions.items() if name in used}
-    gm._modules.update(functions)
+    gm._modules.update({name: f.train(model.training) for name, f in tracer.opaque_functions.items() if name in used})
     gm._parameters.update(model._parameters)
     gm._buffers.update(model._buffers)
     gm._non_persistent_buffers_set.update(model._non_persistent_buffers_set)
     gm.training = model.training
-    constants = dict(tracer.constants)
-    for node in tracer.graph.find_nodes(op="get_attr"):
-        name = str(node.target)
-        owner = vars(model)
-        if "." not in name and isinstance(owner.get(name), torch.Tensor):
-            constants[name] = owner[name]  # a tensor the model keeps as a plain attribute
-    for name, tensor in constants.items():
+    attributes = {
+        str(node.target): vars(model).get(str(node.target)) for node in tracer.graph.find_nodes(op="get_attr")
+    }
+    plain_tensors = {name: value for name, value in attributes.items() if isinstance(value, torch.Tensor)}
+    for name, tensor in (tracer.constants | plain_tensors).items():
         gm.register_buffer(name, tensor, persistent=False)
     tracer.graph._tracer_cls = None  # ValueTracer needs inputs; any tracer can read the graph again
     for node in tracer.graph.nodes:

@@ -8,27 +8,18 @@ from torch import Tensor, fx
 
 
 class Dependence:
-    """Facts about the nodes of a trace, found while they are recorded.
-
-    Attributes:
-        constant: nodes that no input can change.
-        data: nodes that depend on the values of tensors: empty tensors, and all that is not a tensor.
-        flags: per number that depends on them, the paths of `training` flags.
-    """
+    """Facts about the nodes of a trace, found while they are recorded."""
 
     def __init__(self) -> None:
+        #: nodes that no input can change
         self.constant: set[fx.Node] = set()
+        #: nodes that depend on the values of tensors: empty tensors, and all that is not a tensor
         self.data: set[fx.Node] = set()
+        #: per number that depends on them, the paths of `training` flags
         self.flags: dict[fx.Node, frozenset[str]] = {}
 
     def add(self, node: fx.Node, value: Any, guessed: bool) -> None:
-        """Enters a node.
-
-        Args:
-            node: whose inputs have been entered.
-            value: of the node on the example inputs.
-            guessed: whether its sizes depend on data.
-        """
+        """Enters a node after its inputs; `guessed` says that its sizes depend on data."""
         sources = node.all_input_nodes
         if node.op != "placeholder" and self.constant.issuperset(sources):
             self.constant.add(node)

@@ -1,12 +1,8 @@
 """Makes plain numbers that were computed from sizes of the inputs nodes of the graph again.
 
-requires: traces of one model on its example inputs and on inputs of other sizes.
-ensures:  a number that `len(x)`, `int(x.shape[0])`, `math` or NumPy made of an input's size is a node where that can be
-          shown, and the guard on it is gone; other numbers keep their guard.
-
-A plain number has no history. So the model is traced again with another batch size (and other lengths): a literal that
-differs between the traces was computed from a size that differs. It is replaced by a linear function of a number that
-the code looked at, where one fits in every trace.
+A number that `len(x)`, `int(x.shape[0])`, `math` or NumPy made has no history. The model is traced again on inputs of
+other sizes: a literal that differs was computed from a size that differs. It becomes a linear function of a number that
+the code looked at, where one fits in every trace, and the guard on that number goes; other numbers keep their guard.
 """
 
 from __future__ import annotations
@@ -22,15 +18,16 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from fxgrow.errors import CaptureError
 from fxgrow.graph.arguments import Path, argument_leaves, set_argument
 from fxgrow.graph.node_functions import guard
 from fxgrow.graph.node_meta import set_value
-from fxgrow.tracing.tracer import ValueTracer
+from fxgrow.tracing.tracer import ValueTracer, equal_constants
 
 #: added to a size in the further traces; they have no common divisor
 STEPS = (1, 3, 8)
-#: traces the model on other inputs; says whether the trace was completed
-Retrace = Callable[[dict[str, Any]], tuple[ValueTracer, bool]]
+#: traces the model on other inputs; with the error if the trace was not completed
+Retrace = Callable[[dict[str, Any]], tuple[ValueTracer, CaptureError | None]]
 #: from the nodes of one trace to those of another
 NodeMap = Mapping[fx.Node, fx.Node]
 
@@ -44,8 +41,7 @@ class SizeGroup:
 
     def changed(self, inputs: Mapping[str, Any], step: int) -> dict[str, Any]:
         """Returns inputs with `step` more entries in these dimensions."""
-        return {name: pytree.tree_map_only(Tensor, lambda t: self._longer(t, step), value)
-                for name, value in inputs.items()}  # fmt: skip
+        return {k: pytree.tree_map_only(Tensor, lambda t: self._longer(t, step), v) for k, v in inputs.items()}
 
     def dims(self, x: Tensor) -> list[int]:
         """Returns the dimensions of one tensor."""
@@ -69,12 +65,7 @@ class LinearNumber(NamedTuple):
 
 
 def keep_input_sizes(tracer: ValueTracer, retrace: Retrace) -> None:
-    """Makes the graph of `tracer` independent of input sizes that its code only turned into numbers.
-
-    Args:
-        tracer: a finished trace; its graph is changed.
-        retrace: traces the same model on other inputs.
-    """
+    """Makes the graph of a finished trace independent of input sizes that its code only turned into numbers."""
     nodes = set(tracer.graph.nodes)
     numbers = {node: convert for node, convert in tracer.numbers.items() if node in nodes}
     if not numbers:
@@ -84,11 +75,10 @@ def keep_input_sizes(tracer: ValueTracer, retrace: Retrace) -> None:
         for node in _keep_group(tracer, retrace, group, numbers):
             bound[node].append(group)
     for number_guard, groups in bound.items():
-        if any(group.batch for group in groups):
-            continue
-        for group in groups:
-            _guard_inputs(tracer.graph, group, number_guard)
-        tracer.graph.erase_node(number_guard)
+        if not any(group.batch for group in groups):
+            for group in groups:
+                _guard_inputs(tracer.graph, group, number_guard)
+            tracer.graph.erase_node(number_guard)
 
 
 def _guard_inputs(graph: fx.Graph, group: SizeGroup, number_guard: fx.Node) -> None:
@@ -96,9 +86,9 @@ def _guard_inputs(graph: fx.Graph, group: SizeGroup, number_guard: fx.Node) -> N
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta["val"]
         for d in group.dims(value) if isinstance(value, Tensor) else ():
+            message = f"the size from which {number_guard.args[2]}"
             with graph.inserting_before(number_guard):
                 size = graph.call_method("size", (node, d))
-                message = f"the size from which {number_guard.args[2]}"
                 size_guard = graph.call_function(guard, (size, group.size, message))
             set_value(size, group.size)
             set_value(size_guard, None)
@@ -117,17 +107,14 @@ def _keep_group(
     """Replaces the literals that change with a group of dimensions; returns the guards that must stay."""
     traces: list[NodeMap] = []
     for step in STEPS:
-        other, complete = retrace(group.changed(tracer.inputs, step))
-        pairs = _aligned(tracer.graph, other.graph)
-        complete = complete and len(pairs) == len(tracer.graph.nodes) == len(other.graph.nodes)
-        complete = complete and _same_constants(tracer, other)
-        traces.append(pairs)
+        other, error = retrace(group.changed(tracer.inputs, step))
+        traces.append(pairs := _aligned(tracer.graph, other.graph))
+        complete = error is None and len(pairs) == len(tracer.graph.nodes) == len(other.graph.nodes)
+        complete = complete and _same_constants(tracer.constants, other.constants)
         if not complete or not any(_differs(n, convert, pairs) for n, convert in numbers.items()):
             break
     changing = [n for n, convert in numbers.items() if any(_differs(n, convert, pairs) for pairs in traces)]
-    if not changing:
-        return []
-    replacements = _replacements(tracer, traces, numbers) if complete else None
+    replacements = _replacements(tracer, traces, numbers) if changing and complete else None
     if replacements is None:
         return changing
     for (node, path), number in replacements.items():
@@ -145,12 +132,9 @@ def _aligned(graph: fx.Graph, other: fx.Graph) -> NodeMap:
     return pairs
 
 
-def _same_constants(tracer: ValueTracer, other: ValueTracer) -> bool:
+def _same_constants(mine: Mapping[str, Tensor], yours: Mapping[str, Tensor]) -> bool:
     """Whether tensors that were made without torch functions, by NumPy say, are the same at both sizes."""
-    mine, yours = tracer.constants, other.constants
-    return mine.keys() == yours.keys() and all(
-        a is yours[name] or (a.shape == yours[name].shape and torch.equal(a, yours[name])) for name, a in mine.items()
-    )
+    return mine.keys() == yours.keys() and all(equal_constants(mine[name], yours[name]) for name in mine)
 
 
 def _differs(number_guard: fx.Node, convert: Callable[[Any], Any], pairs: NodeMap) -> bool:

@@ -26,18 +26,10 @@ FACTORIES: dict[Callable[..., Any], str] = {getattr(torch, name): name for name 
 _SIZE_METHODS = (
     "expand view reshape repeat permute tile new_zeros new_ones new_empty new_full flatten unflatten to"
 ).split()
-_OPERATORS = set(
-    "getitem setitem add sub mul truediv floordiv matmul mod pow eq ne lt le gt ge and or xor iadd isub imul "
-    "itruediv".split()
-)
-_STATIC_FUNCTIONS = {
-    torch.is_floating_point,
-    torch.is_complex,
-    torch.is_conj,
-    torch.is_neg,
-    torch.is_signed,
-}
-
+_OPERATORS = (
+    "getitem setitem add sub mul truediv floordiv matmul mod pow eq ne lt le gt ge and or xor iadd isub imul itruediv"
+).split()
+_STATIC_FUNCTIONS = {torch.is_floating_point, torch.is_complex, torch.is_conj, torch.is_neg, torch.is_signed}
 
 Patch = tuple[Any, str, Any]
 
@@ -61,10 +53,7 @@ def _patched(patches: Sequence[Patch]) -> Iterator[None]:
         yield
     finally:
         for owner, name, old, defined in reversed(saved):
-            if defined:
-                setattr(owner, name, old)
-            else:
-                delattr(owner, name)
+            setattr(owner, name, old) if defined else delattr(owner, name)
 
 
 def _functions(tracer: RecordingTracer) -> Iterator[Patch]:
@@ -117,9 +106,7 @@ def _isinstance() -> Patch:
     original = builtins.isinstance
 
     def is_instance(value: Any, kinds: Any) -> bool:
-        if type(value) is ValueProxy:
-            return original(value.carried, kinds) or original(value, kinds)
-        return original(value, kinds)
+        return original(value, kinds) or (type(value) is ValueProxy and original(value.carried, kinds))
 
     return builtins, "isinstance", is_instance
 
@@ -131,15 +118,13 @@ class _Recorder(TorchFunctionMode):
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        kwargs = kwargs or {}
-        tracer = self.tracer
-        if tracer.runner.silent:
-            return func(*args, **kwargs)
-        if func is torch._C._set_grad_enabled:
-            return tracer.record_grad_mode(args[0])
-        if func in FACTORIES or has_proxy(args) or has_proxy(kwargs):
-            tracer.forget_question(sys._getframe(1))
-            return _record(tracer, func, args, kwargs)
+        kwargs, tracer = kwargs or {}, self.tracer
+        if not tracer.runner.silent:
+            if func is torch._C._set_grad_enabled:
+                return tracer.record_grad_mode(args[0])
+            if func in FACTORIES or has_proxy(args) or has_proxy(kwargs):
+                tracer.forget_question(sys._getframe(1))
+                return _record(tracer, func, args, kwargs)
         return func(*args, **kwargs)
 
 

@@ -12,13 +12,7 @@ from torch.fx import _symbolic_trace
 from fxgrow.ops.registry import is_described
 
 #: made of other layers, which have the widths
-_COMPOSITE = (
-    nn.Transformer,
-    nn.TransformerEncoder,
-    nn.TransformerDecoder,
-    nn.TransformerEncoderLayer,
-    nn.TransformerDecoderLayer,
-)
+_COMPOSITE = tuple(getattr(nn, name) for name in nn.modules.transformer.__all__)
 #: what a subclass of a torch.nn layer may define and still compute what the layer computes
 _HARMLESS = {"extra_repr", "reset_parameters"}
 
@@ -42,11 +36,8 @@ def is_layer(cls: type) -> bool:
 def trace_marked_functions() -> Iterator[None]:
     """While open, functions marked with `torch.fx.wrap` are traced like other code, unless compiled or with a rule."""
     table = _symbolic_trace._wrapped_fns_to_patch
-    traced = {}
-    for entry, scope in table.items():
-        function = scope.get(entry[1])
-        if hasattr(function, "__code__") and not _has_rule(function):
-            traced[entry] = scope
+    functions = {entry: scope.get(entry[1]) for entry, scope in table.items()}
+    traced = {entry: table[entry] for entry, f in functions.items() if hasattr(f, "__code__") and not _has_rule(f)}
     for entry in traced:
         del table[entry]
     try:

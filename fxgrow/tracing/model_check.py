@@ -24,19 +24,10 @@ log = logging.getLogger("fxgrow")
 def check_against_model(
     model: nn.Module, gm: fx.GraphModule, call: Callable[[list[Any]], Any], other_mode: bool
 ) -> None:
-    """Compares outputs; buffers and random states are as before.
+    """Raises a CaptureError where outputs of a model and its graph differ by more than rounding.
 
-    A model on `meta`, or one that does not run on the values of the example, is not compared.
-
-    Args:
-        model: the original.
-        gm: its graph, with the example inputs in `gm.meta`.
-        call: the model's forward, with the graph's inputs in their order.
-        other_mode: in train mode where the model is in eval mode, and the other way round. Modes and hooks are
-            left changed: `capture` puts the attributes of all modules back.
-
-    Raises:
-        CaptureError: they differ by more than rounding.
+    A model on `meta`, or one that does not run on the values of the example, is not compared. Buffers and random states
+    are as before; modes and hooks are left changed, and `capture` restores them.
     """
     inputs = list(gm.meta["example_inputs"])
     for node in gm.graph.find_nodes(op="call_module"):
@@ -71,15 +62,11 @@ def check_against_model(
 def _outputs(module: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
     """Tensors of a seeded run."""
     with lent_buffers(module), random_state_kept():
-        _seed()
+        torch.manual_seed(0)
+        random.seed(0)
+        if "numpy" in sys.modules:
+            sys.modules["numpy"].random.seed(0)
         return [t.detach().clone() for t in tensors_in(run())]
-
-
-def _seed() -> None:
-    torch.manual_seed(0)
-    random.seed(0)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(0)
 
 
 def _agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:

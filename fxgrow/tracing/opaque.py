@@ -17,37 +17,24 @@ from torch import fx, nn
 
 from fxgrow.errors import CaptureError
 from fxgrow.graph.evaluate import lent_buffers
-from fxgrow.tracing.fake_values import FakeRunner
+from fxgrow.tracing.fake_values import FakeRunner, argument_values
 from fxgrow.tracing.leaf_modules import trace_marked_functions
 from fxgrow.tracing.opaque_functions import Call, OpaqueFunction, replace_functions
 
 
 class OpaqueFallback:
-    """The opaque modules and functions that the traces of one model have needed so far.
-
-    Attributes:
-        reasons: why each module is opaque; an opaque function is a module here.
-        functions: the opaque functions, by the name of the module that stands for each in the graph.
-    """
+    """The opaque modules and functions that the traces of one model have needed so far."""
 
     def __init__(self, model: nn.Module) -> None:
-        """Nothing in `model` is opaque yet."""
         self.model = model
+        #: why each module is opaque; an opaque function is a module here
         self.reasons: dict[nn.Module, str] = {}
+        #: by the name of the module that stands for each in the graph
         self.functions: dict[str, tuple[Call, OpaqueFunction]] = {}
         self._first: dict[str, CaptureError] = {}
 
     def add(self, path: str, error: CaptureError, calls: Sequence[Call]) -> None:
-        """Makes a function or a module opaque after a failed trace.
-
-        Args:
-            path: of the innermost module that was being traced.
-            error: of the trace.
-            calls: in that module, outermost first: the outermost one hides the most of what depends on data.
-
-        Raises:
-            CaptureError: the model's own forward cannot be traced, or the code does not run on real tensors either.
-        """
+        """Makes the outermost call in the module at `path`, or a module, opaque; raises the error if neither can be."""
         already_opaque = path and self.model.get_submodule(path) in self.reasons
         if not already_opaque:
             self._first.setdefault(path, error)
@@ -55,15 +42,19 @@ class OpaqueFallback:
         for call in calls:
             if not already_opaque and call.key not in known and not call.has_parameters:
                 function = OpaqueFunction(call.function, call.owner)
-                self.functions[self._new_name(call.function.__name__)] = call, function
+                taken, name = {*self.functions, *dir(self.model)}, f"{call.function.__name__}_opaque"
+                name = next(free for free in (f"{name}{i or ''}" for i in itertools.count()) if free not in taken)
+                self.functions[name] = call, function
                 self.reasons[function] = _reason(error)
                 return
-        for outer in _outwards(path):
+        cause, outer = self._cause(path, error), path
+        while outer:
             module = self.model.get_submodule(outer)
             if module not in self.reasons and not isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-                self.reasons[module] = _reason(self._cause(path, error))
+                self.reasons[module] = _reason(cause)
                 return
-        raise self._cause(path, error)
+            outer = outer.rpartition(".")[0]
+        raise cause
 
     def _cause(self, path: str, error: CaptureError) -> CaptureError:
         """Returns the first error in a module or the innermost one below it; that of an opaque node says less."""
@@ -72,19 +63,11 @@ class OpaqueFallback:
         inner = [p for p in self._first if p.startswith(f"{path}.")]
         return self._first[max(inner, key=len)] if inner else error
 
-    def _new_name(self, function: str) -> str:
-        """Returns a name that no attribute of the model has."""
-        taken = {*self.functions, *dir(self.model)}
-        names = (f"{function}_opaque{i or ''}" for i in itertools.count())
-        return next(name for name in names if name not in taken)
-
     @contextmanager
     def applied(self) -> Iterator[None]:
         """While a trace runs, the opaque functions are modules of the model."""
         modules = self.model._modules
-        self.model._modules = _WithFunctions(
-            modules, {name: function for name, (_, function) in self.functions.items()}
-        )
+        self.model._modules = _WithFunctions(modules, {name: f for name, (_, f) in self.functions.items()})
         try:
             with replace_functions(list(self.functions.values())), trace_marked_functions():
                 yield
@@ -106,13 +89,6 @@ class _WithFunctions(dict[str, Any]):
         return self.functions[name]
 
 
-def _outwards(path: str) -> Iterator[str]:
-    """Yields the path and those of the modules around it, without the root."""
-    while path:
-        yield path
-        path = path.rpartition(".")[0]
-
-
 def _reason(error: CaptureError) -> str:
     """Returns module, line and problem of a message, without its advice."""
     return re.split(r"\. (?=A graph |Check that )", str(error).removeprefix("Cannot capture "))[0]
@@ -123,7 +99,6 @@ def opaque_value(node: fx.Node, root: nn.Module, runner: FakeRunner) -> Any:
     try:
         return runner.call(node, root)
     except Exception:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda source: source.meta["val"])
         module = root.get_submodule(str(node.target))
         with lent_buffers(module):
-            return runner.guess(module.forward, args, kwargs)
+            return runner.guess(module.forward, *argument_values(node))

@@ -1,12 +1,12 @@
 """Functions and methods that cannot be traced: a call is one node, and the code around it is traced.
 
-requires: the error of a trace.
-ensures:  the next trace finds, in place of such a function, a module that calls it; the module holds no parameters.
+ensures: the next trace finds, in place of such a function, a module that calls it; the module holds no parameters.
 """
 
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
@@ -26,7 +26,6 @@ class OpaqueFunction(nn.Module):
         self.__dict__["owner"] = owner
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns the function's result, in this module's mode."""
         owner: nn.Module | None = self.__dict__["owner"]
         if owner is None:
             return self.function(*args, **kwargs)
@@ -38,22 +37,15 @@ class OpaqueFunction(nn.Module):
             owner.__dict__["training"] = before
 
     def extra_repr(self) -> str:
-        """Returns the function's name."""
         return self.function.__qualname__
 
 
 class Call(NamedTuple):
-    """A call in which a trace failed.
-
-    Attributes:
-        function: that was called.
-        owner: the module that the function is a method of, or None.
-        names: globals of modules that hold the function, with its name there.
-    """
+    """A call in which a trace failed."""
 
     function: Callable[..., Any]
-    owner: nn.Module | None
-    names: tuple[tuple[dict[str, Any], str], ...]
+    owner: nn.Module | None  # that the function is a method of
+    names: tuple[tuple[dict[str, Any], str], ...]  # globals that hold the function, and its name there
 
     @property
     def key(self) -> tuple[int, int]:
@@ -72,12 +64,7 @@ class Call(NamedTuple):
 
 def calls_in(error: BaseException) -> list[Call]:
     """Returns the calls below the innermost `forward` that an error went through, outermost first."""
-    frames: list[FrameType] = []
-    trace = error.__traceback__
-    while trace is not None:
-        if is_user_code(trace.tb_frame):
-            frames.append(trace.tb_frame)
-        trace = trace.tb_next
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if is_user_code(frame)]
     starts = [i for i, f in enumerate(frames) if f.f_code.co_name == "forward"]
     below = frames[starts[-1] :] if starts else []
     calls = (_call(frame, caller) for caller, frame in zip(below, below[1:], strict=False))
@@ -90,13 +77,10 @@ def _call(frame: FrameType, caller: FrameType) -> Call | None:
     if isinstance(owner, nn.Module):
         method = getattr(type(owner), name, None)
         return Call(method, owner, ()) if method is not None and getattr(method, "__code__", None) is code else None
-    for scope in (frame.f_globals, caller.f_globals):
-        names = [n for n, value in scope.items() if getattr(value, "__code__", None) is code]
-        if names:
-            function = scope[names[0]]
-            places = ((s, n) for s in (frame.f_globals, caller.f_globals) for n, v in s.items() if v is function)
-            return Call(function, None, tuple(places))
-    return None
+    scopes = frame.f_globals, caller.f_globals
+    function = next((v for scope in scopes for v in scope.values() if getattr(v, "__code__", None) is code), None)
+    names = tuple((scope, n) for scope in scopes for n, v in scope.items() if v is function)
+    return None if function is None else Call(function, None, names)
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import ast
 import functools
 import linecache
 import os
+import traceback
 from pathlib import Path
 from types import FrameType
 
@@ -53,13 +54,7 @@ def _statements(file: str) -> tuple[ast.stmt, ...]:
 
 
 def raises_otherwise(file: str, line: int, outcome: bool) -> bool:
-    """Whether the code of a line only checks: with another outcome of its condition it raises.
-
-    Args:
-        file: of the code.
-        line: where it asks for the truth of something.
-        outcome: what the condition was.
-    """
+    """Whether a line only checks: with another outcome of its condition the code raises."""
     for node in _statements(file):
         if isinstance(node, ast.If):
             other = node.orelse if outcome else node.body
@@ -84,12 +79,9 @@ def stack_trace(frame: FrameType) -> str:
 
 def last_user_line(error: BaseException) -> tuple[str, int] | None:
     """Returns file and line of the innermost frame of the model's code that an error went through."""
-    place, trace = None, error.__traceback__
-    while trace is not None:
-        if is_user_code(trace.tb_frame):
-            place = trace.tb_frame.f_code.co_filename, trace.tb_lineno
-        trace = trace.tb_next
-    return place
+    frames = traceback.walk_tb(error.__traceback__)
+    places = [(frame.f_code.co_filename, line) for frame, line in frames if is_user_code(frame)]
+    return places[-1] if places else None
 
 
 def looks_at_data(error: BaseException) -> bool:
@@ -98,13 +90,7 @@ def looks_at_data(error: BaseException) -> bool:
 
 
 def failure(error: BaseException, module: str, place: tuple[str, int] | None) -> str:
-    """Returns an error message: the module, the line of the model's code, the problem, and advice.
-
-    Args:
-        error: what was raised.
-        module: path and class of the innermost module.
-        place: file and line, if known.
-    """
+    """Returns an error message: the module (path and class), the line of the model's code, the problem, and advice."""
     at = f" at {place[0]}:{place[1]}: `{source(*place)}`" if place else ""
     if looks_at_data(error):
         problem, hint = "its code looks at the values of a tensor, or makes sizes from them", _DATA_HINT

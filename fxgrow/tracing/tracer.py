@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import itertools
 import sys
 from collections.abc import Callable, Mapping
 from types import CodeType, FrameType
@@ -43,27 +44,18 @@ _AS_IS = {type(None), bool, int, float, str}
 
 
 class ValueTracer(fx.Tracer):
-    """Records a model's forward pass; its proxies know their (fake) values.
-
-    Args:
-        inputs: name and example value of each placeholder, in order.
-        call: calls the model's forward, given the placeholders' proxies.
-        leaves: modules that become one node, besides those of ``torch.nn``.
-        flipped: paths of ``training`` flags that are read as their opposite.
-        opaque: modules that become one node because their code cannot be traced, and why.
-    """
+    """Records a model's forward pass; its proxies know their (fake) values."""
 
     def __init__(
         self,
-        inputs: dict[str, Any],
-        call: Callable[[list[Any]], Any],
-        leaves: frozenset[nn.Module] = frozenset(),
-        flipped: frozenset[str] = frozenset(),
-        opaque: Mapping[nn.Module, str] | None = None,
+        inputs: dict[str, Any],  # name and example value of each placeholder, in order
+        call: Callable[[list[Any]], Any],  # the model's forward, given the placeholders' proxies
+        leaves: frozenset[nn.Module],  # modules that become one node, besides those of torch.nn
+        flipped: frozenset[str],  # paths of `training` flags that are read as their opposite
+        opaque: Mapping[nn.Module, str],  # modules that become one node as their code cannot be traced, and why
     ) -> None:
         super().__init__(autowrap_functions=tuple(FACTORIES))
-        self.inputs, self.call, self.leaves, self.flipped = inputs, call, leaves, flipped
-        self.opaque = opaque or {}
+        self.inputs, self.call, self.leaves, self.flipped, self.opaque = inputs, call, leaves, flipped, opaque
         #: path of the innermost module in which tracing failed
         self.failed_in = ""
         #: the calls in which it failed there, outermost first
@@ -86,22 +78,17 @@ class ValueTracer(fx.Tracer):
         self._grad_modes: list[tuple[bool, fx.Node]] = []
 
     def record(self, model: nn.Module) -> fx.Graph:
-        """Traces the model.
-
-        Raises:
-            CaptureError: the model's code failed, or looked at data.
-        """
-        for holder in (model.named_buffers(), model.named_parameters()):
-            self._names.update((id(tensor), name) for name, tensor in holder)
+        """Traces the model; a CaptureError says that its code failed, or looked at data."""
+        for name, tensor in (*model.named_buffers(), *model.named_parameters()):
+            self._names[id(tensor)] = name
         grad = torch.is_grad_enabled()
         try:
             with intercept(self), torch.random.fork_rng(devices=_cuda_devices()):
                 return self.trace(model)
-        except CaptureError as error:
-            self.failed_in, self.failed_calls = self._innermost()[0], calls_in(error)
-            raise
         except Exception as error:
             self.failed_in, self.failed_calls = self._innermost()[0], calls_in(error)
+            if isinstance(error, CaptureError):
+                raise
             raise CaptureError(failure(error, self._module(), last_user_line(error))) from error
         finally:
             torch._C._set_grad_enabled(grad)
@@ -119,24 +106,17 @@ class ValueTracer(fx.Tracer):
 
     def _input(self, name: str, value: Any) -> Any:
         proxy = self.create_proxy("placeholder", name, (), {})
+        node = next(reversed(self.graph.find_nodes(op="placeholder")))
         if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
             # the model's code gets the items one by one
-            node = next(reversed(self.graph.find_nodes(op="placeholder")))
             length = self.create_node("call_function", len, (node,), {})
             self.create_node("call_function", guard, (length, len(value), f"the length of the input {name!r}"), {})
         if isinstance(value, _PLAIN):  # strings, None, dtypes: the model's code sees them as they are
-            node = next(reversed(self.graph.nodes))
             self.create_node("call_function", guard, (node, value, f"the input {name!r}"), {})
         return proxy
 
     def create_proxy(
-        self,
-        kind: str,
-        target: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        *_: Any,
-        **__: Any,
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *_: Any, **__: Any
     ) -> Any:
         """Records a node; returns a proxy of its value, or plain Python where that is static."""
         node_args, node_kwargs = self.create_arg(args), self.create_arg(kwargs)
@@ -246,12 +226,9 @@ class ValueTracer(fx.Tracer):
         if name is None:
             if isinstance(tensor, FakeTensor):
                 raise CaptureError("A tensor made during capture reached the graph without being recorded.")
-            count = len(self.constants)
-            while hasattr(self.root, f"_constant{count}"):
-                count += 1
-            name = f"_constant{count}"
+            names = (f"_constant{i}" for i in itertools.count(len(self.constants)))
+            name = self._names[id(tensor)] = next(n for n in names if not hasattr(self.root, n))
             self.constants[name] = tensor
-            self._names[id(tensor)] = name
         if name not in self._attributes:
             node = self.create_node("get_attr", name, (), {})
             self._attributes[name] = ValueProxy(node, self, node.meta["val"])
@@ -282,7 +259,6 @@ class ValueTracer(fx.Tracer):
         return next((name for name, f in functions.items() if f is m), (self.submodule_paths or {}).get(m))
 
     def path_of_module(self, mod: nn.Module) -> str:
-        """The path, of an opaque function the name of the module that stands for it."""
         return self._path(mod) or super().path_of_module(mod)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -298,8 +274,8 @@ class ValueTracer(fx.Tracer):
         if buffer is None or id(buffer) not in self._names:
             return False
         old = self._tensor(buffer)
-        if not (value.node.op == "call_function" and value.node.args[:1] == (old.node,)
-                and value.node.target in INPLACE):  # fmt: skip
+        node = value.node
+        if node.op != "call_function" or node.args[:1] != (old.node,) or node.target not in INPLACE:
             self.create_proxy("call_method", "copy_", (old, value.detach()), {})
         return True
 
@@ -359,10 +335,8 @@ class ValueTracer(fx.Tracer):
 
     def record_grad_mode(self, enabled: bool) -> None:
         """Records ``with torch.no_grad():`` as two nodes, the second of which restores the mode before the first."""
-        if self._grad_modes and self._grad_modes[-1][0] == enabled:
-            argument: Any = self._grad_modes.pop()[1]
-        else:
-            argument = enabled
+        restores = self._grad_modes and self._grad_modes[-1][0] == enabled
+        argument: Any = self._grad_modes.pop()[1] if restores else enabled
         node = self.create_node("call_function", set_grad_enabled, (argument,), {})
         if argument is enabled:
             self._grad_modes.append((torch.is_grad_enabled(), node))
@@ -381,6 +355,11 @@ class ValueTracer(fx.Tracer):
     def _where(self) -> str:
         frame = user_frame(sys._getframe(1))
         return self._module() + (f" at {frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "")
+
+
+def equal_constants(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two tensors are one, or have the same dtype, device, shape and entries."""
+    return a is b or ((a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape) and torch.equal(a, b))
 
 
 def _identity(value: Any) -> Any:

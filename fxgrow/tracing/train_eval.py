@@ -18,7 +18,7 @@ from fxgrow.graph.arguments import Path, argument_leaves, get_argument, set_argu
 from fxgrow.graph.conditional import run_only_if
 from fxgrow.graph.node_functions import guard_mode, in_mode
 from fxgrow.graph.node_meta import CONDITIONS, set_value
-from fxgrow.tracing.tracer import ValueTracer
+from fxgrow.tracing.tracer import ValueTracer, equal_constants
 
 _LITERALS = (bool, int, float, type(None), str, torch.dtype)
 
@@ -35,11 +35,8 @@ def merge_modes(tracer: ValueTracer, other: ValueTracer) -> None:
 
     Nodes of one mode alone become conditional: the other mode does not run them, so that it draws no random number and
     changes no buffer there. A value that differs becomes a node that picks the value of the module's mode: of two
-    constants, as in ``dropout(x, 0.1 if self.training else 0.0)``, or of two nodes.
-
-    Args:
-        tracer: a trace in the mode that the model is in; its graph is changed.
-        other: a trace with the flags flipped that the first one branched on.
+    constants, as in ``dropout(x, 0.1 if self.training else 0.0)``, or of two nodes. ``other`` is a trace with the flags
+    flipped that the first one branched on.
     """
     _share_constants(tracer, other)
     try:
@@ -56,23 +53,14 @@ def _matching_calls(tracer: ValueTracer, other: ValueTracer) -> Sequence[Step]:
     """Returns ranges of nodes that both graphs have, and that one has."""
     ours, theirs = list(tracer.graph.nodes), list(other.graph.nodes)
     keys = [[(n.op, n.name if n.op == "placeholder" else n.target) for n in nodes] for nodes in (ours, theirs)]
-    kinds = {key: i for i, key in enumerate(dict.fromkeys(keys[0] + keys[1]))}
-    my_kinds, their_kinds = ([kinds[k] for k in graph] for graph in keys)
-    return SequenceMatcher(None, my_kinds, their_kinds, autojunk=False).get_opcodes()
-
-
-def _in_both_modes(tracer: ValueTracer, node: fx.Node) -> bool:
-    return node.op == "placeholder" or (node.op == "get_attr" and str(node.target) in tracer.branches)
+    return SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_opcodes()
 
 
 def _merge(tracer: ValueTracer, other: ValueTracer, steps: Sequence[Step]) -> None:
-    """Merges the graphs along the matching nodes.
-
-    Raises:
-        _Different: matching nodes differ in more than a literal or a node of one mode alone; nothing has changed then.
-    """
+    """Merges the graphs along the matching nodes, or raises _Different before anything has changed."""
     ours, theirs = list(tracer.graph.nodes), list(other.graph.nodes)
-    mine_only = {n for kind, a, b, _, _ in steps if kind != "equal" for n in ours[a:b] if not _in_both_modes(tracer, n)}
+    flags = {n for n in ours if n.op == "get_attr" and str(n.target) in tracer.branches}
+    mine_only = {n for kind, a, b, _, _ in steps if kind != "equal" for n in ours[a:b] if n.op != "placeholder"} - flags
     theirs_only = {n for kind, _, _, a, b in steps if kind != "equal" for n in theirs[a:b]}
     inputs = {n.name: n for n in ours if n.op == "placeholder"}
     pairs = {n: inputs[n.name] for n in theirs if n.op == "placeholder"}
@@ -123,15 +111,11 @@ def _share_constants(tracer: ValueTracer, other: ValueTracer) -> None:
     free = (f"_constant{i}" for i in count() if not hasattr(tracer.root, f"_constant{i}"))
     names = {}
     for name, value in other.constants.items():
-        same = (mine for mine, t in tracer.constants.items() if t is value or _equal_tensors(t, value))
+        same = (mine for mine, t in tracer.constants.items() if equal_constants(t, value))
         names[name] = next(same, None) or next(new for new in free if new not in tracer.constants)
         tracer.constants[names[name]] = value
     for node in other.graph.find_nodes(op="get_attr"):
         node.target = names.get(str(node.target), node.target)
-
-
-def _equal_tensors(a: torch.Tensor, b: torch.Tensor) -> bool:
-    return a.shape == b.shape and a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
 
 
 def guard_modes(tracer: ValueTracer) -> None:
@@ -146,11 +130,7 @@ def guard_modes(tracer: ValueTracer) -> None:
 def _differences(
     mine: fx.Node, yours: fx.Node, pairs: Mapping[fx.Node, fx.Node], extra: set[fx.Node]
 ) -> dict[Path, Any]:
-    """Returns the arguments of `yours`, by path, where those of `mine` are others.
-
-    Raises:
-        _Different: they differ in more than literals and nodes of one mode alone.
-    """
+    """Returns the arguments of `yours`, by path, where `mine` has another literal or node of one mode, or raises."""
     structures = [pytree.tree_structure((n.args, n.kwargs)) for n in (mine, yours)]
     theirs = dict(argument_leaves(yours))
     if structures[0] != structures[1] or theirs.keys() != dict(argument_leaves(mine)).keys():
@@ -186,9 +166,8 @@ def _choose(tracer: ValueTracer, node: fx.Node, mine: Any, yours: Any) -> fx.Nod
 
 def _flag_of(tracer: ValueTracer, node: fx.Node) -> str:
     """Returns the flag of the nearest module around a node that branched."""
-    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    names = [f"{path}.training" for path in reversed(stack)] + ["training"]
-    return next((name for name in names if name in tracer.branches), next(iter(tracer.branches)))
+    names = [f"{path}.training" for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())]
+    return next((name for name in [*names, "training"] if name in tracer.branches), next(iter(tracer.branches)))
 
 
 def _flag_node(tracer: ValueTracer, flag: str) -> fx.Node:
@@ -199,8 +178,7 @@ def _flag_node(tracer: ValueTracer, flag: str) -> fx.Node:
         first = next(iter(tracer.graph.nodes))
         (last[0].append if last else first.prepend)(nodes[0])
         return nodes[0]
-    place = tracer.graph.inserting_after(last[0]) if last else tracer.graph.inserting_before()
-    with place:
+    with tracer.graph.inserting_after(last[0]) if last else tracer.graph.inserting_before():
         # not Graph.get_attr, which warns about attributes that are neither modules nor tensors
         node = tracer.graph.create_node("get_attr", flag)
     set_value(node, tracer.branches[flag][1])
