@@ -49,8 +49,8 @@ def _growth(entry: Entry) -> Iterator[Findings]:
         data = [(inputs, _floating(teacher, call(teacher.model, inputs))) for inputs in given]
 
     def loss(output: Any, targets: list[Tensor]) -> Tensor:
-        pairs = zip(_floating(subject, output), targets, strict=False)
-        return torch.stack([(a - b).abs().square().mean() for a, b in pairs if a.shape == b.shape]).mean()
+        pairs = _alike(_floating(subject, output), targets)
+        return torch.stack([(a - b).abs().square().mean() for a, b in pairs]).mean()
 
     subject.model.eval()
     try:
@@ -67,6 +67,16 @@ def _growth(entry: Entry) -> Iterator[Findings]:
 
 def _floating(subject: Subject, output: Any) -> list[Tensor]:
     return [t for t in tensors_in(subject.outputs(output)) if t.is_floating_point() or t.is_complex()]
+
+
+def _alike(found: list[Tensor], targets: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each target with the next output of its shape: some networks return more in one of the modes."""
+    left = list(found)
+    for target in targets:
+        for i, tensor in enumerate(left):
+            if tensor.shape == target.shape:
+                yield left.pop(i), target
+                break
 
 
 def _grown(grown: fx.GraphModule) -> Findings:
