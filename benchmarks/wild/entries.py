@@ -6,7 +6,7 @@ A table is a file of `benchmarks/wild/tables/` with a list `ENTRIES`. Packages a
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -97,14 +97,29 @@ def _made(value: Any) -> Any:
     return value() if getattr(value, "is_builder", False) else value
 
 
-def _generator(batch: int, other: int) -> torch.Generator:
-    return torch.Generator().manual_seed(100 * batch + other)
+_draw = 0
+
+
+def drawn(inputs: Callable[[int, int], Inputs], sizes: Iterable[int]) -> list[Inputs]:
+    """Batches of these sizes, each with other numbers."""
+    global _draw
+    batches = []
+    try:
+        for _draw, size in enumerate(sizes, 1):
+            batches.append(inputs(size, 0))
+    finally:
+        _draw = 0
+    return batches
+
+
+def generator(batch: int, other: int) -> torch.Generator:
+    return torch.Generator().manual_seed(10000 * _draw + 100 * batch + other)
 
 
 def floats(*shape: int, longer: tuple[int, ...] | None = None) -> Callable[[int, int], tuple[Tensor, ...]]:
     """Normal numbers, [batch, *shape]; `longer` is the shape at the other size."""
     return lambda batch, other: (
-        torch.randn(batch, *(longer if other and longer else shape), generator=_generator(batch, other)),
+        torch.randn(batch, *(longer if other and longer else shape), generator=generator(batch, other)),
     )
 
 
@@ -115,13 +130,13 @@ def images(channels: int, side: int, step: int = 32) -> Callable[[int, int], tup
 def tokens(vocabulary: int, length: int, longer: int | None = None) -> Callable[[int, int], tuple[Tensor, ...]]:
     """Integers below `vocabulary`, [batch, length]."""
     return lambda batch, other: (
-        torch.randint(vocabulary, (batch, longer if other and longer else length), generator=_generator(batch, other)),
+        torch.randint(vocabulary, (batch, longer if other and longer else length), generator=generator(batch, other)),
     )
 
 
 def integers(below: int) -> Callable[[int, int], tuple[Tensor, ...]]:
     """One integer per sample, [batch]: a timestep, a class."""
-    return lambda batch, other: (torch.randint(below, (batch,), generator=_generator(batch, other)),)
+    return lambda batch, other: (torch.randint(below, (batch,), generator=generator(batch, other)),)
 
 
 def fixed(*values: Any) -> Callable[[int, int], tuple[Any, ...]]:
@@ -153,10 +168,10 @@ def graph(features: int, *, nodes: int = 6, edges: int = 12) -> Callable[[int, i
     """One graph per sample: features of nodes, edges [2, E] and the number of each node's graph."""
 
     def inputs(batch: int, other: int) -> tuple[Tensor, ...]:
-        generator = _generator(batch, other)
+        random = generator(batch, other)
         first = torch.arange(batch).repeat_interleave(edges) * nodes
-        ends = torch.randint(nodes, (2, edges * batch), generator=generator) + first
-        features_ = torch.randn(nodes * batch, features, generator=generator)
+        ends = torch.randint(nodes, (2, edges * batch), generator=random) + first
+        features_ = torch.randn(nodes * batch, features, generator=random)
         return features_, ends, torch.arange(batch).repeat_interleave(nodes)
 
     return inputs

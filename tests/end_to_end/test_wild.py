@@ -14,7 +14,7 @@ from benchmarks.coverage.modes import SameNoise
 from benchmarks.coverage.process import options_of, records_of
 from benchmarks.coverage.tables import tables
 from benchmarks.wild.__main__ import failure, summary, wild_columns
-from benchmarks.wild.entries import Entry, call, entries, floats
+from benchmarks.wild.entries import Entry, call, drawn, entries, floats
 from benchmarks.wild.measure import steps
 
 
@@ -71,6 +71,16 @@ def test_every_entry_is_well_formed() -> None:
 def test_builders_are_nested() -> None:
     net = call("torch.nn:Sequential", call("torch.nn:Linear", 3, out_features=2))()
     assert isinstance(net[0], nn.Linear) and net[0].out_features == 2
+
+
+def test_batches_differ_and_come_again() -> None:
+    def batches() -> list[Tensor]:
+        return [x for (x,) in drawn(floats(3), (4, 4, 2))]
+
+    a, b, c = batches()
+    assert a.shape == b.shape == (4, 3) and c.shape == (2, 3) and not torch.equal(a, b)
+    assert all(torch.equal(x, y) for x, y in zip((a, b, c), batches(), strict=True))
+    assert torch.equal(floats(3)(4, 0)[0], floats(3)(4, 0)[0]) and not torch.equal(floats(3)(4, 0)[0], a)
 
 
 def test_noise_is_that_of_the_narrow_network() -> None:

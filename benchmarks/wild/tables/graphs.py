@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from benchmarks.wild.entries import Entry, call, edges, graph, imported
+from benchmarks.wild.entries import Entry, call, edges, generator, graph, imported
 
 _GNN = {"in_channels": 5, "hidden_channels": 8, "num_layers": 2, "out_channels": 3}
 _MODELS = "torch_geometric.nn.models"
@@ -46,14 +46,13 @@ def _gin() -> nn.Module:
 
 def _weighted(batch: int, other: int) -> tuple[Tensor, ...]:
     x, ends, of = graph(5)(batch, other)
-    generator = torch.Generator().manual_seed(batch)
-    return x, ends, torch.randn(ends.shape[1], 4, generator=generator), of
+    return x, ends, torch.randn(ends.shape[1], 4, generator=generator(batch, other)), of
 
 
 def _molecule(batch: int, other: int) -> tuple[Tensor, ...]:
-    generator = torch.Generator().manual_seed(batch)
-    kinds = torch.randint(1, 9, (5 * batch,), generator=generator)
-    return kinds, 2 * torch.rand(5 * batch, 3, generator=generator), torch.arange(batch).repeat_interleave(5)
+    random = generator(batch, other)
+    kinds = torch.randint(1, 9, (5 * batch,), generator=random)
+    return kinds, 2 * torch.rand(5 * batch, 3, generator=random), torch.arange(batch).repeat_interleave(5)
 
 
 ENTRIES = [
