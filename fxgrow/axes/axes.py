@@ -29,19 +29,12 @@ LIMIT = 4096
 
 
 class UnitVar:
-    """A number of units that may change.
-
-    Attributes:
-        size: the number of units now.
-        pinned: why it cannot change, or None.
-        bound: the axis that this variable is equal to, once unification has found one.
-    """
+    """A number of units that may change; `pinned` says why it cannot, `bound` is the axis to which it is unified."""
 
     __slots__ = ("bound", "pinned", "size")
 
     def __init__(self, size: int, pinned: Reason | None = None) -> None:
-        self.size = size
-        self.pinned = pinned
+        self.size, self.pinned = size, pinned
         self.bound: Axis | None = None
 
     def __repr__(self) -> str:
@@ -65,15 +58,10 @@ _ATOMS = {type(None), bool, int, float, str}
 
 
 class Dims(tuple[Axis, ...]):
-    """The axes of one tensor.
+    """The axes of one tensor."""
 
-    Attributes:
-        parameter: qualified name, for a parameter or buffer.
-        part_of: the parameter of which the tensor is a slice along the first dimension.
-    """
-
-    parameter: str | None = None
-    part_of: str | None = None
+    parameter: str | None = None  # qualified name, for a parameter or buffer
+    part_of: str | None = None  # the parameter of which the tensor is a slice along the first dimension
 
     @classmethod
     def of(cls, axes: Iterable[Axis], parameter: str | None = None) -> Dims:
@@ -84,16 +72,12 @@ class Dims(tuple[Axis, ...]):
 
 def dims_in(value: Any) -> Iterator[Dims]:
     """Yields every `Dims` in a nested value."""
-    kind = type(value)
-    if kind is Dims:
+    if isinstance(value, Dims):
         yield value
-    elif kind is tuple or kind is list:
-        for item in value:
+    elif isinstance(value, (tuple, list, dict)):
+        for item in value.values() if isinstance(value, dict) else value:
             yield from dims_in(item)
-    elif kind is dict:
-        for item in value.values():
-            yield from dims_in(item)
-    elif kind not in _ATOMS:
+    elif type(value) not in _ATOMS:
         leaves = pytree.tree_leaves(value, is_leaf=lambda x: isinstance(x, Dims))
         yield from (leaf for leaf in leaves if isinstance(leaf, Dims))
 
@@ -163,14 +147,13 @@ def multiplicity(axis: Axis) -> Counter[UnitVar]:
 
 def unit_entries(axis: Axis, var: UnitVar) -> Tensor:
     """Positions of each unit's entries in an axis, `[units, entries]`."""
-    units: list[list[int]] = [[] for _ in range(var.size)]
+    positions = [torch.empty(var.size, 0, dtype=torch.long)]
     at = 0
     for s in resolve(axis):
         if s.var is var:
-            for i, unit in enumerate(units):
-                unit.extend(range(at + i * s.inner, at + (i + 1) * s.inner))
+            positions.append(torch.arange(at, at + s.length).view(var.size, s.inner))
         at += s.length
-    return torch.tensor(units, dtype=torch.long)
+    return torch.cat(positions, 1)
 
 
 def grown_length(axis: Axis, grow: Mapping[UnitVar, int]) -> int:
@@ -264,10 +247,8 @@ def _same(s: Segment, t: Segment, why: Reason) -> None:
     if s.var is t.var:
         if s.var is not None and s.inner != t.inner:
             pin((s,), why)
-    elif s.var is None:
-        pin((t,), s.reason or why)
-    elif t.var is None:
-        pin((s,), t.reason or why)
+    elif s.var is None or t.var is None:
+        pin((s, t), s.reason or t.reason or why)
     elif s.inner % t.inner == 0:
         _bind(t.var, axis_of(s.var, s.inner // t.inner))
     elif t.inner % s.inner == 0:
@@ -285,10 +266,8 @@ def _same(s: Segment, t: Segment, why: Reason) -> None:
 
 def _rigid(axis: Axis) -> Axis:
     """Replaces an axis whose variables are all pinned by a fixed one."""
-    pinned = variables(axis)
-    if pinned and all(var.pinned for var in pinned):
-        return fixed(length(axis), pinned[0].pinned)
-    return axis
+    reasons = [var.pinned for var in variables(axis)]
+    return fixed(length(axis), reasons[0]) if reasons and all(reasons) else axis
 
 
 def product(outer: Axis, inner: Axis, why: Reason) -> Axis:
@@ -305,6 +284,5 @@ def product(outer: Axis, inner: Axis, why: Reason) -> Axis:
         return tuple(Segment(s.var, s.inner * n_inner, s.reason) for s in resolve(outer))
     if is_fixed(outer) and n_outer * len(resolve(inner)) <= LIMIT:
         return resolve(inner) * n_outer
-    pin(outer, why)
-    pin(inner, why)
+    pin(outer + inner, why)
     return fixed(n_outer * n_inner, why)

@@ -10,47 +10,39 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from typing import Any
 
 from fxgrow.axes.axes import Axis, Dims, UnitVar, is_fixed, length, multiplicity, resolve
 
 Terms = tuple[tuple[Fraction, Axis], ...]
+Quotients = tuple[tuple[Fraction, Terms], ...]
 
 
 class SizeExpr(int):
     """An integer that remembers which axes it measures: `const + sum(coefficient * len(axis))`.
 
     `x.shape[1] // 2 * 3` is linear and can be checked against the axis for which it is used.
-
-    Attributes:
-        const: the constant term.
-        terms: coefficients and axes.
-        opaque: the size is not linear; used as a size, it pins the axes it came from.
-        quotients: intermediate results of divisions, which must be integers at every number of units.
     """
 
     const: Fraction
-    terms: Terms
-    opaque: bool
-    quotients: tuple[tuple[Fraction, Terms], ...]
+    terms: Terms = ()  # coefficients and axes
+    opaque: bool = False  # not linear; used as a size, it pins the axes it came from
+    quotients: Quotients = ()  # intermediate results of divisions, which must be integers at every number of units
+
+    def __init__(self, value: int) -> None:
+        """A size that measures no axis."""
+        self.const = Fraction(value)
 
     @classmethod
-    def make(
-        cls,
-        value: int,
-        const: Fraction,
-        terms: Iterable[tuple[Fraction, Axis]],
-        opaque: bool = False,
-        quotients: Iterable[tuple[Fraction, Terms]] = (),
-    ) -> int:
+    def make(cls, value: int, const: Fraction, terms: Any, opaque: bool = False, quotients: Quotients = ()) -> int:
         """A plain int where no axis is left among the terms."""
         terms = tuple((c, a) for c, a in terms if c)
         if not terms:
             return value
         self = cls(value)
-        self.const, self.terms, self.opaque, self.quotients = const, terms, opaque, tuple(quotients)
+        self.const, self.terms, self.opaque, self.quotients = const, terms, opaque, quotients
         return self
 
     @classmethod
@@ -80,14 +72,10 @@ class SizeExpr(int):
     def _linear(self, other: Any, sign: int, op: Callable[[int, int], int]) -> Any:
         if not isinstance(other, int):
             return NotImplemented
-        const, terms, opaque, quotients = _parts(other)
-        return SizeExpr.make(
-            op(int(self), int(other)),
-            self.const + sign * const,
-            [*self.terms, *((sign * c, a) for c, a in terms)],
-            self.opaque or opaque,
-            self.quotients + quotients,
-        )
+        value, right = op(int(self), int(other)), other if isinstance(other, SizeExpr) else SizeExpr(other)
+        terms = (*self.terms, *((sign * c, a) for c, a in right.terms))
+        opaque, quotients = self.opaque or right.opaque, self.quotients + right.quotients
+        return SizeExpr.make(value, self.const + sign * right.const, terms, opaque, quotients)
 
     def __add__(self, other: Any) -> Any:
         return self._linear(other, 1, operator.add)
@@ -98,8 +86,7 @@ class SizeExpr(int):
         return self._linear(other, -1, operator.sub)
 
     def __rsub__(self, other: Any) -> Any:
-        negative = self * -1
-        return negative + other
+        return self * -1 + other
 
     def __neg__(self) -> int:
         return self * -1  # type: ignore[no-any-return]
@@ -107,12 +94,11 @@ class SizeExpr(int):
     def __mul__(self, other: Any) -> Any:
         if not isinstance(other, int):
             return NotImplemented
-        const, terms, opaque, quotients = _parts(other)
         value = int(self) * int(other)
-        if terms:
-            return SizeExpr.make(value, Fraction(0), [*self.terms, *terms], opaque=True)
-        scaled = [(c * const, a) for c, a in self.terms]
-        return SizeExpr.make(value, self.const * const, scaled, self.opaque, self.quotients)
+        if isinstance(other, SizeExpr) and other.terms:
+            return SizeExpr.make(value, Fraction(0), self.terms + other.terms, opaque=True)
+        scaled = [(c * int(other), a) for c, a in self.terms]
+        return SizeExpr.make(value, self.const * int(other), scaled, self.opaque, self.quotients)
 
     __rmul__ = __mul__
 
@@ -122,7 +108,7 @@ class SizeExpr(int):
         divisor = int(other)
         value = int(self) // divisor
         if isinstance(other, SizeExpr) or value * divisor != int(self):
-            return SizeExpr.make(value, Fraction(0), [*self.terms, *_parts(other)[1]], opaque=True)
+            return SizeExpr.make(value, Fraction(0), self.terms + getattr(other, "terms", ()), opaque=True)
         const, terms = self.const / divisor, tuple((c / divisor, a) for c, a in self.terms)
         return SizeExpr.make(value, const, terms, self.opaque, (*self.quotients, (const, terms)))
 
@@ -139,22 +125,12 @@ def _form(const: Fraction, terms: Terms) -> tuple[Fraction, dict[UnitVar, Fracti
     return const, {v: c for v, c in total.items() if c}
 
 
-def _parts(x: int) -> tuple[Fraction, Terms, bool, tuple[tuple[Fraction, Terms], ...]]:
-    if isinstance(x, SizeExpr):
-        return x.const, x.terms, x.opaque, x.quotients
-    return Fraction(int(x)), (), False, ()
-
-
 def measured(value: Any) -> Iterator[SizeExpr]:
     """Yields every `SizeExpr` in nested tuples, lists, dicts and slices."""
     if isinstance(value, SizeExpr):
         yield value
-    elif isinstance(value, Dims):
-        return
-    elif isinstance(value, (tuple, list)):
-        for v in value:
-            yield from measured(v)
-    elif isinstance(value, dict):
-        yield from measured(list(value.values()))
     elif isinstance(value, slice):
         yield from measured((value.start, value.stop, value.step))
+    elif isinstance(value, (tuple, list, dict)) and not isinstance(value, Dims):
+        for item in value.values() if isinstance(value, dict) else value:
+            yield from measured(item)

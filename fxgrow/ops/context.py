@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from fractions import Fraction
 from typing import Any
 
 import torch
@@ -31,15 +30,11 @@ class Context:
 
     def __init__(self, structure: Structure, gm: fx.GraphModule, node: fx.Node) -> None:
         """Everything said about `node` is entered in `structure`."""
-        self.structure = structure
-        self.gm = gm
-        self.node = node
+        self.structure, self.gm, self.node = structure, gm, node
         self.module: Any = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
         self.value: Any = node.meta.get("val")
         #: sizes that the rule assigned to an axis; any other size pins the axes that it measures
         self.followed: list[SizeExpr] = []
-
-    # -- asking
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -69,8 +64,7 @@ class Context:
         if name in self.module._parameters or name in self.module._buffers:
             return self.dims_of(full, tensor)
         # a parametrized tensor is computed at each access, so it is known by its name
-        new = Dims.of((axis_of(UnitVar(n)) for n in tensor.shape), full)
-        dims = self.structure.parameters.setdefault(full, new)
+        dims = self._new_parameter(full, tensor)
         norm = norm_of(self.module)
         if hasattr(norm, "_u") and len(norm._u) + 1 >= len(norm._v):
             self.pin(dims[norm.dim], "norm", "spectral_norm: no direction orthogonal to the existing rows is left")
@@ -82,12 +76,11 @@ class Context:
 
     def dims_of(self, name: str, tensor: torch.Tensor) -> Dims:
         """The axes of a stored tensor; tied and shared parameters share them."""
-        name = self.structure.aliases.setdefault(id(tensor), name)
-        if name not in self.structure.parameters:
-            self.structure.parameters[name] = Dims.of((axis_of(UnitVar(n)) for n in tensor.shape), name)
-        return self.structure.parameters[name]
+        return self._new_parameter(self.structure.aliases.setdefault(id(tensor), name), tensor)
 
-    # -- saying
+    def _new_parameter(self, name: str, tensor: torch.Tensor) -> Dims:
+        dims = Dims.of((axis_of(UnitVar(n)) for n in tensor.shape), name)
+        return self.structure.parameters.setdefault(name, dims)
 
     def same(self, a: Axis, b: Axis, message: str = "must keep the same number of entries") -> None:
         """Says that two axes always have the same units."""
@@ -95,10 +88,9 @@ class Context:
             raise Unsupported(f"expected {length(b)} entries, found {length(a)}")
         unify(a, b, self.reason("size", message))
 
-    def pin(self, axis: Axis, code: str, message: str) -> Axis:
-        """Says that an axis cannot change here, and returns it."""
+    def pin(self, axis: Axis, code: str, message: str) -> None:
+        """Says that an axis cannot change here."""
         pin(axis, self.reason(code, message))
-        return axis
 
     def fix(self, axes: Sequence[Axis], message: str = "is a fixed size") -> None:
         """Says that axes cannot change here, because a size is fixed."""
@@ -119,43 +111,26 @@ class Context:
         self.structure.kept_numbers.append(KeptNumber(self.node, keyword, value, tuple(axes)))
 
     def project(
-        self,
-        weight: Dims,
-        bias: Dims | None,
-        out: Axis,
-        *,
-        out_dim: int = 0,
-        in_dim: int = 1,
-        units: Axis | None = None,
-        **fields: Any,
+        self, weight: Dims, bias: Dims | None, out: Axis, *, out_dim: int = 0, in_dim: int = 1, **fields: Any
     ) -> None:
         """Says that this node's weight produces axis `out` (dimension `out_dim`) and consumes its dimension `in_dim`.
 
-        `units`: the axis of the units, where `out` has several entries for each (gates); `fields`: of `Projection`.
+        `fields`: of `Projection`, and `units`: the axis of the units, where `out` has several entries for each (gates).
         """
         if bias is not None:
             self.same(bias[0], out)
-        name = weight.parameter
-        if name is None and out_dim == 0:
-            name = weight.part_of
+        name = weight.parameter or (weight.part_of if out_dim == 0 else None)
         if any(p is not None and p.parameter is None and p.part_of is not None for p in (weight, bias)):
             fields["plain"] = False  # statistics are per parameter, not per part of one
         if name is None:
             raise Unsupported("the weight is computed in the graph, not a parameter")
         if not isinstance(fields.setdefault("source", self.node.all_input_nodes[0]), fx.Node):
             raise Unsupported("a product whose first factor is not computed in the graph")
-        fields = {"node": self.node, "out": out if units is None else units, **fields}
-        self.structure.projections.append(
-            Projection(
-                weight=name,
-                bias=None if bias is None else bias.parameter or bias.part_of,
-                out_dim=out_dim,
-                in_dim=in_dim,
-                output_axis=self.structure.parameters[name][out_dim],
-                input_axis=weight[in_dim],
-                **fields,
-            )
-        )
+        fields.setdefault("node", self.node)
+        fields.update(weight=name, bias=bias and (bias.parameter or bias.part_of), out=fields.pop("units", out))
+        output_axis, input_axis = self.structure.parameters[name][out_dim], weight[in_dim]
+        fields.update(out_dim=out_dim, in_dim=in_dim, output_axis=output_axis, input_axis=input_axis)
+        self.structure.projections.append(Projection(**fields))
 
     def attribute(self, name: str, axis: Axis, *index: int) -> None:
         """Says that an attribute of the module (`in_features`), or an item of one, is the length of `axis`."""
@@ -181,12 +156,6 @@ class Context:
             if isinstance(get_argument(self.node, path), fx.Node):
                 # a computed size that measures no width: the axis may not change
                 if int(value) == length(axis):
-                    self.structure.checks.append(SizeCheck(_constant(value), axis, why, where, infer))
+                    self.structure.checks.append(SizeCheck(SizeExpr(value), axis, why, where, infer))
             else:
                 self.structure.constants.append(Constant((self.node, path), axis))
-
-
-def _constant(value: int) -> SizeExpr:
-    size = SizeExpr(value)
-    size.const, size.terms, size.opaque, size.quotients = Fraction(int(value)), (), False, ()
-    return size

@@ -12,13 +12,15 @@ from typing import Any, NamedTuple
 from torch import nn
 from torch.nn import functional as F
 
-from fxgrow.axes.axes import Axis, Dims, Segment, UnitVar, axis_of, fixed, length
-from fxgrow.ops.context import Context, Unsupported
+from fxgrow.axes.axes import Axis, Dims, Segment, fixed, length
+from fxgrow.ops.context import Context
 from fxgrow.ops.registry import op
+from fxgrow.ops.split_concat import equal_parts
 
 _CONV = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 _CONV_TRANSPOSE = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
 _DEFAULTS = {"bias": None, "stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+_GROUPS = "every group has the same number of channels"
 
 
 class _Arguments(NamedTuple):
@@ -28,16 +30,12 @@ class _Arguments(NamedTuple):
     weight: Dims
     bias: Dims | None
     groups: int
-    #: stride, padding and dilation
+    #: kernel, stride, padding and dilation, one number per spatial dimension; without those given as a string
     window: dict[str, Any]
 
     @property
-    def spatial_dims(self) -> int:
-        return len(self.weight) - 2
-
-    @property
     def channels(self) -> Axis:
-        return self.x[-self.spatial_dims - 1]
+        return self.x[1 - len(self.weight)]
 
     @property
     def is_depthwise(self) -> bool:
@@ -52,22 +50,17 @@ def _read(ctx: Context, names: tuple[str, ...], args: tuple[Any, ...], kwargs: d
         # a string marks a window that does not slide over one zero-padded map, as padding="same" does
         padding = m.padding if m.padding_mode == "zeros" else m.padding_mode
         given |= {"stride": m.stride, "padding": padding, "dilation": m.dilation}
-    window = {name: given[name] for name in ("stride", "padding", "dilation")}
-    arguments = _Arguments(given["input"], given["weight"], given["bias"], given["groups"], window)
-    ctx.fix(arguments.weight[2:])
-    for axis in arguments.x[-arguments.spatial_dims :]:
+    x, weight = given["input"], given["weight"]
+    n = len(weight) - 2
+    ctx.fix(weight[2:])
+    for axis in x[-n:]:
         # the units stand there where a channels-last tensor was not permuted
         ctx.pin(axis, "reduce", "a kernel slides over it")
-    return arguments
-
-
-def _equal_groups(ctx: Context, axis: Axis, groups: int) -> None:
-    """Makes `axis` be `groups` copies of one block."""
-    if groups > 1:
-        if length(axis) % groups:
-            raise Unsupported(f"{length(axis)} channels are not divisible by {groups} groups")
-        block = axis_of(UnitVar(length(axis) // groups))
-        ctx.same(axis, block * groups, "every group has the same number of channels")
+    window: dict[str, Any] = {"kernel": tuple(map(length, weight[2:]))}
+    for name in ("stride", "padding", "dilation"):
+        if not isinstance(value := given[name], str):
+            window[name] = (int(value),) * n if isinstance(value, int) else tuple(map(int, value))
+    return _Arguments(x, weight, given["bias"], given["groups"], window)
 
 
 def _depthwise(ctx: Context, a: _Arguments, multiplier: int) -> Axis:
@@ -86,16 +79,8 @@ def _depthwise(ctx: Context, a: _Arguments, multiplier: int) -> Axis:
 def _output(ctx: Context, a: _Arguments, out: Axis) -> Dims:
     ctx.attribute("in_channels", a.channels)
     ctx.attribute("out_channels", out)
-    n = a.spatial_dims
+    n = len(a.weight) - 2
     return Dims((*a.x[: -n - 1], out, *(fixed(size) for size in ctx.shape[-n:])))
-
-
-def _geometry(a: _Arguments) -> dict[str, Any]:
-    """Kernel, stride, padding and dilation, one number per spatial dimension; without those given as a string."""
-    n = a.spatial_dims
-    numbers = {k: v for k, v in a.window.items() if not isinstance(v, str)}
-    each = {k: (int(v),) * n if isinstance(v, int) else tuple(map(int, v)) for k, v in numbers.items()}
-    return {"kernel": tuple(map(length, a.weight[2:])), **each}
 
 
 @op(F.conv1d, F.conv2d, F.conv3d, nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -108,11 +93,11 @@ def conv(ctx: Context, *args: Any, **kwargs: Any) -> Dims:
     else:
         out = a.weight[0]
         ctx.same(a.channels, a.weight[1] * a.groups)
-        _equal_groups(ctx, out, a.groups)
-        slides = not any(isinstance(v, str) for v in a.window.values())
+        equal_parts(ctx, out, a.groups, _GROUPS)
         # statistics need groups that are whole blocks of plain windows
+        slides = "padding" in a.window
         groups = a.groups if slides else 0
-        ctx.project(a.weight, a.bias, out, plain=slides and a.groups == 1, groups=groups, **_geometry(a))
+        ctx.project(a.weight, a.bias, out, plain=slides and a.groups == 1, groups=groups, **a.window)
     return _output(ctx, a, out)
 
 
@@ -125,8 +110,7 @@ def conv_transpose(ctx: Context, *args: Any, **kwargs: Any) -> Dims:
     if a.is_depthwise:
         out = _depthwise(ctx, a, length(a.weight[1]))
     else:
-        _equal_groups(ctx, a.channels, a.groups)
-        out = a.weight[1] * a.groups
-        transposed = a.groups == 1
-        ctx.project(a.weight, a.bias, out, out_dim=1, in_dim=0, plain=False, transposed=transposed, **_geometry(a))
+        equal_parts(ctx, a.channels, a.groups, _GROUPS)
+        out, transposed = a.weight[1] * a.groups, a.groups == 1
+        ctx.project(a.weight, a.bias, out, out_dim=1, in_dim=0, plain=False, transposed=transposed, **a.window)
     return _output(ctx, a, out)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fxgrow.axes.axes import Dims
 from fxgrow.ops.context import Context
 from fxgrow.ops.normalization import norm_over_last
-from fxgrow.ops.registry import recogniser
+from fxgrow.ops.registry import RECOGNISED
 
 _EPS = ("eps", "variance_epsilon", "epsilon")
 
@@ -25,18 +25,14 @@ _EPS = ("eps", "variance_epsilon", "epsilon")
 class NormForm:
     """Which norm a module computes.
 
-    Attributes:
-        kind: "rms": `x / sqrt(mean(x^2) + eps) * (weight + offset)`; "layer": the same of x less its mean; "response":
-            `x + weight * x * r / (mean(r) + eps) + bias`, r the L2 norm of each channel.
-        eps: name of the attribute.
-        offset: see above.
-        dim: of the channels.
+    "rms": `x / sqrt(mean(x^2) + eps) * (weight + offset)`; "layer": the same of x less its mean; "response":
+    `x + weight * x * r / (mean(r) + eps) + bias`, r the L2 norm of each channel.
     """
 
     kind: str
-    eps: str
+    eps: str  # name of the attribute
     offset: float = 0.0
-    dim: int = -1
+    dim: int = -1  # of the channels
 
 
 _forms: WeakKeyDictionary[nn.Module, NormForm | None] = WeakKeyDictionary()
@@ -53,9 +49,8 @@ def _recognise(module: nn.Module) -> NormForm | None:
     """Chooses the possible forms by the module's parts, then compares them with its output on random numbers."""
     parameters = dict(module.named_parameters())
     names = [n for n in _EPS if isinstance(getattr(module, n, None), float)]
-    if "norm" not in type(module).__name__.lower() or len(names) != 1 or any(p.dim() != 1 for p in parameters.values()):
-        return None
-    if any(True for _ in (*module.children(), *module.buffers())):
+    plain = not [*module.children(), *module.buffers()] and all(p.dim() == 1 for p in parameters.values())
+    if "norm" not in type(module).__name__.lower() or len(names) != 1 or not plain:
         return None
     if parameters.keys() == {"weight"}:
         shape: tuple[int, ...] = (3, 2)
@@ -83,8 +78,7 @@ def _computes(module: Any, form: NormForm, x: Tensor) -> bool:
             out = module(x.movedim(-1, form.dim)).movedim(form.dim, -1)
             return out.shape == x.shape and torch.allclose(out, _expected(module, form, x), rtol=1e-4, atol=1e-5)
     except Exception:
-        # not a norm of one such tensor
-        return False
+        return False  # not a norm of one such tensor
 
 
 def _expected(module: Any, form: NormForm, x: Tensor) -> Tensor:
@@ -98,7 +92,6 @@ def _expected(module: Any, form: NormForm, x: Tensor) -> Tensor:
     return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * (module.weight + form.offset)  # type: ignore[no-any-return]
 
 
-@recogniser(lambda module: norm_form(module) is not None)
 def custom_norm(ctx: Context, x: Dims) -> Dims:
     form: Any = norm_form(ctx.module)
     eps = float(getattr(ctx.module, form.eps))
@@ -107,6 +100,9 @@ def custom_norm(ctx: Context, x: Dims) -> Dims:
     ctx.attribute("normalized_shape", x[-1], 0)
     weight = ctx.parameter("weight")
     return norm_over_last(ctx, x, 1, form.kind, weight, None, eps, eps_name=form.eps, offset=form.offset)
+
+
+RECOGNISED.append((lambda module: norm_form(module) is not None, custom_norm))
 
 
 def _response_norm(ctx: Context, x: Dims, form: NormForm, eps: float) -> Dims:

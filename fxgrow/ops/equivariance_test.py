@@ -20,22 +20,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from fxgrow.ops.random_test_inputs import (
-    FEW_KINDS,
-    KINDS,
-    MIN_UNITS,
-    SPREADS,
-    Layout,
-    index_selections,
-    random_values,
-    separate_units,
-    unit_levels,
-)
+from fxgrow.ops.random_test_inputs import MIN_UNITS, Layout, index_selections, kinds, random_values, separate_units
 
 #: relative tolerance to the largest entry of a unit: operators may compute in float32
 TOLERANCE = 1e-6
-#: with more elements than this only some kinds of random values are tried
-MANY = 1 << 18
 #: at most this many combinations of axes of several tensors are tried
 COMBINATIONS = 32
 #: an axis of an input: (tensor, dimension)
@@ -64,8 +52,8 @@ class InferredRule:
 
 
 Call = Callable[[list[Tensor]], object]
-#: per output, the dimension that holds the units, and their possible layouts in it
-OutputLayouts = dict[int, tuple[int, list[Layout]]]
+#: per output the dimension that holds the units, and their possible layouts in it
+OutputLayouts = dict[InputDim, list[Layout]]
 
 
 class EquivarianceTest:
@@ -77,15 +65,10 @@ class EquivarianceTest:
         self.generator = torch.Generator().manual_seed(0)
         #: whether it draws random numbers; each run has the same seed, so noise that all units share is fine
         self.random = False
-        large = sum(math.prod(shape) for shape in shapes) > MANY
-        self.kinds: tuple[int, ...] = FEW_KINDS if large else KINDS
+        self.kinds = kinds(sum(math.prod(shape) for shape in shapes))
 
     def infer(self, axes: Sequence[tuple[InputDim, int]]) -> InferredRule:
-        """Looks for a map of every axis in `axes`, which are given with the number of entries per unit.
-
-        Raises:
-            NotEquivariant: the operator is random, writes into its inputs, or does not run at all.
-        """
+        """Looks for a map of every axis in `axes`, which are given with the number of entries per unit."""
         with _isolated():
             outputs = [self._deterministic_output(call) for call in self.calls]
             lengths = {n for leaves in outputs for t in leaves if isinstance(t, Tensor) for n in t.shape}
@@ -110,9 +93,8 @@ class EquivarianceTest:
         tensors = self._runnable(call)
         first, given = _run(call, tensors)
         second, _ = _run(call, tensors)
-        state = torch.get_rng_state()
-        torch.default_generator.manual_seed(0)
-        self.random = self.random or not torch.equal(state, torch.get_rng_state())
+        seeded = torch.Generator().manual_seed(0).get_state()
+        self.random = self.random or not torch.equal(seeded, torch.get_rng_state())
         if not all(_same(a, b, None) for a, b in zip(tensors, given, strict=True)):
             raise NotEquivariant("it writes into its input")
         if not _all_same(first, second, {}):
@@ -138,20 +120,18 @@ class EquivarianceTest:
     def _axis_map(self, place: InputDim, inner: int, lengths: set[int]) -> AxisMap:
         """Tries layouts and combinations of inputs until one is equivariant."""
         n = self.shapes[place[0]][place[1]]
-        mixes: NotEquivariant | None = None
-        fails: NotEquivariant | None = None
+        mixes: list[str] = []
+        fails: list[str] = []
         for layout in _layouts(n, inner, lengths):
             for inputs in self._combinations(place, n):
                 try:
                     return AxisMap(inputs, layout, self._output_dims(inputs, layout))
                 except NotEquivariant as why:
-                    mixes = mixes or (
-                        NotEquivariant("it is random, with different noise for each unit") if self.random else why
-                    )
+                    mixes.append("it is random, with different noise for each unit" if self.random else str(why))
                 except Exception as error:
                     text = f"it does not run with another number of entries in dimension {place[1]}"
-                    fails = fails or NotEquivariant(f"{text} ({_first_line(error)})")
-        raise mixes or fails or NotEquivariant("nothing was tried")
+                    fails.append(f"{text} ({_first_line(error)})")
+        raise NotEquivariant([*mixes, *fails][0])
 
     def _combinations(self, place: InputDim, n: int) -> Iterator[tuple[InputDim, ...]]:
         """The axis alone, then with equally long axes of the other tensors, those aligned from the right first."""
@@ -166,34 +146,31 @@ class EquivarianceTest:
             yield (place, *(p for p in others if p is not None))
 
     def _output_dims(self, inputs: tuple[InputDim, ...], layout: Layout) -> tuple[tuple[InputDim, Layout], ...]:
-        """The output axes in which the units of these input axes come out.
-
-        Raises:
-            NotEquivariant: the operator mixes them.
-        """
-        units = self.shapes[inputs[0][0]][inputs[0][1]] // layout.entries
+        """The output axes in which the units of these input axes come out; raises if the operator mixes them."""
+        i, d = inputs[0]
+        units = self.shapes[i][d] // layout.entries
+        more, axes = max(units + 2, MIN_UNITS), AxisMap(inputs, layout, ())
         out: OutputLayouts | None = None
         finite = False
         for call, kind in itertools.product(self.calls, self.kinds):
-            more, axes = max(units + 2, MIN_UNITS), AxisMap(inputs, layout, ())
             tensors = self._values(self._resized_shapes([(axes, more)]), kind)
             level = torch.linspace(-1, 1, more, dtype=torch.float64)[torch.randperm(more, generator=self.generator)]
-            for i, d in inputs:
-                tensors[i] = separate_units(tensors[i], d, layout, level, kind)
+            for tensor, dim in inputs:
+                tensors[tensor] = separate_units(tensors[tensor], dim, layout, level, kind)
             base, _ = _run(call, tensors)
-            finite = finite or _mostly_finite(base)
-            levels = unit_levels(tensors[inputs[0][0]], inputs[0][1], layout, more, magnitude=kind in SPREADS)
-            for chosen in index_selections(levels, units, 12 if kind in SPREADS else 2, self.generator):
+            leaves = [t for t in base if isinstance(t, Tensor) and t.numel()]
+            finite = finite or all(bool(t.isfinite().double().mean() >= 0.5) for t in leaves)
+            for chosen in index_selections(tensors[i], d, layout, units, kind, self.generator):
                 part, _ = _run(call, _select(tensors, [(axes, chosen, more)]))
                 candidates = _candidate_layouts(base, part, more, len(chosen))
                 if out is None:
                     out = candidates or {}
-                elif candidates is not None and _dimensions(candidates) != _dimensions(out):
+                elif candidates is not None and candidates.keys() != out.keys():
                     raise NotEquivariant("the sizes of its output depend on values")
-                out = _matching_layouts(out, base, part, (chosen, more), inputs[0][1])
+                out = _matching_layouts(out, base, part, (chosen, more), d)
         if not finite or out is None:
             raise NotEquivariant("its output is NaN or infinite on random values")
-        return tuple(((leaf, dim), layouts[0]) for leaf, (dim, layouts) in out.items())
+        return tuple((place, layouts[0]) for place, layouts in out.items())
 
     def _check_together(self, maps: Sequence[AxisMap]) -> None:
         """Checks the maps again with units selected along all axes at once."""
@@ -246,10 +223,7 @@ def _select(tensors: Sequence[Tensor], choices: Sequence[tuple[AxisMap, Tensor, 
 
 
 def _candidate_layouts(base: list[object], part: list[object], units: int, chosen: int) -> OutputLayouts | None:
-    """Per output the dimension whose length follows the number of units, and their possible layouts in it.
-
-    None where `units == chosen`, so that no length changes.
-    """
+    """Every output dimension whose length follows the number of units; None where `units == chosen`: none changes."""
     candidates: OutputLayouts = {}
     if len(base) != len(part):
         raise NotEquivariant("the number of its outputs depends on a size")
@@ -267,28 +241,24 @@ def _candidate_layouts(base: list[object], part: list[object], units: int, chose
         if len(changed) > 1 or not each or (a.shape[changed[0]], b.shape[changed[0]]) != (each * units, each * chosen):
             raise NotEquivariant("the sizes of its output do not follow the number of units")
         inners = [i for i in range(each, 0, -1) if each % i == 0]
-        candidates[leaf] = (changed[0], [Layout(each // i, i) for i in inners])
+        candidates[leaf, changed[0]] = [Layout(each // i, i) for i in inners]
     return candidates
-
-
-def _dimensions(layouts: OutputLayouts) -> dict[int, int]:
-    return {leaf: dim for leaf, (dim, _) in layouts.items()}
 
 
 def _matching_layouts(
     out: OutputLayouts, base: list[object], part: list[object], selection: tuple[Tensor, int], dim: int
 ) -> OutputLayouts:
     """Keeps the layouts under which `part`, the output for the selected units, is the selection of `base`."""
-    matching = dict(out)
+    axes = dict(out.keys())
+    matching = {}
     for leaf, (a, b) in enumerate(zip(base, part, strict=True)):
-        if leaf not in out:
-            fits = _same(a, b, None)
+        if isinstance(a, Tensor) and leaf in axes:
+            place = leaf, axes[leaf]
+            selected = ((k, a.index_select(axes[leaf], k.positions(*selection))) for k in out[place])
+            matching[place] = [k for k, entries in selected if _same(entries, b, axes[leaf])]
+            fits = bool(matching[place])
         else:
-            axis, layouts = out[leaf]
-            selected = {k: a.index_select(axis, k.positions(*selection)) for k in layouts if isinstance(a, Tensor)}
-            kept = [k for k, entries in selected.items() if _same(entries, b, axis)]
-            matching[leaf] = (axis, kept)
-            fits = bool(kept)
+            fits = _same(a, b, None)
         if not fits:
             raise NotEquivariant(f"it mixes the units of dimension {dim}")
     return matching
@@ -324,11 +294,6 @@ def _same(a: object, b: object, dim: int | None) -> bool:
     return bool((near | (a == b) | (a.isnan() & b.isnan())).all())
 
 
-def _mostly_finite(leaves: Sequence[object]) -> bool:
-    """Whether at least half of each output is finite."""
-    return all(bool(t.isfinite().double().mean() >= 0.5) for t in leaves if isinstance(t, Tensor) and t.numel())
-
-
 def _first_line(error: BaseException | None) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0][:160]
 
@@ -336,10 +301,8 @@ def _first_line(error: BaseException | None) -> str:
 @contextlib.contextmanager
 def _isolated() -> Iterator[None]:
     """Runs without gradients and warnings, on the CPU, and restores the random generators."""
-    state = random.getstate()
-    try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        random.setstate(state)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), torch.device("cpu"), contextlib.ExitStack() as stack:
+        stack.callback(random.setstate, random.getstate())
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        yield

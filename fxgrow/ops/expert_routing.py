@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,19 +26,12 @@ _CASTS = frozenset({"to", "float", "double", "half", "bfloat16", "type", "contig
 
 @dataclass(frozen=True)
 class Routes:
-    """Which expert each row of a product belongs to.
+    """Which expert each row of a product belongs to; the nodes are those of a sorted list."""
 
-    Attributes:
-        experts: how many.
-        ends: for a sorted list, the node with the index at which each expert's rows end.
-        tokens: for a sorted list, the node with all tokens.
-        index: for a sorted list, the node with the token index of each row.
-    """
-
-    experts: int
-    ends: fx.Node | None = None
-    tokens: fx.Node | None = None
-    index: fx.Node | None = None
+    experts: int  # how many
+    ends: fx.Node | None = None  # the index at which each expert's rows end
+    tokens: fx.Node | None = None  # all tokens
+    index: fx.Node | None = None  # the token index of each row
 
     def nodes(self) -> list[fx.Node]:
         """Nodes whose values `by_sample` needs."""
@@ -90,20 +82,16 @@ def all_routes(gm: fx.GraphModule) -> dict[fx.Node, Routes]:
     """The routes of every product of experts, and of its input."""
     by_node: dict[fx.Node, Routes] = {}
     for node in gm.graph.nodes:
-        r = routes(node)
-        if r is not None:
+        if (r := routes(node)) is not None:
             by_node[node] = by_node[node.args[0]] = r
     return by_node
 
 
 def _is_product(node: fx.Node) -> bool:
     """Whether a node multiplies rows by three-dimensional weights."""
-    if node.target in SORTED:
-        return True
-    if node.target not in STACKED or len(node.args) < 2 or not isinstance(node.args[1], fx.Node):
-        return False
-    weight = node.args[1]
-    return weight.op == "get_attr" and isinstance(weight.meta.get("val"), Tensor) and weight.meta["val"].dim() == 3
+    weight = (*node.args, None, None)[1]
+    value = weight.meta.get("val") if isinstance(weight, fx.Node) and weight.op == "get_attr" else None
+    return node.target in SORTED or (node.target in STACKED and isinstance(value, Tensor) and value.dim() == 3)
 
 
 def _ends(node: fx.Node) -> fx.Node | None:
@@ -144,26 +132,18 @@ def _row_by_row(node: fx.Node) -> bool:
     if name in _CASTS:
         return True
     if name in ("chunk", "split"):
-        dim = node.kwargs.get("dim", (*node.args, 0, 0)[2])
-        return dim in (-1, 1)
+        return node.kwargs.get("dim", (*node.args, 0, 0)[2]) in (-1, 1)
     if node.target is operator.getitem:
-        return isinstance(node.args[1], int) or _cuts_columns(node.args[1])
+        index = node.args[1]
+        rows, columns = index if isinstance(index, tuple) and len(index) == 2 else (None, None)
+        return isinstance(index, int) or (rows in (Ellipsis, slice(None)) and isinstance(columns, slice))
     gm = node.graph.owning_module
     module: nn.Module | None = gm.get_submodule(str(node.target)) if node.op == "call_module" and gm else None
     return find_rule(node, module) is elementwise
 
 
-def _cuts_columns(index: Any) -> bool:
-    every_row = (Ellipsis, slice(None, None, None))
-    return isinstance(index, tuple) and len(index) == 2 and index[0] in every_row and isinstance(index[1], slice)
-
-
 def _with_rows(node: fx.Node) -> list[fx.Node]:
     """Inputs with one row per token; those that are shared by all rows are left out."""
-    inputs = []
-    for n in node.all_input_nodes:
-        value = n.meta.get("val")
-        one = value[0] if isinstance(value, (tuple, list)) and value else value
-        if isinstance(one, Tensor) and one.dim() == 2 and len(one) > 1:
-            inputs.append(n)
-    return inputs
+    values = {n: n.meta.get("val") for n in node.all_input_nodes}
+    first = {n: v[0] if isinstance(v, (tuple, list)) and v else v for n, v in values.items()}
+    return [n for n, v in first.items() if isinstance(v, Tensor) and v.dim() == 2 and len(v) > 1]

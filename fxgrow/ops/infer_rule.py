@@ -7,9 +7,10 @@ ensures:  an axis along which the operator is equivariant to selecting units is 
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,27 +32,18 @@ OTHER, ARGUMENTS = 1 << 18, 4
 #: integer arguments up to this are dimensions or factors; a larger one may be a size
 _LITERAL = 4
 _CACHE_SIZE = 4096
-#: a string says why there is no rule
-_rules: dict[Any, InferredRule | str] = {}
-_kept: dict[Any, bool] = {}
+#: results of tests: `InferredRule`, a string that says why there is none, or whether a module keeps its units
+_rules: dict[Any, Any] = {}
 
 
 def infer_rule(ctx: Context, what: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The axes of the output of an operator without a rule.
-
-    Args:
-        ctx: of its node.
-        what: its name for messages.
-        args: with axes in place of tensors, as for a rule.
-        kwargs: likewise.
-
-    Raises:
-        Unsupported: it cannot be tested, or the test failed.
-    """
+    """The axes of the output of an operator without a rule, called `what` in messages; arguments as for a rule."""
     unknown = f"{what} is not described by any rule"
-    owns = ctx.module is not None and any(True for _ in (*ctx.module.parameters(), *ctx.module.buffers()))
-    tensors, dims = _tensors(ctx, args, kwargs)
-    if not tensors or owns:
+    tensors = [v for v in pytree.tree_leaves(_values(ctx.node)) if isinstance(v, Tensor)]
+    dims = list(dims_in((args, kwargs)))
+    if [tuple(t.shape) for t in tensors] != [tuple(map(length, d)) for d in dims]:
+        raise Unsupported("an operator without a rule has arguments that are not plain tensors")
+    if not tensors or (ctx.module is not None and [*ctx.module.parameters(), *ctx.module.buffers()]):
         raise Unsupported(unknown)
     for d in dims:
         for axis in d:
@@ -63,7 +55,8 @@ def infer_rule(ctx: Context, what: str, args: tuple[Any, ...], kwargs: dict[str,
         for k, axis in enumerate(d)
         if length(axis) > 1 and not is_fixed(axis)
     ]
-    rule = _cached_rule(ctx, tensors, axes)
+    shapes, dtypes = [tuple(t.shape) for t in tensors], [t.dtype for t in tensors]
+    rule = _cached(_key(ctx, shapes, dtypes, axes), lambda: _test(ctx, shapes, dtypes, axes))
     if isinstance(rule, str):
         raise Unsupported(f"{unknown}, and {rule}")
     for (i, k), message in rule.refused:
@@ -72,61 +65,39 @@ def infer_rule(ctx: Context, what: str, args: tuple[Any, ...], kwargs: dict[str,
     return _output_axes(ctx, rule, dims, why)
 
 
-def _tensors(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[list[Tensor], list[Dims]]:
-    """The tensors among the arguments, in order, and their axes."""
-    values = pytree.tree_leaves(_values(ctx.node))
-    dims = list(dims_in((args, kwargs)))
-    tensors = [v for v in values if isinstance(v, Tensor)]
-    if [tuple(t.shape) for t in tensors] != [tuple(map(length, d)) for d in dims]:
-        raise Unsupported("an operator without a rule has arguments that are not plain tensors")
-    return tensors, dims
+def _values(node: fx.Node, training: bool | None = None) -> Any:
+    """Arguments with the nodes' values: those of train or eval mode, if `training` is given."""
+
+    def value(argument: fx.Node) -> Any:
+        if training is None or not _is_switch(argument):
+            return argument.meta["val"]
+        return argument.args[1 if training else 2] if argument.target is in_mode else training
+
+    return fx.map_arg((node.args, node.kwargs), value)
 
 
-def _values(node: fx.Node, training: bool | None = None) -> tuple[Any, Any]:
-    """Arguments with the nodes' values (those of train or eval mode, if `training` is given), in plain containers."""
-
-    def value(arg: Any) -> Any:
-        if isinstance(arg, fx.Node):
-            return arg.meta["val"] if training is None or not _is_switch(arg) else _switch(arg, training)
-        if isinstance(arg, dict):
-            return {k: value(v) for k, v in arg.items()}
-        if isinstance(arg, slice):
-            return slice(value(arg.start), value(arg.stop), value(arg.step))
-        if isinstance(arg, list):
-            return [value(v) for v in arg]
-        return tuple(map(value, arg)) if type(arg) is tuple else arg
-
-    return value(tuple(node.args)), value(dict(node.kwargs))
-
-
-def _cached_rule(ctx: Context, tensors: list[Tensor], axes: list[tuple[InputDim, int]]) -> InferredRule | str:
-    """The rule from the cache or from a test; a string says why there is none."""
-    shapes = [tuple(t.shape) for t in tensors]
-    dtypes = [t.dtype for t in tensors]
-    key = _key(ctx, shapes, dtypes, axes)
-    if key is not None and key in _rules:
-        return _rules[key]
-    rule = _test(ctx, shapes, dtypes, axes)
-    if key is not None:
+def _cached(key: Any, test: Callable[[], Any]) -> Any:
+    """The result of a test, from the cache unless `key` is None."""
+    if key is None:
+        return test()
+    if key not in _rules:
         if len(_rules) >= _CACHE_SIZE:
             _rules.clear()
-        _rules[key] = rule
-    return rule
+        _rules[key] = test()
+    return _rules[key]
 
 
 def _test(
     ctx: Context, shapes: list[tuple[int, ...]], dtypes: list[torch.dtype], axes: list[tuple[InputDim, int]]
 ) -> InferredRule | str:
-    calls = list(_calls(ctx))
+    calls = _calls(ctx)
     size = sum(math.prod(shape) for shape in shapes)
     if size > SMALL and _is_torch(ctx) and all(inner == 1 for _, inner in axes):
         wanted = {shapes[i][d] for (i, d), _ in axes} if _sizes_among(ctx.node) else None
-        try:
+        with contextlib.suppress(NotEquivariant):  # it may need the real sizes
             rule = EquivarianceTest(calls, _smaller_shapes(shapes, wanted), dtypes).infer(axes)
             if not rule.refused:
                 return rule
-        except NotEquivariant:
-            pass  # it may need the real sizes
     if size > (LARGE if _is_torch(ctx) else OTHER):
         return "its tensors are too large to test it"
     if len(shapes) > ARGUMENTS and not _is_torch(ctx):
@@ -163,65 +134,48 @@ def _laid_out(axis: Axis, layout: Layout) -> Axis:
 
 def keeps_units(module: nn.Module, shape: tuple[int, ...], dim: int) -> bool:
     """Whether a plain module is equivariant along a dimension and keeps it in place, as an activation does."""
-    key = _module_key(module), shape, dim
-    if key[0] is None:
-        return _keeps_units(module, shape, dim)
-    if key not in _kept:
-        _kept[key] = _keeps_units(module, shape, dim)
-    return _kept[key]
+
+    def test() -> bool:
+        modes = [copy.deepcopy(module).train(training) for training in (False, True)]
+        # a copy, since it may work in place
+        calls = [lambda tensors, mode=mode: mode.forward(tensors[0].clone()) for mode in modes]
+        try:
+            maps = EquivarianceTest(calls, [shape], [torch.float64]).infer([((0, dim), 1)]).axis_maps
+        except NotEquivariant:
+            return False
+        return [(m.layout, m.outputs) for m in maps] == [(Layout(), (((0, dim), Layout()),))]
+
+    key = _module_key(module)
+    return bool(_cached(key and (key, shape, dim), test))
 
 
-def _keeps_units(module: nn.Module, shape: tuple[int, ...], dim: int) -> bool:
-    modes = [copy.deepcopy(module).train(training) for training in (False, True)]
-    # a copy, since it may work in place
-    calls = [lambda tensors, mode=mode: mode.forward(tensors[0].clone()) for mode in modes]
-    try:
-        (axis_map,) = EquivarianceTest(calls, [shape], [torch.float64]).infer([((0, dim), 1)]).axis_maps
-    except (NotEquivariant, ValueError):
-        return False
-    return axis_map.layout == Layout() and axis_map.outputs == (((0, dim), Layout()),)
-
-
-def _calls(ctx: Context) -> Iterator[Call]:
+def _calls(ctx: Context) -> list[Call]:
     """The operator in every mode: one that depends on a `training` flag is tested with both values."""
     node = ctx.node
     if ctx.module is not None:
-        for training in (False, True):
-            module = copy.deepcopy(ctx.module).train(training)
-            yield _call(module.forward, _values(node))
-        return
-    target = _method(str(node.target)) if node.op == "call_method" else node.target
-    for mode in (False, True) if any(map(_is_switch, node.all_input_nodes)) else (None,):
-        yield _call(target, _values(node, mode))
+        modules = [copy.deepcopy(ctx.module).train(training) for training in (False, True)]
+        return [_call(module.forward, _values(node)) for module in modules]
+    modes = (False, True) if any(map(_is_switch, node.all_input_nodes)) else (None,)
+    return [_call(node.target, _values(node, mode)) for mode in modes]
 
 
 def _call(target: Any, arguments: tuple[Any, Any]) -> Call:
-    """`target` as a function of the tensors among its arguments."""
-    leaves, tree = pytree.tree_flatten(arguments)
-    at = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+    """A function, or a method by its name, as a function of the tensors among its arguments."""
 
     def call(tensors: list[Tensor]) -> object:
-        filled = list(leaves)
-        for i, t in zip(at, tensors, strict=True):
-            filled[i] = t
-        a, k = pytree.tree_unflatten(filled, tree)
-        return target(*a, **k)
+        rest = iter(tensors)
+        args, kwargs = pytree.tree_map_only(Tensor, lambda _: next(rest), arguments)
+        if isinstance(target, str):
+            return getattr(args[0], target)(*args[1:], **kwargs)
+        return target(*args, **kwargs)
 
     return call
-
-
-def _method(method: str) -> Callable[..., Any]:
-    return lambda x, *args, **kwargs: getattr(x, method)(*args, **kwargs)
 
 
 def _is_switch(node: fx.Node) -> bool:
     """A number that differs between train and eval mode."""
     value = node.meta["val"]
     return isinstance(value, bool) or (node.target is in_mode and not isinstance(value, Tensor))
-
-
-def _switch(node: fx.Node, training: bool) -> Any:
-    return node.args[1 if training else 2] if node.target is in_mode else training
 
 
 def _is_torch(ctx: Context) -> bool:
@@ -248,11 +202,7 @@ def _smaller_shapes(shapes: list[tuple[int, ...]], only: set[int] | None) -> lis
 
 def _key(ctx: Context, shapes: Any, dtypes: Any, axes: Any) -> Any:
     """A cache key; None where the operator has state or arguments that cannot be compared."""
-    target: Any = ctx.node.target
-    if ctx.module is not None:
-        target = _module_key(ctx.module)
-        if target is None:
-            return None
+    target: Any = ctx.node.target if ctx.module is None else _module_key(ctx.module)
     leaves, tree = pytree.tree_flatten(_values(ctx.node))
     literals = tuple("tensor" if isinstance(v, Tensor) else (type(v), v if v == v else "nan") for v in leaves)
     flags = tuple(n.args[1:] for n in ctx.node.all_input_nodes if n.target is in_mode)
@@ -261,7 +211,7 @@ def _key(ctx: Context, shapes: Any, dtypes: Any, axes: Any) -> Any:
         hash(key)
     except TypeError:
         return None
-    return key
+    return key if target is not None else None
 
 
 def _module_key(module: nn.Module) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -29,13 +30,7 @@ def linear(ctx: Context, input: Dims, weight: Dims | None = None, bias: Dims | N
 
 @op(F.embedding, nn.Embedding)
 def embedding(
-    ctx: Context,
-    input: Dims,
-    weight: Dims | None = None,
-    padding_idx: Any = None,
-    max_norm: Any = None,
-    *args: Any,
-    **kwargs: Any,
+    ctx: Context, input: Dims, weight: Any = None, padding_idx: Any = None, max_norm: Any = None, *args: Any, **kw: Any
 ) -> Dims:
     weight = weight or ctx.parameter("weight") or Dims()
     ctx.pin(weight[0], "input", "one entry per index that the input can hold")
@@ -62,9 +57,8 @@ def matmul(ctx: Context, a: Dims, b: Dims) -> Dims:
 
 def _project_experts(ctx: Context, weight: Dims, out_dim: int, in_dim: int, source: Any) -> None:
     routing = routes(ctx.node)
-    groups = routing.experts if routing is not None else 0
-    dims: dict[str, Any] = {"out_dim": out_dim, "in_dim": in_dim}
-    ctx.project(weight, None, weight[out_dim], plain=False, experts=True, groups=groups, source=source, **dims)
+    fields = {"plain": False, "experts": True, "groups": routing.experts if routing else 0, "source": source}
+    ctx.project(weight, None, weight[out_dim], out_dim=out_dim, in_dim=in_dim, **fields)
 
 
 @op(torch.addmm, "addmm")
@@ -127,35 +121,29 @@ def einsum(ctx: Context, equation: str, *operands: Any) -> Dims:
     letters = terms.split(",")
     at = [i for i, t in enumerate(tensors) if t.parameter is not None and len(t) == 2]
     if len(at) != 1 or len(tensors) != 2 or len(letters) != 2 or not out:
-        return einsum_of_activations(ctx, equation, *operands)
+        return einsum_of_activations(ctx, equation, tensors)
     weight, x = tensors[at[0]], tensors[1 - at[0]]
     term, given = letters[at[0]], letters[1 - at[0]]
     summed, made = set(term) - set(out), set(term) - set(given)
-    simple = len(summed) == len(made) == 1 and summed | made == set(term) and "." not in term
-    if not simple or any(len(set(word)) < len(word) for word in (term, given, out)):
-        return einsum_of_activations(ctx, equation, *operands)
+    linear_map = (
+        len(summed) == len(made) == 1
+        and summed | made == set(term)
+        and "." not in term
+        and all(len(set(word)) == len(word) for word in (term, given, out))
+        and (set(given) | made) - summed == set(out)  # nothing else is summed over
+    )
+    if not linear_map:
+        return einsum_of_activations(ctx, equation, tensors)
     (c,), (o,) = summed, made
-    if {*given, o} - {c} != set(out):
-        return einsum_of_activations(ctx, equation, *operands)  # something else is summed over
-    axes = dict(_lettered(given, x))
+    # a dot takes as many axes as the letters leave
+    rest, spare = iter(x), len(x) - len(given) + 1
+    axes = {letter: tuple(islice(rest, spare if letter == "." else 1)) for letter in given}
     ctx.same(axes[c][0], weight[term.index(c)])
     # statistics need features last, as in `F.linear`
     plain = given == out[:-1] + c and out[-1] == o
     produced = weight[term.index(o)]
     nodes: Any = ctx.node.args[1:] if len(ctx.node.args) > 2 else ctx.node.args[1]
-    dims: dict[str, Any] = {"out_dim": term.index(o), "in_dim": term.index(c)}
-    ctx.project(weight, None, produced, plain=plain, source=nodes[1 - at[0]], **dims)
+    fields = {"plain": plain, "source": nodes[1 - at[0]]}
+    ctx.project(weight, None, produced, out_dim=term.index(o), in_dim=term.index(c), **fields)
     axes[o] = (produced,)
     return Dims(axis for letter in out for axis in axes[letter])
-
-
-def _lettered(term: str, x: Dims) -> list[tuple[str, tuple[Any, ...]]]:
-    """The axes of every letter; a dot takes as many as are left."""
-    spare = len(x) - len(term) + 1
-    axes: list[tuple[str, tuple[Any, ...]]] = []
-    at = 0
-    for letter in term:
-        n = spare if letter == "." else 1
-        axes.append((letter, tuple(x[at : at + n])))
-        at += n
-    return axes

@@ -31,21 +31,12 @@ def _pin_normalised(ctx: Context, *axes: Axis) -> None:
 
 @op(F.batch_norm, nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 @op(F.instance_norm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
-def channel_norm(
-    ctx: Context,
-    input: Dims,
-    running_mean: Dims | None = None,
-    running_var: Dims | None = None,
-    weight: Dims | None = None,
-    bias: Dims | None = None,
-    *args: Any,
-    **kwargs: Any,
-) -> Dims:
+def channel_norm(ctx: Context, input: Dims, *args: Any, **kwargs: Any) -> Dims:
     if isinstance(ctx.module, nn.modules.instancenorm._InstanceNorm) and len(input) == ctx.module._get_no_batch_dim():
         input = Dims((fixed(1), *input))  # one sample without its batch dimension
     _pin_normalised(ctx, input[0], *input[2:])
-    given = {"weight": weight, "bias": bias, "running_mean": running_mean, "running_var": running_var}
-    _follow(ctx, input[1], {name: p or ctx.parameter(name) for name, p in given.items()})
+    given = {**dict(zip(("running_mean", "running_var", "weight", "bias"), args, strict=False)), **kwargs}
+    _follow(ctx, input[1], {name: given.get(name) or ctx.parameter(name) for name in IDENTITY})
     ctx.attribute("num_features", input[1])
     return Dims(input[-len(ctx.shape) :])
 
@@ -78,14 +69,7 @@ def group_norm(
 
 
 def norm_over_last(
-    ctx: Context,
-    x: Dims,
-    n: int,
-    kind: str,
-    weight: Dims | None,
-    bias: Dims | None,
-    eps: float | None,
-    **form: Any,
+    ctx: Context, x: Dims, n: int, kind: str, weight: Dims | None, bias: Dims | None, eps: float | None, **form: Any
 ) -> Dims:
     """A norm over the last `n` axes; a single one may grow where its new units keep the statistics (`Invariant`)."""
     affine = [p for p in (weight, bias) if p is not None]
@@ -96,35 +80,21 @@ def norm_over_last(
         return x
     _follow(ctx, x[-1], {"weight": weight, "bias": bias})
     if not is_fixed(x[-1]):
-        given = eps if eps is not None else torch.finfo(ctx.value.dtype).eps
-        ctx.require_state(
-            kind,
-            ctx.argument(0, "input"),
-            x[-1],
-            weight=None if weight is None else weight.parameter,
-            bias=None if bias is None else bias.parameter,
-            eps=float(given),
-            **form,
-        )
+        form["eps"] = float(eps if eps is not None else torch.finfo(ctx.value.dtype).eps)
+        names = {"weight": weight and weight.parameter, "bias": bias and bias.parameter}
+        ctx.require_state(kind, ctx.argument(0, "input"), x[-1], **names, **form)
     return x
 
 
 @op(F.layer_norm, nn.LayerNorm)
 def layer_norm(
-    ctx: Context,
-    input: Dims,
-    normalized_shape: Any = (),
-    weight: Dims | None = None,
-    bias: Dims | None = None,
-    eps: float = 1e-5,
+    ctx: Context, input: Dims, normalized_shape: Any = (), weight: Any = None, bias: Any = None, eps: float = 1e-5
 ) -> Dims:
     return _norm_of_shape(ctx, "layer", input, normalized_shape, weight, bias, eps)
 
 
 @op(F.rms_norm, nn.RMSNorm)
-def rms_norm(
-    ctx: Context, input: Dims, normalized_shape: Any = (), weight: Dims | None = None, eps: float | None = None
-) -> Dims:
+def rms_norm(ctx: Context, input: Dims, normalized_shape: Any = (), weight: Any = None, eps: Any = None) -> Dims:
     return _norm_of_shape(ctx, "rms", input, normalized_shape, weight, None, eps)
 
 

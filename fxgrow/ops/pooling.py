@@ -13,24 +13,18 @@ from fxgrow.axes.axes import Dims, fixed
 from fxgrow.ops.context import Context
 from fxgrow.ops.registry import op
 
-_MODULES = (
-    "MaxPool AvgPool AdaptiveMaxPool AdaptiveAvgPool LPPool "
-    "ZeroPad ReflectionPad ReplicationPad ConstantPad CircularPad"
+_NAMES = (
+    "MaxPool AvgPool AdaptiveMaxPool AdaptiveAvgPool LPPool ZeroPad ReflectionPad ReplicationPad ConstantPad "
+    "CircularPad max_pool avg_pool adaptive_max_pool adaptive_avg_pool lp_pool"
 ).split()
-_FUNCTIONS = "max avg adaptive_max adaptive_avg lp".split()
-#: by number of spatial dimensions
-POOLS: dict[int, list[Any]] = {
-    nd: [
-        *(getattr(nn, f"{name}{nd}d") for name in _MODULES),
-        *(
-            getattr(space, name)
-            for space in (F, torch)
-            for kind in _FUNCTIONS
-            for name in (f"{kind}_pool{nd}d", f"{kind}_pool{nd}d_with_indices")
-            if hasattr(space, name)
-        ),
-    ]
+#: number of spatial dimensions of modules and functions
+POOLS: dict[Any, int] = {
+    getattr(space, name): nd
     for nd in (1, 2, 3)
+    for kind in _NAMES
+    for name in (f"{kind}{nd}d", f"{kind}{nd}d_with_indices")
+    for space in (nn, F, torch)
+    if hasattr(space, name)
 }
 
 
@@ -43,10 +37,10 @@ def _change_positions(ctx: Context, input: Dims, nd: int) -> Any:
     )
 
 
-@op(*POOLS[1], *POOLS[2], *POOLS[3])
+@op(*POOLS)
 def pool(ctx: Context, input: Dims, *args: Any, **kwargs: Any) -> Any:
     targets = (ctx.node.target,) if ctx.module is None else type(ctx.module).__mro__
-    return _change_positions(ctx, input, next(nd for nd, pools in POOLS.items() if any(t in pools for t in targets)))
+    return _change_positions(ctx, input, next(POOLS[t] for t in targets if t in POOLS))
 
 
 @op(F.interpolate, F.upsample, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d)
@@ -57,9 +51,9 @@ def interpolate(ctx: Context, input: Dims, *args: Any, **kwargs: Any) -> Any:
 @op(F.pad)
 def pad(ctx: Context, input: Dims, pad: Any, *args: Any, **kwargs: Any) -> Dims:
     out = list(input)
+    why = "padded with a fixed number of entries"
     for i in range(len(pad) // 2):
         if pad[2 * i] or pad[2 * i + 1]:
-            axis = input[-1 - i]
-            ctx.pin(axis, "size", "padded with a fixed number of entries")
-            out[-1 - i] = fixed(ctx.shape[-1 - i], ctx.reason("size", "padded with a fixed number of entries"))
+            ctx.fix([input[-1 - i]], why)
+            out[-1 - i] = fixed(ctx.shape[-1 - i], ctx.reason("size", why))
     return Dims(out)

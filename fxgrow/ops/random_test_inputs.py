@@ -7,16 +7,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: kinds of values; operators have domains, and code may branch on signs and magnitudes
-KINDS = tuple(range(7))
-#: the most informative ones, for large tensors
-FEW_KINDS = (1, 5, 6)
+#: with more elements than this only the most informative kinds of values are tried
+MANY = 1 << 18
 #: smallest number of units in a test: with two or three, an operator may look equivariant by coincidence
 MIN_UNITS = 12
 #: standard deviations of the kinds of values that may be negative
 _SCALES = {1: 30.0, 3: 2.0, 4: 0.3, 5: 1.0, 6: 1.0}
 #: kinds whose units differ in magnitude, from e^-s to e^s
-SPREADS = {5: 13.0, 6: 6.0}
+_SPREADS = {5: 13.0, 6: 6.0}
+
+
+def kinds(elements: int) -> tuple[int, ...]:
+    """The kinds to try: operators have domains, and code may branch on signs and magnitudes."""
+    return (1, 5, 6) if elements > MANY else tuple(range(7))
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def random_values(shape: tuple[int, ...], dtype: torch.dtype, kind: int, generat
 
 
 def separate_units(x: Tensor, dim: int, layout: Layout, level: Tensor, kind: int) -> Tensor:
-    """Shifts each unit, or scales it (kinds in `SPREADS`), by its `level` between -1 and 1.
+    """Shifts each unit, or scales it (kinds in `_SPREADS`), by its `level` between -1 and 1.
 
     Sums and maxima over different selections of units then differ clearly, so that a branch on them shows.
     """
@@ -64,25 +67,24 @@ def separate_units(x: Tensor, dim: int, layout: Layout, level: Tensor, kind: int
         return x
     entries = level.repeat_interleave(layout.inner).repeat(layout.copies)
     along = entries.reshape(-1, *[1] * (x.dim() - dim - 1))
-    return x * (SPREADS[kind] * along).exp() if kind in SPREADS else x + 4 * _SCALES[kind] * along
+    return x * (_SPREADS[kind] * along).exp() if kind in _SPREADS else x + 4 * _SCALES[kind] * along
 
 
-def unit_levels(x: Tensor, dim: int, layout: Layout, units: int, magnitude: bool) -> Tensor:
-    """The mean (or the mean magnitude) of every unit, `[units]`."""
-    values = x.real if x.is_complex() else x
-    values = values.double().abs() if magnitude else values.double()
+def index_selections(
+    x: Tensor, dim: int, layout: Layout, units: int, kind: int, generator: torch.Generator
+) -> list[Tensor]:
+    """Indices of units of `x` to select.
+
+    The first `units` ones; all in random order; `units + 1` random ones; the highest by their mean (mean magnitude for
+    kinds in `_SPREADS`); and the lowest, more of them in each step, so that a branch on a sum or a maximum takes both
+    sides.
+    """
+    values = (x.real if x.is_complex() else x).double()
+    values = values.abs() if kind in _SPREADS else values
     other = [d for d in range(x.dim()) if d != dim]
     means = values.mean(other) if other else values
-    return means.reshape(layout.copies, units, layout.inner).mean((0, 2))
-
-
-def index_selections(levels: Tensor, units: int, steps: int, generator: torch.Generator) -> list[Tensor]:
-    """Indices of units to select.
-
-    The first `units` ones; all in random order; `units + 1` random ones; the highest by `levels`; and the lowest, more
-    of them in each of `steps` steps, so that a branch on a sum or a maximum takes both sides.
-    """
-    order = levels.argsort()
+    order = means.reshape(layout.copies, -1, layout.inner).mean((0, 2)).argsort()
+    steps = 12 if kind in _SPREADS else 2
     parts = sorted({max(1, len(order) * i // (steps + 1)) for i in range(1, steps + 1)})
     return [
         torch.arange(units),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 from torch import nn
 
-from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, dims_in, fixed, length
+from fxgrow.axes.axes import Dims, UnitVar, axis_of, dims_in, fixed, length
 from fxgrow.graph.unrolled_rnn import rnn_input_gates, rnn_outputs, rnn_previous_state, rnn_scan
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.registry import op
@@ -26,24 +27,19 @@ def recurrent(ctx: Context, x: Any, state: Any = None) -> Any:
         ctx.same(given[-1], hidden)
     reads = x[-1]
     for layer in range(m.num_layers):
-        for suffix in reverse:
-            _cell(ctx, f"l{layer}{suffix}", reads, hidden, gates)
+        for suffix, (kind, source) in product(reverse, (("ih", reads), ("hh", hidden))):
+            weight = ctx.parameter(f"weight_{kind}_l{layer}{suffix}") or Dims()
+            ctx.same(weight[0], hidden * gates)
+            ctx.same(weight[1], source)
+            bias = ctx.parameter(f"bias_{kind}_l{layer}{suffix}")
+            # inputs of the gates are inside of the kernel; `graph/unrolled_rnn.py` makes them nodes
+            ctx.project(weight, bias, hidden * gates, units=hidden, plain=False)
         reads = hidden * len(reverse)
     ctx.attribute("input_size", x[-1])
     ctx.attribute("hidden_size", hidden)
     batch = () if len(x) == 2 else (x[0] if m.batch_first else x[1],)
     last = Dims((fixed(m.num_layers * len(reverse)), *batch, hidden))
     return Dims((*x[:-1], reads)), (last, last) if isinstance(m, nn.LSTM) else last
-
-
-def _cell(ctx: Context, name: str, reads: Axis, hidden: Axis, gates: int) -> None:
-    """The weights of one layer in one direction: a block of rows per gate."""
-    for kind, source in (("ih", reads), ("hh", hidden)):
-        weight = ctx.parameter(f"weight_{kind}_{name}") or Dims()
-        ctx.same(weight[0], hidden * gates)
-        ctx.same(weight[1], source)
-        # inputs of the gates are inside of the kernel; `graph/unrolled_rnn.py` makes them nodes
-        ctx.project(weight, ctx.parameter(f"bias_{kind}_{name}"), hidden * gates, units=hidden, plain=False)
 
 
 @op(rnn_input_gates)
@@ -60,18 +56,14 @@ def _rnn_input_gates(ctx: Context, x: Dims, weight: Dims, bias: Dims | None, rec
 @op(rnn_scan)
 def _rnn_scan(ctx: Context, gates: Dims, probe: Dims, weight: Dims, bias: Any, state: Any, *options: Any) -> Any:
     hidden, (_, (time, _)) = weight[1], options
-    for start in state:
-        if start is not None:
-            ctx.same(start[-1], hidden)
-    batch = gates[:-1][:time] + gates[:-1][time + 1 :]
-    last = Dims((*batch, hidden))
+    for start in dims_in(state):
+        ctx.same(start[-1], hidden)
+    last = Dims((*gates[:time], *gates[time + 1 : -1], hidden))
     return Dims((*gates[:-1], hidden)), last, last
 
 
 @op(rnn_previous_state)
-def _rnn_previous_state(
-    ctx: Context, hidden: Dims, h: Any, probe: Dims, weight: Dims, bias: Dims | None, order: Any
-) -> Dims:
+def _rnn_previous_state(ctx: Context, hidden: Dims, h: Any, probe: Dims, weight: Dims, bias: Any, order: Any) -> Dims:
     ctx.project(weight, bias, probe[-1], units=hidden[-1], node=ctx.argument(2, "probe"), source=ctx.node)
     return Dims(hidden)
 

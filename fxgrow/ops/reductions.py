@@ -49,19 +49,12 @@ def _normalises(ctx: Context, axis: Axis) -> bool:
     match = match_rms_norm(ctx.node) if ctx.node.target in ("mean", torch.mean) and not is_fixed(axis) else None
     if match is None or ctx.value.dim() != match.source.meta["val"].dim():
         return False
-    name = None if match.weight is None else str(match.weight.target)
-    ctx.structure.invariants.append(
-        Invariant(
-            match.norm,
-            match.source,
-            axis,
-            "rms",
-            # the node of the weight comes later in the graph
-            weight=None if name is None else ctx.dims_of(name, lookup(ctx.gm, name)).parameter,
-            eps=match.eps,
-            eps_at=(match.add, match.position),
-        )
-    )
+    weight = None
+    if match.weight is not None:  # its node comes later in the graph
+        name = str(match.weight.target)
+        weight = ctx.dims_of(name, lookup(ctx.gm, name)).parameter
+    norm = Invariant(match.norm, match.source, axis, "rms", weight, eps=match.eps, eps_at=match.eps_at)
+    ctx.structure.invariants.append(norm)
     return True
 
 
@@ -89,9 +82,8 @@ def along(ctx: Context, input: Dims, *args: Any, **kwargs: Any) -> Any:
 
 
 @op(nn.Softmax2d)
-def softmax2d(ctx: Context, x: Dims) -> Dims:
-    ctx.pin(x[-3], "reduce", "every entry depends on the whole axis")
-    return x
+def softmax2d(ctx: Context, x: Dims) -> Any:
+    return along(ctx, x, -3)
 
 
 def _contract(ctx: Context, a: Axis, b: Axis, source: Any) -> None:
@@ -117,21 +109,17 @@ def baddbmm(ctx: Context, input: Dims, batch1: Dims, batch2: Dims, beta: Any = 1
     return broadcast(ctx, input, Dims((batch1[0], batch1[1], batch2[2])))
 
 
-def einsum_of_activations(ctx: Context, equation: str, *operands: Any) -> Dims:
+def einsum_of_activations(ctx: Context, equation: str, tensors: list[Dims]) -> Dims:
     """Part of the rule for `einsum` in `ops/linear.py`: no operand is a weight."""
-    tensors = list(operands[0]) if len(operands) == 1 and not isinstance(operands[0], Dims) else list(operands)
     if "." in equation or "->" not in equation:
         raise Unsupported(f"einsum {equation!r}: only explicit letters and an arrow are described")
     terms, out = equation.replace(" ", "").split("->")
     axes: dict[str, Axis] = {}
     for term, t in zip(terms.split(","), tensors, strict=True):
         for letter, axis in zip(term, t, strict=True):
-            if letter in axes:
-                ctx.same(axes[letter], axis)
-            else:
-                axes[letter] = axis
+            ctx.same(axes.setdefault(letter, axis), axis)
     for letter in axes.keys() - set(out):
-        if len(terms.split(",")) == 2 and all(term.count(letter) == 1 for term in terms.split(",")):
+        if [term.count(letter) for term in terms.split(",")] == [1, 1]:
             sources = ctx.node.args[1:] if len(ctx.node.args) > 2 else ctx.node.args[1]
             _contract(ctx, axes[letter], axes[letter], sources[1])  # type: ignore[index]
         else:
@@ -147,8 +135,8 @@ def scaled_dot_product(
     if kwargs.get("scale") is None:
         # the default is the inverse root of the size, which would change: the old value is written into the call
         ctx.keep(length(query[-1]) ** -0.5, [query[-1]], "scale")
-    ctx.pin(key[-2], "reduce", "attention is normalised over the keys")
-    ctx.pin(query[-2], "reduce", "attention is normalised over the keys")
+    for tokens in (key[-2], query[-2]):
+        ctx.pin(tokens, "reduce", "attention is normalised over the keys")
     mask = attn_mask if isinstance(attn_mask, Dims) else Dims()
     ctx.fix(mask[-2:])
     if kwargs.get("enable_gqa"):

@@ -16,7 +16,8 @@ from torch import fx, nn
 Rule = Callable[..., Any]
 R = TypeVar("R", bound=Rule)
 _RULES: dict[Any, Rule] = {}
-_RECOGNISED: list[tuple[Callable[[nn.Module], bool], Rule]] = []
+#: rules for modules of any class that a test recognises by what they compute; such a module is one node of the graph
+RECOGNISED: list[tuple[Callable[[nn.Module], bool], Rule]] = []
 
 
 def op(*targets: Any) -> Callable[[R], R]:
@@ -30,18 +31,7 @@ def op(*targets: Any) -> Callable[[R], R]:
     """
 
     def enter(rule: R) -> R:
-        for target in targets:
-            _RULES[target] = rule
-        return rule
-
-    return enter
-
-
-def recogniser(test: Callable[[nn.Module], bool]) -> Callable[[R], R]:
-    """Enters a rule for modules of any class that `test` recognises; such a module is one node of the graph."""
-
-    def enter(rule: R) -> R:
-        _RECOGNISED.append((test, rule))
+        _RULES.update(dict.fromkeys(targets, rule))
         return rule
 
     return enter
@@ -49,7 +39,7 @@ def recogniser(test: Callable[[nn.Module], bool]) -> Callable[[R], R]:
 
 def recognised(module: nn.Module) -> Rule | None:
     """The rule of a module that a recogniser knows by what it computes."""
-    return next((rule for test, rule in _RECOGNISED if test(module)), None)
+    return next((rule for test, rule in RECOGNISED if test(module)), None)
 
 
 def is_described(target: Any) -> bool:

@@ -21,21 +21,11 @@ _VIEWS = {"reshape", "view", "unsqueeze", "to", "type_as", "float", operator.get
 
 
 class RMSNormMatch(NamedTuple):
-    """The nodes of a norm.
+    """The nodes of a norm."""
 
-    Attributes:
-        source: x.
-        norm: the node that divides x by its root mean square.
-        add: the node that adds eps.
-        position: of eps in the arguments of `add`.
-        eps: its value.
-        weight: the node of the weight, if there is one.
-    """
-
-    source: fx.Node
-    norm: fx.Node
-    add: fx.Node
-    position: int
+    source: fx.Node  # x
+    norm: fx.Node  # divides x by its root mean square
+    eps_at: tuple[fx.Node, int]  # adds eps, and the position of that argument
     eps: float
     weight: fx.Node | None
 
@@ -60,7 +50,7 @@ def match_rms_norm(mean: fx.Node) -> RMSNormMatch | None:
         divides = norm.target in _PRODUCTS and set(norm.args) == {source, root}
     else:
         divides = root.target in ("sqrt", torch.sqrt) and norm.target in _QUOTIENTS and norm.args == (source, root)
-    return RMSNormMatch(source, norm, add, position, float(eps), _weight(norm)) if divides else None
+    return RMSNormMatch(source, norm, (add, position), float(eps), _weight(norm)) if divides else None
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:

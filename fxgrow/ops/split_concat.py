@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, fixed, is_fixed, length, product, resolve
 from fxgrow.axes.size_expressions import SizeExpr
-from fxgrow.axes.structure import SizeCheck
 from fxgrow.graph.node_functions import in_mode
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.elementwise import broadcast
@@ -27,14 +26,16 @@ def glu(ctx: Context, input: Dims, dim: int = -1) -> Dims:
     return Dims(half if i == dim % len(input) else a for i, a in enumerate(input))
 
 
-def equal_parts(ctx: Context, axis: Axis, n: int) -> Axis:
+def equal_parts(ctx: Context, axis: Axis, n: int, message: str = "split into equal parts") -> Axis:
     """Makes `axis` be `n` equal blocks, and returns the block."""
+    if n == 1:
+        return axis
     if length(axis) % n:
         raise Unsupported(f"{length(axis)} entries in {n} unequal parts", "size")
     if is_fixed(axis):
         return fixed(length(axis) // n)
     block = axis_of(UnitVar(length(axis) // n))
-    ctx.same(axis, block * n, "split into equal parts")
+    ctx.same(axis, block * n, message)
     return block
 
 
@@ -189,10 +190,7 @@ def _slice(ctx: Context, axis: Axis, item: slice) -> Axis:
         and 2 * n == length(axis)
     ):
         part = equal_parts(ctx, axis, 2)
-        ctx.followed.append(half)
-        ctx.structure.checks.append(
-            SizeCheck(half, part, ctx.reason("size", "a computed size does not follow the width"))
-        )
+        ctx.size_argument(half, part)
         return part
     ctx.fix([axis], "a part of it is sliced out")
     return fixed(n, ctx.reason("size", "a part of a width"))

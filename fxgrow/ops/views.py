@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fxgrow.axes.axes import Axis, Dims, Segment, UnitVar, axis_of, fixed, is_fixed, length, product, resolve
+from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, fixed, is_fixed, length, product, resolve
 from fxgrow.axes.size_expressions import SizeExpr
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.elementwise import broadcast
@@ -85,29 +85,23 @@ def _spread(ctx: Context, axis: Axis, shape: Sequence[int], sizes: Sequence[Any]
     """The dimensions of an axis that is viewed as several: one has the units, the others are fixed."""
     big = [k for k, n in enumerate(shape) if n > 1]
     if is_fixed(axis):
-        reason = next((s.reason for s in axis if s.reason), None)
-        return [fixed(n, reason) for n in shape]
+        return [fixed(n, next((s.reason for s in axis if s.reason), None)) for n in shape]
     if len(big) <= 1:
         keep = big[0] if big else 0
         return [axis if k == keep else fixed(1) for k in range(len(shape))]
     keep = _growing(axis, shape, sizes, big)
     before, after = math.prod(shape[:keep]), math.prod(shape[keep + 1 :])
-    unit = axis_of(UnitVar(shape[keep]))
-    ctx.same(axis, tuple(Segment(s.var, after) for s in unit) * before, "viewed as several dimensions")
-    return [resolve(unit) if k == keep else fixed(n) for k, n in enumerate(shape)]
+    unit = UnitVar(shape[keep])
+    ctx.same(axis, axis_of(unit, after) * before, "viewed as several dimensions")
+    return [resolve(axis_of(unit)) if k == keep else fixed(n) for k, n in enumerate(shape)]
 
 
 def _growing(axis: Axis, shape: Sequence[int], sizes: Sequence[Any], big: list[int]) -> int:
     """Which dimension has the units: where flattening put them, else one with a computed size, else the last."""
     inner = math.gcd(*(s.inner for s in resolve(axis)))
-    if inner > 1:
-        for k in big:
-            if math.prod(shape[k + 1 :]) == inner:
-                return k
-    for k in big:
-        if isinstance(sizes[k], SizeExpr) or (isinstance(sizes[k], int) and sizes[k] == -1):
-            return k
-    return big[-1]
+    flattened = [k for k in big if math.prod(shape[k + 1 :]) == inner > 1]
+    computed = [k for k in big if isinstance(sizes[k], SizeExpr) or (isinstance(sizes[k], int) and sizes[k] == -1)]
+    return [*flattened, *computed, big[-1]][0]
 
 
 @op("flatten", torch.flatten, nn.Flatten)
@@ -178,24 +172,15 @@ def permute(ctx: Context, input: Dims, *dims: Any, **kwargs: Any) -> Dims:
     return Dims(input[d] for d in order)
 
 
-@op("transpose", "swapaxes", "swapdims", torch.transpose, torch.swapaxes)
-def transpose(ctx: Context, input: Dims, dim0: int, dim1: int) -> Dims:
+@op("transpose", "swapaxes", "swapdims", "t", torch.transpose, torch.swapaxes, torch.t)
+def transpose(ctx: Context, input: Dims, dim0: int = 0, dim1: int = -1) -> Dims:
     out = list(input)
     out[dim0], out[dim1] = out[dim1], out[dim0]
     return Dims(out)
 
 
-@op("t", torch.t)
-def t(ctx: Context, input: Dims) -> Dims:
-    return Dims(reversed(input))
-
-
 @op("movedim", "moveaxis", torch.movedim, torch.moveaxis)
 def movedim(ctx: Context, input: Dims, source: Any, destination: Any) -> Dims:
-    order = _order(len(input), lambda x: x.movedim(source, destination))
-    return Dims(input[d] for d in order)
-
-
-def _order(rank: int, move: Any) -> list[int]:
-    """Where each dimension comes from, found by moving a tensor whose sizes number its dimensions."""
-    return [n - 2 for n in move(torch.empty(tuple(range(2, rank + 2)), device="meta")).shape]
+    # a tensor whose sizes number its dimensions shows where they go
+    numbered = torch.empty(tuple(range(len(input))), device="meta")
+    return Dims(input[d] for d in numbered.movedim(source, destination).shape)
