@@ -28,7 +28,7 @@ from fxgrow.ops.normalization import channel_norm
 from fxgrow.ops.pooling import interpolate, pool
 from fxgrow.ops.reductions import reduce
 from fxgrow.ops.registry import Rule, find_rule
-from fxgrow.ops.views import clone, flatten, identity
+from fxgrow.ops.views import flatten, identity
 from fxgrow.rewriting.batch_norm import can_be_identity
 from fxgrow.rewriting.parametrizations import spectral
 from fxgrow.rewriting.values import Values
@@ -36,7 +36,7 @@ from fxgrow.statistics.batch_dimension import nodes_with_batch_second
 from fxgrow.statistics.consumer_moments import ConsumerMoments
 
 #: rules of operators that keep units isolated, wherever the batch dimension is
-_POINTWISE: tuple[Rule, ...] = (elementwise, identity, clone)
+_POINTWISE: tuple[Rule, ...] = (elementwise, identity)
 #: and of those that keep the channels of a map isolated
 _OF_MAPS: tuple[Rule, ...] = (pool, interpolate, reduce, flatten)
 

@@ -41,11 +41,6 @@ class Context:
         """The output's shape at the example inputs."""
         return tuple(self.value.shape)
 
-    @property
-    def values(self) -> list[torch.Tensor]:
-        """The output's tensors, for an operator with several."""
-        return list(self.value)
-
     def argument(self, position: int, *names: str) -> Any:
         """The node's argument at a position, or by one of these names."""
         args, kwargs = self.node.args, self.node.kwargs

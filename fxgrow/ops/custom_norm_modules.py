@@ -108,10 +108,9 @@ RECOGNISED.append((lambda module: norm_form(module) is not None, custom_norm))
 def _response_norm(ctx: Context, x: Dims, form: NormForm, eps: float) -> Dims:
     """New channels that are zero have no response, but count in the mean of the responses."""
     weight, bias = ctx.parameter("weight"), ctx.parameter("bias")
-    for p in (weight, bias):
-        if p is not None:
-            ctx.same(p[0], x[form.dim])
-            ctx.fill(p, 0.0)
+    for p in filter(None, (weight, bias)):
+        ctx.same(p[0], x[form.dim])
+        ctx.fill(p, 0.0)
     name = weight and weight.parameter
     ctx.require_state("response", ctx.node.all_input_nodes[0], x[form.dim], weight=name, eps=eps, eps_name=form.eps)
     return x

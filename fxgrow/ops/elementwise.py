@@ -32,7 +32,7 @@ def broadcast(ctx: Context, *tensors: Dims) -> Dims:
 
 
 UNARY_NAMES = (
-    "abs acos acosh angle asin asinh atan atanh bernoulli bitwise_not ceil celu clamp clamp_max clamp_min clip "
+    "abs acos acosh angle asin asinh atan atanh bernoulli bitwise_not ceil celu clamp clamp_max clamp_min clip clone "
     "cos cosh deg2rad digamma elu erf erfc erfinv exp exp2 expm1 fill_ floor frac gelu "
     "hardshrink hardsigmoid hardswish hardtanh isfinite isinf isnan leaky_relu lgamma log log10 log1p log2 logical_not "
     "logit logsigmoid mish nan_to_num neg negative positive rad2deg reciprocal relu relu6 round rrelu "

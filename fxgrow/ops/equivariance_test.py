@@ -2,8 +2,7 @@
 
 It is if it commutes with `index_select`: for any list of units (some left out, some repeated, in any order) the output
 for the selected units is the selection of the output. Elementwise operators are equivariant along every axis, a
-cumulative sum over time along channels, a transposition with the units in another dimension of its output. Softmax,
-sorting and mean subtraction along the axis are not: some selection changes the remaining entries.
+cumulative sum over time along channels; softmax, sorting and mean subtraction along the axis are not.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -100,17 +101,13 @@ def _ends(node: fx.Node) -> fx.Node | None:
     return ends if isinstance(ends, fx.Node) else None
 
 
-#: the node with all tokens, and the node with the token index of each row
-_Gathered = tuple[fx.Node, fx.Node]
-
-
-def _gathered(node: fx.Node, ends: fx.Node, known: dict[fx.Node, _Gathered | None]) -> _Gathered | None:
-    """Where the rows were gathered, if everything since then works row by row."""
+def _gathered(node: fx.Node, ends: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    """The nodes of all tokens and of each row's token index, if everything since then works row by row."""
     if node in known:
         return known[node]
     known[node] = None
     if _picks_rows(node):
-        known[node] = (node.args[0], node.args[1])  # type: ignore[assignment]
+        known[node] = node.args[:2]
     elif node.target in SORTED or _row_by_row(node):
         inputs = [node.all_input_nodes[0]] if node.target in SORTED else _with_rows(node)
         same = node.target not in SORTED or _ends(node) is ends

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxgrow.axes.axes import Axis, Dims, Segment, UnitVar, axis_of, dims_in, fixed, is_fixed, length, resolve
+from fxgrow.axes.axes import Axis, Dims, Segment, UnitVar, axes_in, axis_of, dims_in, fixed, is_fixed, length, resolve
 from fxgrow.axes.records import Reason
 from fxgrow.graph.node_functions import in_mode
 from fxgrow.ops.context import Context, Unsupported
@@ -45,10 +45,9 @@ def infer_rule(ctx: Context, what: str, args: tuple[Any, ...], kwargs: dict[str,
         raise Unsupported("an operator without a rule has arguments that are not plain tensors")
     if not tensors or (ctx.module is not None and [*ctx.module.parameters(), *ctx.module.buffers()]):
         raise Unsupported(unknown)
-    for d in dims:
-        for axis in d:
-            if length(axis) == 1 and not is_fixed(axis):
-                ctx.pin(axis, "broadcast", "one unit may be repeated by an operator that no rule describes")
+    for axis in axes_in(dims):
+        if length(axis) == 1 and not is_fixed(axis):
+            ctx.pin(axis, "broadcast", "one unit may be repeated by an operator that no rule describes")
     axes = [
         ((i, k), math.gcd(*(s.inner for s in resolve(axis))))
         for i, d in enumerate(dims)
@@ -93,7 +92,10 @@ def _test(
     calls = _calls(ctx)
     size = sum(math.prod(shape) for shape in shapes)
     if size > SMALL and _is_torch(ctx) and all(inner == 1 for _, inner in axes):
-        wanted = {shapes[i][d] for (i, d), _ in axes} if _sizes_among(ctx.node) else None
+        numbers = [v for v in pytree.tree_leaves(_values(ctx.node)) if isinstance(v, int) and not isinstance(v, bool)]
+        computed = any(isinstance(n.meta["val"], int) for n in ctx.node.all_input_nodes)
+        has_sizes = computed or any(abs(n) > _LITERAL for n in numbers) or ctx.module is not None
+        wanted = {shapes[i][d] for (i, d), _ in axes} if has_sizes else None
         with contextlib.suppress(NotEquivariant):  # it may need the real sizes
             rule = EquivarianceTest(calls, _smaller_shapes(shapes, wanted), dtypes).infer(axes)
             if not rule.refused:
@@ -184,13 +186,6 @@ def _is_torch(ctx: Context) -> bool:
         return True
     home = type(ctx.module).__module__ if ctx.module is not None else getattr(ctx.node.target, "__module__", "")
     return str(home or "torch").split(".")[0] in ("torch", "_operator")
-
-
-def _sizes_among(node: fx.Node) -> bool:
-    """Whether an integer argument may be a size."""
-    numbers = [v for v in pytree.tree_leaves(_values(node)) if isinstance(v, int) and not isinstance(v, bool)]
-    computed = any(isinstance(n.meta["val"], int) for n in node.all_input_nodes)
-    return computed or any(abs(n) > _LITERAL for n in numbers) or node.op == "call_module"
 
 
 def _smaller_shapes(shapes: list[tuple[int, ...]], only: set[int] | None) -> list[tuple[int, ...]]:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, length
+from fxgrow.axes.axes import Dims, UnitVar, axis_of, length
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.elementwise import broadcast
 from fxgrow.ops.expert_routing import routes
@@ -99,18 +99,14 @@ def grouped_mm(ctx: Context, mat_a: Dims, mat_b: Dims, **options: Any) -> Dims:
             raise Unsupported("expert weight transposed over the expert dimension")
     ctx.pin(weight[0], "size", "one entry per expert")
     ctx.same(mat_a[1], weight[in_dim])
+    n = 16 // ctx.value.element_size()  # the kernel needs rows whose size is a multiple of 16 bytes
     for axis in (weight[in_dim], weight[out_dim]):
-        _aligned(ctx, axis, 16 // ctx.value.element_size())
+        if length(axis) % n:
+            ctx.pin(axis, "size", f"its kernel needs a multiple of {n}")
+        else:
+            ctx.same(axis, axis_of(UnitVar(length(axis) // n), n), f"grows by multiples of {n}")
     _project_experts(ctx, weight, out_dim, in_dim, ctx.argument(0, "mat_a"))
     return Dims((mat_a[0], weight[out_dim]))
-
-
-def _aligned(ctx: Context, axis: Axis, entries: int) -> None:
-    """The kernel needs rows whose size is a multiple of 16 bytes."""
-    if length(axis) % entries:
-        ctx.pin(axis, "size", f"its kernel needs a multiple of {entries}")
-    else:
-        ctx.same(axis, axis_of(UnitVar(length(axis) // entries), entries), f"grows by multiples of {entries}")
 
 
 @op(torch.einsum, "torch.functional.einsum")

@@ -53,9 +53,8 @@ def random_values(shape: tuple[int, ...], dtype: torch.dtype, kind: int, generat
         return x.sigmoid() * 0.9 + 0.05
     if kind == 2:
         return 1 + x.abs()
-    if kind == 3:
-        return (x * _SCALES[3]).round()  # zeros and ties
-    return x * _SCALES[kind]
+    x = x * _SCALES[kind]
+    return x.round() if kind == 3 else x  # zeros and ties
 
 
 def separate_units(x: Tensor, dim: int, layout: Layout, level: Tensor, kind: int) -> Tensor:

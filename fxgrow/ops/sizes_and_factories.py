@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -23,13 +24,10 @@ def size(ctx: Context, x: Any, which: Any = None, *default: Any) -> Any:
     if which == "shape":
         return shape
     if isinstance(ctx.value, torch.Tensor):
-        if which == "T":
-            return Dims(reversed(x))
-        if which == "mT":
-            return Dims((*x[:-2], x[-1], x[-2]))
-        if which == "data":
-            return x
-        raise Unsupported(f"attribute {which!r}")
+        views = {"T": Dims(reversed(x)), "mT": Dims((*x[:-2], *reversed(x[-2:]))), "data": x}
+        if which not in views:
+            raise Unsupported(f"attribute {which!r}")
+        return views[which]
     return ctx.value
 
 
@@ -40,10 +38,7 @@ def length_of(ctx: Context, x: Any) -> int:
 
 @op("numel", torch.numel)
 def numel(ctx: Context, x: Dims) -> int:
-    total: int = 1
-    for a in x:
-        total = total * SizeExpr.measure(a)
-    return total
+    return math.prod(map(SizeExpr.measure, x))
 
 
 @op("new_zeros", "new_ones", "new_empty", "new_full")

@@ -81,7 +81,7 @@ def _with(x: Dims, dim: int, parts: Sequence[Axis]) -> tuple[Dims, ...]:
 
 @op("chunk", torch.chunk)
 def chunk(ctx: Context, input: Dims, chunks: int, dim: int = 0) -> tuple[Dims, ...]:
-    sizes = [v.shape[dim] for v in ctx.values]
+    sizes = [v.shape[dim] for v in ctx.value]
     if is_fixed(input[dim]):
         return _with(input, dim, [fixed(n) for n in sizes])
     if len(set(sizes)) > 1 or len(sizes) != chunks:
@@ -94,7 +94,7 @@ def split(ctx: Context, input: Dims, split_size: Any = None, dim: int = 0, **kwa
     key = next((k for k in ("split_size", "split_sizes", "split_size_or_sections") if k in ctx.node.kwargs), None)
     given = split_size if key is None or key == "split_size" else kwargs[key]
     path: tuple[Any, ...] = (1,) if key is None else (key,)
-    sizes = [v.shape[dim] for v in ctx.values]
+    sizes = [v.shape[dim] for v in ctx.value]
     if is_fixed(input[dim]):
         parts = [fixed(n) for n in sizes]
     elif isinstance(given, int):
@@ -115,7 +115,7 @@ def split(ctx: Context, input: Dims, split_size: Any = None, dim: int = 0, **kwa
 def unbind(ctx: Context, input: Dims, dim: int = 0) -> tuple[Dims, ...]:
     ctx.fix([input[dim]], "unbound entry by entry")
     out = Dims(a for i, a in enumerate(input) if i != dim % len(input))
-    return (out,) * len(ctx.values)
+    return (out,) * len(ctx.value)
 
 
 @op("narrow", torch.narrow)
@@ -183,12 +183,8 @@ def _slice(ctx: Context, axis: Axis, item: slice) -> Axis:
         ctx.same(axis, axis_of(unit, every), f"units are read {every} entries at a time")
         return axis_of(unit)
     half = item.stop if item.start in (None, 0) else item.start
-    if (
-        isinstance(half, SizeExpr)
-        and None in (item.stop, item.start or None)
-        and every in (None, 1)
-        and 2 * n == length(axis)
-    ):
+    one_end = None in (item.stop, item.start or None) and every in (None, 1)
+    if isinstance(half, SizeExpr) and one_end and 2 * n == length(axis):
         part = equal_parts(ctx, axis, 2)
         ctx.size_argument(half, part)
         return part

@@ -16,11 +16,6 @@ from fxgrow.ops.elementwise import broadcast
 from fxgrow.ops.registry import op
 
 
-@op("clone", torch.clone)
-def clone(ctx: Context, x: Dims, *args: Any, **kwargs: Any) -> Dims:
-    return x
-
-
 @op("contiguous", "detach", "requires_grad_", "to", "type", "type_as", "float", "double", "half", "bfloat16")
 @op("bool", "long", "int", "cpu", "cuda", "data", torch.detach)
 def identity(ctx: Context, x: Dims, *args: Any, **kwargs: Any) -> Dims:
