@@ -1,8 +1,4 @@
-"""Sums of moments over all processes.
-
-requires: moments that are sums over the samples of this process.
-ensures:  sums over the samples of all processes, with the same bits in each.
-"""
+"""Sums of moments over all processes, with the same bits in each."""
 
 from __future__ import annotations
 

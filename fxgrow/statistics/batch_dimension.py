@@ -1,7 +1,6 @@
-"""Which tensors of a graph have their samples in the second dimension, `[steps, samples, ...]`.
+"""Which tensors of a graph have their samples in the second dimension, `[steps, samples, ...]`; inputs have not.
 
-requires: inputs that have them in the first.
-ensures:  operators that move dimensions, stack tensors or select an entry are followed; all others keep the dimension.
+Operators that move dimensions, stack tensors or select an entry are followed; all others keep the dimension.
 """
 
 from __future__ import annotations

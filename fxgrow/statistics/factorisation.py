@@ -86,20 +86,11 @@ class WoodburyFactor(Factor):
 
 
 def factor(A: Tensor | None = None, rows: Tensor | None = None, scale: float = 1.0, ridge: float = 0.0) -> Factor:
-    """Factors A + eps I, eps = ridge * trace(A) / P.
+    """Factors A + eps I, eps = ridge * trace(A) / P, of A ``[P, P]`` (in its upper triangle) or scale * rows^T rows.
 
     The result is a Cholesky factor where that is safe. A matrix that is singular to working precision (too few samples
-    or a dead feature, with ``ridge=0``) gets an eigen-decomposition, which solves with the pseudo-inverse.
-
-    Args:
-        A: symmetric positive semi-definite ``[P, P]``; only the upper triangle is read.
-        rows: instead of A: ``[m, P]``, A = scale * rows^T rows. With m < P and a ridge, the m x m Gram matrix of the
-            rows is factored.
-        scale: see ``rows``.
-        ridge: relative ridge.
-
-    Raises:
-        ProfileError: neither A nor rows are given, or they hold NaN or infinity.
+    or a dead feature, with ``ridge=0``) gets an eigen-decomposition, which solves with the pseudo-inverse. With fewer
+    rows than features and a ridge, the Gram matrix ``[m, m]`` of the rows is factored.
     """
     rows = None if rows is None else accumulating(rows)
     if rows is not None and ridge > 0 and rows.shape[0] < rows.shape[1]:

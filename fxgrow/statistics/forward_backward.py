@@ -31,19 +31,13 @@ Correction = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass
 class BatchRecord:
-    """Activations and weight gradients of one batch.
+    """Activations and gradients of one batch of n samples, with its mean loss."""
 
-    Attributes:
-        inputs: outputs of the requested nodes, `[n, ...]`; a list of all samples' positions becomes `[n, positions,
-            F]`.
-        output_gradients: V = -dl/da at the targets, `[n, ...]`, unless `on_output_gradient` takes them.
-        gradients: by name, minus the gradient of the requested weights, summed over samples: the sum of V h^T.
-        size: number of samples n.
-        loss: mean loss of the batch.
-    """
-
+    #: outputs of the requested nodes, `[n, ...]`; a list of all samples' positions becomes `[n, positions, F]`
     inputs: dict[fx.Node, Tensor] = field(default_factory=dict)
+    #: V = -dl/da at the targets, `[n, ...]`, unless `on_output_gradient` takes them
     output_gradients: dict[fx.Node, Tensor] = field(default_factory=dict)
+    #: by name, minus the gradient of the requested weights, summed over samples: the sum of V h^T
     gradients: dict[str, Tensor] = field(default_factory=dict)
     size: int = 0
     loss: float = 0.0
@@ -51,24 +45,21 @@ class BatchRecord:
 
 @dataclass(frozen=True)
 class PassRequest:
-    """What a pass records and calls.
+    """What a pass records and calls."""
 
-    Attributes:
-        sources: nodes whose output is kept for the batch.
-        on_batch: called after each batch with its record.
-        targets: nodes at whose output V = -dl/da is needed, l the loss of one sample.
-        on_output_gradient: called during backward with the record so far, the target and V, `[n, ...]`.
-        weights: parameters whose gradients are wanted, by name.
-        weights_needed: called before each batch: whether they are wanted for this one.
-        corrections: by source, a function that changes the gradient there.
-    """
-
+    #: nodes whose output is kept for the batch
     sources: Iterable[fx.Node]
+    #: called after each batch
     on_batch: Callable[[Batch, BatchRecord], None]
+    #: nodes at whose output V = -dl/da is needed, l the loss of one sample
     targets: Iterable[fx.Node] = ()
+    #: called during backward with the record so far, the target and V, `[n, ...]`
     on_output_gradient: Callable[[BatchRecord, fx.Node, Tensor], None] | None = None
+    #: parameters whose gradients are wanted, by name
     weights: Mapping[str, Tensor] = field(default_factory=dict)
+    #: called before each batch: whether they are wanted for this one
     weights_needed: Callable[[], bool] = lambda: True
+    #: by source, a function that changes the gradient there
     corrections: Mapping[fx.Node, Correction] = field(default_factory=dict)
 
 
@@ -99,7 +90,7 @@ class _ActivationRecorder:
         code = self._tapped().python_code("self")
         names = dict(code.globals)
         exec(code.src, names)
-        self.code = names["forward"]
+        self.run = partial(names["forward"], gm)
 
     def _tapped(self) -> fx.Graph:
         """A copy of the graph in which every value of `nodes` goes through `tap`."""
@@ -112,9 +103,6 @@ class _ActivationRecorder:
             others = [user for user in copy.users if user is not tapped]
             copy.replace_all_uses_with(tapped, delete_user_cb=others.__contains__)
         return graph
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.code(self.gm, *arguments)
 
     def tap(self, i: int, value: Tensor) -> Tensor:
         """Records the output of the i-th of `nodes`, and returns the value with which the graph continues."""
@@ -176,21 +164,15 @@ class _ActivationRecorder:
         """Frees the batch: the autograd graph and the hooks refer to each other, unseen by the garbage collector."""
         for hook in self.hooks:
             hook.remove()
-        self.hooks.clear()
-        self.ends.clear()
-        self.waiting.clear()
-        self.known.clear()
+        for batch in (self.hooks, self.ends, self.waiting, self.known):
+            batch.clear()
         self.record = BatchRecord()
 
 
 def forward_backward(
     gm: fx.GraphModule, batches: Iterable[Batch], loss_fn: LossFn | None, request: PassRequest
 ) -> None:
-    """Runs forward and backward over `batches`; `loss_fn` as in `fxgrow.data.loss.loss_of`.
-
-    Raises:
-        ProfileError: a batch does not fit, the forward pass fails, or the loss is not finite.
-    """
+    """Runs forward and backward over `batches`; `loss_fn` as in `fxgrow.data.loss.loss_of`."""
     recorder = _ActivationRecorder(gm, request)
     with eval_mode(gm), torch.enable_grad():
         for batch in batches:
@@ -199,7 +181,7 @@ def forward_backward(
             weights = request.weights if request.weights_needed() else {}
             recorder.weights_needed = bool(weights)
             try:
-                loss = loss_of(forward(recorder, gm, batch), batch, loss_fn)
+                loss = loss_of(forward(recorder.run, gm, batch), batch, loss_fn)
                 recorder.lay_out()
                 record.loss = float(loss.detach())
                 if not loss.requires_grad:

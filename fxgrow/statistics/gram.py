@@ -25,15 +25,9 @@ def matrix_product(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def gram(rows: Tensor, weight: Tensor | None = None, bias: bool = False) -> Tensor:
-    """Weighted second moment rows^T diag(weight) rows.
+    """Weighted second moment rows^T diag(weight) rows of rows ``[m, P]``: ``[P, P]``, exactly symmetric.
 
-    Args:
-        rows: ``[m, P]``.
-        weight: ``[m]``, not negative.
-        bias: as if every row had one more feature that is 1.
-
-    Returns:
-        ``[P, P]`` (with ``bias``: ``[P + 1, P + 1]``), exactly symmetric.
+    ``bias``: as if every row had one more feature that is 1.
     """
     return mirrored(add_gram(None, rows, weight, bias))
 
@@ -43,14 +37,10 @@ def add_gram(
 ) -> Tensor:
     """Adds ``scale * gram(rows, weight, bias)`` to the upper triangle of ``total``; the rest is unspecified."""
     rows = accumulating(rows)
-    ones = None
-    if weight is not None:
-        ones = weight.to(rows.dtype).sqrt()
-        rows = rows * ones[:, None]
-    size = rows.shape[1]
-    beta = 1.0
-    if total is None:
-        total, beta = rows.new_zeros(size + bias, size + bias), 0.0
+    ones = None if weight is None else weight.to(rows.dtype).sqrt()
+    rows = rows if ones is None else rows * ones[:, None]
+    size, beta = rows.shape[1], 0.0 if total is None else 1.0
+    total = rows.new_zeros(size + bias, size + bias) if total is None else total
     # torch does not expose BLAS' symmetric product; the upper block triangle is little more than half the work
     for low in range(0, size, BLOCK):
         high = min(low + BLOCK, size)

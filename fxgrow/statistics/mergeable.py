@@ -9,9 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import reprlib
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from fxgrow.distributed import checksum
 from fxgrow.errors import FileError, ProfileError
 from fxgrow.statistics.collect import SAMPLED_RIDGE, Statistics
-from fxgrow.statistics.consumer_moments import GATHERED, ConsumerMoments
+from fxgrow.statistics.consumer_moments import GATHERED
 from fxgrow.statistics.width_moments import WidthMoments
 from fxgrow.storage.safetensors_file import read, require_kind, write
 
@@ -67,15 +67,8 @@ class Moments:
         body, tensors = read(path)
         require_kind(body, "moments", path, "Write one with profile.moments.save().")
         try:
-            return cls(
-                int(body["samples"]),
-                float(body["loss"]),
-                str(body["method"]),
-                str(body["positions"]),
-                tuple(map(str, body["widths"])),
-                str(body["weights"]),
-                tensors,
-            )
+            kinds = {"samples": int, "loss": float, "method": str, "positions": str, "widths": tuple, "weights": str}
+            return cls(tensors=tensors, **{name: kind(body[name]) for name, kind in kinds.items()})
         except (KeyError, TypeError, ValueError) as error:
             raise FileError(f"{path} holds no moments of this version of fxgrow: {error!r}.") from error
 
@@ -93,25 +86,18 @@ def mergeable_tensors(stats: Statistics) -> dict[str, Tensor]:
     for name, c in stats.consumers.items():
         moments = {"vh": c.vh, "m": c.m, "g": c.g}
         out |= {f"reads/{name}/{key}": t for key, t in moments.items() if t is not None}
-        out[f"reads/{name}/counts"] = _numbers(float(c.vv), c.samples, c.position_count, c.rows)
+        counts = float(c.vv), c.samples, c.position_count, c.rows
+        out[f"reads/{name}/counts"] = torch.tensor(counts, dtype=torch.float64)
     for name, w in stats.widths.items():
         out |= {f"width/{name}/N/{weight}": block for weight, block in w.blocks.items()}
         out |= {} if w.s is None else {f"width/{name}/S": w.second_moment}
         out |= {f"width/{name}/rows": torch.cat(w.sampled)} if w.sampled else {}
-        out[f"width/{name}/counts"] = _numbers(w.rows, w.positions_per_sample)
+        out[f"width/{name}/counts"] = torch.tensor([w.rows, w.positions_per_sample], dtype=torch.float64)
     return {name: t.detach().cpu().clone() for name, t in out.items()}
 
 
-def _numbers(*values: float) -> Tensor:
-    return torch.tensor(values, dtype=torch.float64)
-
-
 def merge_into(stats: Statistics, parts: Sequence[Moments], device: torch.device) -> dict[str, Tensor]:
-    """Fills empty statistics with the means over all parts, and returns C by width and weight.
-
-    Raises:
-        ProfileError: the parts are not of this model.
-    """
+    """Fills empty statistics with the means over all parts, and returns C by width and weight."""
     total = sum(part.samples for part in parts)
     shares = [part.samples / total for part in parts]
 
@@ -126,18 +112,19 @@ def merge_into(stats: Statistics, parts: Sequence[Moments], device: torch.device
         products = (t * share for t, share in zip(tensors, shares, strict=True))
         return sum(products, torch.zeros_like(tensors[0])).to(device)
 
-    def counts(name: str) -> list[Tensor]:
+    def counts(name: str) -> tuple[Tensor, Tensor]:
+        """The sums over all parts, and the means."""
         try:
-            return [part.tensors[name] for part in parts]
+            numbers = torch.stack([part.tensors[name] for part in parts])
         except KeyError as error:
             raise ProfileError(f"A part has no {name!r}: it is of another model.") from error
+        return numbers.sum(0), torch.tensor(shares, dtype=torch.float64) @ numbers
 
     for name, c in stats.consumers.items():
         vh, c.m, c.g = (mean(f"reads/{name}/{key}") for key in ("vh", "m", "g"))
         c.vh = c.vh if vh is None else vh
-        numbers = counts(f"reads/{name}/counts")
-        c.vv = sum(float(n[0]) * share for n, share in zip(numbers, shares, strict=True))
-        c.samples, c.position_count, c.rows = (int(sum(float(n[i]) for n in numbers)) for i in (1, 2, 3))
+        sums, means = counts(f"reads/{name}/counts")
+        c.vv, (c.samples, c.position_count, c.rows) = float(means[0]), map(int, sums[1:])
     crosses: dict[str, Tensor] = {}
     for name, w in stats.widths.items():
         w.s = mean(f"width/{name}/S")
@@ -145,9 +132,8 @@ def merge_into(stats: Statistics, parts: Sequence[Moments], device: torch.device
         w.sampled = [(t * share**0.5).to(device) for t, share in zip(rows, shares, strict=True) if t is not None]
         if w.sampled and len(w.sampled) < len(parts):
             raise ProfileError(f"The parts have the rows of width {name!r} in different ways: profile all alike.")
-        numbers = counts(f"width/{name}/counts")
-        w.rows, w.samples = int(sum(float(n[0]) for n in numbers)), 1
-        w.position_count = sum(float(n[1]) * share for n, share in zip(numbers, shares, strict=True))
+        sums, means = counts(f"width/{name}/counts")
+        w.rows, w.samples, w.position_count = int(sums[0]), 1, float(means[1])
         w.ridge = 0.0 if stats.exact else SAMPLED_RIDGE[w.rows < 10 * w.features]
         for weight in {path.consumer.weight: None for path in w.paths}:
             block, cross = mean(f"width/{name}/N/{weight}"), mean(f"width/{name}/C/{weight}")
@@ -170,8 +156,7 @@ class InputCrossMoment:
         for name, w in stats.widths.items():
             sources = [n for path in w.paths for n in (path.producer.source, path.consumer.source)]
             for share, _, inputs, _ in stats.cached(w.keep, sources):
-                n = len(inputs[sources[0]])
-                self._add(self.widths[name], inputs, share / n)
+                self._add(self.widths[name], inputs, share / len(inputs[sources[0]]))
 
     def add(self, inputs: Mapping[fx.Node, Tensor]) -> None:
         """Adds all positions of one more batch."""
@@ -182,26 +167,19 @@ class InputCrossMoment:
         for path in w.paths:
             c = self.stats.consumers[path.consumer.weight]
             x, h = inputs[path.producer.source], c.layer_input(inputs[path.consumer.source])
-            for part, rows in _patches(c, h):
-                w.add(path, x[part], rows, scale)
+            # with the unit matrix for weights, the output is the patches that the weight multiplies
+            eye = torch.eye(c.vh.shape[1]).to(c.vh)
+            most = max(1, GATHERED // max(1, c.apply(eye, h[:1]).nbytes))
+            for part, rows in zip(x.split(most), h.split(most), strict=True):
+                w.add(path, part, c.apply(eye, rows), scale)
 
     def tensors(self) -> dict[str, Tensor]:
         """C by the names in `Moments`."""
-        named = ((f"width/{n}/C/{weight}", t) for n, w in self.widths.items() for weight, t in w.blocks.items())
-        return {name: t.cpu() for name, t in named}
+        return {f"width/{n}/C/{weight}": t.cpu() for n, w in self.widths.items() for weight, t in w.blocks.items()}
 
     def blocks(self) -> dict[str, Tensor]:
         """C by width and weight."""
         return {f"{name}/{weight}": t for name, w in self.widths.items() for weight, t in w.blocks.items()}
-
-
-def _patches(c: ConsumerMoments, h: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    """Patches that the weight multiplies, with the 1 of its bias, in the layout of its output; by parts of samples."""
-    eye = torch.eye(c.vh.shape[1]).to(c.vh)
-    most = max(1, GATHERED // max(1, c.apply(eye, h[:1]).nbytes))
-    for start in range(0, len(h), most):
-        part = slice(start, start + most)
-        yield part, c.apply(eye, h[part])
 
 
 @torch.no_grad()
@@ -213,11 +191,7 @@ def subtract_by_cross_moment(stats: Statistics, crosses: Mapping[str, Tensor], u
 
 
 def check_parts(parts: Iterable[Moments], model: nn.Module) -> None:
-    """Refuses parts that cannot be added.
-
-    Raises:
-        ProfileError: there is none, or they are of different profiles or weights.
-    """
+    """Refuses parts that cannot be added: there is none, or they are of different profiles or weights."""
     parts = list(parts)
     if not parts:
         raise ProfileError("There is nothing to merge: give at least one profile with moments.")
@@ -226,14 +200,10 @@ def check_parts(parts: Iterable[Moments], model: nn.Module) -> None:
         for key in ("method", "positions", "widths"):
             mine, theirs = getattr(first, key), getattr(part, key)
             if mine != theirs:
-                raise ProfileError(f"Part 0 has {key} {_short(mine)}, part {i} {_short(theirs)}: profile all alike.")
+                mine, theirs = reprlib.repr(mine), reprlib.repr(theirs)
+                raise ProfileError(f"Part 0 has {key} {mine}, part {i} {theirs}: profile all alike.")
         if part.weights != weights:
             raise ProfileError(
                 f"Part {i} was profiled with other weights than the model's: moments can be added only where the "
                 "weights are the same, bit for bit."
             )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) < 80 else f"{text[:77]}..."

@@ -33,22 +33,16 @@ _MIXES = {
 
 @dataclass(frozen=True)
 class ConvPath:
-    """How a consumer reads the output of a producer.
-
-    Attributes:
-        producer: the use of the weight that produces the width.
-        consumer: the use of the weight that consumes it.
-        producer_window: the producer's geometry.
-        consumer_window: the consumer's geometry, on the map that it reads.
-        pool: window of an average pool between them, or empty.
-        read_shape: spatial shape of the map that the consumer reads; empty between linear layers.
-    """
+    """How a consumer reads the output of a producer: one use each of the weights."""
 
     producer: Projection
     consumer: Projection
     producer_window: Window
+    #: on the map that the consumer reads
     consumer_window: Window
+    #: window of an average pool between them, or empty
     pool: tuple[int, ...]
+    #: spatial shape of the map that the consumer reads; empty between linear layers
     read_shape: tuple[int, ...]
 
     @property
@@ -72,9 +66,8 @@ def find_paths(width: GrowableWidth, analysed: AnalysedGraph) -> list[ConvPath] 
             nodes = reachable.get(consumer.source)
             if nodes is None:
                 continue
-            if any(n.target in _MIXES or _selects(n, structure) for n in nodes):
-                return None
-            path = _path(producer, consumer, width, nodes, second)
+            mixed = any(n.target in _MIXES or _selects(n, structure) for n in nodes)
+            path = None if mixed else _path(producer, consumer, width, nodes, second)
             if path is None:
                 return None
             paths.append(path)
@@ -108,15 +101,16 @@ def _path(
     nd = len(producer.kernel)
     written = _positions(producer.node, nd, second)
     read = _positions(consumer.source, len(consumer.kernel), second)
-    producer_window = window(producer)
     if nd == len(consumer.kernel):
-        same = nd == 0 and _all_positions(producer.node) == _all_positions(consumer.source)
+        # the model may hold the positions of all samples in one dimension
+        sizes = {_shape(node)[:-1] for node in (producer.node, consumer.source)}
+        same = nd == 0 and len({prod(size) for size in sizes}) == 1
         pool = () if same else _pool(written, read)
         if per_read != 1 or pool is None:
             return None
         # a transposed convolution reads one position at a time
         consumer_window = Window((1,) * nd) if consumer.transposed else window(consumer)
-        return ConvPath(producer, consumer, producer_window, consumer_window, pool, read if nd else ())
+        return ConvPath(producer, consumer, window(producer), consumer_window, pool, read if nd else ())
     if nd == 0 or consumer.kernel:
         return None
     tokens = prod(read)
@@ -129,7 +123,7 @@ def _path(
     pool = None if shape is None else _pool(written, shape)
     if shape is None or kernel is None or pool is None or (per_read > 1 and tokens != 1):
         return None
-    return ConvPath(producer, consumer, producer_window, Window(kernel), pool, shape)
+    return ConvPath(producer, consumer, window(producer), Window(kernel), pool, shape)
 
 
 def _entries(axis: Axis, width: GrowableWidth) -> int | None:
@@ -141,16 +135,14 @@ def _entries(axis: Axis, width: GrowableWidth) -> int | None:
 
 def _positions(node: fx.Node, nd: int, second: set[fx.Node]) -> tuple[int, ...]:
     """The spatial shape after the channels; for features in the last dimension, the dimensions before them."""
-    shape = tuple(node.meta["val"].shape) if isinstance(node.meta["val"], Tensor) else ()
+    shape = _shape(node)
     if nd == 0:
         return (shape[0], *shape[2:-1]) if node in second and len(shape) > 2 else shape[1:-1]
     return shape[-nd:] if len(shape) > nd else ()
 
 
-def _all_positions(node: fx.Node) -> int:
-    """Number of positions of all samples, which the model may hold in one dimension."""
-    value = node.meta["val"]
-    return prod(value.shape[:-1]) if isinstance(value, Tensor) else 0
+def _shape(node: fx.Node) -> tuple[int, ...]:
+    return tuple(node.meta["val"].shape) if isinstance(node.meta["val"], Tensor) else ()
 
 
 def _pool(written: tuple[int, ...], read: tuple[int, ...]) -> tuple[int, ...] | None:

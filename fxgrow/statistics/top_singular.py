@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,18 +24,14 @@ SMALL = 512
 OVERSAMPLING = 8
 
 
-@dataclass(frozen=True)
-class Units:
-    """New units, best first.
+class Units(NamedTuple):
+    """New units, best first."""
 
-    Attributes:
-        alpha: ``[P, k]`` incoming weights.
-        omega: per consumer, ``[k, taps, O]`` outgoing weights.
-        values: ``[r]`` singular values lambda, r >= k: all above `DROP` where all were computed, else the first k.
-    """
-
+    #: incoming weights ``[P, k]``
     alpha: Tensor
+    #: per consumer, outgoing weights ``[k, taps, O]``
     omega: list[Tensor]
+    #: singular values lambda ``[r]``, r >= k: all above `DROP` where all were computed, else the first k
     values: Tensor
 
 
@@ -50,15 +46,11 @@ def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int, s
         blocks: per consumer ``[P, taps, O]``, the matrix N = E[b V^T] less what dW* expresses.
         s: factor of S.
         g: per consumer the factor of its G ``[O, O]``, None for the identity.
-        k: largest number of units.
+        k: largest number of units; those with singular values up to 1e-6 of the largest are dropped.
         sweeps: applications of the operator; None for as many as working precision needs.
 
     Returns:
-        At most k units: singular values up to 1e-6 of the largest are dropped. The sign of a unit makes the
-        entry of alpha with the largest magnitude positive; results are deterministic.
-
-    Raises:
-        ProfileError: N holds NaN or infinity.
+        Units with signs that make the entry of alpha with the largest magnitude positive.
     """
     if not all(math.isfinite(block.sum()) for block in blocks):
         raise ProfileError("the moment of inputs and gradients holds NaN or infinity: look for a non-finite loss")
@@ -80,29 +72,22 @@ class _Columns:
     """The matrix N G^(-1/2) over all blocks, `[P, c]`, as an operator: forming it costs more than a few products."""
 
     def __init__(self, blocks: list[Tensor], g: list[Factor] | None) -> None:
-        self.blocks, self.g = blocks, g
-        #: per block, columns of each tap: the rank of G
-        self.ranks = [len(g[i].whiten(b[0].mT[:, :0])) if g else b.shape[2] for i, b in enumerate(blocks)]
-        self.sizes = [b.shape[1] * r for b, r in zip(blocks, self.ranks, strict=True)]
+        self.blocks: list[Tensor] = blocks
+        self.g: Sequence[Factor | None] = g or [None] * len(blocks)
+        pairs = zip(blocks, self.g, strict=True)
+        #: columns of each block: its taps times the rank of G
+        self.sizes = [b.shape[1] * (len(g.whiten(b[0].mT[:, :0])) if g else b.shape[2]) for b, g in pairs]
         self.shape = len(blocks[0]), sum(self.sizes)
         self.dtype, self.device = blocks[0].dtype, blocks[0].device
 
     def dense(self) -> Tensor:
         """The matrix itself."""
-        columns = [(_on_columns(b, self.g[i].whiten) if self.g else b).flatten(1) for i, b in enumerate(self.blocks)]
-        return torch.cat(columns, 1) if len(columns) > 1 else columns[0]
+        return torch.cat(self._whitened([b.flatten(1).mT for b in self.blocks])).mT
 
     def parts(self, x: Tensor) -> list[tuple[Tensor, Tensor]]:
         """The blocks, and G^(-T/2) x for the rows of x that belong to each."""
-        out = []
-        for i, (block, part) in enumerate(zip(self.blocks, x.split(self.sizes), strict=True)):
-            if self.g:
-                # [taps, O, w]: G acts on O
-                taps = block.shape[1]
-                part = self.g[i].unwhiten(part.unflatten(0, (taps, self.ranks[i])).transpose(0, 1).flatten(1))
-                part = part.unflatten(1, (taps, x.shape[1])).transpose(0, 1).flatten(0, 1)
-            out.append((block, part))
-        return out
+        parts = zip(self.blocks, self.g, x.split(self.sizes), strict=True)
+        return [(b, _on_outputs(g.unwhiten, part, b.shape[1]) if g else part) for b, g, part in parts]
 
     def times(self, x: Tensor) -> Tensor:
         """The matrix times `[c, w]`."""
@@ -110,20 +95,17 @@ class _Columns:
 
     def transposed_times(self, y: Tensor) -> Tensor:
         """Its transpose times `[P, w]`."""
-        columns = []
-        for i, block in enumerate(self.blocks):
-            part = block.flatten(1).mT @ y
-            if self.g:
-                part = self.g[i].whiten(part.unflatten(0, block.shape[1:]).transpose(0, 1).flatten(1))
-                part = part.unflatten(1, (block.shape[1], y.shape[1])).transpose(0, 1).flatten(0, 1)
-            columns.append(part)
-        return torch.cat(columns)
+        return torch.cat(self._whitened([b.flatten(1).mT @ y for b in self.blocks]))
+
+    def _whitened(self, parts: list[Tensor]) -> list[Tensor]:
+        triples = zip(self.blocks, self.g, parts, strict=True)
+        return [_on_outputs(g.whiten, part, b.shape[1]) if g else part for b, g, part in triples]
 
 
-def _on_columns(block: Tensor, apply: Callable[[Tensor], Tensor]) -> Tensor:
-    flat = block.flatten(0, 1).mT
-    out = apply(flat).mT
-    return out.reshape(*block.shape[:2], out.shape[-1])
+def _on_outputs(apply: Callable[[Tensor], Tensor], rows: Tensor, taps: int) -> Tensor:
+    """Applies a map from O to r dimensions to rows `[taps * O, w]`: `[taps * r, w]`."""
+    out = apply(rows.unflatten(0, (taps, -1)).transpose(0, 1).flatten(1))
+    return out.reshape(len(out), taps, rows.shape[1]).transpose(0, 1).flatten(0, 1)
 
 
 def _by_columns(columns: _Columns, s: Factor, k: int, sweeps: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -172,8 +154,7 @@ def _by_columns(columns: _Columns, s: Factor, k: int, sweeps: int) -> tuple[Tens
     # squaring hides more of the tail in rounding than DROP does
     noise = max(DROP**2, count * torch.finfo(dtype).eps)
     values = squares[squares > noise * squares[:1].clamp_min(0)].sqrt()
-    kept = min(k, len(values))
-    inside = inside[:, :kept]
+    inside = inside[:, : min(k, len(values))]
     right = inside if basis is None else basis @ inside
     alpha = torch.cat(solved, 1) @ inside if white is None else s.unwhiten(white @ right)
-    return alpha / values[:kept].sqrt(), right, values
+    return alpha / values[: inside.shape[1]].sqrt(), right, values
