@@ -46,10 +46,10 @@ def set_random_state(state: dict[str, Any], loader: Any = None) -> None:
     if "numpy" in state:
         try:
             import numpy.random
+
+            numpy.random.set_state(state["numpy"])
         except ImportError:
             log.warning("the random state of NumPy is in the checkpoint, and NumPy is not here")
-        else:
-            numpy.random.set_state(state["numpy"])
     if loader is not None:
         for generator, of_loader in zip(_generators(loader), state["loader"], strict=True):
             generator.set_state(of_loader)

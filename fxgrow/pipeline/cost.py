@@ -7,7 +7,6 @@ import operator
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor, fx, nn
@@ -29,14 +28,6 @@ RUNS, PROBE = 9, 0.5
 #: least part of the time that its multiply-adds would take that a width is charged, whatever the clock says
 LEAST = 0.25
 _PRODUCTS = {torch.matmul, torch.bmm, operator.matmul, "matmul", "bmm", "__matmul__"}
-
-
-class Cost(Protocol):
-    """Of the whole network with so many more units per width."""
-
-    unit: str
-
-    def total(self, units: Mapping[str, int]) -> float: ...
 
 
 class _AxisProducts:
@@ -133,6 +124,10 @@ class Latency:
 
     def total(self, units: Mapping[str, int]) -> float:
         return self.base + sum(self.slopes.get(name, 0.0) * k for name, k in units.items())
+
+
+#: `total` is that of the whole network with so many more units per width
+Cost = Parameters | MultiplyAdds | Latency
 
 
 def cost_of(kind: str, analysed: AnalysedGraph, names: Sequence[str]) -> Cost:

@@ -99,25 +99,23 @@ def explain(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
     gm = capture(model, () if example_inputs is None else example_inputs)
     analysed = analyse(gm)
     widths = tuple(w.width for w in analysed.widths.values())
-    name, parameters = gm.meta.get("name") or type(model).__name__, sum(p.numel() for p in gm.parameters())
-    return Explanation(name, widths, parameters, _reachable(analysed), _places(gm, widths), _opaque(gm))
+    reasons = {str(node.target): node.meta[OPAQUE] for node in gm.graph.nodes if OPAQUE in node.meta}
+    opaque = tuple(OpaqueModule(n, _count_parameters(gm.get_submodule(n)), why) for n, why in reasons.items())
+    name = gm.meta.get("name") or type(model).__name__
+    return Explanation(name, widths, _count_parameters(gm), _reachable(analysed), _places(gm, widths), opaque)
+
+
+def _count_parameters(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
 
 
 def _free_table(free: list[Width]) -> str:
-    numbers, names = ("size", "step"), ("producers", "→ consumers", "followers")
-    columns = [text("free width"), *map(number, numbers), *map(text, names)]
+    columns = [text("free width"), number("size"), number("step")]
+    columns += map(text, ("producers", "→ consumers", "followers"))
     rows = [
         (w.name, str(w.size), str(w.step), few(w.producers, 1), few(w.consumers, 1), few(w.followers, 1)) for w in free
     ]
     return table(columns, rows)
-
-
-def _opaque(gm: fx.GraphModule) -> tuple[OpaqueModule, ...]:
-    reasons = {str(node.target): node.meta[OPAQUE] for node in gm.graph.nodes if OPAQUE in node.meta}
-    return tuple(
-        OpaqueModule(name, sum(p.numel() for p in gm.get_submodule(name).parameters()), why)
-        for name, why in reasons.items()
-    )
 
 
 def _opaque_table(modules: tuple[OpaqueModule, ...], total: int) -> str:

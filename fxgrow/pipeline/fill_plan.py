@@ -39,8 +39,9 @@ def fill_plan(profile: Profile, units: dict[str, int], update_existing: bool, pa
     for name, slices in candidates.slices.items():
         for (width, dim), t in slices.items():
             if width in units:
-                new = _pick(t, dim, chosen[width], candidates.unit_groups[width])
-                entries.values.new.setdefault(name, {})[width, dim] = new
+                each = t.shape[dim] // candidates.unit_groups[width]
+                index = (chosen[width][:, None] * each + torch.arange(each)).flatten()
+                entries.values.new.setdefault(name, {})[width, dim] = t.index_select(dim, index.to(t.device))
                 if (name, dim) in produces:
                     incoming.append((name, width, dim))
     symmetric = needs.symmetric and not any(analysed.widths[name].width.followers for name in units)
@@ -60,27 +61,17 @@ def _written_by_method(profile: Profile, units: dict[str, int], parameters: tupl
     method, analysed = profile.method, profile.analysed
     generator = torch.Generator().manual_seed(profile.seed)
     values, outgoing = Values(new_units_see_each_other=False), []
-    predicted: dict[str, float] = {}
     widths = [w for w in analysed.widths.values() if w.name in units]
     steps = {w.name: units[w.name] // w.step for w in widths}
     request = InitialiserRequest(analysed, widths, steps, generator)
     for width in widths:
-        name = width.name
         method.check_width(analysed, width)
-        written = method.write(request, width, profile.proposals[name], values)
+        written = method.write(request, width, profile.proposals[width.name], values)
         if written is None:
             return None
         outgoing += written
-        if profile[name].gains:
-            predicted[name] = sum(profile[name].gains[: steps[name]])
+    predicted = {name: sum(profile[name].gains[:k]) for name, k in steps.items() if profile[name].gains}
     return Plan(units, method.name, predicted=predicted, parameters=parameters, values=values, outgoing=tuple(outgoing))
-
-
-def _pick(t: Tensor, dim: int, chosen: Tensor, candidates: int) -> Tensor:
-    """Slices of the chosen unit groups, of so many candidates, along one dimension."""
-    each = t.shape[dim] // candidates
-    index = (chosen[:, None] * each + torch.arange(each)).flatten()
-    return t.index_select(dim, index.to(t.device))
 
 
 class _PlanEntries:
@@ -100,12 +91,10 @@ class _PlanEntries:
 
     def add_update(self, use: Projection, bias: str | None, update: Tensor) -> None:
         """An update of existing weights, with the bias in its last column if there is one."""
-        parts = {use.weight: update if bias is None else update[:, :-1]}
-        parts[use.weight] = like_weight(parts[use.weight], lookup(self.profile.graph, use.weight), use)
-        if bias is not None:
-            parts[bias] = update[:, -1]
+        old, delta = lookup(self.profile.graph, use.weight), self.values.delta
+        parts = {use.weight: like_weight(update if bias is None else update[:, :-1], old, use)}
+        parts |= {} if bias is None else {bias: update[:, -1]}
         for name, t in parts.items():
-            delta = self.values.delta
             delta[name] = torch.cat([delta[name], t]) if name in delta else t
 
     def refitted(self, refit: Refit, chosen: Mapping[str, Tensor], update_existing: bool) -> tuple[float, float]:

@@ -148,22 +148,16 @@ def _run(model: nn.Module, data: Data, options: GrowOptions) -> GrowthResult[nn.
 
 
 def _profile(gm: fx.GraphModule, data: Data, options: GrowOptions) -> Profile:
-    units = options["neurons"]
+    method, units = options["method"], options["neurons"]
     wanted = units.values() if isinstance(units, Mapping) else [units] if units is not None else []
     if any(not isinstance(k, int) or k <= 0 for k in wanted):
         raise PlanError(f"neurons={units!r}: give a positive number of units.")
     # without a refit, which holds batches out itself, no statistics may have seen what the line search measures
-    loader = data.loader if find_initialiser(options["method"]).needs.refit else Fitting(data)
-    request = ProfileRequest(
-        loss_fn=options["loss_fn"],
-        method=options["method"],
-        memory_limit=options["memory_limit"],
-        # widths that get no units need no figures
-        widths=list(units) if isinstance(units, Mapping) else None,
-        units=units,
-        progress=options["progress"],
-        seed=options["seed"],
-    )
+    loader = data.loader if find_initialiser(method).needs.refit else Fitting(data)
+    # widths that get no units need no figures
+    widths = list(units) if isinstance(units, Mapping) else None
+    request = ProfileRequest(options["loss_fn"], method, widths=widths, units=units, progress=options["progress"])
+    request = replace(request, memory_limit=options["memory_limit"], seed=options["seed"])
     return profiled(gm, Data(loader, options["samples"], data.process_group), request)
 
 

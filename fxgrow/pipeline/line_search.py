@@ -81,11 +81,10 @@ class HeldOut:
     def losses(self, gm: fx.GraphModule) -> dict[str, float]:
         """In eval and in train mode, of a copy (BatchNorm's statistics move)."""
         copy = copy_graph(gm)
-        losses = {"eval": self.mean_loss(copy.eval())}
+        loss = self.mean_loss(copy.eval())
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            losses["train"] = self.mean_loss(copy.train())
-        return losses
+            return {"eval": loss, "train": self.mean_loss(copy.train())}
 
 
 class GammaLine:

@@ -47,8 +47,7 @@ def apply(gm: nn.Module, plan: Plan, example_inputs: tuple[Any, ...] | dict[str,
         if example_inputs is None:
             raise PlanError("apply needs a captured graph, or example_inputs to capture the model with.")
         gm = capture(gm, example_inputs)
-    generator = torch.Generator().manual_seed(0)
-    grown, _ = rewrite(gm, plan.units, plan.at(plan.scale), generator)
+    grown, _ = rewrite(gm, plan.units, plan.at(plan.scale), torch.Generator().manual_seed(0))
     if not (plan.values.new or plan.values.delta):
         check_function(gm, grown, gm.meta[EXAMPLE_INPUTS])
     record(grown, gm, grown, plan.units, plan.method)
@@ -117,8 +116,7 @@ def widen(
     """
     check_into(into, model)
     gm = capture(model, example_inputs)
-    generator = torch.Generator().manual_seed(seed)
-    grown, index = rewrite(gm, units, generator=generator)
+    grown, index = rewrite(gm, units, generator=torch.Generator().manual_seed(seed))
     check_function(gm, grown, gm.meta[EXAMPLE_INPUTS])
     out = into_module(model, example_inputs, gm, grown) if into == "module" else grown
     record(out, gm, grown, units, "widen")

@@ -85,8 +85,7 @@ def pinned_table(pinned: Mapping[str, Reason]) -> list[str]:
     if not pinned:
         return []
     rows = [(name, reason.node, reason.message) for name, reason in pinned.items()]
-    columns = [text("pinned width"), text("at node"), Column("because", wrap=True)]
-    return ["", table(columns, rows)]
+    return ["", table([text("pinned width"), text("at node"), Column("because", wrap=True)], rows)]
 
 
 def parameters_added(plan: Plan) -> str:

@@ -50,7 +50,8 @@ def bottleneck_panel(axes: Axes, bottlenecks: Mapping[str, Bottleneck]) -> None:
         _note(axes, b.desired, row, f"{b.bottleneck:.3g}  ({gradient_share(b):.0%})")
     axes.set_yticks(list(rows), [f"{shorten(name, NAME)}  [{b.width.size}]" for name, b in bottlenecks.items()])
     axes.invert_yaxis()
-    _bars(axes, "expressivity bottleneck", "gradient energy at the consumers, E|V|²", max(desired, default=0.0))
+    axes.set_xlim(0, 1.32 * max(desired, default=0.0) or 1.0)
+    _frame(axes, "expressivity bottleneck", "gradient energy at the consumers, E|V|²", "x")
     axes.legend(**_legend(2))
 
 
@@ -58,6 +59,8 @@ def gain_panel(
     axes: Axes, bottlenecks: Mapping[str, Bottleneck], unit: str, added: Mapping[str, int] | None = None
 ) -> None:
     """Per width, one segment per unit as long as its predicted gain; `added` units (None: no growth) stand out."""
+    from matplotlib.patches import Patch
+
     for row, (name, b) in enumerate(bottlenecks.items()):
         start = 0.0
         for i, gain in enumerate(b.gains):
@@ -68,11 +71,12 @@ def gain_panel(
             start += gain
         text = f"{b.significant} of {len(b.gains)} accepted" if added is None else f"+{added.get(name, 0)}"
         _note(axes, start, row, text if b.gains else "no prediction")
-    longest = max((sum(b.gains) for b in bottlenecks.values()), default=0.0)
-    _bars(axes, "predicted gain per unit", f"decrease of the loss, {unit}", longest)
+    axes.set_xlim(0, 1.32 * max((sum(b.gains) for b in bottlenecks.values()), default=0.0) or 1.0)
+    _frame(axes, "predicted gain per unit", f"decrease of the loss, {unit}", "x")
     axes.tick_params(labelleft=False)
-    kinds = {"accepted": CHOSEN} if added is None else {"added": CHOSEN, "accepted": ACCEPTED}
-    _swatches(axes, {**kinds, "not accepted": REJECTED})
+    colors = {"accepted": CHOSEN} if added is None else {"added": CHOSEN, "accepted": ACCEPTED}
+    colors["not accepted"] = REJECTED
+    axes.legend(handles=[Patch(color=color, label=kind) for kind, color in colors.items()], **_legend(len(colors)))
 
 
 def text_panel(axes: Axes, title: str, text: str) -> None:
@@ -138,11 +142,6 @@ def history_panels(
         right.plot([step], [after], marker="o", markersize=6, color=color)
 
 
-def _bars(axes: Axes, title: str, label: str, longest: float) -> None:
-    axes.set_xlim(0, 1.32 * longest or 1.0)
-    _frame(axes, title, label, "x")
-
-
 def _frame(axes: Axes, title: str, label: str, grid: Literal["both", "x"] = "both") -> None:
     _title(axes, title)
     axes.set_xlabel(label, fontsize=8.5, color=MUTED)
@@ -164,12 +163,6 @@ def _legend(columns: int) -> dict[str, Any]:
         "loc": "lower left", "bbox_to_anchor": (-0.01, 0.985), "ncols": columns, "fontsize": 8, "frameon": False,
         "handlelength": 1.0, "handleheight": 0.8, "columnspacing": 1.1, "borderaxespad": 0.1, "labelcolor": MUTED,
     }  # fmt: skip
-
-
-def _swatches(axes: Axes, kinds: Mapping[str, str]) -> None:
-    from matplotlib.patches import Patch
-
-    axes.legend(handles=[Patch(color=color, label=label) for label, color in kinds.items()], **_legend(len(kinds)))
 
 
 def _title(axes: Axes, text: str) -> None:

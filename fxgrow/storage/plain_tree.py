@@ -26,6 +26,7 @@ def is_plain(value: Any) -> bool:
     )
 
 
+_DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _DICTS: dict[str, Any] = {"OrderedDict": OrderedDict, "Counter": Counter}
 
 
@@ -158,14 +159,7 @@ _LEAVES: dict[str, Callable[[Any, Callable[[str], Tensor]], Any]] = {
     "float": lambda text, _: float(text),
     "complex": lambda parts, lookup: complex(*(_decode(p, lookup) for p in parts)),
     "bytes": lambda text, _: base64.b64decode(text),
-    "dtype": lambda name, _: _dtype(name),
+    "dtype": lambda name, _: _DTYPES[name],
     "device": lambda name, _: torch.device(name),
     "size": lambda sizes, _: torch.Size(sizes),
 }
-
-
-def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
-    if not isinstance(dtype, torch.dtype):
-        raise TypeError(f"{name} is not a dtype")
-    return dtype

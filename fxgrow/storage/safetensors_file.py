@@ -1,9 +1,7 @@
 """One `.safetensors` file: tensors, and plain data in its metadata, with a checksum over both.
 
-The file is safetensors' own format, for any of its readers. Its metadata has three entries: `format`, `fxgrow` (JSON
-with a format version) and `fxgrow.sha256`, of the JSON text and of every tensor's name, dtype, shape and bytes. Later
-versions keep the checksum, which distinguishes a damaged file from a newer one.
-
+The metadata has the entries `format`, `fxgrow` (JSON with a format version) and `fxgrow.sha256`, of the JSON text and
+of every tensor's name, dtype, shape and bytes. Later versions keep the checksum: a damaged file is no newer one.
 ensures: a file appears complete or not at all; reading returns exactly what was written, or raises `FileError`.
 """
 
@@ -42,10 +40,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], body: Map
 
     `body` is plain data for the metadata. On any error an existing file is unchanged.
     """
-    _safetensors()
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
+    safetensors = _safetensors()
     layouts: dict[str, Any] = {}
     stored = _stored(tensors, layouts)
     text = json.dumps({"version": VERSION, **body, "layouts": layouts}, allow_nan=False)
@@ -65,11 +60,11 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], body: Map
             part = Path(temporary) / "part"
             part.touch()
             mode = (target if target.exists() else part).stat().st_mode
-            save_file(stored, part, metadata)
+            safetensors.torch.save_file(stored, part, metadata)
             part.chmod(stat.S_IMODE(mode))  # safetensors makes it readable for the owner alone
             _to_disk(part)
             os.replace(part, target)
-    except (OSError, SafetensorError) as error:
+    except (OSError, safetensors.SafetensorError) as error:
         raise FileError(f"{path} could not be written: {error}. Nothing was changed.") from error
     with contextlib.suppress(OSError):  # not every system opens folders
         _to_disk(target.parent)
