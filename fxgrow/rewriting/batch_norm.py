@@ -1,10 +1,7 @@
-"""What happens to the channels of a BatchNorm when a network grows: new ones, and the statistics of old ones.
+"""BatchNorms in a network that grows. New channels without data are the identity on constants, as `rewrite` fills them.
 
-- *Added without data* they are the identity on constants: the defaults of `rewrite` (weight and variance are filled
-  like any follower's).
-- *Candidates* pass through unchanged (`IdentityBatchNorm`): train and eval mode agree from the first step.
-- *Along gamma* (`RunningStatistics`) what growth adds to the input of an old norm shifts its mean and variance.
-  Training normalises that away at once; in eval mode the running statistics would lag until training has moved them.
+Those of candidates are the identity on their input (`IdentityBatchNorm`). Along gamma the input of old norms shifts:
+training normalises that away at once, and running statistics would lag (`RunningStatistics`).
 """
 
 from __future__ import annotations
@@ -39,10 +36,7 @@ def can_be_identity(module: nn.Module | None) -> bool:
 
 
 class IdentityBatchNorm(ConditionalInterpreter):
-    """Sets new BatchNorm channels to the identity on their input: in eval mode exactly, in train mode nearly.
-
-    running_mean and running_var become those of the channel's input, weight = sqrt(var + eps), bias = mean.
-    """
+    """Sets new BatchNorm channels to the identity on their input: in eval mode exactly, in train mode nearly."""
 
     def __init__(self, gm: fx.GraphModule, new_indices: NewIndices) -> None:
         super().__init__(gm)
@@ -67,41 +61,26 @@ class IdentityBatchNorm(ConditionalInterpreter):
         return super().call_module(target, args, kwargs)
 
 
-def norms_of(gm: nn.Module) -> dict[str, Any]:
-    """The BatchNorms that use batch statistics in training; a frozen one keeps its running ones."""
-    return {
-        name: m
-        for name, m in gm.named_modules()
-        if isinstance(m, _BatchNorm)
-        and m.running_mean is not None
-        and m.track_running_stats
-        and (m.weight is None or m.weight.requires_grad)
-    }
-
-
 class RunningStatistics:
-    """The norms of a graph that moves along gamma.
-
-    Attributes:
-        norms: by name.
-        live: norms see batch statistics in training. A batch of one sample has none: where there is one, norms keep
-            their running ones.
-    """
+    """The BatchNorms of a graph that moves along gamma; frozen ones keep their running statistics."""
 
     def __init__(
         self, gm: fx.GraphModule, batches: Sequence[Batch], process_group: ProcessGroup = SINGLE_PROCESS
     ) -> None:
         self.graph, self.process_group = gm, process_group
-        self.norms = norms_of(gm)
+        self.norms: dict[str, Any] = {
+            name: m
+            for name, m in gm.named_modules()
+            if isinstance(m, _BatchNorm) and m.running_mean is not None and m.track_running_stats
+            if m.weight is None or m.weight.requires_grad
+        }
+        # a batch of one sample has no statistics
         self.live = bool(self.norms) and not process_group.sum_numbers(any(b.size == 1 for b in batches))[0]
         self._start = {name: (m.running_mean.clone(), m.running_var.clone()) for name, m in self.norms.items()}
 
     @contextlib.contextmanager
     def batch_statistics(self) -> Iterator[dict[str, Moments]]:
-        """Eval mode, but norms use the statistics of each batch and leave their running ones alone.
-
-        The dictionary holds these statistics when the block ends.
-        """
+        """Eval mode with the statistics of each batch, which the dictionary holds when the block ends."""
         norms = self.norms if self.live else {}
         batches: dict[str, list[Moments]] = {}
         averages: dict[str, Moments] = {}
@@ -139,10 +118,9 @@ class RunningStatistics:
 
     def shifts(self) -> dict[str, tuple[Tensor, Tensor]]:
         """Per buffer that has moved: where it is now, and by how much."""
-        out = {}
-        for name, m in self.norms.items():
-            for key, start in zip(("running_mean", "running_var"), self._start[name], strict=True):
-                buffer = lookup(m, key)
-                if not torch.equal(buffer, start):
-                    out[f"{name}.{key}"] = buffer, buffer - start
-        return out
+        buffers = {
+            f"{name}.{key}": (lookup(m, key), start)
+            for name, m in self.norms.items()
+            for key, start in zip(("running_mean", "running_var"), self._start[name], strict=True)
+        }
+        return {key: (now, now - start) for key, (now, start) in buffers.items() if not torch.equal(now, start)}

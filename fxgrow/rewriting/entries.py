@@ -1,7 +1,6 @@
-"""Every entry of the parameters that a change of size touches.
+"""Every entry of the parameters that a change of size touches: axes say where old entries go and new ones appear.
 
-All parameters are treated alike: their axes say where old entries go and where new ones appear. Left alone, new rows of
-a producer are random, new columns of a consumer are zero and followers are the identity, so that the function stays.
+By default new rows of a producer are random, new columns of a consumer zero and followers the identity.
 """
 
 from __future__ import annotations
@@ -25,13 +24,7 @@ from fxgrow.rewriting.values import Values
 def resized_parameters(
     change: SizeChange, values: Values, generator: torch.Generator | None = None
 ) -> dict[str, Tensor]:
-    """Every parameter and buffer that changes, new and old entries in their places.
-
-    Args:
-        change: of the graph's widths.
-        values: new and old entries, where the defaults are not wanted; gradients flow back to them.
-        generator: draws the random rows.
-    """
+    """Every parameter and buffer that changes, new and old entries in their places; gradients flow to `values`."""
     if change.kept and values.copies:
         raise PlanError("Units cannot be copied and left out at once: leave them out first.")
     names = [n for n in change.structure.parameters if n in change.parameters or n in values.delta]
@@ -51,10 +44,10 @@ class _ResizedParameter:
         self.new = self.old.new_empty([axis.size for axis in self.axes])
 
     def filled(self) -> Tensor:
-        """The parameter with all its entries."""
         self._fill_new()
         self._put_given()
-        self._put_old()
+        old, delta = rescaled(self.old, self.name, self.change), self.values.delta.get(self.name)
+        self._put_kept(self.new, old if delta is None else old + delta.to(old))
         if self.values.copies:
             self._copy_units()
         write_initial_entries(self.new, self.name, self.change, self.axes)
@@ -66,13 +59,14 @@ class _ResizedParameter:
         structure = self.change.structure
         is_bias = any(p.bias == self.name for p in structure.projections)
         fill = 0.0 if self.uses or is_bias else structure.fills.get(self.name, "mean")
+        is_mean = isinstance(fill, str) and self.old.is_floating_point() and self.old.numel()
+        constant = float(self.old.double().mean()) if is_mean else 0.0 if isinstance(fill, str) else fill
         for dim, axis in enumerate(self.axes):
             for positions in axis.new.values():
-                self.new.index_fill_(dim, positions.to(self.new.device), _constant(fill, self.old))
+                self.new.index_fill_(dim, positions.to(self.new.device), constant)
         if self.uses or fill == "random":
-            use = self.uses[0] if self.uses else None
-            out_dim = use.out_dim if use is not None else 0
-            self._draw(out_dim, self.axes[out_dim].new.values(), use)
+            out_dim = self.uses[0].out_dim if self.uses else 0
+            self._draw(out_dim, self.axes[out_dim].new.values(), self.uses[0] if self.uses else None)
         for use in self.uses:
             # whoever read the width before must not see the new units, except where they are zero
             states = self.change.initial_states.items()
@@ -105,17 +99,12 @@ class _ResizedParameter:
         self.new.index_copy_(use.in_dim, positions, columns)
 
     def _put_given(self) -> None:
-        names = self.change.names
         for (width, dim), given in self.values.new.get(self.name, {}).items():
             for d, axis in enumerate(self.axes):
                 given = given if d == dim else axis.select(given, d)
             for var, positions in self.axes[dim].new.items():
-                if names[var] == width:
+                if self.change.names[var] == width:
                     put(self.new, [positions if d == dim else m for d, m in enumerate(self.moved)], given.to(self.old))
-
-    def _put_old(self) -> None:
-        old, delta = rescaled(self.old, self.name, self.change), self.values.delta.get(self.name)
-        self._put_kept(self.new, old if delta is None else old + delta.to(old))
 
     def _put_kept(self, new: Tensor, old: Tensor) -> None:
         for dim, axis in enumerate(self.axes):
@@ -123,10 +112,9 @@ class _ResizedParameter:
         put(new, self.moved, old)
 
     def _copy_units(self) -> None:
-        """Entries of units that are like old ones.
+        """Entries of units that are like old ones; where a delta moves incoming weights, the copy's move back: a split.
 
-        Where a delta moves an old unit's incoming weights, its copy's move the other way: a split. Consumers come last,
-        so that rows which are copies themselves share columns too.
+        Consumers come last, so that rows which are copies themselves share columns too.
         """
         delta = None
         if self.name in self.values.delta:
@@ -141,9 +129,8 @@ class _ResizedParameter:
 
     def _copy_along(self, dim: int, var: UnitVar, delta: Tensor | None, reading: bool) -> None:
         new, axis, name = self.new, self.axes[dim], self.change.names[var]
-        copies = self.values.copies[name]
-        projections = self.change.structure.projections
-        writes = any((self.name, dim) in ((p.weight, p.out_dim), (p.bias, 0)) for p in projections)
+        copies, structure = self.values.copies[name], self.change.structure
+        writes = any((self.name, dim) in ((p.weight, p.out_dim), (p.bias, 0)) for p in structure.projections)
         # a follower's given entries stand already; those of a producer or consumer are added
         given = (name, dim) in self.values.new.get(self.name, {})
         if given and not reading and not writes:
@@ -167,10 +154,3 @@ class _ResizedParameter:
         if given:
             copied = copied + new.index_select(dim, entries)
         new.index_copy_(dim, entries, copied)
-
-
-def _constant(fill: float | str, old: Tensor) -> float:
-    """The value of a follower's new entries; the mean of the old ones where no rule gives one."""
-    if not isinstance(fill, str):
-        return fill
-    return float(old.double().mean()) if old.is_floating_point() and old.numel() else 0.0

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from fxgrow.analysis.initial_state import COPY, MEAN, SPLIT, ZERO
 from fxgrow.axes.axes import UnitVar, unit_entries
 from fxgrow.axes.structure import Invariant
-from fxgrow.graph.arguments import set_argument
+from fxgrow.graph.arguments import argument_leaves, set_argument
 from fxgrow.graph.conditional import ConditionalInterpreter
 from fxgrow.graph.evaluate import eval_mode
 from fxgrow.graph.graph import lookup
@@ -49,16 +49,7 @@ def _ratio(var: UnitVar, change: SizeChange) -> float:
 
 
 def write_initial_entries(new: Tensor, name: str, change: SizeChange, axes: Sequence[AxisChange]) -> None:
-    """New entries of a parameter that writes a width with an invariant.
-
-    They are the mean of the old ones, zero, parts or copies.
-
-    Args:
-        new: the resized parameter, complete but for these entries.
-        name: its name.
-        change: of the graph's widths.
-        axes: of the parameter.
-    """
+    """New entries of a parameter that writes a width with an invariant: the mean of old ones, zero, parts or copies."""
     for var, state in change.initial_states.items():
         for dim, axis in enumerate(axes):
             if (name, dim) not in state.writers or var not in axis.new:
@@ -109,21 +100,16 @@ def write_norm_eps(gm: fx.GraphModule, change: SizeChange, node_map: NodeMap) ->
 def write_kept_numbers(change: SizeChange, node_map: NodeMap) -> None:
     """Numbers that were computed from a size that changes keep their old value."""
     for node, keyword, value, axes in change.structure.kept_numbers:
+        copy = node_map[node]
         if not change.changes(axes):
             continue
-        copy = node_map[node]
         if keyword is not None:
             set_argument(copy, (keyword,), value)
             continue
-        _replace(copy, value)
-
-
-def _replace(node: fx.Node, value: float) -> None:
-    """Writes a number where a node was used."""
-    for user in list(node.users):
-        user.args = fx.map_arg(user.args, lambda n: value if n is node else n)
-        user.kwargs = fx.map_arg(user.kwargs, lambda n: value if n is node else n)
-    node.graph.erase_node(node)
+        for user in list(copy.users):
+            for path in [path for path, leaf in argument_leaves(user) if leaf is copy]:
+                set_argument(user, path, value)
+        copy.graph.erase_node(copy)
 
 
 def rows_that_must_be_zero(gm: fx.GraphModule, change: SizeChange, node_map: NodeMap) -> dict[tuple[str, int], Tensor]:
@@ -132,20 +118,24 @@ def rows_that_must_be_zero(gm: fx.GraphModule, change: SizeChange, node_map: Nod
     A weight may write both operands (a packed query, key and value); which of its new rows arrive where, the gradient
     of the operand's new entries says.
     """
+    written = change.parameters
     wanted = [
-        (var, invariant, sorted(w for w in state.writers if var in _new(change, *w)))
+        (var, invariant, sorted((n, dim) for n, dim in state.writers if n in written and var in written[n][dim].new))
         for var, state in change.initial_states.items()
         for invariant in (state.products if state.kind == ZERO and var in change.added else ())
     ]
     if not wanted:
         return {}
-    run = _NodeValues(gm, {node_map[invariant.source] for _, invariant, _ in wanted})
+    run = ConditionalInterpreter(gm, garbage_collect_values=False)
     generator = torch.Generator().manual_seed(0)
     hits: dict[tuple[str, int], Tensor] = {}
-    with eval_mode(gm), torch.enable_grad(), _trained([lookup(gm, w[0]) for *_, writers in wanted for w in writers]):
+    with contextlib.ExitStack() as stack, eval_mode(gm), torch.enable_grad():
+        for t in [lookup(gm, name) for *_, writers in wanted for name, _ in writers]:
+            if not t.requires_grad:  # a bias may be a buffer
+                stack.callback(t.requires_grad_(True).requires_grad_, False)
         run.run(*gm.meta[EXAMPLE_INPUTS], enable_io_processing=False)
         for var, invariant, writers in wanted:
-            total = _random_sum(run.values[node_map[invariant.source]], invariant, var, change, generator)
+            total = _random_sum(run.env[node_map[invariant.source]], invariant, var, change, generator)
             tensors = [lookup(gm, name) for name, _ in writers]
             gradients = torch.autograd.grad(total, tensors, allow_unused=True, retain_graph=True)
             for writer, g in zip(writers, gradients, strict=True):
@@ -153,25 +143,8 @@ def rows_that_must_be_zero(gm: fx.GraphModule, change: SizeChange, node_map: Nod
                     hit = g.movedim(writer[1], 0).flatten(1).ne(0).any(1) if g.dim() > 1 else g.ne(0)
                     hits[writer] = hit | hits[writer] if writer in hits else hit
     for (name, dim), hit in hits.items():
-        hit[change.parameters[name][dim].moved.to(hit.device)] = False
+        hit[written[name][dim].moved.to(hit.device)] = False
     return {writer: hit.nonzero().flatten() for writer, hit in hits.items()}
-
-
-def _new(change: SizeChange, name: str, dim: int) -> dict[UnitVar, Tensor]:
-    return change.parameters[name][dim].new if name in change.parameters else {}
-
-
-@contextlib.contextmanager
-def _trained(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """With gradients for buffers too: a bias may be one."""
-    frozen = {t for t in tensors if not t.requires_grad}
-    for t in frozen:
-        t.requires_grad_(True)
-    try:
-        yield
-    finally:
-        for t in frozen:
-            t.requires_grad_(False)
 
 
 def _random_sum(
@@ -186,18 +159,3 @@ def _random_sum(
             weights = torch.rand(part.shape, generator=generator, dtype=torch.float64) + 0.5
             total = total + (part * weights.to(part)).sum()
     return total
-
-
-class _NodeValues(ConditionalInterpreter):
-    """Runs a graph and keeps the outputs of some nodes."""
-
-    def __init__(self, gm: fx.GraphModule, wanted: set[fx.Node]) -> None:
-        super().__init__(gm)
-        self.wanted = wanted
-        self.values: dict[fx.Node, Tensor] = {}
-
-    def run_node(self, n: fx.Node) -> object:
-        out = super().run_node(n)
-        if n in self.wanted:
-            self.values[n] = out
-        return out

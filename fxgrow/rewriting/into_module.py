@@ -1,10 +1,6 @@
 """Puts the grown graph's parameters into a copy of the model itself, of the user's class.
 
-requires: the model, the graph captured from it, and the grown copy of that graph.
-ensures:  a module of the model's class whose code, captured again, is the grown graph, node by node, and whose outputs
-          on the example inputs are the graph's; else `PlanError`, and nothing is returned.
-
-A graph may differ from what the model's code can do: a size that is a literal in `forward`, a node that growth added.
+ensures: the module's code, captured again, is the grown graph, node by node, with its outputs; else `PlanError`.
 Sizes that the code reads from attributes (`self.heads`) are found by trying: an attribute is set only if the code then
 traces to the grown graph.
 """
@@ -32,27 +28,20 @@ _ADVICE = 'Take the graph (into="graph")'
 
 
 class _Literal(NamedTuple):
-    """A number in the graph that growth has changed."""
-
+    #: a number in the graph that growth has changed
     node: fx.Node
     old: int
     new: int
 
 
 class _Attribute(NamedTuple):
-    """An attribute of a module, and its new value."""
-
     module: str
     name: str
     value: int
 
 
 def check_into(into: str, model: nn.Module) -> None:
-    """Refuses what cannot be done before any time is spent.
-
-    Raises:
-        PlanError: `into` is unknown, or "module" is asked of a captured graph.
-    """
+    """Raises `PlanError` where `into` is unknown, or "module" is wanted of a captured graph."""
     if into not in ("graph", "module"):
         raise PlanError(f'into={into!r}: take "graph" for a GraphModule or "module" for a copy of the model.')
     if into == "module" and is_captured(model):
@@ -70,17 +59,8 @@ def into_module(
 ) -> nn.Module:
     """Returns a copy of the model with the parameters of the grown graph, the very same objects.
 
-    Args:
-        model: the model that was captured; it is left as it is.
-        example_inputs: what it was captured with.
-        gm: the captured graph.
-        grown: its wider copy.
-
-    Returns:
-        A module of the model's class. Its `meta` is empty, or the user's own attribute of that name.
-
-    Raises:
-        PlanError: the model's code does not compute what the grown graph computes.
+    Its `meta` is empty, or the user's own attribute of that name. Raises `PlanError` where the model's code does not
+    compute what the grown graph computes.
     """
     model = getattr(model, "_orig_mod", model)  # without torch.compile, as in `capture`
     literals = list(_changed_literals(gm, grown))
@@ -89,7 +69,10 @@ def into_module(
     for attributes in _attribute_choices(module, literals):
         for a in attributes:
             setattr(module.get_submodule(a.module), a.name, a.value)
-        mismatch = _mismatch(module, example_inputs, grown)
+        try:
+            mismatch = first_difference(grown, capture(module, example_inputs))
+        except CaptureError as error:
+            mismatch = f"{_FAILS}: {str(error).removesuffix('.')}"
         if mismatch is None:
             _check_outputs(module, example_inputs, grown)
             return module
@@ -132,10 +115,9 @@ def _changed_literals(gm: fx.GraphModule, grown: fx.GraphModule) -> Iterator[_Li
 
 
 def _attribute_choices(module: nn.Module, literals: list[_Literal]) -> Iterator[tuple[_Attribute, ...]]:
-    """Yields no attributes first, then combinations of those that may hold the changed sizes.
+    """Yields no attributes first, then combinations of those of the modules whose code uses the changed sizes.
 
-    They are attributes of the modules whose code uses the sizes. A size may also be computed from another one that is
-    an attribute. Modules of one class have the same attributes set.
+    Modules of one class have the same attributes set.
     """
     yield ()
     choices: dict[tuple[Any, ...], dict[str, list[_Attribute]]] = {}
@@ -156,15 +138,6 @@ def _attribute_choices(module: nn.Module, literals: list[_Literal]) -> Iterator[
             yield tuple(itertools.chain(*combination))
 
 
-def _mismatch(module: nn.Module, example_inputs: Any, grown: fx.GraphModule) -> str | None:
-    """Captures the module, and returns the first difference to the grown graph."""
-    try:
-        captured = capture(module, example_inputs)
-    except CaptureError as error:
-        return f"{_FAILS}: {str(error).removesuffix('.')}"
-    return first_difference(grown, captured)
-
-
 def _refusal(literals: list[_Literal], problem: str, tried: str) -> str:
     if not literals:
         return f'into="module" is not possible: {problem}. {_ADVICE}.'
@@ -180,14 +153,9 @@ def _refusal(literals: list[_Literal], problem: str, tried: str) -> str:
 
 
 def _check_outputs(module: nn.Module, example_inputs: Any, grown: fx.GraphModule) -> None:
-    """Compares the outputs of module and graph on the example inputs, in eval mode.
-
-    Raises:
-        PlanError: they differ by more than rounding explains.
-    """
+    """Raises `PlanError` where the outputs of module and graph in eval mode differ by more than rounding explains."""
     expected = eval_outputs(grown, grown.meta[EXAMPLE_INPUTS])
-    outputs = eval_outputs(module, example_inputs)
-    for a, b in itertools.zip_longest(expected, outputs):
+    for a, b in itertools.zip_longest(expected, eval_outputs(module, example_inputs)):
         if a is None or b is None or a.shape != b.shape:
             shapes = ["nothing" if t is None else str(tuple(t.shape)) for t in (a, b)]
             raise PlanError(

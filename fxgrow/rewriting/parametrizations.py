@@ -1,13 +1,7 @@
-"""Layers with weight or spectral normalisation grow as plain layers.
+"""Layers with weight or spectral normalisation (`torch.nn.utils.parametrizations`) grow as plain layers.
 
-requires: `weight_norm` or `spectral_norm` of `torch.nn.utils.parametrizations` on a weight, nothing else on that layer.
-ensures:  `remove_parametrizations` gives a copy whose weights are parameters; `restore_parametrizations` puts the
-          norms back, under the names they had. A weight's direction then is the weight itself (Salimans and Kingma
-          2016, eq. 2).
-
-Any weight has a length and a direction, so that no stage needs to know of weight normalisation. Under
-spectral normalisation the largest singular value must stay, through later power iterations too (Miyato et al. 2018,
-algorithm 1): `orthogonalise_new_rows` makes new rows orthogonal to the old ones.
+Any weight has a length and a direction (Salimans and Kingma 2016, eq. 2). Under spectral normalisation the largest
+singular value must stay, through later power iterations too (Miyato et al. 2018, algorithm 1): new rows are orthogonal.
 """
 
 from __future__ import annotations
@@ -61,9 +55,8 @@ def restore_parametrizations(
     for name, norm in grown.meta.pop(PARAMETRIZATIONS, {}).items():
         layer = grown.get_submodule(name)
         trained = lookup(layer, "weight").requires_grad
-        moved = index.pop(f"{name}.weight", None)
         restore = _restore_spectral_norm if hasattr(norm, "_u") else _restore_weight_norm
-        parts = restore(layer, norm, moved)
+        parts = restore(layer, norm, index.pop(f"{name}.weight", None))
         layer.get_submodule("parametrizations.weight").requires_grad_(trained)
         layer.train(layer.training)
         index.update({f"{name}.parametrizations.weight.{part}": at for part, at in parts.items()})
@@ -88,11 +81,10 @@ def _restore_spectral_norm(layer: nn.Module, norm: Any, moved: tuple[Tensor | No
         parametrizations.spectral_norm(layer, "weight", norm.n_power_iterations, norm.eps, norm.dim)
     parts: Any = layer.get_submodule("parametrizations.weight")
     parts.original.data.mul_(norm.sigma)
-    where = moved or (None,) * parts.original.dim()
-    u, v = norm._u, norm._v.view(norm.columns)
-    parts[0]._u.copy_(_padded(u, where[norm.dim : norm.dim + 1], parts[0]._u.shape))
+    where = list(moved or (None,) * parts.original.dim())
     columns = [n for d, n in enumerate(parts.original.shape) if d != norm.dim]
-    parts[0]._v.copy_(_padded(v, [at for d, at in enumerate(where) if d != norm.dim], columns).flatten())
+    parts[0]._u.copy_(_padded(norm._u, [where.pop(norm.dim)], parts[0]._u.shape))
+    parts[0]._v.copy_(_padded(norm._v.view(norm.columns), where, columns).flatten())
     return {} if moved is None else {"original": moved}
 
 
@@ -112,11 +104,7 @@ def spectral(gm: fx.GraphModule, name: str) -> bool:
 def orthogonalise_new_rows(gm: fx.GraphModule, name: str, weight: Tensor, old: Sequence[Tensor]) -> None:
     """Under spectral normalisation, makes new rows orthogonal to old ones and to the singular vector, and short.
 
-    Args:
-        gm: a graph without parametrizations.
-        name: of a parameter.
-        weight: its new value, changed in place; a plain one stays as it is.
-        old: per dimension, the positions of its old entries.
+    `old` has the positions of old entries per dimension; a weight without the norm stays as it is.
     """
     if not spectral(gm, name):
         return

@@ -7,7 +7,7 @@ import base64
 import json
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -15,6 +15,9 @@ from torch import Tensor
 
 from fxgrow.errors import PlanError
 from fxgrow.rewriting.values import CopiedUnits, Values
+
+#: of the module `array`, per dtype
+_CODES = {"float64": "d", "float32": "f"}
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,8 @@ class Plan:
 
     def at(self, scale: float, update: bool = True) -> Values:
         """Returns the values at another gamma; `update=False` leaves the existing weights unchanged."""
-        out = scale**0.5 if self.symmetric else scale
-        into = scale**0.5 if self.symmetric else 1.0
-        factors = {key: out for key in self.outgoing} | {key: into for key in self.incoming}
+        out, into = (scale**0.5, scale**0.5) if self.symmetric else (scale, 1.0)
+        factors = dict.fromkeys(self.outgoing, out) | dict.fromkeys(self.incoming, into)
         new = {
             name: {(w, d): t * factors.get((name, w, d), 1.0) for (w, d), t in slices.items()}
             for name, slices in self.values.new.items()
@@ -81,8 +83,6 @@ class Plan:
         what = ", ".join(f"{name} +{k}" for name, k in self.units.items())
         return f"{what}; {before:,} -> {after:,} parameters, {gamma}"
 
-    # -- JSON
-
     def to_json(self) -> str:
         """Returns the plan as JSON text: readable decisions, weights as base64 of their little-endian bytes.
 
@@ -94,17 +94,7 @@ class Plan:
         return json.dumps(
             {
                 "fxgrow": 1,
-                "units": self.units,
-                "method": self.method,
-                "scale": self.scale,
-                "symmetric": self.symmetric,
-                "predicted": self.predicted,
-                "slope": self.slope,
-                "curvature": self.curvature,
-                "parameters": list(self.parameters),
-                "reason": self.reason,
-                "outgoing": [list(k) for k in self.outgoing],
-                "incoming": [list(k) for k in self.incoming],
+                **{f.name: getattr(self, f.name) for f in fields(self) if f.name != "values"},
                 "corner": self.values.new_units_see_each_other,
                 "new": [
                     [name, width, dim, _encode(t)]
@@ -152,19 +142,15 @@ class Plan:
 
 
 def _encode(t: Tensor) -> dict[str, Any]:
-    double = t.dtype == torch.float64
-    data = array.array("d" if double else "f", t.detach().cpu().double().flatten().tolist())
+    dtype = "float64" if t.dtype == torch.float64 else "float32"
+    data = array.array(_CODES[dtype], t.detach().cpu().double().flatten().tolist())
     if sys.byteorder == "big":
         data.byteswap()
-    return {
-        "shape": list(t.shape),
-        "dtype": "float64" if double else "float32",
-        "data": base64.b64encode(data.tobytes()).decode(),
-    }
+    return {"shape": list(t.shape), "dtype": dtype, "data": base64.b64encode(data.tobytes()).decode()}
 
 
 def _decode(raw: Mapping[str, Any]) -> Tensor:
-    data = array.array({"float64": "d", "float32": "f"}[raw["dtype"]], base64.b64decode(raw["data"]))
+    data = array.array(_CODES[raw["dtype"]], base64.b64decode(raw["data"]))
     if sys.byteorder == "big":
         data.byteswap()
     return torch.tensor(data, dtype=getattr(torch, raw["dtype"])).reshape(raw["shape"])

@@ -1,9 +1,7 @@
 """Records what a growth changed in a graph, and makes the same changes in the graph of a fresh model.
 
-requires: for `growth_step`, a captured graph and its grown copy; for `replayed`, a captured graph of the model that the
-          first step was recorded from.
-ensures:  the replayed graph has the code, attributes and sizes of the grown one; its tensors are the given ones, or
-          zero where their size changed.
+ensures: the replayed graph has the code, attributes and sizes of the grown one; its tensors are the given ones, or
+         zero where their size changed.
 """
 
 from __future__ import annotations
@@ -32,15 +30,10 @@ def record(
 ) -> None:
     """Adds a growth to the recipe that it started with, unless it changed nothing, and keeps that with the result.
 
-    Args:
-        out: what is returned, the grown graph itself or the module that holds its parameters.
-        before: the captured graph.
-        after: the grown one.
-        units: that were added, per width.
-        method: of the growth.
+    `out` is what the user gets: the grown graph itself, or the module that holds its parameters.
     """
     old = Recipe.of(before)
-    step = growth_step(before, after, {name: k for name, k in units.items() if k}, method)
+    step = _growth_step(before, after, {name: k for name, k in units.items() if k}, method)
     into = "graph" if isinstance(out, fx.GraphModule) and out is after else "module"
     new = Recipe(old.steps + ((step,) if step.sizes else ()), old.example or Example.of(before), into)
     keep_recipe(out, new)
@@ -48,14 +41,14 @@ def record(
         keep_recipe(after, new)
 
 
-def growth_step(before: fx.GraphModule, after: fx.GraphModule, units: Mapping[str, int], method: str) -> GrowthStep:
+def _growth_step(before: fx.GraphModule, after: fx.GraphModule, units: Mapping[str, int], method: str) -> GrowthStep:
     """Returns what is different in the second graph, a grown copy of the first."""
-    old_tensors, new_tensors = named_tensors(before), named_tensors(after)
-    sizes = {
-        name: _changed_sizes(old, new_tensors[name])
-        for name, old in old_tensors.items()
-        if old.shape != new_tensors[name].shape
-    }
+    new_tensors = named_tensors(after)
+    sizes = {}
+    for name, old in named_tensors(before).items():
+        dims = enumerate(zip(old.shape, new_tensors[name].shape, strict=True))
+        if changed := tuple((d, n, m) for d, (n, m) in dims if n != m):
+            sizes[name] = changed
     attributes = [
         ChangedAttribute(path, *values)
         for path, module in after.named_modules()
@@ -74,15 +67,9 @@ def growth_step(before: fx.GraphModule, after: fx.GraphModule, units: Mapping[st
 
 
 def replayed(gm: fx.GraphModule, recipe: Recipe, given: Mapping[str, Tensor] | None = None) -> fx.GraphModule:
-    """Returns a copy of the graph after the recipe's growths.
+    """Returns a copy of the graph after the recipe's growths, with given tensors in place of its own or zeros.
 
-    Args:
-        gm: a captured graph; it is left as it is.
-        recipe: what to replay.
-        given: tensors to use, by name; the graph's, or zeros, for others.
-
-    Raises:
-        FileError: the graph is not the one the recipe starts from.
+    Raises `FileError` where the graph is not the one the recipe starts from.
     """
     given = given or {}
     replaced: dict[int, Tensor] = {}
@@ -110,13 +97,8 @@ def replayed(gm: fx.GraphModule, recipe: Recipe, given: Mapping[str, Tensor] | N
 def sizes_after(tensors: Mapping[str, Tensor], recipe: Recipe, constants: bool = True) -> dict[str, torch.Size]:
     """Returns the shapes of parameters and buffers after the recipe's growths.
 
-    Args:
-        tensors: before them, by name.
-        recipe: the growths.
-        constants: whether tensors must be there that a model's code makes, and only its graph has names for.
-
-    Raises:
-        FileError: a tensor is missing, or has another size than the recipe starts from.
+    Raises `FileError` where a tensor is missing, or has another size than the recipe starts from. Without `constants`
+    there may be none of those that the model's code makes, which only its graph has names for.
     """
     shapes = {name: list(t.shape) for name, t in tensors.items()}
     for number, step in enumerate(recipe.steps, 1):
@@ -134,10 +116,6 @@ def sizes_after(tensors: Mapping[str, Tensor], recipe: Recipe, constants: bool =
                     )
                 shapes[name][d] = after
     return {name: torch.Size(shape) for name, shape in shapes.items()}
-
-
-def _changed_sizes(old: Tensor, new: Tensor) -> tuple[tuple[int, int, int], ...]:
-    return tuple((d, n, m) for d, (n, m) in enumerate(zip(old.shape, new.shape, strict=True)) if n != m)
 
 
 def _set_attributes(out: fx.GraphModule, step: GrowthStep) -> None:
@@ -183,15 +161,12 @@ def _call_sites(graph: fx.Graph) -> Iterator[tuple[fx.Node, CallSite]]:
     counts: Counter[tuple[str, str]] = Counter()
     for node in graph.nodes:
         if node.op in ("call_function", "call_method", "call_module"):
-            key = caller(node), _target(node)
+            target: Any = node.target
+            if node.op == "call_function":
+                target = f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', target)}"
+            key = caller(node), f".{target}" if node.op == "call_method" else target
             yield node, CallSite(*key, counts[key])
             counts[key] += 1
-
-
-def _target(node: fx.Node) -> str:
-    if isinstance(node.target, str):
-        return node.target if node.op == "call_module" else f".{node.target}"
-    return f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__qualname__', node.target)}"
 
 
 def _changed_arguments(node: fx.Node, new: fx.Node) -> Iterator[tuple[Path, Any, Any]]:

@@ -1,8 +1,7 @@
 """The rewrite: a deep copy of the graph in which some widths have more or fewer units.
 
-requires: a captured graph and, per width, a number of units that is a multiple of its step.
-ensures:  entries that stay keep their values (shifted only by the index map), names stay, the graph lints and its
-          shapes are what the axes say.
+ensures: entries that stay keep their values (shifted only by the index map), names stay, the graph lints and its
+         shapes are what the axes say.
 """
 
 from __future__ import annotations
@@ -26,21 +25,9 @@ def rewrite(
     generator: torch.Generator | None = None,
     removals: Mapping[str, Sequence[int]] | None = None,
 ) -> tuple[fx.GraphModule, Index]:
-    """Resizes a copy of a graph, and checks it.
+    """Resizes a copy of a graph, as `SizeChange` and `WidenedGraph` describe, and checks it.
 
-    Args:
-        gm: a captured graph; it is left as it is.
-        additions: units per width, multiples of its step.
-        values: new and old entries, where the defaults are not wanted.
-        generator: draws the random rows.
-        removals: see `SizeChange`.
-
-    Returns:
-        The copy, and for each parameter that changes the new positions of its old entries (-1: left out).
-
-    Raises:
-        PlanError: a width is unknown or pinned, the units do not fit its step, or units cannot be left out.
-        RewriteError: the result does not run, or has other shapes than its axes.
+    Returns the copy, and for each parameter that changes the new positions of its old entries (-1: left out).
     """
     plain = remove_parametrizations(gm)
     resized = WidenedGraph(SizeChange(analyse(plain), additions, removals), values, generator).check()

@@ -13,21 +13,14 @@ from torch.utils import _pytree as pytree
 
 
 def first_difference(grown: fx.GraphModule, captured: fx.GraphModule) -> str | None:
-    """Returns a text about the first node that differs; None where the graphs are the same.
-
-    Args:
-        grown: written by growth.
-        captured: of a module with the same parameters.
-    """
+    """Returns a text about the first node that differs; None where the graphs are the same."""
     node_map: dict[fx.Node, fx.Node] = {}
     unread: set[fx.Node] = set()  # shapes in the grown graph with a length that nothing reads any more
     for node, other in itertools.zip_longest(grown.graph.nodes, captured.graph.nodes):
         if node is None or other is None or not _same(node, other, node_map, unread):
             first = node or other
-            return (
-                f"node {first.name!r}{location(first)} is {_text(node)} in the grown graph and {_text(other)} in its "
-                "code"
-            )
+            ours, theirs = ("missing" if n is None else f"`{n.format_node()}`" for n in (node, other))
+            return f"node {first.name!r}{location(first)} is {ours} in the grown graph and {theirs} in its code"
         node_map[other] = node
     return None
 
@@ -87,7 +80,3 @@ def _identity(target: Any) -> Any:
     if callable(target) and hasattr(target, "__qualname__"):
         return getattr(target, "__module__", None), target.__qualname__
     return target
-
-
-def _text(node: fx.Node | None) -> str:
-    return "missing" if node is None else f"`{node.format_node()}`"

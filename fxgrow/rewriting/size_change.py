@@ -23,20 +23,14 @@ NewIndices = dict[str, dict[tuple[str, int], Tensor]]
 
 @dataclass(frozen=True)
 class AxisChange:
-    """How one axis changes.
-
-    Attributes:
-        old_size: its length before.
-        size: its length afterwards.
-        kept: old positions of the entries that stay.
-        moved: their new positions.
-        new: per variable, the positions of its new entries, unit by unit.
-    """
+    """How one axis changes: its length before and after, and positions of entries."""
 
     old_size: int
     size: int
+    #: old and new positions of the entries that stay
     kept: Tensor
     moved: Tensor
+    #: per variable, the positions of its new entries, unit by unit
     new: dict[UnitVar, Tensor]
 
     @property
@@ -58,22 +52,17 @@ class AxisChange:
 class SizeChange:
     """More or fewer units in some widths of a graph, and what follows for every axis.
 
-    New units stand behind those that stay, in each segment of an axis that holds their width.
+    New units stand behind those that stay, in each segment of an axis that holds their width. Raises `PlanError` where
+    a width is unknown or pinned, the units do not fit its step, or units cannot be left out.
 
     Args:
         analysed: the graph.
         additions: units to add per width, multiples of its step.
         removals: per width the numbers of the unit groups to leave out; a group is as many units as the step.
-
-    Raises:
-        PlanError: a width is unknown or pinned, the units do not fit its step, or units cannot be left out.
     """
 
     def __init__(
-        self,
-        analysed: AnalysedGraph,
-        additions: Mapping[str, int],
-        removals: Mapping[str, Sequence[int]] | None = None,
+        self, analysed: AnalysedGraph, additions: Mapping[str, int], removals: Mapping[str, Sequence[int]] | None = None
     ) -> None:
         self.analysed, self.additions = analysed, dict(additions)
         self.gm, self.structure = analysed.gm, analysed.structure
@@ -96,20 +85,17 @@ class SizeChange:
                 self.kept[width.var] = self._kept(width, groups)
         #: net change of each variable's number of unit groups
         self.net = {var: self.units(var) - var.size for var in {**self.added, **self.kept}}
-        states = self.structure.initial_states.items()
+        states: dict[UnitVar, InitialState] = self.structure.initial_states
         #: of the variables that change
-        self.initial_states: dict[UnitVar, InitialState] = {var: state for var, state in states if var in self.net}
+        self.initial_states = {var: state for var, state in states.items() if var in self.net}
 
     def _kept(self, width: GrowableWidth, groups: Sequence[int]) -> Tensor:
-        """The unit groups of a width that stay."""
         size = width.var.size
         if any(not 0 <= g < size for g in groups):
             raise PlanError(f"Width {width.name!r} has unit groups 0 to {size - 1}; given {list(groups)}.")
         kept = [g for g in range(size) if g not in set(groups)]
-        why = None
-        if not kept:
-            why = "at least one must stay"
-        elif width.initial_state is not None and width.initial_state.kind == SPLIT:
+        why = None if kept else "at least one must stay"
+        if kept and width.initial_state is not None and width.initial_state.kind == SPLIT:
             why = "activations are divided by their length over all of them"
         for name, dims in self.structure.parameters.items():
             if spectral(self.gm, name) and width.var in variables(*dims):
@@ -127,11 +113,10 @@ class SizeChange:
         return any(s.var in self.net for a in axes for s in resolve(a))
 
     def length(self, axis: Axis) -> int:
-        """The length of an axis afterwards."""
+        """Afterwards."""
         return grown_length(axis, self.net)
 
     def axis(self, axis: Axis) -> AxisChange:
-        """How one axis changes."""
         kept: list[Tensor] = []
         moved: list[Tensor] = []
         new: dict[UnitVar, list[Tensor]] = {}

@@ -16,10 +16,7 @@ from fxgrow.tracing.opaque_functions import OpaqueFunction
 def transplant(target: nn.Module, grown: nn.Module, before: nn.Module | None = None) -> None:
     """Gives a module the parameters and buffers of a grown one, the very same objects, and its changed attributes.
 
-    Args:
-        target: changed in place.
-        grown: has submodules of the target's names; those that stand for functions of a graph are left out.
-        before: what `grown` is a copy of; None for `target` itself.
+    `before` is what `grown` is a copy of: `target` itself, or a graph of it.
     """
     before = target if before is None else before
     for path, new in grown.named_modules():

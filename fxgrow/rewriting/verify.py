@@ -28,11 +28,7 @@ def _value(gm: fx.GraphModule, node: fx.Node, runner: FakeRunner) -> Any:
 
 
 def check_shapes(gm: fx.GraphModule, expected: Mapping[fx.Node, tuple[int, ...]]) -> None:
-    """Runs `gm` on fake tensors, refreshes the nodes' metadata, and compares it with the expected shapes.
-
-    Raises:
-        RewriteError: the graph does not run any more, or a shape differs.
-    """
+    """Runs `gm` on fake tensors, refreshes the nodes' metadata, and raises `RewriteError` where a shape differs."""
     runner = FakeRunner()
     try:
         with torch.no_grad():
@@ -50,11 +46,7 @@ def check_shapes(gm: fx.GraphModule, expected: Mapping[fx.Node, tuple[int, ...]]
 
 
 def check_function(old: fx.GraphModule, new: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
-    """Compares two graphs on the example inputs, in eval mode.
-
-    Raises:
-        RewriteError: the outputs differ by more than rounding explains.
-    """
+    """Raises `RewriteError` where outputs in eval mode differ by more than rounding explains."""
     for expected, output in zip(eval_outputs(old, inputs), eval_outputs(new, inputs), strict=True):
         error = difference(output, expected)
         if expected.is_floating_point() and not error.is_rounding:

@@ -14,13 +14,13 @@ from fxgrow.graph.arguments import replaced_item, set_argument
 from fxgrow.graph.graph import compile_graph, copy_graph, lookup, same_kind
 from fxgrow.rewriting.entries import resized_parameters
 from fxgrow.rewriting.initial_state import rows_that_must_be_zero, write_kept_numbers, write_norm_eps
-from fxgrow.rewriting.size_change import NewIndices, SizeChange
+from fxgrow.rewriting.size_change import SizeChange
 from fxgrow.rewriting.values import Values
 from fxgrow.rewriting.verify import check_shapes
 
 
 class WidenedGraph:
-    """A resized copy of an analysed graph; nobody has checked it yet, and its nodes keep the old metadata (`check`).
+    """A resized copy of an analysed graph, not checked yet: its nodes keep the old metadata until `check`.
 
     Args:
         change: of the widths; its graph is left as it is.
@@ -29,18 +29,13 @@ class WidenedGraph:
 
     Attributes:
         gm: the copy.
-        change: the index maps.
         node_map: the copy's node for each node of the original.
-        new_indices: positions of new entries per parameter, by width and dimension, in the order of the units.
-        index: for each parameter that changes, the new positions of old entries.
     """
 
     def __init__(
         self, change: SizeChange, values: Values | None = None, generator: torch.Generator | None = None
     ) -> None:
-        self.change = change
-        self.index = change.index
-        self.new_indices: NewIndices = change.new_indices
+        self.change, self.index, self.new_indices = change, change.index, change.new_indices
         self._random_state = (generator or torch.default_generator).get_state()
         self._zero_rows: dict[tuple[str, int], Tensor] = {}
         resized = resized_parameters(change, values or Values(), generator)
@@ -57,12 +52,8 @@ class WidenedGraph:
                 lookup(self.gm, name).index_fill_(dim, rows, 0)
 
     def parameters(self, values: Values) -> dict[str, Tensor]:
-        """What the parameters and buffers that change would be with other values; gradients flow back to these.
-
-        What is drawn at random is drawn alike.
-        """
-        generator = torch.Generator()
-        generator.set_state(self._random_state)
+        """The parameters and buffers that change with other values, to which gradients flow; random draws are alike."""
+        generator = torch.Generator().set_state(self._random_state)
         resized = resized_parameters(self.change, values, generator)
         for (name, dim), rows in self._zero_rows.items():
             resized[name] = resized[name].index_fill(dim, rows, 0)
@@ -71,19 +62,14 @@ class WidenedGraph:
     @cached_property
     def projections(self) -> list[Projection]:
         """Uses of weights in the copy."""
-        nodes = self.node_map
-        return [replace(p, node=nodes[p.node], source=nodes[p.source]) for p in self.change.structure.projections]
+        uses, nodes = self.change.structure.projections, self.node_map
+        return [replace(p, node=nodes[p.node], source=nodes[p.source]) for p in uses]
 
     def check(self) -> WidenedGraph:
-        """Proves that the copy runs and that its shapes are what the axes say; refreshes the metadata of its nodes.
-
-        Raises:
-            RewriteError: it does not run, or a shape differs.
-        """
-        outputs = self.change.structure.outputs.items()
+        """Refreshes the metadata of the copy; raises `RewriteError` where a shape is not what the axes say."""
         shapes = {
-            self.node_map[node]: tuple(self.change.length(axis) for axis in dims)
-            for node, dims in outputs
+            self.node_map[node]: tuple(map(self.change.length, dims))
+            for node, dims in self.change.structure.outputs.items()
             if isinstance(dims, Dims)
         }
         check_shapes(self.gm, shapes)
