@@ -16,16 +16,11 @@ from fxgrow.errors import PlanError
 
 @dataclass(frozen=True, eq=False)
 class AnalysedGraph:
-    """What the later stages know about a graph.
-
-    Attributes:
-        gm: the captured graph.
-        structure: its axes, projections and constants.
-        widths: by name, in execution order of their first producers.
-    """
+    """What the later stages know about a graph."""
 
     gm: fx.GraphModule
     structure: Structure
+    #: by name, in execution order of their first producers
     widths: Mapping[str, GrowableWidth]
 
     @property
@@ -34,11 +29,7 @@ class AnalysedGraph:
         return [w for w in self.widths.values() if w.width.pinned is None]
 
     def free_width(self, name: str) -> GrowableWidth:
-        """The width of that name.
-
-        Raises:
-            PlanError: there is none, or it is pinned.
-        """
+        """The width of that name; raises `PlanError` where there is none, or it is pinned."""
         if name not in self.widths:
             free = [w.name for w in self.free_widths]
             raise PlanError(

@@ -1,7 +1,6 @@
 """Runs a graph on axes instead of tensors (abstract interpretation): what changes together, and what cannot change.
 
-requires: a captured graph, `node.meta["val"]` on every node.
-ensures:  every parameter axis of a described operator is unified; what an unknown operator touches is pinned.
+ensures: every parameter axis of a described operator is unified; what an unknown operator touches is pinned.
 """
 
 from __future__ import annotations
@@ -52,8 +51,7 @@ def propagate_axes(gm: fx.GraphModule) -> Structure:
     env: dict[fx.Node, Any] = structure.outputs
     for node in gm.graph.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
-        context = Context(structure, gm, node)
-        env[node] = _evaluate(context, args, kwargs)
+        env[node] = _evaluate(Context(structure, gm, node), args, kwargs)
     for check in structure.checks:
         _check(structure, check)
     settle_guards(structure, [node for node in gm.graph.nodes if node.target is guard])
@@ -69,8 +67,12 @@ def _evaluate(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return _fixed(ctx.value, ctx.reason("input", "a dimension of the model's input"))
     if node.op == "get_attr":
         name = str(node.target)
+        path, _, leaf = name.rpartition(".")
+        owner = ctx.gm.get_submodule(path)
+        if leaf not in owner._parameters and leaf not in owner._buffers:
+            return _fixed(ctx.value)  # a `training` flag or a submodule
         # by the real tensor, not its fake value: tied parameters are one object
-        return ctx.dims_of(name, lookup(ctx.gm, name)) if _is_state(ctx.gm, node) else _fixed(ctx.value)
+        return ctx.dims_of(name, lookup(ctx.gm, name))
     if node.op == "output":
         for axis in axes_in(args):
             pin(axis, ctx.reason("output", "a dimension of the model's output"))
@@ -84,7 +86,8 @@ def _evaluate(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         return _fixed(ctx.value, why)
     if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(ctx.value)):
         return _number(ctx, args, kwargs)
-    if all(is_fixed(a) for a in axes_in((args, kwargs))) and not any(measured((args, kwargs))) and not _writes(ctx):
+    has_weights = ctx.module is not None and next(ctx.module.parameters(), None) is not None
+    if all(map(is_fixed, axes_in((args, kwargs)))) and not any(measured((args, kwargs))) and not has_weights:
         reasons = [s.reason for a in axes_in((args, kwargs)) for s in a if s.reason]
         # a function of an input is no input any more, but an unknown operator stays the reason
         return _fixed(ctx.value, next((r for r in reasons if r.code != "input"), None))
@@ -103,8 +106,7 @@ def _apply(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         _check_lengths(ctx, out)
     except (Unsupported, TypeError, IndexError, KeyError, ValueError) as refusal:
         code = refusal.code if isinstance(refusal, Unsupported) else "operator"
-        text = str(refusal) if isinstance(refusal, Unsupported) else f"{what}: {refusal}"
-        why = ctx.reason(code, text)
+        why = ctx.reason(code, str(refusal) if isinstance(refusal, Unsupported) else f"{what}: {refusal}")
         _pin_all(ctx, args, kwargs, why)
         return _fixed(ctx.value, why)
     for size in measured((args, kwargs)):
@@ -149,29 +151,21 @@ def _check_lengths(ctx: Context, out: Any) -> None:
 
 def _number(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Evaluates shape arithmetic; a result that cannot be traced to its axes becomes an opaque size."""
-    node = ctx.node
-    tensors = list(axes_in((args, kwargs)))
-    out = ctx.value
-    known = False  # whether every size in `out` is a function of axes
+    node, tensors = ctx.node, list(axes_in((args, kwargs)))
+    out, known = ctx.value, False  # whether every size in `out` is a function of axes
     try:
         if tensors:
             rule = find_rule(node, ctx.module)
             out, known = (out, False) if rule is None else (rule(ctx, *args, **kwargs), True)
             if out is None and rule is None:
-                # a call for its side effects, which no rule describes
-                _pin_all(
-                    ctx,
-                    args,
-                    kwargs,
-                    ctx.reason("operator", f"{operator_name(ctx.gm, ctx.node)} is not described by any rule"),
-                )
+                # a call for its side effects
+                what = operator_name(ctx.gm, node)
+                _pin_all(ctx, args, kwargs, ctx.reason("operator", f"{what} is not described by any rule"))
         elif node.target is operator.getitem:
             out, known = args[0][args[1]], not any(measured(args[1]))
         elif node.target in _LINEAR:
-            out = node.target(*args, **kwargs)
-            known = any(measured(out))
-        elif node.target == "numel":
-            out = math.prod(args[0])
+            run: Any = math.prod if node.target == "numel" else node.target
+            out = run(*args, **kwargs)
             known = any(measured(out))
     except Unsupported as refusal:
         _pin_all(ctx, args, kwargs, ctx.reason(refusal.code, str(refusal)))
@@ -207,14 +201,15 @@ _RANK = frozenset(
 _LINEAR = frozenset(
     {
         operator.add, operator.sub, operator.mul, operator.floordiv, operator.neg,
-        operator.iadd, operator.isub, operator.imul, operator.ifloordiv, sum, math.prod,
+        operator.iadd, operator.isub, operator.imul, operator.ifloordiv, sum, math.prod, "numel",
     }
 )  # fmt: skip
 
 
 def _check(structure: Structure, check: SizeCheck) -> None:
     """A computed size must be the same linear form as the axis it is used for."""
-    expected = _entries(check.axis), {v: Fraction(m) for v, m in multiplicity(check.axis).items()}
+    entries = sum(s.inner for s in resolve(check.axis) if s.var is None)
+    expected = Fraction(entries), {v: Fraction(m) for v, m in multiplicity(check.axis).items()}
     form = check.size.form()
     if form is not None and _without_pinned(form) == _without_pinned(expected):
         return
@@ -244,10 +239,6 @@ def _without_pinned(form: tuple[Fraction, dict[UnitVar, Fraction]]) -> tuple[Fra
     return const, {v: c for v, c in coefficients.items() if v.pinned is None}
 
 
-def _entries(axis: Axis) -> Fraction:
-    return Fraction(sum(s.inner for s in resolve(axis) if s.var is None))
-
-
 def _pin_frozen(gm: fx.GraphModule, structure: Structure) -> None:
     """Pins the axes of frozen weights: they cannot learn what new units would need, and may not be changed."""
     for p in structure.projections:
@@ -257,18 +248,6 @@ def _pin_frozen(gm: fx.GraphModule, structure: Structure) -> None:
             why = Reason("frozen", p.node.name, f"{p.weight} is frozen (requires_grad=False)")
             pin(p.output_axis, why)
             pin(p.input_axis, why)
-
-
-def _is_state(gm: fx.GraphModule, node: fx.Node) -> bool:
-    """A parameter or buffer, as opposed to `training` flags and submodules."""
-    module, _, leaf = str(node.target).rpartition(".")
-    owner = gm.get_submodule(module)
-    return leaf in owner._parameters or leaf in owner._buffers
-
-
-def _writes(ctx: Context) -> bool:
-    """Whether this node may have weights that start a new axis."""
-    return ctx.module is not None and next(ctx.module.parameters(), None) is not None
 
 
 def _fixed(value: Any, why: Reason | None = None) -> Any:

@@ -1,9 +1,8 @@
 """Mixtures whose experts can be copied: from k of E experts to 2k of 2E.
 
-Copies of a router's rows give each copy the logit of its original, so that both are chosen or neither; where the
-weights of the chosen experts keep their sum, each has half of its original's. Whether a routing does that is tested on
-random numbers: what follows the logits runs once as it is and once with every expert twice, until nothing differs any
-more. In place of an expert stands a function of a row and of the expert's number.
+Copies of a router's rows have equal logits: both are chosen or neither, each with half the weight where these keep
+their sum. Whether a routing does that is tested on random numbers: what follows the logits runs once as it is and once
+with every expert twice, until nothing differs. In place of an expert stands a function of a row and its number.
 """
 
 from __future__ import annotations
@@ -50,20 +49,14 @@ def _enter_width(structure: Structure, test: _CopyTest) -> None:
     for node in test.changed:
         dims = structure.outputs[node]
         if isinstance(dims, Dims):
-            old, new = (v.shape for v in test.values[node])
-            axes = (
-                axis_of(every, n) if n != m and every not in multiplicity(a) else a
-                for a, n, m in zip(dims, old, new, strict=True)
+            entries = zip(dims, *(v.shape for v in test.values[node]), strict=True)
+            structure.outputs[node] = Dims(
+                axis_of(every, n) if n != m and every not in multiplicity(a) else a for a, n, m in entries
             )
-            structure.outputs[node] = Dims(axes)
     for (node, path), (size, less) in test.literals.items():
         structure.constants.append(Constant((node, path), axis_of(every, size), less))
-    writers = {
-        (name, d)
-        for name, dims in structure.parameters.items()
-        for d, axis in enumerate(dims)
-        if every in multiplicity(axis)
-    }
+    axes = ((name, d, axis) for name, dims in structure.parameters.items() for d, axis in enumerate(dims))
+    writers = {(name, d) for name, d, axis in axes if every in multiplicity(axis)}
     structure.initial_states[every] = InitialState(COPY, writers=writers)
 
 
@@ -137,7 +130,11 @@ class _CopyTest:
         if node.target is operator.getitem:
             rows, index = node.args
             if isinstance(rows, fx.Node) and rows.op == "get_attr" and isinstance(index, fx.Node):
-                self._copy_rows(rows)
+                # a parameter that is indexed by the expert's number
+                dims = self.structure.outputs[rows]
+                self._per_expert(dims[0])
+                value, _ = self._random_values(rows, dims)
+                self.values[rows] = value, torch.cat([value, value])
         once, twice = self._call(node, 0), self._call(node, 1)
         if _equal(once, twice):
             self.values[node] = once, once
@@ -150,20 +147,11 @@ class _CopyTest:
             raise _NotCopyable("not an entry per expert")
         self.per_expert.add(var)
 
-    def _copy_rows(self, node: fx.Node) -> None:
-        """Copies a parameter that is indexed by the expert's number."""
-        dims = self.structure.outputs[node]
-        self._per_expert(dims[0])
-        value, _ = self._random_values(node, dims)
-        self.values[node] = value, torch.cat([value, value])
-
     def _value(self, node: fx.Node, which: int) -> Any:
         if node not in self.values:
-            if node in self.downstream:
-                value = self._call(node, 0)
-                self.values[node] = value, value
-            else:
-                self.values[node] = self._random_values(node, self.structure.outputs[node])
+            computed = node in self.downstream
+            dims = self.structure.outputs[node]
+            self.values[node] = (self._call(node, 0),) * 2 if computed else self._random_values(node, dims)
         return self.values[node][which]
 
     def _random_values(self, node: fx.Node, dims: Any) -> tuple[Any, Any]:
@@ -217,11 +205,8 @@ class _CopyTest:
                 sizes = {("bins",): (bins, 0), ("max",): (bins, 1)}
         self.literals |= {(node, path): size for path, size in sizes.items()}
         numbers = [(path, 2 * size - less) for path, (size, less) in sizes.items()]
-        for c in self.structure.constants:
-            count = multiplicity(c.axis)[self.var] if c.where[0] is node else 0
-            if count:
-                numbers.append((c.where[1], self.var.size * count * 2))
-        return numbers
+        counts = [(c.where[1], multiplicity(c.axis)[self.var]) for c in self.structure.constants if c.where[0] is node]
+        return numbers + [(path, self.var.size * count * 2) for path, count in counts if count]
 
     def _experts(self, node: fx.Node, which: int) -> Tensor:
         """A function of a row and of its expert's number."""

@@ -1,13 +1,9 @@
 """Widths whose new units must start in a known state for the function to stay, and the proof that they do.
 
-A norm over a width keeps its statistics when every new unit is the mean of the old ones (LayerNorm) or zero (RMSNorm),
-with weight and eps rescaled for the new size. Its output at the new units is then zero, so that consumers may have any
-new columns. With one weight for all units, as nets start, that output can be the mean again, as the next norm of a
-post-norm stream needs it. A product of two activations summed over a width (queries and keys) stays when one side is
-zero, or, where both are divided by their lengths, when a unit of both is rotated into a plane.
-
-Rules enter such constraints as `Invariant`; here the state of new units is propagated from the layers that write them
-to the invariants. A width whose units arrive there in another state is pinned.
+A norm keeps its statistics when every new unit is the mean of the old ones (LayerNorm) or zero (RMSNorm). Its output is
+then zero, or with one weight for all units the mean again, as the next norm of a post-norm stream needs it. A product
+summed over a width (queries and keys) stays when one side is zero, or, where both are divided by their lengths, when a
+unit of both is rotated into a plane. States are propagated from writers to invariants; a width that fails is pinned.
 """
 
 from __future__ import annotations
@@ -52,25 +48,19 @@ _DEPTHWISE = frozenset("Conv1d Conv2d Conv3d conv1d conv2d conv3d".split())
 
 @dataclass
 class InitialState:
-    """How the new units of one width start.
+    """How the new units of one width start."""
 
-    Attributes:
-        kind: new entries of writers: the mean over the old units, zero, each a part of an old one, or copies
-            (`fxgrow.analysis.expert_copies`).
-        writers: parameters, and their dimension, with such entries.
-        scales: per writer, the parameter that multiplies it unit by unit before the width.
-        free: weights, and their dimension, that read new units which are zero: any columns are allowed.
-        norms: norms over the width.
-        products: products summed over the width; the writers are those of the second operand.
-        scaled: weights that read a norm without weights, and are rescaled in its place.
-    """
-
+    #: new entries of writers: mean of the old units, zero, each a part of an old one, or copies (of experts)
     kind: str
+    #: parameters, and their dimension, with such entries; for a product those of its second operand
     writers: set[tuple[str, int]] = field(default_factory=set)
+    #: per writer, the parameter that multiplies it unit by unit before the width
     scales: dict[str, str] = field(default_factory=dict)
+    #: weights, and their dimension, that read new units which are zero: any columns are allowed
     free: set[tuple[str, int]] = field(default_factory=set)
     norms: list[Invariant] = field(default_factory=list)
     products: list[Invariant] = field(default_factory=list)
+    #: weights that read a norm without weights, and are rescaled in its place
     scaled: set[str] = field(default_factory=set)
 
 
@@ -113,15 +103,10 @@ class _StatePropagation:
     """Propagates the state of one variable's new units through the nodes that carry it."""
 
     def __init__(
-        self,
-        gm: fx.GraphModule,
-        structure: Structure,
-        var: UnitVar,
-        invariants: list[Invariant],
-        carriers: list[fx.Node],
+        self, gm: fx.GraphModule, structure: Structure, var: UnitVar, invariants: list[Invariant], nodes: list[fx.Node]
     ) -> None:
         self.gm, self.structure, self.var, self.invariants = gm, structure, var, invariants
-        self.carriers = dict.fromkeys(carriers)
+        self.carriers = dict.fromkeys(nodes)
         self.norms = {i.node: i for i in invariants if i.kind != "product"}
         self.products = [i for i in invariants if i.kind == "product"]
         kinds = {i.kind for i in invariants}
@@ -210,7 +195,8 @@ class _StatePropagation:
         if name in _LINEAR or self._is_identity_dropout(node):
             return _joint(states)
         if name in _SUM:
-            only_units = inputs == node.all_input_nodes and not self._adds_a_number(node)
+            terms = (*node.args, node.kwargs.get("other"))
+            only_units = inputs == node.all_input_nodes and not any(isinstance(a, (int, float)) for a in terms)
             return _joint(states) if only_units or states == {MEAN} else ANY
         if name in _PRODUCT:
             return self._product(node, inputs, states)
@@ -264,15 +250,13 @@ class _StatePropagation:
         for node in queue:
             for user in node.users:
                 p = readers.get((user, node))
+                keeps_scale = self._name(user) in _LINEAR - _MIXING or self._is_identity_dropout(user)
                 if p is not None and self._reads_only(p.weight, node):
                     self.result.scaled.add(p.weight)
-                elif p is None and user in self.carriers and self._keeps_scale(user):
+                elif p is None and user in self.carriers and keeps_scale:
                     queue.append(user)
                 elif p is not None or isinstance(self.structure.outputs[user], Dims):
                     raise _Refused("normalised over the whole axis without a weight that could be rescaled")
-
-    def _keeps_scale(self, node: fx.Node) -> bool:
-        return self._name(node) in _LINEAR - _MIXING or self._is_identity_dropout(node)
 
     def _reads_only(self, weight: str, source: fx.Node) -> bool:
         uses = [p for p in self.structure.projections if p.weight == weight]
@@ -314,9 +298,6 @@ class _StatePropagation:
             return isinstance(module, nn.Dropout) and module.p == 0
         p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p")
         return node.target is F.dropout and isinstance(p, (int, float)) and p == 0
-
-    def _adds_a_number(self, node: fx.Node) -> bool:
-        return any(isinstance(a, (int, float)) for a in (*node.args, node.kwargs.get("other")))
 
     def _with_readers(self, first: str) -> InitialState | Reason:
         """Weights that only ever read zeros may have any columns; one that also writes the width must."""

@@ -1,9 +1,8 @@
 """What becomes of the model's decisions on sizes when a width grows: each is made again at other sizes.
 
-requires: a graph run on axes, its guards collected.
-ensures:  a width may take only sizes at which every decision comes out as it did: all of them, multiples of a step (a
-          divisibility check), or none other (the width is pinned). A number that a mere check compares with a size
-          (`assert c == self.channels`) follows the width.
+ensures: a width may take only sizes at which every decision comes out as it did: all of them, multiples of a step (a
+         divisibility check), or none other (the width is pinned). A number that a mere check compares with a size
+         (`assert c == self.channels`) follows the width.
 """
 
 from __future__ import annotations
@@ -34,56 +33,49 @@ class _Unknown(Exception):
 
 
 def settle_guards(structure: Structure, guards: list[fx.Node]) -> None:
-    """Pins, or coarsens to a step, the widths whose size a guard looks at.
-
-    Args:
-        structure: of the whole graph; its variables change.
-        guards: calls of `fxgrow.graph.node_functions.guard`.
-    """
+    """Pins, or coarsens to a step, the widths whose size a `fxgrow.graph.node_functions.guard` looks at."""
     for node in guards:
-        asked, expected = node.args[0], node.args[1]
-        if isinstance(asked, fx.Node):
-            _settle(structure, node, asked, expected)
+        if isinstance(node.args[0], fx.Node):
+            _settle(structure, node, node.args[0], node.args[1])
 
 
-def _settle(structure: Structure, node: fx.Node, asked: fx.Node, expected: Any) -> None:
+def _settle(structure: Structure, node: fx.Node, number: fx.Node, expected: Any) -> None:
+    def outcome(grow: Mapping[UnitVar, int]) -> Any:
+        value = _evaluate(structure, number, grow, {})
+        return bool(value) if type(expected) is bool else value
+
     why = Reason("branch", node.name, f"the model's code branches on this size ({node.args[2]})")
     try:
-        now = _outcome(structure, asked, expected, {})
+        now = outcome({})
     except _Unknown:
-        for axis in _measured_axes(structure, asked):
+        for axis in _measured_axes(structure, number):
             pin(axis, why)
         return
-    for var in variables(*_measured_axes(structure, asked)):
+    for var in variables(*_measured_axes(structure, number)):
         if var.pinned is not None or var.bound is not None:
             continue
-        same = [k for k in range(1, SIZES + 1) if _outcome(structure, asked, expected, {var: k}) == now]
+        same = [k for k in range(1, SIZES + 1) if outcome({var: k}) == now]
         if len(same) == SIZES:
             continue
         step = same[0] if same else 0
         if step and same == list(range(step, SIZES + 1, step)) and var.size % step == 0:
             unify(axis_of(var), axis_of(UnitVar(var.size // step), step), why)
-        elif not (node.meta.get(CHECK) and _follow(structure, asked, var)):
+        elif not (node.meta.get(CHECK) and _follow(structure, number, var)):
             pin(axis_of(var), why)
 
 
-def _follow(structure: Structure, asked: fx.Node, var: UnitVar) -> bool:
+def _follow(structure: Structure, check: fx.Node, var: UnitVar) -> bool:
     """Lets the literal that a check compares with a size be that size, at any number of units."""
-    if asked.target not in (operator.eq, operator.ne) or len(asked.args) != 2:
+    if check.target not in (operator.eq, operator.ne) or len(check.args) != 2:
         return False
-    for place, (literal, size) in enumerate((asked.args, asked.args[::-1])):
+    for place, (literal, size) in enumerate((check.args, check.args[::-1])):
         if isinstance(literal, int) and isinstance(size, fx.Node):
             measured = structure.outputs.get(size)
             if isinstance(measured, SizeExpr) and measured.measures_one and int(measured) == literal:
                 axis = measured.axes[0]
-                structure.size_replacements.append(SizeReplacement(asked, (place,), (axis,), axis))
+                structure.size_replacements.append(SizeReplacement(check, (place,), (axis,), axis))
                 return variables(axis) == [var]
     return False
-
-
-def _outcome(structure: Structure, asked: fx.Node, expected: Any, grow: Mapping[UnitVar, int]) -> Any:
-    value = _evaluate(structure, asked, grow, {})
-    return bool(value) if type(expected) is bool else value
 
 
 def _evaluate(structure: Structure, node: fx.Node, grow: Mapping[UnitVar, int], known: dict[fx.Node, Any]) -> Any:
@@ -126,15 +118,13 @@ def _shape_of(structure: Structure, node: fx.Node, grow: Mapping[UnitVar, int]) 
     raise _Unknown
 
 
-def _measured_axes(structure: Structure, asked: fx.Node) -> Iterator[Axis]:
+def _measured_axes(structure: Structure, number: fx.Node) -> Iterator[Axis]:
     """The axes of all tensors whose sizes a number was computed from."""
-    seen = {asked}
-    queue = [asked]
+    queue = [number]
     for node in queue:
         for source in node.all_input_nodes:
             if isinstance(source.meta.get("val"), torch.Tensor):
                 dims = structure.outputs.get(source)
                 yield from (resolve(axis) for axis in dims) if isinstance(dims, Dims) else ()
-            elif source not in seen:
-                seen.add(source)
+            elif source not in queue:
                 queue.append(source)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 
 from fxgrow.analysis.initial_state import COPY, InitialState
@@ -16,20 +15,14 @@ from fxgrow.graph.node_meta import OWNER
 
 @dataclass(frozen=True, eq=False)
 class GrowableWidth:
-    """A width together with what the later stages need of the graph's structure.
-
-    Attributes:
-        width: the public record.
-        var: the variable of its units.
-        producers: uses of weights that write it.
-        consumers: uses of weights that read it in eval mode.
-        initial_state: how its new units must start, where a norm or a product asks for it.
-    """
+    """A width together with what the later stages need of the graph's structure."""
 
     width: Width
     var: UnitVar
+    #: uses of weights that write it, and of those that read it in eval mode
     producers: tuple[Projection, ...]
     consumers: tuple[Projection, ...]
+    #: how its new units must start, where a norm or a product asks for it
     initial_state: InitialState | None = None
 
     @property
@@ -53,20 +46,22 @@ class GrowableWidth:
 
 def find_widths(structure: Structure) -> dict[str, GrowableWidth]:
     """Every unbound variable that some weight writes, as a width."""
-    producers: dict[UnitVar, list[Projection]] = {}
-    consumers: dict[UnitVar, list[Projection]] = {}
+    producers: dict[UnitVar, list[Projection]] = defaultdict(list)
+    consumers: dict[UnitVar, list[Projection]] = defaultdict(list)
+    carriers: dict[UnitVar, list[str]] = defaultdict(list)
     for p in structure.projections:
         for var in variables(p.input_axis):
-            consumers.setdefault(var, []).append(p)
+            consumers[var].append(p)
         for var in variables(p.output_axis):
-            producers.setdefault(var, []).append(p)
-    carriers = _carriers(structure)
+            producers[var].append(p)
+    for name, dims in structure.parameters.items():
+        for var in variables(*dims):
+            carriers[var].append(name)
     layers: Counter[str] = Counter(layer(uses[0]) for uses in producers.values())
     numbers: Counter[str] = Counter()
     widths = {}
     for var, writes in producers.items():
-        reads = consumers.get(var, [])
-        name = layer(writes[0])
+        reads, name = consumers[var], layer(writes[0])
         if layers[name] > 1:
             # a producer whose output is split: its parts by number, a name that growth does not change
             numbers[name] += 1
@@ -80,9 +75,9 @@ def find_widths(structure: Structure) -> dict[str, GrowableWidth]:
         width = Width(
             name=name,
             size=var.size * step,
-            producers=_unique(layer(p) for p in writes),
-            followers=_unique(n.rpartition(".")[0] or n for n in carriers[var] if n not in weights),
-            consumers=_unique(layer(p) for p in reads),
+            producers=tuple(dict.fromkeys(map(layer, writes))),
+            followers=tuple(dict.fromkeys(n.rpartition(".")[0] or n for n in carriers[var] if n not in weights)),
+            consumers=tuple(dict.fromkeys(map(layer, reads))),
             step=step,
             pinned=pinned,
         )
@@ -100,16 +95,3 @@ def layer(p: Projection) -> str:
         return str(p.node.meta[OWNER])
     module, _, leaf = p.weight.rpartition(".")
     return module if module and leaf == "weight" else p.weight
-
-
-def _carriers(structure: Structure) -> dict[UnitVar, list[str]]:
-    """The parameters that have each variable among their axes."""
-    carriers: dict[UnitVar, list[str]] = {}
-    for name, dims in structure.parameters.items():
-        for var in variables(*dims):
-            carriers.setdefault(var, []).append(name)
-    return carriers
-
-
-def _unique(names: Iterable[str]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(names))

@@ -37,7 +37,6 @@ class WidenedGraph:
     ) -> None:
         self.change, self.index, self.new_indices = change, change.index, change.new_indices
         self._random_state = (generator or torch.default_generator).get_state()
-        self._zero_rows: dict[tuple[str, int], Tensor] = {}
         resized = resized_parameters(change, values or Values(), generator)
         old = {name: lookup(change.gm, name) for name in resized}
         self.gm = copy_graph(change.gm, {id(t): same_kind(resized[name], t) for name, t in old.items()})
