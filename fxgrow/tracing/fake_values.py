@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fxgrow.graph.graph import submodule
+from fxgrow.tracing.result_cache import cached_result, is_ordinary, keep_result, result_key
 from fxgrow.tracing.source_location import looks_at_data
 
 _isinstance = builtins.isinstance
@@ -57,6 +58,16 @@ class FakeRunner:
         args, kwargs = argument_values(node)
         self.guessed = False
         module = submodule(root, str(node.target)) if node.op == "call_module" else None
+        with torch._C.DisableTorchFunction():
+            key = result_key(node, module, args, kwargs)
+            with contextlib.suppress(KeyError):
+                return cached_result(key, self.mode)
+            value = self._evaluate(node, module, args, kwargs)
+            if key is not None and not self.guessed:
+                keep_result(key, value)
+        return value
+
+    def _evaluate(self, node: fx.Node, module: nn.Module | None, args: Any, kwargs: Any) -> Any:
         try:
             with self.quiet(module):
                 if module is not None:
@@ -116,8 +127,7 @@ class FakeRunner:
 
 def fake_tensor(tensor: torch.Tensor, mode: FakeTensorMode) -> torch.Tensor:
     """Returns what `mode.from_tensor` gives for a strided tensor, without its history and in a third of the time."""
-    plain = type(tensor) in (torch.Tensor, nn.Parameter, FakeTensor) and tensor.layout is torch.strided
-    if not plain or tensor.is_quantized or tensor.is_conj() or tensor.is_neg() or tensor.is_nested:
+    if not is_ordinary(tensor):
         return mode.from_tensor(tensor)
     meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
     fake = FakeTensor(mode, meta, tensor.device)
