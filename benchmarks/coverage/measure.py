@@ -222,6 +222,7 @@ def run(
         seeded: draws random numbers from a seed; else those of a wider tensor begin with those of a narrow one.
         plain: leaves code that computes in float32 by name as it is.
     """
+    inputs = pytree.tree_map_only(Tensor, Tensor.clone, inputs)  # some networks write into them
     state = [(b, b.clone()) for b in module.buffers()]
     modes = [(m, m.training) for m in module.modules()]
     module.train(training)
