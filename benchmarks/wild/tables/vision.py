@@ -22,8 +22,9 @@ def _small_efficientnet() -> nn.Module:
     return EfficientNet(blocks, options)
 
 
-def _smp(name: str, encoder: str = "mobilenet_v2", **options: object) -> Entry:
-    return Entry("segmentation-models-pytorch", f"{name}_{encoder}".lower(), call(
+def _smp(name: str, encoder: str = "tu-mobilenetv3_small_050", **options: object) -> Entry:
+    label = name.lower() if encoder.startswith("tu-mobile") else f"{name}_{encoder}".lower()
+    return Entry("segmentation-models-pytorch", label, call(
         f"segmentation_models_pytorch:{name}", encoder_name=encoder, **_SMP, **options), _SIDE, True)  # fmt: skip
 
 
@@ -47,15 +48,14 @@ ENTRIES = [
           verbose=False), _SIDE, True),
     Entry("ultralytics", "yolov8n_ghost", call("ultralytics.nn.tasks:DetectionModel", "yolov8n-ghost.yaml", nc=5,
           verbose=False), _SIDE, True),
-    _smp("Unet"),
-    _smp("UnetPlusPlus"),
-    _smp("FPN"),
-    _smp("PSPNet"),
-    _smp("DeepLabV3Plus"),
+    _smp("Unet", decoder_channels=(32, 24, 16, 12, 8)),
+    _smp("UnetPlusPlus", decoder_channels=(32, 24, 16, 12, 8)),
+    _smp("FPN", decoder_pyramid_channels=32, decoder_segmentation_channels=32),
+    _smp("PSPNet", psp_out_channels=32),
+    _smp("DeepLabV3Plus", decoder_channels=16),
     _smp("Linknet"),
-    _smp("Segformer", "mit_b0"),
-    _smp("UPerNet", "mit_b0"),
-    _smp("Unet", "efficientnet-b0"),
+    _smp("Segformer", "mit_b0", decoder_segmentation_channels=16),
+    _smp("UPerNet", decoder_channels=16),
     Entry("efficientnet-pytorch", "small", _small_efficientnet, floats(3, 64, 64)),
     Entry("efficientnet-pytorch", "b0", call("efficientnet_pytorch:EfficientNet.from_name", "efficientnet-b0",
           num_classes=5), floats(3, 64, 64)),
