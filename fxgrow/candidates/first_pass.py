@@ -25,7 +25,6 @@ from fxgrow.data.progress import progress as bar
 from fxgrow.errors import ProfileError
 from fxgrow.graph.graph import lookup
 from fxgrow.initialisers.registry import Initialiser, Proposal
-from fxgrow.statistics.all_reduce import sum_blocks
 from fxgrow.statistics.collect import ISOLATED_CACHE_BYTES, WIDTH_CACHE_BYTES, Statistics
 from fxgrow.statistics.factorisation import bottleneck
 from fxgrow.statistics.forward_backward import BatchRecord, PassRequest, forward_backward
@@ -152,7 +151,7 @@ class FirstPass:
             result.mergeable |= mergeable_tensors(stats)
         if self.method.needs.project and stats.widths:
             self._subtract_expressible(stats, result)
-        sum_blocks(stats.widths.values(), process_group)
+        process_group.sum_([block for w in stats.widths.values() for _, block in sorted(w.blocks.items())])
         # random numbers are the same in all processes from here on
         self.generator.set_state(process_group.broadcast_from_rank0(self.generator.get_state))
         self._propose(stats, widths, additions, result)
@@ -250,7 +249,7 @@ class FirstPass:
             cross_moment.add_cached()
         if cross_moment is not None:
             result.mergeable |= cross_moment.tensors()
-            subtract_by_cross_moment(stats, cross_moment.blocks(), result.delta_w)
+            subtract_by_cross_moment(stats, result.mergeable, result.delta_w)
 
 
 def project(stats: Statistics) -> tuple[dict[str, Tensor], dict[str, tuple[float, float]]]:

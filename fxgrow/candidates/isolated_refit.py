@@ -135,7 +135,7 @@ class IsolatedRefit:
                 _add(sums, name, c.outer(v, z))
 
         if self.held_out.samples:
-            for span, inputs, gradients in self.stats.cache.groups(None, self.sources, self.targets):
+            for _, span, inputs, gradients in self.stats.cache.groups(self.sources, self.targets):
                 visit(0, inputs, gradients, span)
         else:
             self._pass(self.data.fitting(), self.sources, visit)
@@ -196,7 +196,7 @@ class IsolatedRefit:
 
         counts = self.held_out
         if counts.samples:
-            for _, inputs, gradients in counts.groups(None, self.inputs, self.targets):
+            for _, _, inputs, gradients in counts.groups(self.inputs, self.targets):
                 visit(len(inputs[self.sources[0]]), inputs, gradients)
         else:
             counts = self._pass(self.data.held_out(), self.inputs, visit)

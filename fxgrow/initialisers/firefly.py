@@ -24,6 +24,7 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.initialisers.registry import InitialiserRequest, Splits, initialiser
@@ -75,7 +76,8 @@ class _Candidates:
         self.fresh = torch.arange(size + k) >= size
 
         def draw(n: int) -> Tensor:
-            return _within(torch.randn(n, into.shape[1], generator=generator, dtype=torch.float64).to(into), 1.0, True)
+            rows = torch.randn(n, into.shape[1], generator=generator, dtype=torch.float64)
+            return F.normalize(rows, dim=1).to(into)
 
         # at zero a split has no slope
         self.delta = (self.eps[0] / 2 * draw(size)).requires_grad_()
@@ -94,19 +96,12 @@ class _Candidates:
         """Against the gradient, unit by unit, within eps."""
         into, out = self.eps
         for t, g, eps in zip(self.leaves, slopes, (into, into, out), strict=True):
-            t -= RATE * eps * _within(g, 1.0, True)
-        self.delta.copy_(_within(self.delta, into))
-        self.alpha.copy_(_within(self.alpha, self.length, True))
-        self.omega.copy_(_within(self.omega, out))
+            t -= RATE * eps * F.normalize(g, dim=1)
+        self.delta.renorm_(2, 0, into)
+        self.alpha.copy_(self.length * F.normalize(self.alpha, dim=1))
+        self.omega.renorm_(2, 0, out)
 
     def gains(self, delta: Tensor, alpha: Tensor, omega: Tensor) -> Tensor:
         """Predicted decrease by each, from the slopes."""
         split, new = -(delta * self.delta.detach()).sum(1) / 2, -(omega * self.omega.detach()).sum(1)
         return torch.cat([split, new]).double().cpu()
-
-
-def _within(t: Tensor, length: float, exactly: bool = False) -> Tensor:
-    """Rows no longer than this, or just as long; zero stays zero."""
-    norm = t.norm(dim=1, keepdim=True).clamp_min(torch.finfo(t.dtype).tiny)
-    ratio: Tensor = length / norm
-    return t * (ratio if exactly else ratio.clamp_max(1.0))

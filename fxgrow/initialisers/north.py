@@ -29,22 +29,17 @@ def north(width: WidthMoments, consumers: Consumers, k: int) -> Proposal:
     generator = torch.Generator().manual_seed(width.features)
     drawn = torch.randn(width.features, k, generator=generator, dtype=torch.float64).to(s)
     known = _existing(width).to(s)
-    alpha = drawn.clone()
+    alpha, before = drawn.clone(), (drawn * (s @ drawn)).sum(0)
     for i in range(k):
-        before = _square(s, drawn[:, i])
         for _ in range(2):  # once more for what rounding left
             overlap = known.mT @ s @ known
             alpha[:, i] -= known @ (torch.linalg.pinv(overlap, hermitian=True) @ (known.mT @ (s @ alpha[:, i])))
-        if _square(s, alpha[:, i]) < LEFT * before:
+        if alpha[:, i] @ s @ alpha[:, i] < LEFT * before[i]:
             alpha[:, i] = drawn[:, i]
         else:
             known = torch.cat([known, alpha[:, i : i + 1]], 1)
-    alpha /= (torch.stack([_square(s, a) for a in alpha.mT]) / width.positions_per_sample).clamp_min(1e-30).sqrt()
+    alpha /= ((alpha * (s @ alpha)).sum(0) / width.positions_per_sample).clamp_min(1e-30).sqrt()
     return Proposal(split_rows(alpha.to(width.second_moment), width))
-
-
-def _square(s: Tensor, alpha: Tensor) -> Tensor:
-    return alpha @ (s @ alpha)
 
 
 def _existing(width: WidthMoments) -> Tensor:

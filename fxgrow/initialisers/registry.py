@@ -26,22 +26,19 @@ from fxgrow.statistics.width_moments import WidthMoments
 
 @dataclass(frozen=True)
 class Splits:
-    """New units of one width that start as old ones, best first.
+    """New units of one width that start as old ones, best first."""
 
-    Attributes:
-        origin: the old unit that each is split from, `[k]`; a fresh one takes only what follows on the path from it.
-        fresh: which are no splits, `[k]`.
-        incoming: delta, or incoming weights of fresh units, `[k, D]`, all entries of a unit in a row.
-        outgoing: outgoing weights of fresh units, `[k, D']`; zero for splits.
-        gains: predicted decrease of the loss by each, `[k]`.
-        buffers: running statistics of the norms on the path, `[k, entries]`, where they are not the origin's.
-    """
-
+    #: the old unit that each is split from, `[k]`; a fresh one takes only what follows on the path from it
     origin: Tensor
+    #: which are no splits, `[k]`
     fresh: Tensor
+    #: delta, or incoming weights of fresh units, `[k, D]`, all entries of a unit in a row
     incoming: Tensor
+    #: outgoing weights of fresh units, `[k, D']`; zero for splits
     outgoing: Tensor | None = None
+    #: predicted decrease of the loss by each, `[k]`
     gains: Tensor = field(default_factory=lambda: torch.zeros(0))
+    #: running statistics of the norms on the path, `[k, entries]`, where they are not the origin's
     buffers: dict[str, Tensor] = field(default_factory=dict)
 
     def take(self, units: Tensor) -> Splits:
@@ -117,18 +114,14 @@ Propose = Callable[[WidthMoments, Consumers, int], Proposal]
 
 @dataclass(frozen=True)
 class Initialiser:
-    """A method, an entry of the table; its parts are overridden in a subclass, or `propose` is a function.
+    """A method, an entry of the table; its parts are overridden in a subclass, or `propose` is a function."""
 
-    Attributes:
-        name: what `method=` says.
-        needs: what the pipeline does for it.
-        function: takes the place of `propose`.
-        nothing: why a plan without units has none.
-    """
-
+    #: what `method=` says
     name: str
     needs: Needs = Needs()
+    #: takes the place of `propose`
     function: Propose | None = None
+    #: why a plan without units has none
     nothing: ClassVar[str] = "no width has a unit that the held-out test accepts"
 
     def check_profile(self, processes: int, keep_moments: bool) -> None:
@@ -170,11 +163,7 @@ def initialiser(name: str, **flags: bool | float) -> Callable[[Function], Functi
 
 
 def find_initialiser(name: str) -> Initialiser:
-    """The entry of that name.
-
-    Raises:
-        ProfileError: there is none.
-    """
+    """The entry of that name."""
     if name not in _TABLE:
         raise ProfileError(f"There is no method {name!r}; there are {', '.join(method_names())}.")
     return _TABLE[name]

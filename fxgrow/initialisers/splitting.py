@@ -145,18 +145,13 @@ class SmoothKinks(TorchFunctionMode):
             return func(*args, **kwargs or {})
         x, *rest = args
 
-        def slope(t: Tensor) -> Tensor:
-            t.requires_grad_()
-            with torch.enable_grad():
-                (found,) = torch.autograd.grad(apply(t).sum(), t)
-            return found
-
         def apply(t: Tensor) -> Tensor:
             # some work in place
             out: Tensor = func(t.clone(), *rest, **kwargs or {})
             return out
 
+        slope = torch.func.grad(lambda t: apply(t).sum())
         at = x.detach()
         half = BOX * at.square().mean().sqrt().clamp_min(torch.finfo(at.dtype).tiny)
-        curvature = (slope(at + half) - slope(at - half)) / (2 * half)
+        curvature = (slope(at + half) - slope(at - half)).detach() / (2 * half)
         return apply(x) + curvature * (x - at).square() / 2

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -47,10 +48,10 @@ class BatchStore:
         self.chunks.append(Chunk(storage, start, start + len(part)))
         storage[start : start + len(part)] = part
 
-    def read(self, span: Span, keep: int | None = None) -> Tensor:
-        """The first `keep` samples of each batch of a span; None: all that are cached."""
+    def read(self, span: Span, keep: int = sys.maxsize) -> Tensor:
+        """The first `keep` samples of each batch of a span."""
         chunks = self.chunks[slice(*span)]
-        stops = [c.stop if keep is None else min(c.stop, c.start + keep) for c in chunks]
+        stops = [min(c.stop, c.start + keep) for c in chunks]
         storage, start, last = chunks[0].storage, chunks[0].start, chunks[-1]
         if last.storage is storage and all(c.stop == stop for c, stop in zip(chunks, stops, strict=True)):
             return storage[start : last.stop]
@@ -66,15 +67,19 @@ class ActivationCache:
         self.expected = 1
 
     def groups(
-        self, keep: int | None, inputs: Sequence[fx.Node], targets: Sequence[fx.Node] = ()
-    ) -> Iterator[tuple[Span, dict[fx.Node, Tensor], dict[fx.Node, Tensor]]]:
+        self, inputs: Iterable[fx.Node], targets: Iterable[fx.Node] = (), keep: int = sys.maxsize
+    ) -> Iterator[tuple[float, Span, dict[fx.Node, Tensor], dict[fx.Node, Tensor]]]:
         """Yields the largest spans of batches that share storage at all these nodes.
 
-        With them come the first `keep` samples of each batch: inputs by node, and output gradients by node.
+        With them come the first `keep` samples of each batch: their share of all such samples, inputs by node, and
+        output gradients by node.
         """
+        inputs, targets = list(dict.fromkeys(inputs)), list(dict.fromkeys(targets))
         stores = [*(self.inputs[n] for n in inputs), *(self.output_gradients[n] for n in targets)]
+        total = sum(min(keep, c.stop - c.start) for c in stores[0].chunks)
         batches = list(zip(*(s.chunks for s in stores), strict=True))
         starts = [i for i, chunks in enumerate(batches) if any(c.start == 0 for c in chunks)]
         for span in itertools.pairwise([*starts, len(batches)]):
+            layer_inputs = {n: self.inputs[n].read(span, keep) for n in inputs}
             gradients = {n: self.output_gradients[n].read(span, keep) for n in targets}
-            yield span, {n: self.inputs[n].read(span, keep) for n in inputs}, gradients
+            yield len(layer_inputs[inputs[0]]) / total, span, layer_inputs, gradients

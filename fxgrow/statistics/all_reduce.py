@@ -35,8 +35,3 @@ def sum_inputs(widths: Iterable[WidthMoments], samples: float, total: float, pro
         w.rows, w.samples, w.position_count = int(rows), int(seen), positions
         if w.sampled:
             w.sampled = [process_group.all_gather_rows(torch.cat(w.sampled) * (samples / total) ** 0.5)]
-
-
-def sum_blocks(widths: Iterable[WidthMoments], process_group: ProcessGroup) -> None:
-    """Sums N = E[b V^T], which each process has divided by the number of all samples."""
-    process_group.sum_([block for w in widths for _, block in sorted(w.blocks.items())])

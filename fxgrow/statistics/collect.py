@@ -11,16 +11,15 @@ from __future__ import annotations
 import math
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, fx
 
 from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
-from fxgrow.axes.structure import Projection
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
-from fxgrow.statistics.activation_cache import ActivationCache, Span
+from fxgrow.statistics.activation_cache import ActivationCache
 from fxgrow.statistics.all_reduce import sum_consumers, sum_inputs
 from fxgrow.statistics.consumer_moments import ConsumerMoments, SampledRows, consumers_of, rows_for, uses_by_node
 from fxgrow.statistics.forward_backward import BatchRecord
@@ -37,6 +36,8 @@ FEW_SAMPLES = 64
 FEW_ROWS = 512
 #: relative ridge on a sampled S with at least ten rows per feature, and with fewer
 SAMPLED_RIDGE = (1e-2, 1e-1)
+#: by node, a tensor of some samples
+NodeTensors = Mapping[fx.Node, Tensor]
 
 
 class Statistics:
@@ -170,7 +171,7 @@ class Statistics:
         for c in self.consumers.values() if not self.exact else ():
             for p in c.uses:
                 keep = min(self.keep[p.node], self.keep[p.source])
-                for share, span, inputs, gradients in self.cached(keep, [p.source], [p.node]):
+                for share, span, inputs, gradients in self.cache.groups([p.source], [p.node], keep):
                     h, v = c.layer_input(inputs[p.source]), c.output_gradient(gradients[p.node])
                     if self.complete:
                         c.add_products(h, v)
@@ -182,7 +183,7 @@ class Statistics:
         same_input = {name: None if self.exact else self._same_input(w) for name, w in self.widths.items()}
         others = [w for name, w in self.widths.items() if same_input[name] is None]
         for w in others if not self.exact else ():
-            for share, _, inputs, _ in self.cached(w.keep, [path.producer.source for path in w.paths]):
+            for share, _, inputs, _ in self.cache.groups((path.producer.source for path in w.paths), keep=w.keep):
                 w.add_rows(inputs, share * self.samples, generator, share, process_group.size)
         sum_inputs(others, self.samples, self.total, process_group)
         for name, w in self.widths.items():
@@ -195,15 +196,6 @@ class Statistics:
             w.blocks = {name: block / self.total for name, block in w.blocks.items()}
             w.ridge = 0.0 if self.exact else SAMPLED_RIDGE[w.rows < 10 * w.features]
 
-    def cached(
-        self, keep: int, inputs: Iterable[fx.Node], targets: Iterable[fx.Node] = ()
-    ) -> Iterator[tuple[float, Span, dict[fx.Node, Tensor], dict[fx.Node, Tensor]]]:
-        """Yields cached samples: their share of all that are cached, their batches, inputs and output gradients."""
-        sources, targets = list(dict.fromkeys(inputs)), list(dict.fromkeys(targets))
-        total = sum(min(keep, c.stop - c.start) for c in self.cache.inputs[sources[0]].chunks)
-        for span, ins, gradients in self.cache.groups(keep, sources, targets):
-            yield len(ins[sources[0]]) / total, span, ins, gradients
-
     def _same_input(self, w: WidthMoments) -> ConsumerMoments | None:
         """The weight with the same input as this width's only producer: its M is S."""
         p, *more = {path.producer.node: path.producer for path in w.paths}.values()
@@ -215,24 +207,27 @@ class Statistics:
     def subtract_expressible(self, updates: Mapping[str, Tensor]) -> None:
         """Subtracts E[b (dW* h)^T], what the existing weights can express, from N, by cached samples."""
         for w in self.widths.values():
-            by_use: defaultdict[Projection, list[ConvPath]] = defaultdict(list)
-            for path in w.paths:
-                by_use[path.consumer].append(path)
             sources = [n for path in w.paths for n in (path.producer.source, path.consumer.source)]
-            for share, _, inputs, gradients in self.cached(w.keep, sources, [p.node for p in by_use]):
-                for p, paths in by_use.items():
-                    c = self.consumers[p.weight]
-                    h = c.layer_input(inputs[p.source])
-                    # dW* h of cached samples stands for all samples; V of cached samples is not in N yet
-                    rest = c.apply(updates[p.weight] * (-share * self.samples / len(h)), h)
-                    rest += c.output_gradient(gradients[p.node])
-                    for path in paths:
-                        w.add(path, inputs[path.producer.source], rest, scale=1.0 / self.total)
+            targets = [path.consumer.node for path in w.paths]
+            for share, _, inputs, gradients in self.cache.groups(sources, targets, w.keep):
+                # dW* h of cached samples stands for all samples; V of cached samples is not in N yet
+                self._subtract(w, inputs, updates, share * self.samples / len(inputs[sources[0]]), gradients)
 
     def subtract_expressible_of(self, record: BatchRecord, updates: Mapping[str, Tensor]) -> None:
         """The same by all positions of one more batch."""
         for w in self.widths.values():
+            self._subtract(w, record.inputs, updates)
+
+    def _subtract(
+        self, w: WidthMoments, inputs: NodeTensors, updates: Mapping[str, Tensor], weight: float = 1.0,
+        gradients: NodeTensors | None = None,
+    ) -> None:  # fmt: skip
+        """Subtracts weight * E[b (dW* h)^T] from N, and adds that of the output gradients."""
+        for p in dict.fromkeys(path.consumer for path in w.paths):
+            c = self.consumers[p.weight]
+            rest = c.apply(updates[p.weight] * -weight, c.layer_input(inputs[p.source]))
+            if gradients is not None:
+                rest += c.output_gradient(gradients[p.node])
             for path in w.paths:
-                c = self.consumers[path.consumer.weight]
-                expressible = c.apply(updates[c.weight], c.layer_input(record.inputs[path.consumer.source]))
-                w.add(path, record.inputs[path.producer.source], expressible, scale=-1.0 / self.total)
+                if path.consumer is p:
+                    w.add(path, inputs[path.producer.source], rest, scale=1.0 / self.total)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import lru_cache
 from math import gcd, prod
+from operator import mul
 from typing import NamedTuple
 
 import torch
@@ -170,14 +171,9 @@ def axis_geometries(
     out = consumer.output(read)
     if min(read + out, default=1) < 1:
         raise ProfileError(f"an input of {shape} leaves an empty map: read {read}, output {out}")
-    return tuple(
-        AxisGeometry(
-            producer.kernel[d], producer.dilation[d], producer.stride[d] * pool[d],
-            consumer.kernel[d], consumer.stride[d], consumer.dilation[d], consumer.padding[d],
-            read[d], out[d],
-        )
-        for d in range(nd)
-    )  # fmt: skip
+    of_producer = producer.kernel, producer.dilation, map(mul, producer.stride, pool)
+    of_consumer = consumer.kernel, consumer.stride, consumer.dilation, consumer.padding
+    return tuple(map(AxisGeometry, *of_producer, *of_consumer, read, out))
 
 
 @lru_cache(maxsize=256)

@@ -97,7 +97,7 @@ def mergeable_tensors(stats: Statistics) -> dict[str, Tensor]:
 
 
 def merge_into(stats: Statistics, parts: Sequence[Moments], device: torch.device) -> dict[str, Tensor]:
-    """Fills empty statistics with the means over all parts, and returns C by width and weight."""
+    """Fills empty statistics with the means over all parts, and returns C by its names in the parts."""
     total = sum(part.samples for part in parts)
     shares = [part.samples / total for part in parts]
 
@@ -138,7 +138,7 @@ def merge_into(stats: Statistics, parts: Sequence[Moments], device: torch.device
         for weight in {path.consumer.weight: None for path in w.paths}:
             block, cross = mean(f"width/{name}/N/{weight}"), mean(f"width/{name}/C/{weight}")
             w.blocks |= {} if block is None else {weight: block}
-            crosses |= {} if cross is None else {f"{name}/{weight}": cross}
+            crosses |= {} if cross is None else {f"width/{name}/C/{weight}": cross}
     stats.samples, stats.total = total, float(total)
     return crosses
 
@@ -155,7 +155,7 @@ class InputCrossMoment:
         stats = self.stats
         for name, w in stats.widths.items():
             sources = [n for path in w.paths for n in (path.producer.source, path.consumer.source)]
-            for share, _, inputs, _ in stats.cached(w.keep, sources):
+            for share, _, inputs, _ in stats.cache.groups(sources, keep=w.keep):
                 self._add(self.widths[name], inputs, share / len(inputs[sources[0]]))
 
     def add(self, inputs: Mapping[fx.Node, Tensor]) -> None:
@@ -177,17 +177,13 @@ class InputCrossMoment:
         """C by the names in `Moments`."""
         return {f"width/{n}/C/{weight}": t.cpu() for n, w in self.widths.items() for weight, t in w.blocks.items()}
 
-    def blocks(self) -> dict[str, Tensor]:
-        """C by width and weight."""
-        return {f"{name}/{weight}": t for name, w in self.widths.items() for weight, t in w.blocks.items()}
-
 
 @torch.no_grad()
 def subtract_by_cross_moment(stats: Statistics, crosses: Mapping[str, Tensor], updates: Mapping[str, Tensor]) -> None:
     """Replaces N by N - C dW*^T."""
     for name, w in stats.widths.items():
         for weight, block in w.blocks.items():
-            w.blocks[weight] = block - crosses[f"{name}/{weight}"] @ updates[weight].mT.to(block)
+            w.blocks[weight] = block - crosses[f"width/{name}/C/{weight}"].to(block) @ updates[weight].mT.to(block)
 
 
 def check_parts(parts: Iterable[Moments], model: nn.Module) -> None:
