@@ -44,7 +44,8 @@ class _ResizedParameter:
         self.new = self.old.new_empty([axis.size for axis in self.axes])
 
     def filled(self) -> Tensor:
-        self._fill_new()
+        if any(axis.new for axis in self.axes):
+            self._fill_new()
         self._put_given()
         old, delta = rescaled(self.old, self.name, self.change), self.values.delta.get(self.name)
         self._put_kept(self.new, old if delta is None else old + delta.to(old))
