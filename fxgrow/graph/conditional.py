@@ -61,9 +61,7 @@ def _free(part: str, asked: set[str]) -> str:
 def _conditional(part: str, tests: dict[str, str]) -> str:
     """A statement, behind a test where it is a conditional one."""
     match = _STATEMENT.search(part)
-    if match is None or match[1] not in tests:
-        return part
-    return f"{match[1]} = None\nif {tests[match[1]]}: {part}"
+    return f"{match[1]} = None\nif {tests[match[1]]}: {part}" if match and match[1] in tests else part
 
 
 def run_only_if(node: fx.Node, condition: fx.Node, outcome: bool) -> None:

@@ -149,12 +149,10 @@ def _assemble(
     model: nn.Module, tracer: ValueTracer, values: tuple[Any, ...], keywords: list[str] | None
 ) -> fx.GraphModule:
     gm = fx.GraphModule(nn.Module(), fx.Graph(), class_name=type(model).__name__)
-    gm._modules.update(model._modules)
+    for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
+        getattr(gm, name).update(getattr(model, name))
     used = {str(node.target) for node in tracer.graph.find_nodes(op="call_module")}
     gm._modules.update({name: f.train(model.training) for name, f in tracer.opaque_functions.items() if name in used})
-    gm._parameters.update(model._parameters)
-    gm._buffers.update(model._buffers)
-    gm._non_persistent_buffers_set.update(model._non_persistent_buffers_set)
     gm.training = model.training
     attributes = {
         str(node.target): vars(model).get(str(node.target)) for node in tracer.graph.find_nodes(op="get_attr")

@@ -89,7 +89,7 @@ class FakeRunner:
         before, self.silent, self.guessed = self.silent, True, True
         try:
             with torch.no_grad(), torch._C.DisableTorchFunction(), torch.random.fork_rng(devices=[]):
-                real_args, real_kwargs = pytree.tree_map_only(torch.Tensor, _random_like, (args, kwargs))
+                real_args, real_kwargs = pytree.tree_map_only(FakeTensor, _random_like, (args, kwargs))
                 return pytree.tree_map_only(torch.Tensor, self.fake, function(*real_args, **real_kwargs))
         finally:
             self.silent = before
@@ -147,11 +147,9 @@ def _grouped_mm(mat_a: torch.Tensor, mat_b: torch.Tensor, **options: Any) -> tor
 _KERNELS = {getattr(F, "grouped_mm", None): _grouped_mm, getattr(torch, "_grouped_mm", None): _grouped_mm}
 
 
-def _random_like(value: torch.Tensor) -> torch.Tensor:
-    if not isinstance(value, FakeTensor):
-        return value
-    real = torch.zeros(value.shape, dtype=value.dtype, device=value.device)
-    return real.uniform_() if value.dtype.is_floating_point else real
+def _random_like(fake: FakeTensor) -> torch.Tensor:
+    real = torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)
+    return real.uniform_() if fake.dtype.is_floating_point else real
 
 
 _SIZES = {"shape", "size", "numel", "nelement", "device"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import random
 import sys
@@ -83,12 +84,10 @@ def _first_difference(model: nn.Module, gm: fx.GraphModule, call: Callable[[list
     def hook(name: str) -> Any:
         return lambda module, args, out: seen.setdefault(name, []).append([t.clone() for t in tensors_in(out)])
 
-    hooks = [m.register_forward_hook(hook(name)) for name, m in model.named_modules() if name in targets]
-    try:
+    with contextlib.ExitStack() as hooks:
+        for name in targets & dict(model.named_modules()).keys():
+            hooks.enter_context(model.get_submodule(name).register_forward_hook(hook(name)))
         _outputs(model, lambda: call(inputs))
-    finally:
-        for h in hooks:
-            h.remove()
     different: list[fx.Node] = []
 
     class Compare(ConditionalInterpreter):

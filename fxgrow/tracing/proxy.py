@@ -32,27 +32,16 @@ _INPLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", 
 
 
 class RecordingTracer(Protocol):
-    """What proxies and intercepted calls need of the tracer that records them."""
+    """What proxies and intercepted calls need of the tracer that records them; `ValueTracer` describes it."""
 
     runner: FakeRunner
 
-    def create_proxy(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Records a node; returns its proxy, or plain Python where its value is static."""
-
-    def concrete(self, proxy: ValueProxy, convert: Callable[[Any], Any], asked_by: FrameType | None = None) -> Any:
-        """Returns the plain value of a proxy that Python code looks at."""
-
-    def assign(self, module: nn.Module, name: str, value: ValueProxy) -> bool:
-        """Records `module.name = value`; False if that is no buffer."""
-
-    def training(self, module: nn.Module, value: bool) -> Any:
-        """Returns what `module.training` gives."""
-
-    def record_grad_mode(self, enabled: bool) -> None:
-        """Records a switch of gradient recording."""
-
-    def forget_question(self, frame: FrameType) -> None:
-        """Drops the guard of an `__index__` that only the argument parser asked for."""
+    def create_proxy(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
+    def concrete(self, proxy: ValueProxy, convert: Callable[[Any], Any], asked_by: FrameType | None = None) -> Any: ...
+    def assign(self, module: nn.Module, name: str, value: ValueProxy) -> bool: ...
+    def training(self, module: nn.Module, value: bool) -> Any: ...
+    def record_grad_mode(self, enabled: bool) -> None: ...
+    def forget_question(self, frame: FrameType) -> None: ...
 
 
 class ValueProxy(fx.Proxy):
@@ -103,12 +92,12 @@ class ValueProxy(fx.Proxy):
             return len(self.carried)  # the number of dimensions is static
         with self.tracer.runner.quiet():
             len(self.carried)  # raises for what has no length
-        length = self.tracer.create_proxy("call_function", len, (self,), {})
-        return int(length)
+        return int(self.tracer.create_proxy("call_function", len, (self,), {}))
 
     def __iter__(self) -> Iterator[Any]:
         frame = sys._getframe(1)
-        fixed = isinstance(self.carried, torch.Size) or _unpacks(frame.f_code, frame.f_lasti)
+        unpacks = dis.opname[frame.f_code.co_code[frame.f_lasti]] == "UNPACK_SEQUENCE"
+        fixed = unpacks or isinstance(self.carried, torch.Size)
         with self.tracer.runner.quiet():
             length = len(self.carried)
         # `a, b = x.chunk(2)` checks the number itself; a loop needs a guard on it
@@ -118,14 +107,10 @@ class ValueProxy(fx.Proxy):
         return any(bool(entry == item) for entry in self)
 
     def __eq__(self, other: Any) -> Any:
-        if isinstance(self.carried, torch.device):
-            return self.carried == (other.carried if type(other) is ValueProxy else other)
-        return self.tracer.create_proxy("call_function", operator.eq, (self, other), {})
+        return _compare(operator.eq, self, other)
 
     def __ne__(self, other: Any) -> Any:
-        if isinstance(self.carried, torch.device):
-            return self.carried != (other.carried if type(other) is ValueProxy else other)
-        return self.tracer.create_proxy("call_function", operator.ne, (self, other), {})
+        return _compare(operator.ne, self, other)
 
     def __round__(self, digits: int | None = None) -> Any:
         return self.tracer.create_proxy("call_function", round, (self, digits), {})
@@ -149,18 +134,23 @@ class ValueProxy(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __getattr__(self, name: str) -> Any:
-        tracer = self.tracer
-        with tracer.runner.quiet():
+        with self.tracer.runner.quiet():
             value = getattr(self.carried, name)
         if callable(value) and not isinstance(value, torch.Tensor):
             return _method(self, name)
-        if isinstance(value, (torch.Tensor, torch.Size, torch.device)):
-            return tracer.create_proxy("call_function", getattr, (self, name), {})
-        # numbers, and lists of them, that another input would change
-        is_plain_value = isinstance(value, (bool, int, float, complex, list, tuple, dict))
-        if is_plain_value and not isinstance(self.carried, (torch.Tensor, torch.device)):
-            return tracer.create_proxy("call_function", getattr, (self, name), {})
-        return value
+        kinds: tuple[type, ...] = (torch.Tensor, torch.Size, torch.device)
+        if not isinstance(self.carried, (torch.Tensor, torch.device)):
+            # and numbers, and lists of them, that another input would change
+            kinds += (bool, int, float, complex, list, tuple, dict)
+        return (
+            self.tracer.create_proxy("call_function", getattr, (self, name), {}) if isinstance(value, kinds) else value
+        )
+
+
+def _compare(function: Callable[..., Any], proxy: ValueProxy, other: Any) -> Any:
+    if isinstance(proxy.carried, torch.device):
+        return function(proxy.carried, other.carried if type(other) is ValueProxy else other)
+    return proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
 
 
 def _method(proxy: ValueProxy, name: str) -> Callable[..., Any]:
@@ -186,11 +176,6 @@ def _inplace(name: str) -> Callable[..., Any]:
 INPLACE = {getattr(operator, f"i{_name.rstrip('_')}") for _name in _INPLACE}
 for _name in _INPLACE:
     setattr(ValueProxy, f"__i{_name.rstrip('_')}__", _inplace(_name))
-
-
-def _unpacks(code: Any, offset: int) -> bool:
-    """Whether the instruction at ``offset`` is of the kind ``a, b = …``, which fixes the length."""
-    return bool(dis.opname[code.co_code[offset]] == "UNPACK_SEQUENCE")
 
 
 def has_proxy(value: Any) -> bool:

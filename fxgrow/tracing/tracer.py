@@ -82,8 +82,9 @@ class ValueTracer(fx.Tracer):
         for name, tensor in (*model.named_buffers(), *model.named_parameters()):
             self._names[id(tensor)] = name
         grad = torch.is_grad_enabled()
+        devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
         try:
-            with intercept(self), torch.random.fork_rng(devices=_cuda_devices()):
+            with intercept(self), torch.random.fork_rng(devices=devices):
                 return self.trace(model)
         except Exception as error:
             self.failed_in, self.failed_calls = self._innermost()[0], calls_in(error)
@@ -189,12 +190,9 @@ class ValueTracer(fx.Tracer):
         if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
             items = [proxy[i] for i in range(len(value))]  # type: ignore[index]
             if node.op == "placeholder" or node.op == "call_module":
-                items = [self._unpacked(item) for item in items]
+                items = [self._present(i.node, i.carried, True) if type(i) is ValueProxy else i for i in items]
             return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
         return proxy
-
-    def _unpacked(self, item: Any) -> Any:
-        return self._present(item.node, item.carried, unpack=True) if type(item) is ValueProxy else item
 
     def create_arg(self, a: Any) -> Any:
         """Returns nodes for proxies, tensors and the containers that fx would flatten into another type."""
@@ -314,14 +312,13 @@ class ValueTracer(fx.Tracer):
         expected = value if convert is not hash else proxy.carried
         key = (node.name, repr(expected))
         if key not in self._guards:
-            user = user_frame(sys._getframe(1))
-            line = source(user.f_code.co_filename, user.f_lineno) if user is not None else ""
-            condition = f"`{line}` in {self._where()}"
+            place = last_place(sys._getframe(1))
+            condition = f"`{source(*place) if place else ''}` in {self._where()}"
             self._guards[key] = self.create_node("call_function", guard, (node, expected, condition), {})
-            if user is not None and raises_otherwise(user.f_code.co_filename, user.f_lineno, bool(expected)):
+            if place and raises_otherwise(*place, bool(expected)):
                 self._guards[key].meta[CHECK] = True
             if convert is not bool:
-                self.numbers[self._guards[key]] = convert if convert is not hash else _identity
+                self.numbers[self._guards[key]] = convert if convert is not hash else lambda number: number
             if asked_by is not None:
                 self._asked[id(asked_by), asked_by.f_code, asked_by.f_lasti] = (key, self._guards[key])
         return value
@@ -353,18 +350,10 @@ class ValueTracer(fx.Tracer):
         return f"module {path!r} ({kind})" if path else f"the model ({kind})"
 
     def _where(self) -> str:
-        frame = user_frame(sys._getframe(1))
-        return self._module() + (f" at {frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else "")
+        place = last_place(sys._getframe(1))
+        return self._module() + (f" at {place[0]}:{place[1]}" if place else "")
 
 
 def equal_constants(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether two tensors are one, or have the same dtype, device, shape and entries."""
     return a is b or ((a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape) and torch.equal(a, b))
-
-
-def _identity(value: Any) -> Any:
-    return value
-
-
-def _cuda_devices() -> list[int]:
-    return list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []

@@ -172,14 +172,11 @@ def _flag_of(tracer: ValueTracer, node: fx.Node) -> str:
 
 def _flag_node(tracer: ValueTracer, flag: str) -> fx.Node:
     """Returns the ``get_attr`` node of a flag, moved to the top of the graph, before all its users."""
-    last = [node for node in tracer.graph.nodes if node.op == "placeholder"][-1:]
     nodes: list[fx.Node] = list(tracer.graph.find_nodes(op="get_attr", target=flag))
-    if nodes:
-        first = next(iter(tracer.graph.nodes))
-        (last[0].append if last else first.prepend)(nodes[0])
-        return nodes[0]
-    with tracer.graph.inserting_after(last[0]) if last else tracer.graph.inserting_before():
+    if not nodes:
         # not Graph.get_attr, which warns about attributes that are neither modules nor tensors
-        node = tracer.graph.create_node("get_attr", flag)
-    set_value(node, tracer.branches[flag][1])
-    return node
+        nodes.append(tracer.graph.create_node("get_attr", flag))
+        set_value(nodes[0], tracer.branches[flag][1])
+    inputs = list(tracer.graph.find_nodes(op="placeholder"))
+    (inputs[-1].append if inputs else next(iter(tracer.graph.nodes)).prepend)(nodes[0])
+    return nodes[0]
