@@ -125,9 +125,8 @@ class _Unrolled:
         self.like: Tensor = self.x.meta["val"]
         self.time = int(module.batch_first and self.like.dim() == 3)
         state: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("hx")
-        split = self.lstm and state is not None
-        self.h = self._item(state, 0) if split else state
-        self.c = self._item(state, 1) if split else None
+        self.h = self._item(state, 0) if self.lstm else state
+        self.c = self._item(state, 1) if self.lstm else None
 
     def write(self) -> fx.Node:
         last_h: list[fx.Node] = []

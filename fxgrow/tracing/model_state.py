@@ -69,30 +69,27 @@ def _drop_caches(model: nn.Module) -> None:
 @contextlib.contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
     """Restores the attributes of every module, and the state of Python's random generator."""
-    saved = []
-    for module in model.modules():
-        attributes = vars(module)
-        contents = [(value, _items(value)) for value in attributes.values() if isinstance(value, (dict, list, set))]
-        saved.append((attributes, dict(attributes), contents))
+    saved = [(vars(module), dict(vars(module))) for module in model.modules()]
+    containers = [v for attributes, _ in saved for v in attributes.values() if isinstance(v, (dict, list, set))]
+    contents = [(container, _items(container)) for container in containers]
     state = random.getstate()
     try:
         _drop_caches(model)
         yield
     finally:
         random.setstate(state)
-        for attributes, before, contents in saved:
+        for attributes, before in saved:
             attributes.clear()
             attributes.update(before)
-            for container, content in contents:
-                now = _items(container)
-                # one that is frozen has not changed
-                if len(now) != len(content) or any(a is not b for a, b in zip(now, content, strict=True)):
-                    container.clear()
-                    half = len(content) // 2
-                    if isinstance(container, dict):
-                        container.update(zip(content[:half], content[half:], strict=True))
-                    else:
-                        (container.extend if isinstance(container, list) else container.update)(content)
+        for container, content in contents:
+            # one that is frozen has not changed
+            if list(map(id, _items(container))) != list(map(id, content)):
+                container.clear()
+                half = len(content) // 2
+                if isinstance(container, dict):
+                    container.update(zip(content[:half], content[half:], strict=True))
+                else:
+                    (container.extend if isinstance(container, list) else container.update)(content)
 
 
 def _items(container: Any) -> list[Any]:

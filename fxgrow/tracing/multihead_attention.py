@@ -13,13 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
-def has_no_extra_keys(m: nn.MultiheadAttention) -> bool:
-    """Whether no learnt or zero key is added to the given ones."""
-    return m.bias_k is None and not m.add_zero_attn
-
-
 def multihead_attention(m: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
-    """Returns what `m(*args, **kwargs)` returns, computed from its parameters."""
+    """Returns what `m(*args, **kwargs)` returns, where `m` adds no learnt or zero key to the given ones."""
     call = inspect.signature(nn.MultiheadAttention.forward).bind(m, *args, **kwargs)
     call.apply_defaults()
     given = call.arguments

@@ -61,13 +61,10 @@ def raises_otherwise(file: str, line: int, outcome: bool) -> bool:
             if node.test.lineno <= line <= (node.test.end_lineno or 0) and other and isinstance(other[-1], ast.Raise):
                 return True
         elif node.lineno <= line <= (node.end_lineno or 0):
-            if isinstance(node, ast.Assert):
+            called = getattr(getattr(node, "value", None), "func", None)
+            name = getattr(called, "id", getattr(called, "attr", ""))
+            if isinstance(node, ast.Assert) or "assert" in name or "check" in name:
                 return True
-            called = node.value.func if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) else None
-            if isinstance(called, (ast.Name, ast.Attribute)):
-                name = called.id if isinstance(called, ast.Name) else called.attr
-                if "assert" in name or "check" in name:
-                    return True
     return False
 
 

@@ -24,7 +24,7 @@ from fxgrow.tracing.dependence import Dependence
 from fxgrow.tracing.fake_values import FakeRunner, arithmetic_key
 from fxgrow.tracing.intercept import FACTORIES, intercept
 from fxgrow.tracing.leaf_modules import is_layer
-from fxgrow.tracing.multihead_attention import has_no_extra_keys, multihead_attention
+from fxgrow.tracing.multihead_attention import multihead_attention
 from fxgrow.tracing.opaque import opaque_value
 from fxgrow.tracing.opaque_functions import Call, OpaqueFunction, calls_in
 from fxgrow.tracing.proxy import INPLACE, ValueProxy
@@ -74,7 +74,7 @@ class ValueTracer(fx.Tracer):
         self._arithmetic: dict[tuple[Any, ...], Any] = {}
         self._dependence = Dependence()
         self._guards: dict[tuple[str, str], fx.Node] = {}
-        self._asked: dict[tuple[int, CodeType, int], tuple[tuple[str, str], fx.Node]] = {}
+        self._asked: dict[tuple[int, CodeType, int], tuple[str, str]] = {}
         self._grad_modes: list[tuple[bool, fx.Node]] = []
 
     def record(self, model: nn.Module) -> fx.Graph:
@@ -247,7 +247,7 @@ class ValueTracer(fx.Tracer):
         path = self._path(m)
         if path is None:
             return forward(*args, **kwargs)
-        if type(m) is nn.MultiheadAttention and has_no_extra_keys(m):
+        if type(m) is nn.MultiheadAttention and m.bias_k is None and not m.add_zero_attn:
             self._traced_attention.add(m)
             forward = functools.partial(multihead_attention, m)
         return super().call_module(m, forward, args, kwargs)
@@ -320,15 +320,14 @@ class ValueTracer(fx.Tracer):
             if convert is not bool:
                 self.numbers[self._guards[key]] = convert if convert is not hash else lambda number: number
             if asked_by is not None:
-                self._asked[id(asked_by), asked_by.f_code, asked_by.f_lasti] = (key, self._guards[key])
+                self._asked[id(asked_by), asked_by.f_code, asked_by.f_lasti] = key
         return value
 
     def forget_question(self, frame: FrameType) -> None:
         """Drops the guard of an ``__index__`` that only the argument parser of this call asked for."""
-        key, node = self._asked.pop((id(frame), frame.f_code, frame.f_lasti), (None, None))
-        if key is not None and node is not None:
-            del self._guards[key]
-            self.graph.erase_node(node)
+        key = self._asked.pop((id(frame), frame.f_code, frame.f_lasti), None)
+        if key is not None:
+            self.graph.erase_node(self._guards.pop(key))
 
     def record_grad_mode(self, enabled: bool) -> None:
         """Records ``with torch.no_grad():`` as two nodes, the second of which restores the mode before the first."""

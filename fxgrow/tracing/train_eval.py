@@ -39,21 +39,15 @@ def merge_modes(tracer: ValueTracer, other: ValueTracer) -> None:
     flipped that the first one branched on.
     """
     _share_constants(tracer, other)
+    keys = [[(n.op, n.name if n.op == "placeholder" else n.target) for n in t.graph.nodes] for t in (tracer, other)]
     try:
-        _merge(tracer, other, _matching_calls(tracer, other))
+        _merge(tracer, other, SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_opcodes())
     except _Different:
         if len(tracer.branches) > 1:
             guard_modes(tracer)  # there are more than two modes
             return
         # no common part was found: two graphs, one of which runs
         _merge(tracer, other, [("replace", 0, len(tracer.graph.nodes) - 1, 0, len(other.graph.nodes) - 1)])
-
-
-def _matching_calls(tracer: ValueTracer, other: ValueTracer) -> Sequence[Step]:
-    """Returns ranges of nodes that both graphs have, and that one has."""
-    ours, theirs = list(tracer.graph.nodes), list(other.graph.nodes)
-    keys = [[(n.op, n.name if n.op == "placeholder" else n.target) for n in nodes] for nodes in (ours, theirs)]
-    return SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_opcodes()
 
 
 def _merge(tracer: ValueTracer, other: ValueTracer, steps: Sequence[Step]) -> None:
@@ -158,9 +152,7 @@ def _choose(tracer: ValueTracer, node: fx.Node, mine: Any, yours: Any) -> fx.Nod
         values = (mine, yours) if tracer.branches[flag][1] else (yours, mine)
         chosen = tracer.graph.call_function(in_mode, (flag_node, *values))
     set_value(chosen, fx.node.map_arg(mine, lambda n: n.meta["val"]))
-    for key in ("nn_module_stack", "stack_trace", CONDITIONS):
-        if key in node.meta:
-            chosen.meta[key] = node.meta[key]
+    chosen.meta |= {key: node.meta[key] for key in ("nn_module_stack", "stack_trace", CONDITIONS) if key in node.meta}
     return chosen
 
 
