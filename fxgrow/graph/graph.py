@@ -56,8 +56,7 @@ def operator_name(gm: nn.Module, node: fx.Node) -> str:
 
 def caller(node: fx.Node) -> str:
     """Path of the innermost module whose code made the node."""
-    stack = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
-    return stack[-1] if stack else ""
+    return next((path for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())), "")
 
 
 def copy_graph(gm: fx.GraphModule, replaced: Mapping[int, Tensor] | None = None) -> fx.GraphModule:
@@ -80,16 +79,14 @@ def copy_graph(gm: fx.GraphModule, replaced: Mapping[int, Tensor] | None = None)
     return out
 
 
-_STATE = {"_parameters", "_buffers", "_modules"}
-
-
 def copy_module(model: nn.Module, replaced: Mapping[int, Tensor]) -> nn.Module:
     """A deep copy without the record of earlier growth; see `copy_graph`."""
     if isinstance(model, fx.GraphModule):
         return copy_graph(model, replaced)
     memo: dict[int, Any] = dict(replaced)
     for module in model.modules():
-        kept = pytree.tree_leaves([v for k, v in vars(module).items() if k not in _STATE])
+        state = "_parameters", "_buffers", "_modules"
+        kept = pytree.tree_leaves([v for k, v in vars(module).items() if k not in state])
         # an activation that the model has kept is no leaf of autograd, and only leaves can be copied
         memo.update({id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf})
     meta = vars(model).get("meta")

@@ -157,36 +157,30 @@ def _replacements(
     for node in order:
         if node in numbers:
             continue
-        for path, literals in _literals(node, [pairs[node] for pairs in traces], traces):
-            if literals is None:
+        for path, literals in _literals(node, traces):
+            earlier = [(values, s) for values, s in sources.items() if literals and order[s[0]] < order[node]]
+            fits = (LinearNumber(*s, *line) for values, s in earlier if (line := _line(values, literals)))
+            if (number := next(fits, None)) is None:
                 return None
-            for values, (source, convert) in sources.items():
-                line = _line(values, literals)
-                if line is not None and order[source] < order[node]:
-                    replacements[node, path] = LinearNumber(source, convert, *line)
-                    break
-            else:
-                return None
+            replacements[node, path] = number
     return replacements
 
 
-def _literals(
-    node: fx.Node, others: Sequence[fx.Node], traces: Sequence[NodeMap]
-) -> Iterator[tuple[Path, tuple[Any, ...] | None]]:
-    """Yields the literals of a node that differ between the traces, by path; None for any other difference."""
-    mine, *theirs = (dict(argument_leaves(n)) for n in (node, *others))
+def _literals(node: fx.Node, traces: Sequence[NodeMap]) -> Iterator[tuple[Path, tuple[Any, ...]]]:
+    """Yields the literals of a node that differ between the traces, by path; () for any other difference."""
+    mine, *theirs = (dict(argument_leaves(n)) for n in (node, *(pairs[node] for pairs in traces)))
     if any(yours.keys() != mine.keys() for yours in theirs):
-        yield (), None
+        yield (), ()
         return
     for path, value in mine.items():
         values = [yours[path] for yours in theirs]
         if isinstance(value, fx.Node):
             if any(pairs.get(value) is not y for pairs, y in zip(traces, values, strict=True)):
-                yield path, None
+                yield path, ()
         elif any(type(y) is not type(value) for y in values):
-            yield path, None
+            yield path, ()
         elif any(y is not value and y != value for y in values):
-            yield path, (value, *values) if type(value) in (int, float) else None
+            yield path, (value, *values) if type(value) in (int, float) else ()
 
 
 def _line(known: tuple[Any, ...], values: tuple[Any, ...]) -> tuple[int, int] | None:

@@ -41,8 +41,9 @@ def _projected(m: nn.MultiheadAttention, *inputs: Tensor) -> tuple[Tensor, ...]:
     """Returns queries, keys and values; in self-attention they come from one product."""
     if m._qkv_same_embed_dim and len({getattr(x, "node", x) for x in inputs}) == 1:
         return F.linear(inputs[0], m.in_proj_weight, m.in_proj_bias).chunk(3, -1)
-    separate = m.q_proj_weight, m.k_proj_weight, m.v_proj_weight
-    weights = m.in_proj_weight.chunk(3) if m._qkv_same_embed_dim else separate
+    weights = (
+        m.in_proj_weight.chunk(3) if m._qkv_same_embed_dim else (m.q_proj_weight, m.k_proj_weight, m.v_proj_weight)
+    )
     biases = (None,) * 3 if m.in_proj_bias is None else m.in_proj_bias.chunk(3)
     return tuple(F.linear(*given) for given in zip(inputs, weights, biases, strict=True))
 

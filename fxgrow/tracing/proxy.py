@@ -137,7 +137,7 @@ class ValueProxy(fx.Proxy):
         with self.tracer.runner.quiet():
             value = getattr(self.carried, name)
         if callable(value) and not isinstance(value, torch.Tensor):
-            return _method(self, name)
+            return functools.partial(_call_method, self, name)
         kinds: tuple[type, ...] = (torch.Tensor, torch.Size, torch.device)
         if not isinstance(self.carried, (torch.Tensor, torch.device)):
             # and numbers, and lists of them, that another input would change
@@ -153,14 +153,11 @@ def _compare(function: Callable[..., Any], proxy: ValueProxy, other: Any) -> Any
     return proxy.tracer.create_proxy("call_function", function, (proxy, other), {})
 
 
-def _method(proxy: ValueProxy, name: str) -> Callable[..., Any]:
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if name in STATIC_METHODS:
-            with proxy.tracer.runner.quiet():
-                return getattr(proxy.carried, name)(*args, **kwargs)
-        return proxy.tracer.create_proxy("call_method", name, (proxy, *args), kwargs)
-
-    return call
+def _call_method(proxy: ValueProxy, name: str, /, *args: Any, **kwargs: Any) -> Any:
+    if name in STATIC_METHODS:
+        with proxy.tracer.runner.quiet():
+            return getattr(proxy.carried, name)(*args, **kwargs)
+    return proxy.tracer.create_proxy("call_method", name, (proxy, *args), kwargs)
 
 
 def _inplace(name: str) -> Callable[..., Any]:
