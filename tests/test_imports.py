@@ -89,7 +89,6 @@ def test_no_package_bears_the_name_of_a_public_function() -> None:
     assert {package(name) for name in SOURCES} & set(fxgrow.__all__) == set()
 
 
-@pytest.mark.xfail(reason="the house is being built")
 def test_files_and_functions_are_small() -> None:
     lengths = {name: len((ROOT / path).read_text().splitlines()) for name, path in files()}
     assert {name: n for name, n in lengths.items() if n > LINES_OF_A_FILE} == {}
