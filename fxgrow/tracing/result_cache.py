@@ -19,7 +19,7 @@ _MAX_ENTRIES = 10_000
 _cache: dict[Any, Any] = {}
 
 
-class _Unknown(Exception):
+class _NoKey(Exception):
     """A value that no key describes."""
 
 
@@ -43,7 +43,7 @@ def result_key(node: fx.Node, module: nn.Module | None, args: Any, kwargs: Any) 
         return None
     try:
         return node.op, target, torch.get_default_dtype(), _key((args, kwargs, state))
-    except _Unknown:
+    except _NoKey:
         return None
 
 
@@ -58,7 +58,7 @@ def keep_result(key: Any, value: Any) -> None:
         _cache.clear()
     try:
         _cache[key] = _key(value)
-    except _Unknown:
+    except _NoKey:
         pass
 
 
@@ -80,7 +80,7 @@ def _key(value: Any) -> Any:
         return kind, *map(_key, value.items())
     if kind is slice:
         return kind, _key(value.start), _key(value.stop), _key(value.step)
-    raise _Unknown
+    raise _NoKey
 
 
 def _value(key: Any, mode: FakeTensorMode) -> Any:
