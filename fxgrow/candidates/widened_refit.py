@@ -21,7 +21,7 @@ from fxgrow.data.batches import Batch, Data
 from fxgrow.data.loss import LossFn
 from fxgrow.graph.graph import lookup
 from fxgrow.statistics.all_reduce import sum_consumers
-from fxgrow.statistics.consumer_moments import ConsumerMoments, consumers_of, uses_by_node
+from fxgrow.statistics.consumer_moments import ConsumerMoments, Sampling, consumers_of, uses_by_node
 from fxgrow.statistics.forward_backward import BatchRecord, PassRequest, forward_backward
 
 #: second moments of inputs are estimated from about so many samples
@@ -109,10 +109,10 @@ class WidenedRefit:
 
     def _add_rows(self, record: BatchRecord, node: fx.Node, v: Tensor) -> None:
         batches, processes = self.data.expected(record.size), self.data.process_group.size
-        keep = math.ceil(SAMPLES / batches)
+        sampling, keep = Sampling(record.size, self.generator, 1 / batches, processes), math.ceil(SAMPLES / batches)
         for c, p in self.uses[node]:
             h = c.layer_input(record.inputs[p.source][:keep])
-            c.add_rows(h, c.output_gradient(v[:keep]), record.size, self.generator, 1 / batches, processes)
+            c.add_rows(h, c.output_gradient(v[:keep]), sampling)
 
     def _consumer_batches(self, record: BatchRecord) -> Iterator[tuple[str, ConsumerBatch]]:
         for name, c in self.consumers.items():

@@ -6,11 +6,10 @@ its outgoing weights each. The loss changes by delta^T S delta / 2, S = E[(dl/d 
 the eigenvector of the smallest eigenvalue lambda < 0, delta = eps v lowers it by eps^2 |lambda| / 2, for each unit of
 the network; others stay as they are.
 
-Here S is the second derivative in delta of the loss of the widened graph itself. For a dense layer or a convolution (b
-its patches, a sum over positions) that is the formula, and it goes through whatever lies between producer and consumer.
-S is only multiplied with, by double backward; lambda and v come from `STEPS` steps of Lanczos (the paper takes all
-eigenvalues). eps is `EPS` times the mean length of the width's theta, then times the gamma of the line search (the
-paper: a constant). Each unit is split at most once at a growth, the k best ones of a width.
+Here S is the second derivative in delta of the loss of the widened graph itself: the formula, but through whatever lies
+between producer and consumer. S is only multiplied with, by double backward; lambda and v come from `STEPS` steps of
+Lanczos (the paper takes all eigenvalues). eps is `EPS` times the mean length of the width's theta, then times the gamma
+of the line search (the paper: a constant). Each unit is split at most once at a growth, the k best ones of a width.
 
 A piecewise linear sigma has no second derivative. It gets that of its convolution with a box: [sigma'(a + r) -
 sigma'(a - r)] / 2r, r half the root mean square of its inputs a in a batch (the paper smoothes too). So do ReLU, ReLU6,

@@ -21,7 +21,14 @@ from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
 from fxgrow.statistics.activation_cache import ActivationCache
 from fxgrow.statistics.all_reduce import sum_consumers, sum_inputs
-from fxgrow.statistics.consumer_moments import ConsumerMoments, SampledRows, consumers_of, rows_for, uses_by_node
+from fxgrow.statistics.consumer_moments import (
+    ConsumerMoments,
+    SampledRows,
+    Sampling,
+    consumers_of,
+    rows_for,
+    uses_by_node,
+)
 from fxgrow.statistics.forward_backward import BatchRecord
 from fxgrow.statistics.producer_consumer_path import ConvPath, find_paths
 from fxgrow.statistics.width_moments import WidthMoments, feature_spans
@@ -175,7 +182,7 @@ class Statistics:
                     h, v = c.layer_input(inputs[p.source]), c.output_gradient(gradients[p.node])
                     if self.complete:
                         c.add_products(h, v)
-                    rows = c.add_rows(h, v, share * self.samples, generator, share, process_group.size)
+                    rows = c.add_rows(h, v, Sampling(share * self.samples, generator, share, process_group.size))
                     c.sampled.append(SampledRows(p, span, keep, *rows))
         self.total = sum_consumers(self.consumers, self.samples, process_group)
         for c in self.consumers.values():
@@ -184,7 +191,7 @@ class Statistics:
         others = [w for name, w in self.widths.items() if same_input[name] is None]
         for w in others if not self.exact else ():
             for share, _, inputs, _ in self.cache.groups((path.producer.source for path in w.paths), keep=w.keep):
-                w.add_rows(inputs, share * self.samples, generator, share, process_group.size)
+                w.add_rows(inputs, Sampling(share * self.samples, generator, share, process_group.size))
         sum_inputs(others, self.samples, self.total, process_group)
         for name, w in self.widths.items():
             consumer = same_input[name]

@@ -70,6 +70,20 @@ def some_rows(count: int, limit: int, generator: torch.Generator | None, device:
     return torch.randperm(count, generator=generator)[:limit].to(device) if limit < count else None
 
 
+class Sampling(NamedTuple):
+    """How rows of a second moment are sampled: each of the processes takes a share of the wanted rows."""
+
+    #: rows are scaled as if they were of so many samples
+    samples: float
+    generator: torch.Generator
+    share: float
+    processes: int
+
+    def choose(self, count: int, wanted: int, device: torch.device) -> Tensor | None:
+        """Indices of the rows among `count`; None for all."""
+        return some_rows(count, math.ceil(self.share * wanted / self.processes), self.generator, device)
+
+
 class SampledRows(NamedTuple):
     """The sampled rows of one use's input from which M was formed: of the first `keep` samples of cached batches."""
 
@@ -164,20 +178,10 @@ class ConsumerMoments:
         """Adds the sum of |V|^2."""
         self.vv = self.vv + torch.linalg.vector_norm(v, dtype=accumulation_dtype(v)).square()
 
-    def add_rows(
-        self,
-        h: Tensor,
-        v: Tensor,
-        samples: float | None,
-        generator: torch.Generator | None = None,
-        share: float = 1.0,
-        processes: int = 1,
-    ) -> tuple[list[Tensor | None], float]:
-        """Adds rows of a `layer_input` and an `output_gradient` to M and G.
+    def add_rows(self, h: Tensor, v: Tensor, sampling: Sampling | None) -> tuple[list[Tensor | None], float]:
+        """Adds rows of a `layer_input` and an `output_gradient`, by default all, to M and G.
 
-        With `samples`, they are sampled and scaled as if they were of so many samples: this call adds the given share
-        of the rows that the weight needs, and other processes as much each. None: all rows, unscaled. Returns indices
-        of the rows, in parts, and the weight of each.
+        Returns indices of the rows, in parts, and the weight of each.
         """
         gradients = self.gradient_rows(v)
         n = len(gradients)
@@ -185,14 +189,12 @@ class ConsumerMoments:
         routed = h.flatten(0, -2).any(-1).nonzero().flatten() if self.uses[0].experts else None
         count = n * gradients.shape[1] if routed is None else len(routed)
         self.samples, self.position_count = self.samples + n, self.position_count + count
-        chosen = None
-        if samples is not None:
-            width = h.shape[self.dim] * self.window.taps
-            chosen = some_rows(count, math.ceil(share * rows_for(width) / processes), generator, h.device)
+        wanted = rows_for(h.shape[self.dim] * self.window.taps)
+        chosen = None if sampling is None else sampling.choose(count, wanted, h.device)
         if routed is not None:
             chosen = routed if chosen is None else routed[chosen]
         rows = count if chosen is None else len(chosen)
-        scale = 1.0 if samples is None else samples * count / n / max(1, rows)
+        scale = 1.0 if sampling is None else sampling.samples * count / n / max(1, rows)
         parts = list(self._parts(h, chosen, count))
         for part in parts:
             self.m = add_gram(self.m, self.input_rows(h, part), bias=self.bias is not None, scale=scale)

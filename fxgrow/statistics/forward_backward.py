@@ -110,7 +110,7 @@ class _ActivationRecorder:
         if node in self.sources:
             kept = value.detach().clone() if node in self.copied else value.detach()
             # the routing of rows may be computed after the rows
-            self.record.inputs[node] = kept if node in self.routes else self._by_sample(node, kept)
+            self.record.inputs[node] = kept if node in self.routes else self.by_sample(node, kept)
         if node in self.routing:
             self.known[node] = value.detach()
         if node in self.targets:
@@ -123,24 +123,19 @@ class _ActivationRecorder:
             self.hooks.append(value.register_hook(lambda g: self.returned(node, g.detach())))
         correct = self.request.corrections.get(node)
         if correct is not None and value.requires_grad:
-            kept, by_sample = self.record.inputs[node], partial(self._by_sample, node)
+            kept, by_sample = self.record.inputs[node], partial(self.by_sample, node)
             self.hooks.append(value.register_hook(lambda g: self._like_output(node, correct(kept, by_sample(g)), g)))
         return value
 
     def returned(self, node: fx.Node, v: Tensor) -> None:
         del self.waiting[node]
-        v = self._by_sample(node, v)
+        v = self.by_sample(node, v)
         if self.request.on_output_gradient is None:
             self.record.output_gradients[node] = v
         else:
             self.request.on_output_gradient(self.record, node, v)
 
-    def lay_out(self) -> None:
-        """Lays out inputs of experts by sample, after the forward pass."""
-        for node in self.routes.keys() & self.record.inputs.keys():
-            self.record.inputs[node] = self._by_sample(node, self.record.inputs[node])
-
-    def _by_sample(self, node: fx.Node, value: Tensor) -> Tensor:
+    def by_sample(self, node: fx.Node, value: Tensor) -> Tensor:
         """The value with its samples first: `[n, positions, features]` of a list of all samples' positions."""
         n = self.record.size
         if node in self.routes:
@@ -182,7 +177,8 @@ def forward_backward(
             recorder.weights_needed = bool(weights)
             try:
                 loss = loss_of(forward(recorder.run, gm, batch), batch, loss_fn)
-                recorder.lay_out()
+                for node in recorder.routes.keys() & record.inputs.keys():
+                    record.inputs[node] = recorder.by_sample(node, record.inputs[node])
                 record.loss = float(loss.detach())
                 if not loss.requires_grad:
                     raise ProfileError(

@@ -1,9 +1,8 @@
-"""The geometry from a producer to a consumer of the same width, in one normal form.
+"""The geometry from a producer to a consumer of the same width: a map, an average pool or none, and a window.
 
-A producer writes a map, an average pool may follow, and a consumer's window reads the result. A linear layer after a
-convolution is a window too: over the map (flatten), one position (tokens), or the pooled map (global pool). Other
-operators in between (upsampling, selections, grouped convolutions) have no path: such widths get random incoming
-weights, refitted like all others.
+A linear layer after a convolution is a window too: over the map (flatten), one position (tokens), or the pooled map
+(global pool). Across other operators (upsampling, selections, grouped convolutions) there is no path: such widths get
+random incoming weights, refitted like all others.
 """
 
 from __future__ import annotations
@@ -115,8 +114,7 @@ def _path(
         return None
     tokens = prod(read)
     if per_read > 1:
-        shape = next((s for n in reversed(nodes) if prod(s := _positions(n, nd, second)) == per_read), None)
-        kernel = shape
+        shape = kernel = next((s for n in reversed(nodes) if prod(s := _positions(n, nd, second)) == per_read), None)
     else:
         shape = written if tokens == prod(written) else (1,) * nd if tokens == 1 else None
         kernel = (1,) * nd

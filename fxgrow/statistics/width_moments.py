@@ -19,7 +19,7 @@ from torch import Tensor, fx
 from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.axes.axes import length
-from fxgrow.statistics.consumer_moments import some_rows
+from fxgrow.statistics.consumer_moments import Sampling
 from fxgrow.statistics.cross_moment import coverage, cross_moment, patch_rows
 from fxgrow.statistics.factorisation import Factor, factor
 from fxgrow.statistics.gram import accumulating, add_gram, matrix_product, mirrored
@@ -124,30 +124,18 @@ class WidthMoments:
         windows = {p.consumer.weight: p.consumer_window for p in paths}.values()
         return PatchMap(paths, shape, True, torch.stack([coverage(shape, w).double() for w in windows]).mean(0))
 
-    def add_rows(
-        self,
-        inputs: Mapping[fx.Node, Tensor],
-        samples: float | None,
-        generator: torch.Generator | None = None,
-        share: float = 1.0,
-        processes: int = 1,
-    ) -> None:
-        """Adds rows b of inputs, by node, to S.
-
-        With `samples`, they are sampled and scaled as if they were of so many samples: this call adds the given share
-        of the `wanted` rows, and other processes as much each. None: all rows, unscaled.
-        """
-        limit = None if samples is None else math.ceil(share * self.wanted / processes)
+    def add_rows(self, inputs: Mapping[fx.Node, Tensor], sampling: Sampling | None) -> None:
+        """Adds rows b of inputs, by default all, to S."""
         n = len(inputs[self.paths[0].producer.source])
         total = n * self.positions(inputs)
         self.samples += n
         for uses in self.rounds():
-            rows, weight, bias = self.stacked(uses, inputs, limit, generator)
+            rows, weight, bias = self.stacked(uses, inputs, sampling)
             self.position_count += float(weight.mean()) * total
-            scale = 1.0 if samples is None else samples / n * total / len(rows)
+            scale = 1.0 if sampling is None else sampling.samples / n * total / len(rows)
             self.rows += len(rows)
-            if samples is not None and self.wanted < self.features:
-                ones = (weight * (scale * share / samples)).sqrt()[:, None].to(rows)
+            if sampling is not None and self.wanted < self.features:
+                ones = (weight * (scale * sampling.share / sampling.samples)).sqrt()[:, None].to(rows)
                 weighted = rows.new_empty(len(rows), self.features)
                 torch.mul(rows, ones, out=weighted[:, : rows.shape[1]])
                 if bias:
@@ -174,21 +162,16 @@ class WidthMoments:
         return math.prod(shape) if shape else producer_map(inputs[paths[0].producer.source], paths[0]).shape[1]
 
     def stacked(
-        self,
-        uses: Mapping[str, ConvPath | None],
-        inputs: Mapping[fx.Node, Tensor],
-        limit: int | None,
-        generator: torch.Generator | None = None,
+        self, uses: Mapping[str, ConvPath | None], inputs: Mapping[fx.Node, Tensor], sampling: Sampling | None
     ) -> tuple[Tensor, Tensor, bool]:
-        """Rows b of all producers side by side, at most `limit` of them (None: all), zero for one without a use.
+        """Rows b of all producers side by side `[m, P]`, zero for one without a use, and how often each is read `[m]`.
 
-        Returns:
-            The rows `[m, P]`, how often each is read `[m]`, and whether the last feature, which is 1, is left out.
+        The last feature, if it is 1 in every row, may be left out: the third result.
         """
         _, _, pooled, cover = self.patch_map()
         maps = {name: producer_map(inputs[path.producer.source], path) for name, path in uses.items() if path}
         first, positions = next(iter(maps.values())), self.positions(inputs)
-        chosen = None if limit is None else some_rows(len(first) * positions, limit, generator, first.device)
+        chosen = sampling and sampling.choose(len(first) * positions, self.wanted, first.device)
         cover = cover.flatten().to(first.device).expand(positions)
         weight = cover.repeat(len(first)) if chosen is None else cover[chosen % positions]
         parts, alone = [], len(self.spans) == 1
