@@ -1,7 +1,8 @@
 """Values of nodes, by all that a fake mode sees of them: targets, numbers, and shapes, strides and dtypes of tensors.
 
 A fake mode takes 0.2 to 0.8 ms for a layer, networks repeat their blocks, and a model is traced several times. CPU time
-of a capture without -> with the cache: resnet18 43 -> 27 ms, mobilenet_v3_small 115 -> 67 ms, a small Llama 248 -> 114.
+of a trace without -> with the cache: resnet18 43 -> 27 ms, mobilenet_v3_small 115 -> 67 ms. Over 24 networks of
+torchvision and timm, traces and widths took 1.44 -> 0.92 times `symbolic_trace` and one forward in the median.
 """
 
 from __future__ import annotations
