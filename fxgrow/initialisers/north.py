@@ -8,14 +8,9 @@ as many rows as inputs no direction is left: those units stay random.
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
-from torch import Tensor, fx
-from torch.nn.functional import pad
 
-from fxgrow.graph.graph import lookup
-from fxgrow.initialisers.registry import Consumers, Proposal, initialiser, split_rows
+from fxgrow.initialisers.registry import Consumers, Proposal, existing_rows, initialiser, split_rows
 from fxgrow.statistics.width_moments import WidthMoments
 
 #: what is left of a random row's square is rounding below this
@@ -28,7 +23,7 @@ def north(width: WidthMoments, consumers: Consumers, k: int) -> Proposal:
     s = width.second_moment.double()
     generator = torch.Generator().manual_seed(width.features)
     drawn = torch.randn(width.features, k, generator=generator, dtype=torch.float64).to(s)
-    known = _existing(width).to(s)
+    known = existing_rows(width).to(s)
     alpha, before = drawn.clone(), (drawn * (s @ drawn)).sum(0)
     for i in range(k):
         for _ in range(2):  # once more for what rounding left
@@ -40,17 +35,3 @@ def north(width: WidthMoments, consumers: Consumers, k: int) -> Proposal:
             known = torch.cat([known, alpha[:, i : i + 1]], 1)
     alpha /= ((alpha * (s @ alpha)).sum(0) / width.positions_per_sample).clamp_min(1e-30).sqrt()
     return Proposal(split_rows(alpha.to(width.second_moment), width))
-
-
-def _existing(width: WidthMoments) -> Tensor:
-    """Rows of all producers in the basis of b, `[P, units]`; a producer's own rows are zero in the others' part."""
-    columns = []
-    for p in {p.weight: p for p in width.growable.producers}.values():
-        start, stop = width.spans[p.weight]
-        gm = cast(fx.GraphModule, p.node.graph.owning_module)
-        rows = lookup(gm, p.weight).detach().movedim(p.out_dim, 0).flatten(1)
-        if p.bias is not None:
-            rows = torch.cat([rows, lookup(gm, p.bias).detach()[:, None]], 1)
-        columns.append(pad(rows.mT, (0, 0, start, width.features - stop)))
-    # producers of a sum write one unit together
-    return sum(columns[1:], columns[0]) if len({c.shape for c in columns}) == 1 else torch.cat(columns, 1)

@@ -9,16 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
+from torch.nn.functional import pad
 
 from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.data.batches import Data
 from fxgrow.data.loss import LossFn
 from fxgrow.errors import ProfileError
+from fxgrow.graph.graph import lookup
 from fxgrow.rewriting.values import Values
 from fxgrow.statistics.consumer_moments import ConsumerMoments
 from fxgrow.statistics.width_moments import WidthMoments
@@ -183,3 +185,17 @@ def lists_methods(function: Function) -> Function:
 def split_rows(alpha: Tensor, width: WidthMoments) -> dict[str, Tensor]:
     """Stacked incoming weights `[P, k]` as rows per producer, `[k, P_p]`."""
     return {name: alpha[start:stop].T.contiguous() for name, (start, stop) in width.spans.items()}
+
+
+def existing_rows(width: WidthMoments) -> Tensor:
+    """Rows of all producers in the basis of b, `[P, units]`; a producer's own rows are zero in the others' part."""
+    columns = []
+    for p in {p.weight: p for p in width.growable.producers}.values():
+        start, stop = width.spans[p.weight]
+        gm = cast(fx.GraphModule, p.node.graph.owning_module)
+        rows = lookup(gm, p.weight).detach().movedim(p.out_dim, 0).flatten(1)
+        if p.bias is not None:
+            rows = torch.cat([rows, lookup(gm, p.bias).detach()[:, None]], 1)
+        columns.append(pad(rows.mT, (0, 0, start, width.features - stop)))
+    # producers of a sum write one unit together
+    return sum(columns[1:], columns[0]) if len({c.shape for c in columns}) == 1 else torch.cat(columns, 1)

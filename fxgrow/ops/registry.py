@@ -9,6 +9,7 @@ a rule does not mention is pinned: a size that it does not follow, a weight comp
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import FunctionType
 from typing import Any, TypeVar
 
 from torch import fx, nn
@@ -45,6 +46,11 @@ def recognised(module: nn.Module) -> Rule | None:
 def is_described(target: Any) -> bool:
     """Whether `target` itself has a rule; a layer class entered with `@op` is one node of the graph."""
     return target in _RULES
+
+
+def described_functions() -> list[Callable[..., Any]]:
+    """Python functions outside of torch that have a rule: each is one node, wherever it is imported."""
+    return [t for t in _RULES if isinstance(t, FunctionType) and not t.__module__.startswith("torch.")]
 
 
 def find_rule(node: fx.Node, module: nn.Module | None) -> Rule | None:

@@ -19,7 +19,7 @@ from fxgrow.errors import CaptureError
 from fxgrow.graph.graph import submodule
 from fxgrow.graph.node_functions import guard, set_grad_enabled
 from fxgrow.graph.node_meta import CHECK, OPAQUE, set_value
-from fxgrow.ops.registry import recognised
+from fxgrow.ops.registry import described_functions, recognised
 from fxgrow.tracing.dependence import Dependence
 from fxgrow.tracing.fake_values import FakeRunner, arithmetic_key
 from fxgrow.tracing.intercept import FACTORIES, intercept
@@ -54,7 +54,7 @@ class ValueTracer(fx.Tracer):
         flipped: frozenset[str],  # paths of `training` flags that are read as their opposite
         opaque: Mapping[nn.Module, str],  # modules that become one node as their code cannot be traced, and why
     ) -> None:
-        super().__init__(autowrap_functions=tuple(FACTORIES))
+        super().__init__(autowrap_functions=(*FACTORIES, *described_functions()))
         self.inputs, self.call, self.leaves, self.flipped, self.opaque = inputs, call, leaves, flipped, opaque
         #: path of the innermost module in which tracing failed
         self.failed_in = ""

@@ -35,13 +35,17 @@ class Net(nn.Module):
 
 @dataclass(frozen=True)
 class Case:
-    """One row: `inputs(n)` is a batch of n samples, `larger(n)` one of another size where the net allows it."""
+    """One row: `inputs(n)` is a batch of n samples, `larger(n)` one of another size where the net allows it.
+
+    `fills`: what new entries of a parameter are, where the rule of the operator says so.
+    """
 
     id: str
     build: Callable[[], nn.Module]
     inputs: Callable[[int], tuple[Any, ...]]
     expected: dict[str, Expected]
     larger: Callable[[int], tuple[Any, ...]] | None = None
+    fills: dict[str, float] = field(default_factory=dict)
 
     @property
     def free(self) -> dict[str, tuple[int, int]]:
@@ -55,6 +59,7 @@ class Table:
     rows: list[Case] = field(default_factory=list)
 
     def add(self, id: str, shape: tuple[int, ...], larger: Any, parts: Any, forward: Forward, **expected: Any) -> None:
+        fills = expected.pop("fills", {})
         named = {name.replace("__", "."): e for name, e in expected.items()}
         if not any(name == "out" for name in named):
             named["out"] = "output"
@@ -65,6 +70,7 @@ class Table:
                 inputs=lambda n: (torch.randn(n, *shape),),
                 expected={name: e for name, e in named.items() if e is not None},
                 larger=None if larger is None else lambda n: (torch.randn(n, *larger),),
+                fills=fills,
             )
         )
 

@@ -82,6 +82,10 @@ def test_widening_is_exact(case: Case) -> None:
         grown, index = rewrite(grown, add)
         assert {w.name: w.size for w in widths(grown)} == {n: s + add.get(n, 0) for n, s in before.items()}
         assert index and list(grown.state_dict()) == list(model.state_dict())
+        for name, value in case.fills.items():
+            (old,) = index[name]
+            new = torch.ones(len(grown.state_dict()[name]), dtype=torch.bool).index_fill(0, old, False)
+            assert bool((grown.state_dict()[name][new] == value).all())
         for inputs in batches:
             for training in MODES:
                 assert difference(model, grown, inputs, training) <= 1e-10
