@@ -10,6 +10,7 @@ import fxgrow
 from fxgrow.axes.axes import Dims
 from fxgrow.ops.context import Context
 from fxgrow.ops.registry import _RULES
+from tests.ops.own_functions import swirl
 
 
 class Affine(nn.Module):
@@ -57,3 +58,30 @@ def test_grows_with_a_rule(described):
     batches = [(torch.randn(64, 4), torch.randint(0, 2, (64,))) for _ in range(4)]
     grown = fxgrow.grow(model, batches, neurons=2, progress=False)
     assert grown.get_parameter("0.kernel").shape == (8, 4) and len(fxgrow.profile(model, batches, progress=False)) == 1
+
+
+class Swirl(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.full((8,), 2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return swirl(x, self.gain)
+
+
+def test_a_function_with_a_rule_is_one_node_wherever_it_is_imported() -> None:
+    @fxgrow.op(swirl)
+    def rule(ctx: Context, x: Dims, gain: Dims) -> Dims:
+        ctx.same(x[1], gain[0])
+        ctx.fill(gain, 1.0)
+        return x
+
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 3), Swirl(), nn.Conv2d(8, 4, 3)), torch.randn(2, 3, 8, 8)
+    try:
+        assert swirl in [node.target for node in fxgrow.capture(net, (x,)).graph.nodes]
+        wider = fxgrow.widen(net, (x,), {"0": 3})
+    finally:
+        del _RULES[swirl]
+    assert torch.equal(wider.state_dict()["1.gain"][8:], torch.ones(3))
+    assert torch.allclose(wider(x), net(x), atol=1e-6)
+    assert swirl not in [node.target for node in fxgrow.capture(net, (x,)).graph.nodes]

@@ -54,7 +54,11 @@ def spec(value: Any) -> Any:
     return type(value), [spec(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-@pytest.mark.parametrize("target, args", [*(("0", (layer, s)) for layer, s in LAYERS), *CALLS], ids=str)
+ROWS = [*(("0", (layer, s)) for layer, s in LAYERS), *CALLS]
+IDS = [f"{getattr(target, '__name__', target)}-{args}" for target, args in ROWS]
+
+
+@pytest.mark.parametrize("target, args", ROWS, ids=IDS)
 def test_equal_nodes_have_equal_results(target: Any, args: tuple[Any, ...]) -> None:
     root = nn.Sequential(args[0]) if target == "0" else nn.Sequential()
     given = args[1:] if target == "0" else args
