@@ -84,26 +84,23 @@ class InitialiserRequest:
 
 @dataclass(frozen=True)
 class Needs:
-    """What the pipeline does for a method: the flags of `@initialiser`.
+    """What the pipeline does for a method: the flags of `@initialiser`."""
 
-    Attributes:
-        project: subtract from E[b V^T] what the existing weights can express.
-        moments: collect E[b V^T] and E[b b^T] at all.
-        output_side: collect E[V V^T] for the units (a refit has it anyway).
-        rows: sampled rows of b per feature that E[b b^T] needs; the larger the ridge on it, the fewer.
-        sketch: widths without a window between producer and consumer get units from the slope of zero units.
-        refit: fit outgoing weights and the update of existing ones on the activations of the new units.
-        symmetric: the line search scales incoming and outgoing weights alike (by the root of gamma).
-        share: the part of the best gamma that is applied.
-    """
-
+    #: subtract from E[b V^T] what the existing weights can express
     project: bool = True
+    #: collect E[b V^T] and E[b b^T] at all
     moments: bool = True
+    #: collect E[V V^T] for the units (a refit has it anyway)
     output_side: bool = False
+    #: sampled rows of b per feature that E[b b^T] needs; the larger the ridge on it, the fewer
     rows: float | None = None
+    #: widths without a window between producer and consumer get units from the slope of zero units
     sketch: bool = False
+    #: fit outgoing weights and the update of existing ones on the activations of the new units
     refit: bool = False
+    #: the line search scales incoming and outgoing weights alike (by the root of gamma)
     symmetric: bool = False
+    #: the part of the best gamma that is applied
     share: float = 1.0
 
 

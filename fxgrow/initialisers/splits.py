@@ -143,10 +143,7 @@ def gradients(value: Tensor, leaves: Sequence[Tensor], create_graph: bool = Fals
 class SplitGraph(WidenedGraph):
     """The loss of a graph with split units on fitting batches, as a function of how they are split.
 
-    Args:
-        request: the graph, which is left as it is, and the data.
-        splits: per width, units of the kind that will be asked about.
-        mode: a context in which the graph runs.
+    It is made from splits of as many units as will be asked about, and runs in the given mode.
     """
 
     def __init__(

@@ -14,8 +14,6 @@ from fxgrow.graph.unrolled_rnn import rnn_outputs
 
 _MOVES = {"transpose", "permute", "swapaxes", "swapdims", "movedim", "moveaxis", "t"}
 _STACKS = {"stack", "unsqueeze"}
-#: distinct sizes, to see where a dimension goes
-_SIZES = (2, 3, 5, 7, 11, 13, 17, 19)
 
 
 def nodes_with_batch_second(graph: fx.Graph) -> set[fx.Node]:
@@ -38,17 +36,12 @@ def _second(node: fx.Node, source: fx.Node, nodes: set[fx.Node]) -> bool:
         return second
     # a layer may have any name
     name = "" if node.op == "call_module" else getattr(node.target, "__name__", str(node.target))
-    if name in _MOVES and before.dim() <= len(_SIZES):
-        return _moved(node, before.dim(), int(second)) == 1
+    if name in _MOVES:
+        # a tensor whose sizes number its dimensions shows where they go
+        numbered = torch.empty(tuple(range(before.dim())), device="meta")
+        options = {k: v for k, v in node.kwargs.items() if k != "input"}
+        args, options = fx.map_arg((node.args[1:], options), lambda n: n.meta["val"])
+        return bool(getattr(numbered, name)(*args, **options).shape[1] == int(second))
     if after.dim() > before.dim():
         return second != (name in _STACKS and after.shape[1:] == before.shape)
     return second and after.shape[:2] == before.shape[:2]
-
-
-def _moved(node: fx.Node, dims: int, at: int) -> int:
-    """Where a dimension goes, found by moving the dimensions of a meta tensor."""
-    marked = torch.empty(_SIZES[:dims], device="meta")
-    args = fx.map_arg(node.args[1:], lambda n: n.meta["val"])
-    kwargs = fx.map_arg({k: v for k, v in node.kwargs.items() if k != "input"}, lambda n: n.meta["val"])
-    move = getattr(marked, getattr(node.target, "__name__", str(node.target)))
-    return tuple(move(*args, **kwargs).shape).index(_SIZES[at])

@@ -64,9 +64,9 @@ def cross_moment(
         x: the producer's input, ``[n, C, *S]`` (linear: ``[n, T, F]``).
         v: V, minus the gradient at the consumer's output, ``[n, O, *R]`` (linear: ``[n, T, O]``).
         producer: the producer's geometry.
-        consumer: the consumer's geometry, over the output of the producer and the pool.
+        consumer: the consumer's, over the output of the producer and an average pool with window and stride ``pool``.
         bias: the producer has a bias: one more feature that is 1.
-        pool: window = stride of an average pool between the two, empty for none.
+        pool: see ``consumer``; empty for none.
 
     Returns:
         ``[P, taps, O]`` with P = C * prod(kernel) (+ 1) and taps = prod(consumer.kernel).

@@ -127,8 +127,5 @@ def _factored(A: Tensor, eps: float) -> Factor:
 
 
 def bottleneck(vv: float, vh: Tensor, update: Tensor) -> float:
-    """The expressivity bottleneck Psi = E|V - dW* h|^2 = E|V|^2 - tr(E[V h^T] dW*^T) of TINY (arXiv 2405.19816).
-
-    It is what no update of the existing weights can express, from E|V|^2, E[V h^T] ``[O, H]`` and dW* ``[O, H]``.
-    """
+    """The expressivity bottleneck Psi = E|V - dW* h|^2 = E|V|^2 - tr(E[V h^T] dW*^T) of TINY (arXiv 2405.19816)."""
     return max(0.0, float(vv) - (vh * update).sum().item())

@@ -40,7 +40,7 @@ def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int, s
 
     alpha_k = sqrt(lambda_k) S^(-1/2) u_k and omega_k = sqrt(lambda_k) G^(-1/2) w_k (Verbockhaven et al. 2024,
     TINY, where G is the identity). Any root gives the same units, so no S^(-1/2) is formed:
-    alpha solves N G^-1 N^T alpha = lambda^2 S alpha.
+    alpha solves N G^-1 N^T alpha = lambda^2 S alpha. Signs make the largest entry of an alpha positive.
 
     Args:
         blocks: per consumer ``[P, taps, O]``, the matrix N = E[b V^T] less what dW* expresses.
@@ -48,9 +48,6 @@ def top_units(blocks: list[Tensor], s: Factor, g: list[Factor] | None, k: int, s
         g: per consumer the factor of its G ``[O, O]``, None for the identity.
         k: largest number of units; those with singular values up to 1e-6 of the largest are dropped.
         sweeps: applications of the operator; None for as many as working precision needs.
-
-    Returns:
-        Units with signs that make the entry of alpha with the largest magnitude positive.
     """
     if not all(math.isfinite(block.sum()) for block in blocks):
         raise ProfileError("the moment of inputs and gradients holds NaN or infinity: look for a non-finite loss")
