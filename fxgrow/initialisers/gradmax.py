@@ -24,6 +24,5 @@ def gradmax(width: WidthMoments, consumers: Consumers, k: int) -> Proposal:
     """Incoming weights of at most k units."""
     moment = torch.cat([block.flatten(1) for block in width.blocks.values()], 1)
     u, values, _ = torch.linalg.svd(moment, full_matrices=False)
-    alpha = u[:, values > DROP * values[:1]][:, :k]
-    alpha = width.scaled(alpha)
+    alpha = width.scaled(u[:, values > DROP * values[:1]][:, :k])
     return Proposal(split_rows(alpha, width), {}, values)

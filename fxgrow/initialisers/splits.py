@@ -34,6 +34,8 @@ from fxgrow.statistics.forward_backward import forward
 
 #: splits are searched on about so many samples
 SAMPLES = 2048
+#: by parameter and dimension, the entries of units there, `[units, entries, ...]`
+UnitEntries = dict[tuple[str, int], Tensor]
 
 
 class SplitInitialiser(CopyInitialiser):
@@ -75,27 +77,23 @@ class SplitInitialiser(CopyInitialiser):
         return write_splits(request.analysed, width, best, values)
 
 
-def unit_dims(analysed: AnalysedGraph, width: GrowableWidth) -> tuple[dict[str, int], dict[str, int]]:
-    """Trained parameters that write a width, and weights that read it, each with the dimension of its units."""
-    incoming = {p.weight: p.out_dim for p in width.producers}
-    incoming |= {p.bias: 0 for p in width.producers if p.bias is not None}
-    incoming = {name: dim for name, dim in incoming.items() if lookup(analysed.gm, name).requires_grad}
-    return incoming, {p.weight: p.in_dim for p in width.consumers}
+def unit_entries_of(analysed: AnalysedGraph, width: GrowableWidth) -> tuple[UnitEntries, UnitEntries]:
+    """Old entries of trained parameters that write a width, and of weights that read it."""
 
-
-def unit_entries_of(analysed: AnalysedGraph, width: GrowableWidth, dims: Mapping[str, int]) -> dict[str, Tensor]:
-    """Old entries of parameters unit by unit, `[units, entries, ...]`."""
-    rows = {}
-    for name, dim in dims.items():
+    def entries(name: str, dim: int) -> Tensor:
         old = lookup(analysed.gm, name).detach().movedim(dim, 0)
-        rows[name] = old[unit_entries(analysed.structure.parameters[name][dim], width.var).to(old.device)]
-    return rows
+        return old[unit_entries(analysed.structure.parameters[name][dim], width.var).to(old.device)]
+
+    writes = [(p.weight, p.out_dim) for p in width.producers]
+    writes += [(p.bias, 0) for p in width.producers if p.bias is not None]
+    incoming = {key: entries(*key) for key in writes if lookup(analysed.gm, key[0]).requires_grad}
+    return incoming, {(p.weight, p.in_dim): entries(p.weight, p.in_dim) for p in width.consumers}
 
 
 def unit_vectors(analysed: AnalysedGraph, width: GrowableWidth) -> tuple[Tensor, Tensor]:
     """Incoming and outgoing weights of every unit in one row each, `[units, D]` and `[units, D']`."""
-    incoming, outgoing = (unit_entries_of(analysed, width, dims).values() for dims in unit_dims(analysed, width))
-    return torch.cat([t.flatten(1) for t in incoming], 1), torch.cat([t.flatten(1) for t in outgoing], 1)
+    incoming, outgoing = ([t.flatten(1) for t in es.values()] for es in unit_entries_of(analysed, width))
+    return torch.cat(incoming, 1), torch.cat(outgoing, 1)
 
 
 def write_splits(analysed: AnalysedGraph, width: GrowableWidth, splits: Splits, values: Values) -> Outgoing:
@@ -108,14 +106,12 @@ def write_splits(analysed: AnalysedGraph, width: GrowableWidth, splits: Splits, 
     def enter(name: str, dim: int, rows: Tensor) -> None:
         values.new.setdefault(name, {})[width.name, dim] = rows.flatten(0, 1).movedim(0, dim)
 
-    def unpacked(vectors: Tensor, dims: Mapping[str, int]) -> Iterator[tuple[str, int, Tensor]]:
-        like = unit_entries_of(analysed, width, dims)
+    def unpacked(vectors: Tensor, like: UnitEntries) -> UnitEntries:
         parts = vectors.split([t[0].numel() for t in like.values()], 1)
-        for (name, t), part in zip(like.items(), parts, strict=True):
-            yield name, dims[name], part.view(-1, *t.shape[1:])
+        return {key: part.view(-1, *t.shape[1:]) for (key, t), part in zip(like.items(), parts, strict=True)}
 
-    incoming, outgoing = unit_dims(analysed, width)
-    for name, dim, rows in unpacked(splits.incoming, incoming):
+    incoming, outgoing = unit_entries_of(analysed, width)
+    for (name, dim), rows in unpacked(splits.incoming, incoming).items():
         is_fresh, shape = fresh.to(rows.device), lookup(analysed.gm, name).movedim(dim, 0).shape
         at = unit_entries(analysed.structure.parameters[name][dim], width.var)[origin[~fresh]].flatten().to(rows.device)
         delta = rows.new_zeros(shape).index_add(0, at, rows[~is_fresh].flatten(0, 1)).movedim(0, dim)
@@ -126,9 +122,9 @@ def write_splits(analysed: AnalysedGraph, width: GrowableWidth, splits: Splits, 
         enter(name, 0, buffer)
     if splits.outgoing is None:
         return []
-    for name, dim, columns in unpacked(splits.outgoing, outgoing):
+    for (name, dim), columns in unpacked(splits.outgoing, outgoing).items():
         enter(name, dim, columns)
-    return [(name, width.name, dim) for name, dim in outgoing.items()]
+    return [(name, width.name, dim) for name, dim in outgoing]
 
 
 def gradients(value: Tensor, leaves: Sequence[Tensor], create_graph: bool = False) -> tuple[Tensor, ...]:

@@ -54,7 +54,7 @@ def patch_rows(
 def cross_moment(
     x: Tensor, v: Tensor, producer: Window, consumer: Window, bias: bool = False, pool: tuple[int, ...] = ()
 ) -> Tensor:
-    """Sum over samples and output positions p of b(p + tap) v(p)^T, zero where the tap is padding.
+    """Sum over samples and output positions p of b(p + tap) v(p)^T, ``[P, taps, O]``; zero where the tap is padding.
 
     This is the number of samples times E[b V^T] (the matrix N of TINY, arXiv 2405.19816, before the projection).
     Between convolutions it is computed as the weight gradient of one virtual convolution from the producer's input to
@@ -67,9 +67,6 @@ def cross_moment(
         consumer: the consumer's, over the output of the producer and an average pool with window and stride ``pool``.
         bias: the producer has a bias: one more feature that is 1.
         pool: see ``consumer``; empty for none.
-
-    Returns:
-        ``[P, taps, O]`` with P = C * prod(kernel) (+ 1) and taps = prod(consumer.kernel).
     """
     x, v = accumulating(x), accumulating(v)
     if not producer.kernel:
