@@ -27,12 +27,7 @@ class CopyInitialiser(Initialiser):
     """Base of the methods whose new units are like old ones."""
 
     def check_width(self, analysed: AnalysedGraph, width: GrowableWidth) -> None:
-        """Refuses a width whose units cannot be copied.
-
-        Raises:
-            PlanError: its units are under a norm, multiplied with each other, or in a weight that both writes and reads
-                them; or one of its weights keeps its largest singular value.
-        """
+        """Refuses a width whose units cannot be copied."""
         why = why_no_copies(analysed, width)
         if why is not None:
             raise PlanError(

@@ -189,10 +189,7 @@ class SplitGraph(WidenedGraph):
     def means(
         self, parameters: dict[str, Tensor], derive: Callable[[Tensor], Sequence[Tensor]]
     ) -> tuple[float, list[Tensor]]:
-        """Means over samples: of the loss, and of what `derive` makes of each batch's.
-
-        Running statistics in `parameters` become those of the batches.
-        """
+        """Means over samples of the loss and of what `derive` makes of it; running statistics become the batches'."""
         sums: list[Tensor] = []
         count = 0
         for m in self.norms.values():

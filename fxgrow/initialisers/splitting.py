@@ -87,11 +87,7 @@ class SplittingMatrix:
 
     @torch.enable_grad()
     def product(self, vectors: Vectors) -> Vectors:
-        """S v for a vector of every unit.
-
-        Raises:
-            ProfileError: an operator of the model has no second derivative.
-        """
+        """S v for a vector of every unit."""
         delta, along = list(self.delta.values()), [vectors[name] for name in self.delta]
 
         def derive(loss: Tensor) -> Sequence[Tensor]:

@@ -15,11 +15,10 @@ def sum_consumers(consumers: Mapping[str, ConsumerMoments], samples: float, proc
     """Sums E[V h^T], E|V|^2, M, G and counts, before `finish`; returns the number of samples of all processes."""
     if process_group.size == 1:
         return samples
-    counts = torch.tensor(
-        [[samples, float(c.vv), c.samples, c.position_count, c.rows] for c in consumers.values()], dtype=torch.float64
-    ).view(-1, 5)
+    numbers = [[float(c.vv), c.samples, c.position_count, c.rows] for c in consumers.values()]
+    counts = torch.tensor(numbers, dtype=torch.float64)
     process_group.sum_([counts, *(t for c in consumers.values() for t in (c.vh, c.m, c.g) if t is not None)])
-    for c, (_, vv, seen, positions, rows) in zip(consumers.values(), counts.tolist(), strict=True):
+    for c, (vv, seen, positions, rows) in zip(consumers.values(), counts.tolist(), strict=True):
         c.vv, c.samples, c.position_count, c.rows = vv, int(seen), int(positions), int(rows)
     return process_group.sum_numbers(samples)[0]
 

@@ -20,11 +20,7 @@ from fxgrow.errors import ProfileError
 
 @dataclass(frozen=True)
 class Window:
-    """A convolution's geometry, one entry per spatial dimension; ``Window()`` is a linear layer.
-
-    Raises:
-        ProfileError: the entries do not have one value per spatial dimension.
-    """
+    """A convolution's geometry, one entry per spatial dimension; ``Window()`` is a linear layer."""
 
     kernel: tuple[int, ...] = ()
     stride: tuple[int, ...] = ()

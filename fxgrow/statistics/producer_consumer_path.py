@@ -154,9 +154,8 @@ def _pool(written: tuple[int, ...], read: tuple[int, ...]) -> tuple[int, ...] | 
 
 def _selects(node: fx.Node, structure: Structure) -> bool:
     """Whether a node indexes a tensor (not a tuple of tensors): it may select positions, which is no average."""
-    if node.target not in (operator.getitem, "select", torch.select):
-        return False
-    return isinstance(structure.outputs.get(node.all_input_nodes[0]), Dims)
+    indexes = node.target in (operator.getitem, "select", torch.select)
+    return indexes and isinstance(structure.outputs.get(node.all_input_nodes[0]), Dims)
 
 
 def producer_map(x: Tensor, path: ConvPath) -> Tensor:

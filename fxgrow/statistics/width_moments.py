@@ -143,10 +143,8 @@ class WidthMoments:
                 self.sampled.append(weighted)
                 continue
             least, most = (float(w) for w in weight.aminmax())
-            if least == most:
-                self.s = add_gram(self.s, rows, None, bias, scale * least)
-            else:
-                self.s = add_gram(self.s, rows, weight, bias, scale)
+            even = least == most
+            self.s = add_gram(self.s, rows, None if even else weight, bias, scale * (least if even else 1.0))
 
     def rounds(self) -> list[dict[str, ConvPath | None]]:
         """For each i the i-th use of every producer: further uses of a module count like further positions."""
