@@ -144,16 +144,19 @@ def _best_units(gm: fx.GraphModule, s: WidthSketch, wanted: int) -> Proposal:
     if contexts:
         gains = {c: sum(float(v.square().sum()) for g, _, v in found if g.context == c) for c in contexts}
         contexts = sorted(contexts, key=lambda c: -gains[c])[:wanted]
+    count = len(contexts) or max(len(directions) for _, directions, _ in found)
+    if not count:
+        return Proposal()  # no gradient comes back, say through a gate that is zero: random rows
     alpha = {}
     for weight, p in s.producers.items():
-        rows = incoming_rows(gm, p, contexts, len(contexts) or wanted)
+        rows = incoming_rows(gm, p, contexts, count)
         if p in s.with_gradient:
             rows = rows.to(found[0][1])
             for g, directions, _ in found:
                 part = s.split(directions)[s.with_gradient.index(p)]
                 if g.context is None:
-                    rows[:, g.slots] = part
-                elif g.context in contexts:
+                    rows[: len(part), g.slots] = part
+                elif g.context in contexts and len(part):
                     rows[contexts.index(g.context), g.slots] = part[0]
         alpha[weight] = rows.flatten(0, 1)
     return Proposal(alpha, {}, torch.cat([v for _, _, v in found]).sort(descending=True).values)

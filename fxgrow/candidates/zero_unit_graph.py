@@ -199,7 +199,7 @@ class ZeroUnitGraph(WidenedGraph):
             n = len(change.new_indices[p.weight][s.name, p.in_dim])
             shape = [n if d == p.in_dim else size for d, size in enumerate(weight.shape)]
             omega = torch.randn(shape, generator=self.context.generator, dtype=torch.float64)
-            if c.g is not None:
+            if c.g is not None and bool(c.g.any()):  # zero where no gradient comes back
                 g = factor(c.curvature(), ridge=OUTPUT_RIDGE)
                 omega = like_weight(g.unwhiten(c.matrix(omega).to(c.g)), weight, p)
             values.new.setdefault(p.weight, {})[s.name, p.in_dim] = omega

@@ -154,3 +154,28 @@ def test_frozen_biases_stay_frozen(bias):
     name = next(n for n, p in profile.proposals.items() if p.alpha)
     grown = fxgrow.apply(profile.gm, fxgrow.plan(profile, neurons={name: profile[name].width.step}))
     assert [p.requires_grad for p in grown.parameters()] == [p.requires_grad for p in net.parameters()]
+
+
+class TwoHeads(nn.Module):
+    """A gated width that two heads read; the loss sees the first one alone, or none through a gate that is zero."""
+
+    def __init__(self, gate: float) -> None:
+        super().__init__()
+        self.f, self.a, self.b = nn.Linear(6, 8), nn.Linear(4, 3), nn.Linear(4, 2)
+        self.gate = nn.Parameter(torch.tensor(gate))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        u, v = self.f(x).chunk(2, -1)
+        h = torch.tanh(u) * torch.sigmoid(v)
+        return self.gate * self.a(h), self.b(h)
+
+
+@pytest.mark.parametrize("gate", [1.0, 0.0])
+def test_consumers_that_no_gradient_reaches(gate: float) -> None:
+    net, x = TwoHeads(gate), torch.randn(128, 6)
+    batches = [(part, part[:, :3].sin()) for part in x.split(16)]
+    grown = fxgrow.grow(
+        net, batches, loss_fn=lambda out, target: (out[0] - target).square().mean(), neurons=2, progress=False
+    )
+    assert all(p.isfinite().all() for p in grown.parameters())
+    assert grown.get_submodule("f").out_features in (8, 10)
