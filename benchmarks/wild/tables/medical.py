@@ -21,7 +21,7 @@ ENTRIES = [
           blocks_down=(1, 1), blocks_up=(1,)), images(1, 16, 8), True),
     Entry("monai", "dynunet", call(f"{_NETS}:DynUNet", **_UNET, kernel_size=[3, 3, 3], strides=[1, 2, 2],
           upsample_kernel_size=[2, 2], filters=[4, 8, 16], res_block=True, deep_supervision=True, deep_supr_num=1),
-          images(1, 16, 8), True),
+          images(1, 16, 8), True, outputs=lambda out: out[:, 0] if out.dim() == 5 else out),
     Entry("monai", "unetr", call(f"{_NETS}:UNETR", in_channels=1, out_channels=2, img_size=32, feature_size=4,
           hidden_size=24, mlp_dim=32, num_heads=2, spatial_dims=2), floats(1, 32, 32)),
     Entry("monai", "swin_unetr", call(f"{_NETS}:SwinUNETR", in_channels=1, out_channels=2, feature_size=12, depths=(1,
