@@ -41,13 +41,15 @@ def settle_guards(structure: Structure, guards: list[fx.Node]) -> None:
 
 def _settle(structure: Structure, node: fx.Node, number: fx.Node, expected: Any) -> None:
     def outcome(grow: Mapping[UnitVar, int]) -> Any:
-        value = _evaluate(structure, number, grow, {})
+        try:
+            value = _evaluate(structure, number, grow, {})
+        except _Unknown:
+            return None
         return bool(value) if type(expected) is bool else value
 
     why = Reason("branch", node.name, f"the model's code branches on this size ({node.args[2]})")
-    try:
-        now = outcome({})
-    except _Unknown:
+    now = outcome({})
+    if now is None:
         for axis in _measured_axes(structure, number):
             pin(axis, why)
         return

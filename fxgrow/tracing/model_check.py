@@ -31,6 +31,10 @@ def check_against_model(
     are as before; modes and hooks are left changed, and `capture` restores them.
     """
     inputs = list(gm.meta["example_inputs"])
+
+    def run_model() -> Any:
+        return call(_copied(inputs))
+
     for node in gm.graph.find_nodes(op="call_module"):
         # both run its hooks, which may collect what they see
         layer = gm.get_submodule(str(node.target))
@@ -42,20 +46,21 @@ def check_against_model(
         model.train(not model.training)
         gm.training = model.training
     try:
-        expected = _outputs(model, lambda: call(inputs))
+        expected = _outputs(model, run_model)
     except Exception as error:
         log.debug("the model does not run on its example inputs: %s", error)
         return
     try:
-        found = _outputs(gm, lambda: gm(*inputs))
+        found = _outputs(gm, lambda: gm(*_copied(inputs)))
     except CaptureError:
         return  # it refuses this mode, or these inputs
-    if _agree(found, expected) or not _agree(_outputs(model, lambda: call(inputs)), expected):
+    if _agree(found, expected) or not _agree(_outputs(model, run_model), expected):
         return
+    mode, place = "train" if model.training else "eval", _first_difference(model, gm, run_model, inputs)
     raise CaptureError(
-        f"The graph of {type(model).__name__} computes something else than the model does in "
-        f"{'train' if model.training else 'eval'} mode, first at {_first_difference(model, gm, call, inputs)}. Its "
-        "code depends on something that a graph does not see, such as the type of a tensor or a counter of its own."
+        f"The graph of {type(model).__name__} computes something else than the model does in {mode} mode, first at "
+        f"{place}. Its code depends on something that a graph does not see, such as the type of a tensor or a counter of "
+        "its own."
     )
 
 
@@ -70,13 +75,18 @@ def _outputs(module: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
         return [t.detach().clone() for t in tensors_in(run())]
 
 
+def _copied(inputs: list[Any]) -> list[Any]:
+    """The example is the user's, and a model may write into its inputs (`x *= 255`)."""
+    return list(pytree.tree_map_only(Tensor, torch.clone, inputs))
+
+
 def _agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     return len(found) == len(expected) and all(
         a.shape == b.shape and difference(a, b).is_rounding for a, b in zip(found, expected, strict=True)
     )
 
 
-def _first_difference(model: nn.Module, gm: fx.GraphModule, call: Callable[[list[Any]], Any], inputs: list[Any]) -> str:
+def _first_difference(model: nn.Module, gm: fx.GraphModule, run_model: Callable[[], Any], inputs: list[Any]) -> str:
     """The first module whose output is another one in the graph, with the line that calls it; else the output."""
     seen: dict[str, list[list[Tensor]]] = {}
     targets = {str(node.target) for node in gm.graph.find_nodes(op="call_module")}
@@ -87,7 +97,7 @@ def _first_difference(model: nn.Module, gm: fx.GraphModule, call: Callable[[list
     with contextlib.ExitStack() as hooks:
         for name in targets & dict(model.named_modules()).keys():
             hooks.enter_context(model.get_submodule(name).register_forward_hook(hook(name)))
-        _outputs(model, lambda: call(inputs))
+        _outputs(model, run_model)
     different: list[fx.Node] = []
 
     class Compare(ConditionalInterpreter):
@@ -98,7 +108,7 @@ def _first_difference(model: nn.Module, gm: fx.GraphModule, call: Callable[[list
                     different.append(n)
             return out
 
-    _outputs(gm, lambda: Compare(gm).run(*inputs, enable_io_processing=False))
+    _outputs(gm, lambda: Compare(gm).run(*_copied(inputs), enable_io_processing=False))
     node = different[0] if different else next(iter(gm.graph.find_nodes(op="output")))
     where = (node.stack_trace or "").strip().replace("\n", ":")
     return f"module {node.target!r} ({where})" if different else "the output"

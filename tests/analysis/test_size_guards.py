@@ -78,3 +78,11 @@ def test_a_stored_size_follows_into_the_model() -> None:
     wider = fxgrow.widen(net, (x,), {"a": 3}, into="module")
     assert isinstance(wider, Net) and wider.channels == 11
     assert torch.allclose(wider(x), net(x), atol=1e-6)
+
+
+def test_a_decision_that_cannot_be_made_at_some_size_pins() -> None:
+    def look(m: nn.Module, h: Tensor) -> Tensor:
+        return h * 2 if 72 // (12 - h.shape[1]) > 1 else h  # no number of channels may be 12
+
+    width = fxgrow.widths(fxgrow.capture(Net(look), (torch.randn(2, 3, 6, 6),)))[0]
+    assert width.pinned is not None and width.pinned.code == "branch"

@@ -43,3 +43,20 @@ def test_on_meta_nothing_is_run() -> None:
         net = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 2))
     gm = fxgrow.capture(net, (torch.zeros(1, 4, device="meta"),))
     assert [w.name for w in fxgrow.widths(gm) if w.pinned is None] == ["0"]
+
+
+def test_a_model_that_writes_into_its_input_leaves_the_example_as_it_is() -> None:
+    class Scales(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x *= 255
+            return self.b(self.a(x).relu())
+
+    net, x = Scales(), torch.randn(2, 4)
+    before = x.clone()
+    gm = fxgrow.capture(net, (x,))
+    assert torch.equal(x, before)
+    assert torch.equal(gm(x.clone()), net(x.clone()))
