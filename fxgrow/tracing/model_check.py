@@ -59,8 +59,8 @@ def check_against_model(
     mode, place = "train" if model.training else "eval", _first_difference(model, gm, run_model, inputs)
     raise CaptureError(
         f"The graph of {type(model).__name__} computes something else than the model does in {mode} mode, first at "
-        f"{place}. Its code depends on something that a graph does not see, such as the type of a tensor or a counter of "
-        "its own."
+        f"{place}. Its code depends on something that a graph does not see, such as the type of a tensor or a "
+        "counter of its own."
     )
 
 
