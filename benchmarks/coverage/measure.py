@@ -211,7 +211,7 @@ def run(
     seeded: bool = False,
     plain: bool = False,
 ) -> list[Tensor]:
-    """Outputs, with buffers and flags left as they were.
+    """Outputs, with parameters, buffers and flags left as they were: some networks write into their codebook.
 
     Args:
         module: a model or a graph.
@@ -223,7 +223,7 @@ def run(
         plain: leaves code that computes in float32 by name as it is.
     """
     inputs = pytree.tree_map_only(Tensor, Tensor.clone, inputs)  # some networks write into them
-    state = [(b, b.clone()) for b in module.buffers()]
+    state = [(t, t.clone()) for t in (*module.parameters(), *module.buffers())]
     modes = [(m, m.training) for m in module.modules()]
     module.train(training)
     random.seed(0)
@@ -238,8 +238,8 @@ def run(
             found = [t.clone() for t in tensors_in(outputs(call(module, inputs)))]
         return found + [module.get_buffer(name).clone() for name in buffers]
     finally:
-        for b, before in state:
-            b.copy_(before)
+        for tensor, before in state:
+            tensor.copy_(before)
         for m, mode in modes:
             m.training = mode
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -29,10 +29,14 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def lent_buffers(module: nn.Module) -> Iterator[None]:
-    """Lends a module copies of its buffers inside the block: statistics and counters stay as they are."""
+def lent_buffers(module: nn.Module, parameters: Collection[Tensor] = ()) -> Iterator[None]:
+    """Lends a module copies of its buffers inside the block: statistics and counters stay as they are.
+
+    The values of `parameters`, which the code may write into, are put back.
+    """
     copies = {id(b): b.detach().clone() for b in module.buffers()}
     saved = [(m, m._buffers) for m in module.modules()]
+    values = [(p, p.detach().clone()) for p in parameters]
     for m, buffers in saved:
         m._buffers = {name: None if b is None else copies[id(b)] for name, b in buffers.items()}
     try:
@@ -40,6 +44,8 @@ def lent_buffers(module: nn.Module) -> Iterator[None]:
     finally:
         for m, buffers in saved:
             m._buffers = buffers
+        for parameter, value in values:
+            parameter.data.copy_(value)
 
 
 @torch.no_grad()

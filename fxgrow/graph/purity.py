@@ -37,6 +37,18 @@ def overwrites(node: fx.Node, root: nn.Module) -> list[fx.Node]:
     return [n for n in node.all_input_nodes if any(n is w or (isinstance(w, tuple) and n in w) for w in written)]
 
 
+def written_parameters(gm: fx.GraphModule) -> list[nn.Parameter]:
+    """Returns the parameters that a graph may write into, `self.codebook.data.copy_(mean)` say; perhaps others too."""
+    views = {node: node for node in gm.graph.find_nodes(op="get_attr")}  # what may be a view, and of what
+    written = []
+    for node in gm.graph.nodes:
+        if node.op in ("call_function", "call_method") and node.args and node.args[0] in views:
+            views[node] = views[node.args[0]]
+        written += [str(views[source].target) for source in overwrites(node, gm) if source in views]
+    parameters = dict(gm.named_parameters(remove_duplicate=False))
+    return [parameters[name] for name in dict.fromkeys(written) if name in parameters]
+
+
 def _is_in_place(node: fx.Node) -> bool:
     if node.op not in ("call_function", "call_method"):
         return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import random
 import sys
@@ -18,6 +19,7 @@ from fxgrow.data.random_state import random_state_kept
 from fxgrow.errors import CaptureError
 from fxgrow.graph.conditional import ConditionalInterpreter
 from fxgrow.graph.evaluate import difference, lent_buffers, tensors_in
+from fxgrow.graph.purity import written_parameters
 
 log = logging.getLogger("fxgrow")
 
@@ -42,19 +44,20 @@ def check_against_model(
     state = [*model.parameters(), *model.buffers(), *tensors_in(inputs)]
     if any(t.device.type == "meta" or type(t) not in (Tensor, nn.Parameter, nn.Buffer) for t in state):
         return
+    outputs = functools.partial(_outputs, written_parameters(gm))
     if other_mode:
         model.train(not model.training)
         gm.training = model.training
     try:
-        expected = _outputs(model, run_model)
+        expected = outputs(model, run_model)
     except Exception as error:
         log.debug("the model does not run on its example inputs: %s", error)
         return
     try:
-        found = _outputs(gm, lambda: gm(*_copied(inputs)))
+        found = outputs(gm, lambda: gm(*_copied(inputs)))
     except CaptureError:
         return  # it refuses this mode, or these inputs
-    if _agree(found, expected) or not _agree(_outputs(model, run_model), expected):
+    if _agree(found, expected) or not _agree(outputs(model, run_model), expected):
         return
     mode, place = "train" if model.training else "eval", _first_difference(model, gm, run_model, inputs)
     raise CaptureError(
@@ -65,9 +68,9 @@ def check_against_model(
 
 
 @torch.no_grad()
-def _outputs(module: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
-    """Tensors of a seeded run."""
-    with lent_buffers(module), random_state_kept():
+def _outputs(parameters: list[nn.Parameter], module: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
+    """Tensors of a seeded run; buffers, and parameters that the code writes into, are as before."""
+    with lent_buffers(module, parameters), random_state_kept():
         torch.manual_seed(0)
         random.seed(0)
         if "numpy" in sys.modules:
@@ -89,6 +92,7 @@ def _agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
 def _first_difference(model: nn.Module, gm: fx.GraphModule, run_model: Callable[[], Any], inputs: list[Any]) -> str:
     """The first module whose output is another one in the graph, with the line that calls it; else the output."""
     seen: dict[str, list[list[Tensor]]] = {}
+    outputs = functools.partial(_outputs, written_parameters(gm))
     targets = {str(node.target) for node in gm.graph.find_nodes(op="call_module")}
 
     def hook(name: str) -> Any:
@@ -97,7 +101,7 @@ def _first_difference(model: nn.Module, gm: fx.GraphModule, run_model: Callable[
     with contextlib.ExitStack() as hooks:
         for name in targets & dict(model.named_modules()).keys():
             hooks.enter_context(model.get_submodule(name).register_forward_hook(hook(name)))
-        _outputs(model, run_model)
+        outputs(model, run_model)
     different: list[fx.Node] = []
 
     class Compare(ConditionalInterpreter):
@@ -108,7 +112,7 @@ def _first_difference(model: nn.Module, gm: fx.GraphModule, run_model: Callable[
                     different.append(n)
             return out
 
-    _outputs(gm, lambda: Compare(gm).run(*_copied(inputs), enable_io_processing=False))
+    outputs(gm, lambda: Compare(gm).run(*_copied(inputs), enable_io_processing=False))
     node = different[0] if different else next(iter(gm.graph.find_nodes(op="output")))
     where = (node.stack_trace or "").strip().replace("\n", ":")
     return f"module {node.target!r} ({where})" if different else "the output"

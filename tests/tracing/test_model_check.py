@@ -60,3 +60,38 @@ def test_a_model_that_writes_into_its_input_leaves_the_example_as_it_is() -> Non
     gm = fxgrow.capture(net, (x,))
     assert torch.equal(x, before)
     assert torch.equal(gm(x.clone()), net(x.clone()))
+
+
+class Codebook(nn.Module):
+    """Codes that are frozen parameters, and the means of what they were chosen for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(6, 2)
+        self.codes = nn.Parameter(torch.randn(3, 6), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        chosen = (h.unsqueeze(1) - self.codes).square().sum(-1).argmin(1)
+        if self.training:
+            shares = nn.functional.one_hot(chosen, 3).to(h).detach()
+            self.codes.data.mul_(0.9).add_(shares.t() @ h.detach(), alpha=0.1)
+        return self.b(h + self.codes[chosen])
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_parameters_that_forward_writes_into_are_left_as_they_are(training: bool) -> None:
+    net = Codebook().train(training)
+    codes = net.codes.clone()
+    gm = fxgrow.capture(net, (torch.randn(8, 4),))
+    assert torch.equal(net.codes, codes)
+    x = torch.randn(5, 4)
+    for module in (net.train(), gm.train()):
+        with torch.no_grad():
+            net.codes.copy_(codes)
+        assert torch.equal(module(x), module.b(module.a(x) + net.codes[_chosen(net, x, codes)]))
+        assert not torch.equal(net.codes, codes)
+
+
+def _chosen(net: Codebook, x: Tensor, codes: Tensor) -> Tensor:
+    return (net.a(x).unsqueeze(1) - codes).square().sum(-1).argmin(1)
