@@ -5,7 +5,9 @@ The model is traced once in each mode, and the two graphs are merged.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+import operator
+from collections.abc import Collection, Iterable
 from difflib import SequenceMatcher
 from itertools import count
 from typing import Any
@@ -16,14 +18,11 @@ from torch.utils import _pytree as pytree
 
 from fxgrow.graph.arguments import Path, argument_leaves, get_argument, set_argument
 from fxgrow.graph.conditional import run_only_if
-from fxgrow.graph.node_functions import guard_mode, in_mode
+from fxgrow.graph.node_functions import guard, guard_mode, in_mode
 from fxgrow.graph.node_meta import CONDITIONS, set_value
 from fxgrow.tracing.tracer import ValueTracer, equal_constants
 
 _LITERALS = (bool, int, float, type(None), str, torch.dtype)
-
-#: kind, and the ranges of nodes in both graphs, as in `SequenceMatcher.get_opcodes`
-Step = tuple[str, int, int, int, int]
 
 
 class _Different(Exception):
@@ -39,57 +38,87 @@ def merge_modes(tracer: ValueTracer, other: ValueTracer) -> None:
     flipped that the first one branched on.
     """
     _share_constants(tracer, other)
-    keys = [[(n.op, n.name if n.op == "placeholder" else n.target) for n in t.graph.nodes] for t in (tracer, other)]
-    try:
-        _merge(tracer, other, SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_opcodes())
-    except _Different:
-        if len(tracer.branches) > 1:
-            guard_modes(tracer)  # there are more than two modes
-            return
-        # no common part was found: two graphs, one of which runs
-        _merge(tracer, other, [("replace", 0, len(tracer.graph.nodes) - 1, 0, len(other.graph.nodes) - 1)])
-
-
-def _merge(tracer: ValueTracer, other: ValueTracer, steps: Sequence[Step]) -> None:
-    """Merges the graphs along the matching nodes, or raises _Different before anything has changed."""
     ours, theirs = list(tracer.graph.nodes), list(other.graph.nodes)
-    flags = {n for n in ours if n.op == "get_attr" and str(n.target) in tracer.branches}
-    mine_only = {n for kind, a, b, _, _ in steps if kind != "equal" for n in ours[a:b] if n.op != "placeholder"} - flags
-    theirs_only = {n for kind, _, _, a, b in steps if kind != "equal" for n in theirs[a:b]}
-    inputs = {n.name: n for n in ours if n.op == "placeholder"}
-    pairs = {n: inputs[n.name] for n in theirs if n.op == "placeholder"}
-    extra = mine_only | theirs_only
-    changes: list[tuple[fx.Node, dict[Path, Any]]] = []
-    copies: list[tuple[fx.Node, fx.Node]] = []
-    for kind, a, b, c, d in steps:
-        if kind != "equal":
-            new = [yours for yours in theirs[c:d] if yours.op != "placeholder"]
-            copies += [(yours, ours[b]) for yours in new]
-            # stands for its copy until it is known that there will be one
-            pairs.update({yours: yours for yours in new})
-            continue
-        for mine, yours in zip(ours[a:b], theirs[c:d], strict=True):
-            if mine.op != "output":
-                changes.append((mine, _differences(mine, yours, pairs, extra)))
-                pairs[yours] = mine
+    nodes = _Alignment(ours, theirs, tracer.branches)
     for flag in tracer.branches:
         _flag_node(tracer, flag)
-    for mine in mine_only:
+    for mine in nodes.mine_only:
         _run_in_one_mode(tracer, mine, captured=True)
-    for yours, before in copies:
+    for yours, before in nodes.copies:
         with tracer.graph.inserting_before(before):
-            copy = tracer.graph.node_copy(yours, pairs.__getitem__)
+            copy = tracer.graph.node_copy(yours, lambda n: nodes.pairs.get(n, n))
         copy.meta = dict(yours.meta)
         _run_in_one_mode(tracer, copy, captured=False)
-        pairs[yours] = copy
+        nodes.pairs[yours] = copy
     try:
-        changes.append((ours[-1], _differences(ours[-1], theirs[-1], pairs, extra)))
+        nodes.changes.append((ours[-1], nodes.differences(ours[-1], theirs[-1])))
     except _Different:  # a tensor in one mode, a tuple with more in the other
-        changes.append((ours[-1], {(0,): theirs[-1].args[0]}))
-    for node, values in changes:
+        nodes.changes.append((ours[-1], {(0,): theirs[-1].args[0]}))
+    for node, values in nodes.changes:
         for path, value in values.items():
-            value = fx.node.map_arg(value, pairs.__getitem__)
+            value = fx.node.map_arg(value, lambda n: nodes.pairs.get(n, n))
             set_argument(node, path, _choose(tracer, node, get_argument(node, path), value))
+    _guard_other_modes(tracer)
+
+
+class _Alignment:
+    """Which nodes of two traces are the same call, and which are of one mode alone.
+
+    Attributes:
+        pairs: the node of our trace for one of theirs.
+        changes: arguments in which a node of ours differs from its partner.
+        mine_only: nodes of our trace alone.
+        copies: nodes of their trace alone, each with the node of ours that it goes in front of.
+    """
+
+    def __init__(self, ours: list[fx.Node], theirs: list[fx.Node], flags: Collection[str]) -> None:
+        inputs = {n.name: n for n in ours if n.op == "placeholder"}
+        self.pairs = {n: inputs[n.name] for n in theirs if n.op == "placeholder"}
+        self.changes: list[tuple[fx.Node, dict[Path, Any]]] = []
+        self.mine_only: list[fx.Node] = []
+        self.copies: list[tuple[fx.Node, fx.Node]] = []
+        self._extra: set[fx.Node] = set()
+        keys = [[(n.op, n.name if n.op == "placeholder" else n.target) for n in nodes] for nodes in (ours, theirs)]
+        for kind, a, b, c, d in SequenceMatcher(None, keys[0], keys[1], autojunk=False).get_opcodes():
+            if kind != "equal":
+                mine_only = [n for n in ours[a:b] if not (n.op == "get_attr" and n.target in flags)]
+                self._keep_apart(mine_only, theirs[c:d], ours[b])
+                continue
+            for mine, yours in zip(ours[a:b], theirs[c:d], strict=True):
+                try:
+                    changes = {} if mine.op == "output" else self.differences(mine, yours)
+                except _Different:  # not the same call after all
+                    self._keep_apart([mine], [yours], mine)
+                    continue
+                self.changes.append((mine, changes))
+                self.pairs[yours] = mine
+
+    def _keep_apart(self, ours: Iterable[fx.Node], theirs: Iterable[fx.Node], before: fx.Node) -> None:
+        self.mine_only += [n for n in ours if n.op != "placeholder"]
+        self.copies += [(n, before) for n in theirs if n.op != "placeholder"]
+        self._extra.update(ours, theirs)
+
+    def differences(self, mine: fx.Node, yours: fx.Node) -> dict[Path, Any]:
+        """Returns the arguments of `yours`, by path, where `mine` has another literal or node of one mode."""
+        structures = [pytree.tree_structure((n.args, n.kwargs)) for n in (mine, yours)]
+        theirs = dict(argument_leaves(yours))
+        if structures[0] != structures[1] or theirs.keys() != dict(argument_leaves(mine)).keys():
+            raise _Different
+        shapes = [value.shape for value in (mine.meta["val"], yours.meta["val"]) if isinstance(value, torch.Tensor)]
+        if mine.op != "output" and len(set(shapes)) > 1:
+            raise _Different
+        return {path: theirs[path] for path, value in argument_leaves(mine) if not self._same(value, theirs[path])}
+
+    def _same(self, mine: Any, yours: Any) -> bool:
+        nodes = [value for value in (mine, yours) if isinstance(value, fx.Node)]
+        literals = [value for value in (mine, yours) if isinstance(value, _LITERALS)]
+        if len(nodes) == 2 and self.pairs.get(yours) is mine:
+            return True
+        if not nodes and type(mine) is type(yours) and mine == yours:
+            return True
+        if len(nodes) + len(literals) == 2 and (not nodes or not self._extra.isdisjoint(nodes)):
+            return False
+        raise _Different
 
 
 def _run_in_one_mode(tracer: ValueTracer, node: fx.Node, captured: bool) -> None:
@@ -121,32 +150,35 @@ def guard_modes(tracer: ValueTracer) -> None:
         set_value(guard_node, None)
 
 
-def _differences(
-    mine: fx.Node, yours: fx.Node, pairs: Mapping[fx.Node, fx.Node], extra: set[fx.Node]
-) -> dict[Path, Any]:
-    """Returns the arguments of `yours`, by path, where `mine` has another literal or node of one mode, or raises."""
-    structures = [pytree.tree_structure((n.args, n.kwargs)) for n in (mine, yours)]
-    theirs = dict(argument_leaves(yours))
-    if structures[0] != structures[1] or theirs.keys() != dict(argument_leaves(mine)).keys():
-        raise _Different
-    return {path: theirs[path] for path, value in argument_leaves(mine) if not _same(value, theirs[path], pairs, extra)}
+def _guard_other_modes(tracer: ValueTracer) -> None:
+    """Refuses modes in which a node would read what only another module's mode computes."""
+    flags = {n.name: n for n in map(functools.partial(_flag_node, tracer), tracer.branches)}
 
+    def flags_of(node: fx.Node) -> set[str]:
+        found = {name for name, _ in node.meta.get(CONDITIONS, ()) if name in flags}
+        return found | ({str(node.args[0])} if node.target is in_mode else set())
 
-def _same(mine: Any, yours: Any, pairs: Mapping[fx.Node, fx.Node], extra: set[fx.Node]) -> bool:
-    nodes = [value for value in (mine, yours) if isinstance(value, fx.Node)]
-    literals = [value for value in (mine, yours) if isinstance(value, _LITERALS)]
-    if len(nodes) == 2 and pairs.get(yours) is mine:
-        return True
-    if not nodes and type(mine) is type(yours) and mine == yours:
-        return True
-    if len(nodes) + len(literals) == 2 and (not nodes or not extra.isdisjoint(nodes)):
-        return False
-    raise _Different
+    alike: set[tuple[str, str]] = set()
+    for node in tracer.graph.nodes:
+        if used := flags_of(node):
+            sources = set().union(*map(flags_of, node.all_input_nodes))
+            first, *others = sorted(used | sources if sources or _branching(tracer, node) else flags)
+            alike |= {(first, other) for other in others}
+    for first, other in sorted(alike):
+        with tracer.graph.inserting_after(flags[next(iter(flags))]):  # each is moved to the top, so the first is last
+            same = tracer.graph.call_function(operator.eq, (flags[first], flags[other]))
+            expected = flags[first].meta["val"] == flags[other].meta["val"]
+        set_value(same, expected)
+        message = f"`{flags[first].target} == {flags[other].target}`"
+        with tracer.graph.inserting_after(same):
+            set_value(tracer.graph.call_function(guard, (same, expected, message)), None)
 
 
 def _choose(tracer: ValueTracer, node: fx.Node, mine: Any, yours: Any) -> fx.Node:
-    """Makes an ``in_mode`` node in front of `node`, on the flag of the nearest module that branched."""
-    flag = _flag_of(tracer, node)
+    """Makes an ``in_mode`` node in front of `node`, on the flag of a value, or of the nearest module that branched."""
+    flags = {_flag_node(tracer, flag).name: flag for flag in tracer.branches}
+    conditions = [c for value in (mine, yours) if isinstance(value, fx.Node) for c in value.meta.get(CONDITIONS, ())]
+    flag = next((flags[name] for name, _ in conditions if name in flags), _flag_of(tracer, node))
     flag_node = _flag_node(tracer, flag)
     with tracer.graph.inserting_before(node):
         values = (mine, yours) if tracer.branches[flag][1] else (yours, mine)
@@ -158,8 +190,13 @@ def _choose(tracer: ValueTracer, node: fx.Node, mine: Any, yours: Any) -> fx.Nod
 
 def _flag_of(tracer: ValueTracer, node: fx.Node) -> str:
     """Returns the flag of the nearest module around a node that branched."""
+    return next(iter([*_branching(tracer, node), *tracer.branches]))
+
+
+def _branching(tracer: ValueTracer, node: fx.Node) -> list[str]:
+    """Returns the flags of the modules around a node that branched, innermost first."""
     names = [f"{path}.training" for path, _ in reversed(node.meta.get("nn_module_stack", {}).values())]
-    return next((name for name in [*names, "training"] if name in tracer.branches), next(iter(tracer.branches)))
+    return [name for name in [*names, "training"] if name in tracer.branches]
 
 
 def _flag_node(tracer: ValueTracer, flag: str) -> fx.Node:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -139,6 +140,77 @@ def test_modules_in_different_modes() -> None:
             torch.manual_seed(0)
             results.append(module(x))
         assert torch.equal(*results)
+
+
+class PartialConv(nn.Module):
+    """A part of the channels is convolved: in place for inference, as a new tensor in training."""
+
+    def __init__(self, channels: int = 3) -> None:
+        super().__init__()
+        self.conv, self.n = nn.Conv1d(channels, channels, 3, padding=1), channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            first, rest = torch.split(x, [self.n, x.size(1) - self.n], dim=1)
+            return torch.cat([self.conv(first), rest], dim=1)
+        x[:, : self.n] = self.conv(x[:, : self.n])
+        return x
+
+
+class Blocks(nn.Module):
+    def __init__(self, inner: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv1d(2, 6, 1), nn.Conv1d(6, 6, 1), nn.Conv1d(6, 2, 1)
+        self.first, self.second = inner(), inner()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.second(self.b(self.first(self.a(x))).relu()) * (1.5 if self.training else 1))
+
+
+class Noise(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.rand(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.randn_like(x) * self.scale if self.training else x
+
+
+@pytest.mark.parametrize("inner", [PartialConv, Noise])
+def test_several_modules_branch(inner: Callable[[], nn.Module]) -> None:
+    net, x = Blocks(inner).double().eval(), torch.randn(4, 2, 5, dtype=torch.float64)
+    gm = fxgrow.capture(net, (x,))
+    same(copy.deepcopy(gm), copy.deepcopy(net), x)
+    for root, first, second in itertools.product((False, True), repeat=3):
+        results = []
+        for module in (gm, net):
+            module.train(root)
+            module.get_submodule("first").train(first)
+            module.get_submodule("second").train(second)
+            torch.manual_seed(0)
+            results.append(module(x))
+        assert torch.equal(*results)
+
+
+class Reader(nn.Module):
+    """Reads in training what its submodule adds in training."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.a = Noise(), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.inner(self.a(x))
+        return h * torch.rand_like(h) if self.training else h
+
+
+def test_modes_that_were_not_seen_together_are_refused() -> None:
+    net, x = Reader().double().eval(), torch.randn(4, 4, dtype=torch.float64)
+    gm = fxgrow.capture(net, (x,))
+    same(copy.deepcopy(gm), copy.deepcopy(net), x)
+    gm.train().get_submodule("inner").eval()
+    with pytest.raises(fxgrow.CaptureError, match=r"inner.training == training"):
+        gm(x)
 
 
 def test_other_passes_over_conditional_nodes() -> None:
