@@ -33,8 +33,11 @@ def multihead_attention(m: nn.MultiheadAttention, *args: Any, **kwargs: Any) -> 
         weights = (weights.mean(-3) if given["average_attn_weights"] else weights) if need_weights else None
     else:
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    y = m.out_proj(y.transpose(-3, -2).flatten(-2))
-    return y if batch_first else y.transpose(0, 1), weights
+    if query.dim() == 2:
+        return m.out_proj(y.transpose(0, 1).flatten(1)), weights
+    # in memory steps come first, as those of the module do: dropout draws its numbers in that order
+    y = m.out_proj(y.permute(2, 0, 1, 3).flatten(2))
+    return y.transpose(0, 1) if m.batch_first else y, weights
 
 
 def _projected(m: nn.MultiheadAttention, *inputs: Tensor) -> tuple[Tensor, ...]:

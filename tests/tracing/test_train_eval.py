@@ -213,6 +213,14 @@ def test_modes_that_were_not_seen_together_are_refused() -> None:
         gm(x)
 
 
+@pytest.mark.parametrize("norm_first", [False, True])
+@pytest.mark.parametrize("batch_first", [False, True])
+def test_dropout_after_attention_draws_what_it_draws_in_the_model(batch_first: bool, norm_first: bool) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=batch_first, norm_first=norm_first).double().train()
+    x = torch.randn(3, 5, 8, dtype=torch.float64)
+    same(fxgrow.capture(layer, (x,)), copy.deepcopy(layer), x)
+
+
 def test_other_passes_over_conditional_nodes() -> None:
     net, x = Net(mixed).double().train(), torch.randn(4, 6, dtype=torch.float64)
     gm = fxgrow.capture(net, (x,))
