@@ -1,4 +1,4 @@
-"""Nodes that run only under a condition: in one mode, or when a random number says so.
+"""Nodes that run only under a condition, and parts of a graph that the backward pass computes again.
 
 A graph of torch.fx has no branches. Here a node may carry conditions, the names of nodes with a truth value; the
 generated code runs it only where they hold: elsewhere it draws no random number and moves no buffer. Its value is read
@@ -13,25 +13,36 @@ by other conditional nodes, or chosen by `fxgrow.graph.node_functions.in_mode`.
 >>> gm = torch.fx.GraphModule(torch.nn.Module(), graph)
 >>> gm(torch.zeros(2), False) is None, gm(torch.zeros(2), True).shape
 (True, torch.Size([2]))
+
+What activation checkpointing ran in the model carries the number of its part. The nodes stay in the one graph, where
+every pass sees them; in the generated code they are a function of its own, which `torch.utils.checkpoint` calls.
 """
 
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Sequence
+from itertools import count
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.graph import CodeGen
+from torch.utils.checkpoint import checkpoint
 
-from fxgrow.graph.node_meta import CONDITIONS
+from fxgrow.graph.node_meta import CHECKPOINT, CONDITIONS
 
 _STATEMENT = re.compile(r"(?:^|;  )(\w+)(?: ?:[^=]+)? = ")
+_COUNTER = re.compile(r"# COUNTER: (\d+)\n")
+#: numbers of checkpointed parts; those of two traces must differ where their graphs are merged
+part_numbers = count(1)
 
 
 class ConditionalCodeGen(CodeGen):
-    """Generates `if condition:` in front of the statements of conditional nodes."""
+    """Generates `if condition:` in front of conditional nodes, and a function for each checkpointed part."""
 
-    def _gen_python_code(self, nodes: Any, *args: Any, **kwargs: Any) -> Any:
+    def _gen_python_code(self, nodes: Any, root_module: str, namespace: Any, **kwargs: Any) -> Any:
+        caller = namespace.create_name(run_checkpointed.__name__, run_checkpointed)
         names = {node.name: repr(node) for node in nodes}
         conditions = {node.name: node.meta[CONDITIONS] for node in nodes if node.meta.get(CONDITIONS)}
         tests = {
@@ -43,11 +54,14 @@ class ConditionalCodeGen(CodeGen):
 
         def transform(body: list[str]) -> list[str]:
             body = before(body) if before is not None else body
-            return [_free(part, asked) if part.startswith(";") else _conditional(part, tests) for part in body]
+            body = [_free(part, asked) if part.startswith(";") else _conditional(part, tests) for part in body]
+            return _write_parts(body, list(nodes), lambda name: namespace.create_name(name, None), caller)
 
-        self._body_transformer = transform if tests else before
+        self._body_transformer = transform
         try:
-            return super()._gen_python_code(nodes, *args, **kwargs)
+            code = super()._gen_python_code(nodes, root_module, namespace, **kwargs)
+            code.globals[caller] = run_checkpointed
+            return code
         finally:
             self._body_transformer = before
 
@@ -68,6 +82,80 @@ def run_only_if(node: fx.Node, condition: fx.Node, outcome: bool) -> None:
     """Lets a node run only where another one, before it, has that truth value."""
     node.meta[CONDITIONS] = (*node.meta.get(CONDITIONS, ()), (condition.name, outcome))
     node.graph.set_codegen(ConditionalCodeGen())
+
+
+def run_checkpointed(function: Callable[..., Any], *inputs: Any) -> Any:
+    """Calls a part of a graph, and keeps its inputs alone for the backward pass.
+
+    Without gradients, and in an export, the call is a plain one. Another tracer of torch.fx gets the nodes of the part.
+    """
+    proxy = next((value for value in inputs if isinstance(value, fx.Proxy)), None)
+    if proxy is not None:
+        graph: fx.Graph = proxy.tracer.graph
+        before, number = set(graph.nodes), next(part_numbers)
+        outputs = function(*inputs)
+        for node in graph.nodes:
+            if node not in before:
+                node.meta.setdefault(CHECKPOINT, number)
+        graph.set_codegen(ConditionalCodeGen())
+        return outputs
+    exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)  # PyTorch 2.6 has the latter alone
+    if not torch.is_grad_enabled() or exporting():
+        return function(*inputs)
+    return checkpoint(function, *inputs, use_reentrant=False)
+
+
+def _write_parts(body: list[str], nodes: Sequence[fx.Node], new_name: Callable[[str], str], caller: str) -> list[str]:
+    """Returns the parts of a generated function with each checkpointed run of nodes as a nested function.
+
+    Args:
+        body: the code, with the counter of torch.fx in front of the statements of each node.
+        nodes: of the graph.
+        new_name: makes a name that is free in the code.
+        caller: the name of `run_checkpointed` there.
+    """
+    runs = _runs(nodes)
+    if not runs:
+        return body
+    places = {match[1]: at for at, part in enumerate(body) if (match := _COUNTER.fullmatch(part))}
+    index = {node: i for i, node in enumerate(nodes)}
+    by_name = {node.name: node for node in nodes}
+    sources = {n: [*n.all_input_nodes, *(by_name[name] for name, _ in n.meta.get(CONDITIONS, ()))] for n in nodes}
+    out: list[str] = []
+    done = 0
+    for run in runs:
+        inside = set(run)
+        start, stop = places[str(index[run[0]])], places[str(index[run[-1]] + 1)]
+        inputs = dict.fromkeys(repr(s) for node in run for s in sources[node] if s not in inside)
+        used = {s for node in nodes if node not in inside for s in sources[node]}
+        outputs = "".join(f"{node!r}, " for node in run if node in used)
+        later = {repr(s) for node in nodes[index[run[-1]] + 1 :] for s in sources[node]}
+        name = new_name("checkpointed")
+        out += body[done:start]
+        out.append(f"def {name}({', '.join(inputs)}):\n")
+        out += [f"    {line}\n" for line in "".join(body[start:stop]).splitlines()]
+        out.append(f"    return ({outputs})\n")
+        out.append(f"{f'{outputs}= ' if outputs else ''}{caller}({', '.join([name, *inputs])})")
+        out.append("".join(f";  {i} = None" for i in inputs if i not in later) + "\n")
+        done = stop
+    return out + body[done:]
+
+
+def _runs(nodes: Sequence[fx.Node]) -> list[list[fx.Node]]:
+    """The parts in order, each with what a pass has put between its nodes."""
+    runs: list[tuple[int, list[fx.Node]]] = []
+    between: list[fx.Node] = []
+    for node in nodes:
+        number = node.meta.get(CHECKPOINT)
+        if number is None or node.op in ("placeholder", "output"):
+            between.append(node)
+            continue
+        if runs and runs[-1][0] == number:
+            runs[-1][1].extend([*between, node])
+        else:
+            runs.append((number, [node]))
+        between = []
+    return [run for _, run in runs]
 
 
 def graph_like(graph: fx.Graph) -> tuple[fx.Graph, dict[fx.Node, fx.Node]]:

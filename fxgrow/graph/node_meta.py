@@ -31,6 +31,8 @@ OPAQUE = "opaque"
 OWNER = "fxgrow.owner"
 #: names of nodes with a truth value, and the values at which the node runs
 CONDITIONS = "fxgrow.conditions"
+#: the number of the checkpointed part that the node belongs to
+CHECKPOINT = "fxgrow.checkpoint"
 #: of a guard: whether the model's code raises where it gives another answer
 CHECK = "fxgrow.check"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import inspect
 import operator
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
+from torch.utils.checkpoint import checkpoint
 
 from fxgrow.graph.node_functions import function_call
 from fxgrow.tracing.proxy import STATIC_METHODS, RecordingTracer, ValueProxy, has_proxy
@@ -29,6 +31,7 @@ _SIZE_METHODS = (
 _OPERATORS = (
     "getitem setitem add sub mul truediv floordiv matmul mod pow eq ne lt le gt ge and or xor iadd isub imul itruediv"
 ).split()
+_CHECKPOINT_OPTIONS = {*inspect.signature(checkpoint).parameters, "preserve_rng_state"} - {"function", "args", "kwargs"}
 _STATIC_FUNCTIONS = {torch.is_floating_point, torch.is_complex, torch.is_conj, torch.is_neg, torch.is_signed}
 
 Patch = tuple[Any, str, Any]
@@ -74,12 +77,23 @@ def _functions(tracer: RecordingTracer) -> Iterator[Patch]:
     apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
 
     def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        # tracing through would lose the function's own backward
         if tracer.runner.silent or not has_proxy(args):
             return apply(cls, *args, **kwargs)
+        if "checkpoint" in cls.__name__.lower():
+            with tracer.checkpointed(in_function=True):
+                return cls.forward(torch.autograd.function.FunctionCtx(), *args, **kwargs)
+        # tracing through would lose the function's own backward
         return tracer.create_proxy("call_function", function_call(cls), args, kwargs)
 
     yield torch.autograd.Function, "apply", classmethod(apply_function)
+
+    def follow(function: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {name: value for name, value in kwargs.items() if name not in _CHECKPOINT_OPTIONS}
+        with contextlib.nullcontext() if tracer.runner.silent else tracer.checkpointed():
+            return function(*args, **given)
+
+    # what `checkpoint` calls, however the model's code has imported it
+    yield inspect.unwrap(checkpoint), "__dynamo_disable", follow
 
 
 def _module_attributes(tracer: RecordingTracer) -> Iterator[Patch]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import CodeType, FrameType
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
 
 from fxgrow.errors import CaptureError
+from fxgrow.graph.conditional import ConditionalCodeGen, part_numbers
 from fxgrow.graph.graph import submodule
 from fxgrow.graph.node_functions import guard, set_grad_enabled
-from fxgrow.graph.node_meta import CHECK, OPAQUE, set_value
+from fxgrow.graph.node_meta import CHECK, CHECKPOINT, OPAQUE, set_value
 from fxgrow.ops.registry import described_functions, recognised
 from fxgrow.tracing.dependence import Dependence
 from fxgrow.tracing.fake_values import FakeRunner, arithmetic_key
@@ -75,7 +77,9 @@ class ValueTracer(fx.Tracer):
         self._dependence = Dependence()
         self._guards: dict[tuple[str, str], fx.Node] = {}
         self._asked: dict[tuple[int, CodeType, int], tuple[str, str]] = {}
+        self._checkpoint: int | None = None  # the number of the part that is being traced
         self._grad_modes: list[tuple[bool, fx.Node]] = []
+        self._without_grad: bool | None = None  # whether an autograd function that is followed has switched them off
 
     def record(self, model: nn.Module) -> fx.Graph:
         """Traces the model; a CaptureError says that its code failed, or looked at data."""
@@ -150,6 +154,8 @@ class ValueTracer(fx.Tracer):
         frame = user_frame(sys._getframe(1))
         if frame is not None and kind != "placeholder":
             node.stack_trace = stack_trace(frame)
+        if self._checkpoint and kind != "get_attr":
+            node.meta[CHECKPOINT] = self._checkpoint
         self._dependence.add(node, value, self.runner.guessed)
         return node
 
@@ -329,8 +335,25 @@ class ValueTracer(fx.Tracer):
         if key is not None:
             self.graph.erase_node(self._guards.pop(key))
 
+    @contextlib.contextmanager
+    def checkpointed(self, in_function: bool = False) -> Iterator[None]:
+        """Nodes recorded inside the block are a part that is computed again in the backward pass.
+
+        `in_function`: the block is the forward of an autograd function, which has gradients off while it runs the part.
+        """
+        outer = self._checkpoint, self._without_grad
+        self._checkpoint, self._without_grad = outer[0] or next(part_numbers), False if in_function else outer[1]
+        self.graph.set_codegen(ConditionalCodeGen())
+        try:
+            yield
+        finally:
+            self._checkpoint, self._without_grad = outer
+
     def record_grad_mode(self, enabled: bool) -> None:
         """Records ``with torch.no_grad():`` as two nodes, the second of which restores the mode before the first."""
+        if self._without_grad is enabled and not self._grad_modes:
+            self._without_grad = not enabled
+            return
         restores = self._grad_modes and self._grad_modes[-1][0] == enabled
         argument: Any = self._grad_modes.pop()[1] if restores else enabled
         node = self.create_node("call_function", set_grad_enabled, (argument,), {})

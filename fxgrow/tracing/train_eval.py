@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from difflib import SequenceMatcher
 from itertools import count
 from typing import Any
@@ -17,9 +17,9 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from fxgrow.graph.arguments import Path, argument_leaves, get_argument, set_argument
-from fxgrow.graph.conditional import run_only_if
+from fxgrow.graph.conditional import ConditionalCodeGen, run_only_if
 from fxgrow.graph.node_functions import guard, guard_mode, in_mode
-from fxgrow.graph.node_meta import CONDITIONS, set_value
+from fxgrow.graph.node_meta import CHECKPOINT, CONDITIONS, set_value
 from fxgrow.tracing.tracer import ValueTracer, equal_constants
 
 _LITERALS = (bool, int, float, type(None), str, torch.dtype)
@@ -40,6 +40,7 @@ def merge_modes(tracer: ValueTracer, other: ValueTracer) -> None:
     _share_constants(tracer, other)
     ours, theirs = list(tracer.graph.nodes), list(other.graph.nodes)
     nodes = _Alignment(ours, theirs, tracer.branches)
+    _merge_checkpoints(nodes.pairs, theirs)
     for flag in tracer.branches:
         _flag_node(tracer, flag)
     for mine in nodes.mine_only:
@@ -121,6 +122,17 @@ class _Alignment:
         raise _Different
 
 
+def _merge_checkpoints(pairs: Mapping[fx.Node, fx.Node], theirs: Iterable[fx.Node]) -> None:
+    """Gives a checkpointed part the same number in both graphs; one of one mode alone is one in both."""
+    numbers = {yours.meta.get(CHECKPOINT): mine.meta.get(CHECKPOINT) for yours, mine in pairs.items()}
+    for node in theirs:
+        if number := node.meta.get(CHECKPOINT):
+            node.meta[CHECKPOINT] = numbers.get(number) or number
+            if node in pairs:
+                pairs[node].meta.setdefault(CHECKPOINT, number)
+                pairs[node].graph.set_codegen(ConditionalCodeGen())
+
+
 def _run_in_one_mode(tracer: ValueTracer, node: fx.Node, captured: bool) -> None:
     """Makes a node run in one mode alone: that of the capture, or the other one."""
     if node.op == "get_attr":
@@ -184,7 +196,8 @@ def _choose(tracer: ValueTracer, node: fx.Node, mine: Any, yours: Any) -> fx.Nod
         values = (mine, yours) if tracer.branches[flag][1] else (yours, mine)
         chosen = tracer.graph.call_function(in_mode, (flag_node, *values))
     set_value(chosen, fx.node.map_arg(mine, lambda n: n.meta["val"]))
-    chosen.meta |= {key: node.meta[key] for key in ("nn_module_stack", "stack_trace", CONDITIONS) if key in node.meta}
+    kept = "nn_module_stack", "stack_trace", CONDITIONS, CHECKPOINT
+    chosen.meta |= {key: node.meta[key] for key in kept if key in node.meta}
     return chosen
 
 
