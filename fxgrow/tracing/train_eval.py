@@ -129,7 +129,7 @@ def _merge_checkpoints(pairs: Mapping[fx.Node, fx.Node], theirs: Iterable[fx.Nod
         if number := node.meta.get(CHECKPOINT):
             node.meta[CHECKPOINT] = numbers.get(number) or number
             if node in pairs:
-                pairs[node].meta.setdefault(CHECKPOINT, number)
+                pairs[node].meta.setdefault(CHECKPOINT, node.meta[CHECKPOINT])
                 pairs[node].graph.set_codegen(ConditionalCodeGen())
 
 
