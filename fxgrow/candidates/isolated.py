@@ -32,7 +32,7 @@ from fxgrow.ops.views import flatten, identity
 from fxgrow.rewriting.batch_norm import can_be_identity
 from fxgrow.rewriting.parametrizations import spectral
 from fxgrow.rewriting.values import Values
-from fxgrow.statistics.batch_dimension import nodes_with_batch_second
+from fxgrow.statistics.batch_dimension import Samples, as_maps, find_samples
 from fxgrow.statistics.consumer_moments import ConsumerMoments
 
 #: rules of operators that keep units isolated, wherever the batch dimension is
@@ -64,12 +64,17 @@ class IsolatedPath:
 
     @torch.no_grad()
     def activations(self, proposal: Proposal, inputs: Mapping[fx.Node, Tensor]) -> dict[fx.Node, Tensor]:
-        """New channels at every source of a consumer, for the inputs of the producers. In eval mode."""
+        """New channels at every source of a consumer, for the inputs of the producers. In eval mode.
+
+        All are laid out by sample, see `statistics/batch_dimension.py`.
+        """
         values = Values()
         for p in self.width.producers:
             put_rows(self.gm, p, "", proposal.alpha[p.weight], values)
         entries = {name: next(iter(slices.values())) for name, slices in values.new.items()}
         computed: dict[fx.Node, Any] = {}
+        n = len(inputs[self.sources[0]])
+        inputs = {p.source: as_maps(inputs[p.source], len(p.kernel)) for p in self.width.producers}
         read_by = {p.node: p.source for p in self.width.producers}
 
         def value(n: fx.Node) -> Any:
@@ -83,7 +88,8 @@ class IsolatedPath:
             # a producer may read old units of its own width
             operand = value if source is None else lambda n, source=source: inputs[n] if n is source else value(n)
             computed[node] = self._run(node, operand, entries)
-        return {p.source: computed[p.source] for p in self.width.consumers}
+        out = {p.source: computed[p.source] for p in self.width.consumers}
+        return {node: z if len(z) == n else z.unflatten(0, (n, -1)) for node, z in out.items()}
 
     def _run(self, node: fx.Node, value: Callable[[fx.Node], Any], entries: Mapping[str, Tensor]) -> Any:
         if node in self.passed:
@@ -107,12 +113,12 @@ def isolated_paths(
     analysed: AnalysedGraph, widths: Iterable[GrowableWidth], consumers: Mapping[str, ConsumerMoments]
 ) -> dict[str, IsolatedPath]:
     """The widths whose new units can be run isolated; with one that cannot go all that share a consumer."""
-    batch_second = nodes_with_batch_second(analysed.gm.graph)
+    samples = find_samples(analysed.gm.graph)
     readers = {w.name: {p.weight for p in w.consumers} for w in widths}
     paths = {}
     for name in readers:
         width = analysed.widths[name]
-        path = _isolated_path(analysed, width, batch_second) if _can_be_isolated(analysed, width, consumers) else None
+        path = _isolated_path(analysed, width, samples) if _can_be_isolated(analysed, width, consumers) else None
         if path is not None:
             paths[name] = path
     while True:
@@ -136,14 +142,18 @@ def _can_be_isolated(analysed: AnalysedGraph, width: GrowableWidth, consumers: M
     return all(p.plain and p.groups == 1 and not p.transposed and _is_stored(gm, p) for p in width.producers)
 
 
-def _isolated_path(analysed: AnalysedGraph, width: GrowableWidth, batch_second: set[fx.Node]) -> IsolatedPath | None:
+def _isolated_path(
+    analysed: AnalysedGraph, width: GrowableWidth, samples: Mapping[fx.Node, Samples]
+) -> IsolatedPath | None:
     gm, producers = analysed.gm, {p.node for p in width.producers}
     maps = all(p.kernel for p in width.producers)
     rules = (*_POINTWISE, *_OF_MAPS) if maps else _POINTWISE
     passed: set[fx.Node] = set()
     queue = list(dict.fromkeys(p.source for p in width.consumers))
+    places = {samples.get(p.source) for p in width.producers}
     for node in queue:
-        if maps and node in batch_second:
+        # maps have their samples, and frames of samples, in the first dimension
+        if len(places | {samples.get(node)}) > 1 or None in places:
             return None
         if node in producers:
             continue

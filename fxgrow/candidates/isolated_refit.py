@@ -191,7 +191,7 @@ class IsolatedRefit:
                 h = c.layer_input(inputs[source])
                 _add(vh, name, c.products(h, v))
                 _add(vz, name, c.outer(v, z))
-                uses.append((name, ConsumerBatch(c, h, z, v)))
+                uses.append((name, ConsumerBatch(c, h, z, v, len(inputs[source]))))
             slopes.add(size, uses)
 
         counts = self.held_out

@@ -49,12 +49,16 @@ class SignificanceTest:
 
 
 class ConsumerBatch(NamedTuple):
-    """One use of a consumer's weight in one batch: layer input, activations of new units in it, output gradient."""
+    """One use of a consumer's weight in one batch: layer input, activations of new units in it, output gradient.
+
+    Their rows belong to so many samples: one where they are not laid out by sample.
+    """
 
     consumer: ConsumerMoments
     h: Tensor
     z: Tensor
     v: Tensor
+    samples: int
 
 
 class HeldOutSlopes:
@@ -79,7 +83,9 @@ class HeldOutSlopes:
         self.sums = {w: torch.zeros(k, dtype=torch.float64) for w, k in unit_groups.items()}
         self.squares = {w: torch.zeros(k, dtype=torch.float64) for w, k in unit_groups.items()}
         self.step_squares = dict.fromkeys(unit_groups, 0.0)
-        self.count = 0
+        self.samples = 0
+        #: per width, the slopes that were added: one per sample, or one per batch where a use has no samples
+        self.counts = dict.fromkeys(unit_groups, 0)
         #: per width and consumer, the update of existing weights and the weights of new units
         self.steps: dict[tuple[str, str], tuple[Tensor, Tensor]] = {}
         self.expressible: dict[tuple[str, str], Tensor] = {}
@@ -93,22 +99,22 @@ class HeldOutSlopes:
 
     def add(self, size: int, uses: Iterable[tuple[str, ConsumerBatch]]) -> None:
         """Adds one batch of `size` samples: uses by consumer, z width by width."""
-        unit_slopes: dict[str, Tensor] = {}
-        step_slopes: dict[str, Tensor] = {}
+        slopes: dict[str, tuple[Tensor, Tensor]] = {}
         for name, use in uses:
-            for width, unit, step in self._slopes(name, use, size):
-                unit_slopes[width] = unit_slopes[width] + unit if width in unit_slopes else unit
-                step_slopes[width] = step_slopes[width] + step if width in step_slopes else step
-        for width, t in unit_slopes.items():
-            t = t.double().cpu()[:, self.tests[width].order].cumsum(1)
+            for width, unit, step in self._slopes(name, use):
+                before = slopes.get(width, (torch.zeros_like(unit), torch.zeros_like(step)))
+                slopes[width] = _sum(before[0], unit), _sum(before[1], step)
+        for width, (unit, step) in slopes.items():
+            t = unit.double().cpu()[:, self.tests[width].order].cumsum(1)
             self.sums[width] += t.sum(0)
             self.squares[width] += t.square().sum(0)
-            self.step_squares[width] += float(step_slopes[width].double().square().sum())
-        self.count += next((len(t) for t in unit_slopes.values()), 0)
+            self.step_squares[width] += float(step.double().square().sum())
+            self.counts[width] += len(unit)
+        self.samples += size if slopes else 0
 
-    def _slopes(self, name: str, use: ConsumerBatch, size: int) -> Iterable[tuple[str, Tensor, Tensor]]:
+    def _slopes(self, name: str, use: ConsumerBatch) -> Iterable[tuple[str, Tensor, Tensor]]:
         """Yields width, slope of each unit group and slope of the step, per sample."""
-        fit, (c, h, z, v) = self.fits[name], use
+        fit, (c, h, z, v, samples) = self.fits[name], use
         v = v if len(fit.outputs) == v.shape[c.dim] else v.index_select(c.dim, fit.outputs.to(v.device))
         v = v.to(fit.hh.dtype)
         parts = z.to(v.dtype).split([n.numel() // c.window.taps for n in fit.new.values()], c.dim)
@@ -117,14 +123,14 @@ class HeldOutSlopes:
                 continue
             delta_w, weights = self.steps[width, name]
             step = c.apply(delta_w, h).add_(c.outgoing(weights, part)).mul_(v)
-            unit = part * self._unit_gradient(name, width, ConsumerBatch(c, h, part, v))
+            unit = part * self._unit_gradient(name, width, ConsumerBatch(c, h, part, v, samples))
             unit = unit.movedim(c.dim, -1).flatten(1, -2).sum(1) if unit.dim() > 2 else unit
-            unit = _per_sample(unit.reshape(len(unit), len(columns), -1).sum(2), size)
-            yield width, unit, _per_sample(step.flatten(1).sum(1), size)
+            unit = unit.reshape(len(unit), len(columns), -1).sum(2).unflatten(0, (samples, -1)).sum(1)
+            yield width, unit, step.reshape(samples, -1).sum(1)
 
     def _unit_gradient(self, name: str, width: str, use: ConsumerBatch) -> Tensor:
         """The gradient at z of V less what the existing weights can express of it."""
-        (c, h, z, v), weights, key = use, self.steps[width, name][1], (width, name)
+        (c, h, z, v, _), weights, key = use, self.steps[width, name][1], (width, name)
         if key not in self.expressible:
             # of a dense layer no more than these weights send back
             self.expressible[key] = self.fits[name].expressible(None if c.window.kernel else weights)
@@ -134,19 +140,19 @@ class HeldOutSlopes:
 
     def finish(self, process_group: ProcessGroup = SINGLE_PROCESS) -> None:
         """Fills the tests from the sums of all processes."""
-        self.count = int(process_group.sum_numbers(self.count)[0])
         process_group.sum_([*self.sums.values(), *self.squares.values()])
         squares = process_group.sum_numbers(*self.step_squares.values())
-        n = max(2, self.count)
-        for (width, test), square in zip(self.tests.items(), squares, strict=True):
+        samples, *counts = process_group.sum_numbers(self.samples, *self.counts.values())
+        for (width, test), square, count in zip(self.tests.items(), squares, counts, strict=True):
+            n = max(2, int(count))
             mean = self.sums[width] / n
             error = ((self.squares[width] / n - mean.square()).clamp_min(0) / (n - 1)).sqrt()
             test.shares = mean.diff(prepend=mean.new_zeros(1))
             test.z = mean / error.clamp_min(1e-30)
             if self.curvature[width] > 0:
-                test.coherence = max(1.0, square / n / self.curvature[width])
+                test.coherence = max(1.0, square / max(2.0, samples) / self.curvature[width])
 
 
-def _per_sample(values: Tensor, size: int) -> Tensor:
-    """Sums over what the model has put in a row for each sample: the frames of a clip, say."""
-    return values.unflatten(0, (size, -1)).sum(1) if len(values) > size and len(values) % size == 0 else values
+def _sum(a: Tensor, b: Tensor) -> Tensor:
+    """Adds slopes of the same samples, or of whole batches where one of them has no samples."""
+    return a + b if len(a) == len(b) else a.sum(0, keepdim=True) + b.sum(0, keepdim=True)

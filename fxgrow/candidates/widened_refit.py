@@ -111,15 +111,17 @@ class WidenedRefit:
         batches, processes = self.data.expected(record.size), self.data.process_group.size
         sampling, keep = Sampling(record.size, self.generator, 1 / batches, processes), math.ceil(SAMPLES / batches)
         for c, p in self.uses[node]:
-            h = c.layer_input(record.inputs[p.source][:keep])
-            c.add_rows(h, c.output_gradient(v[:keep]), sampling)
+            x = record.inputs[p.source]
+            samples = record.size * min(keep, len(x)) / len(x)
+            c.add_rows(c.layer_input(x[:keep]), c.output_gradient(v[:keep]), samples, sampling)
 
     def _consumer_batches(self, record: BatchRecord) -> Iterator[tuple[str, ConsumerBatch]]:
         for name, c in self.consumers.items():
             for p in c.uses:
                 x = c.layer_input(record.inputs[p.source])
                 h, z = (x.index_select(c.dim, channels) for channels in self.channels[name])
-                yield name, ConsumerBatch(c, h, z, c.output_gradient(record.output_gradients[p.node]))
+                v = record.output_gradients[p.node]
+                yield name, ConsumerBatch(c, h, z, c.output_gradient(v), len(v))
 
     def _channels(self, c: ConsumerMoments) -> tuple[Tensor, Tensor]:
         axis = self.candidates.change.parameters[c.weight][c.uses[0].in_dim]

@@ -28,6 +28,7 @@ from fxgrow.graph.graph import lookup
 from fxgrow.rewriting.size_change import SizeChange
 from fxgrow.rewriting.values import Values
 from fxgrow.rewriting.widened_graph import WidenedGraph
+from fxgrow.statistics.batch_dimension import as_maps
 from fxgrow.statistics.consumer_moments import ConsumerMoments, like_weight, rows_for, some_rows
 from fxgrow.statistics.cross_moment import patch_rows
 from fxgrow.statistics.factorisation import factor
@@ -311,7 +312,7 @@ class ZeroUnitGraph(WidenedGraph):
 
     def _add_inputs(self, p: Producer, use: Projection, x: Tensor) -> None:
         x = x.index_select(_channels(use), self.change.parameters[use.weight][use.in_dim].moved.to(x.device))
-        x = x if use.kernel else x.reshape(x.shape[0], -1, x.shape[-1])
+        x = as_maps(x, len(use.kernel)) if use.kernel else x.reshape(x.shape[0], -1, x.shape[-1])
         limit = rows_for(p.features) - p.rows
         if limit <= 0:
             return
@@ -323,7 +324,7 @@ class ZeroUnitGraph(WidenedGraph):
 
 def _channels(p: Projection) -> int:
     """The dimension of its input that a weight sums over."""
-    return 1 if p.kernel else -1
+    return -1 - len(p.kernel)
 
 
 def incoming_rows(gm: fx.GraphModule, p: Producer, contexts: Sequence[int], unit_groups: int) -> Tensor:

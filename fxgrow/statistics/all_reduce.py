@@ -19,7 +19,7 @@ def sum_consumers(consumers: Mapping[str, ConsumerMoments], samples: float, proc
     counts = torch.tensor(numbers, dtype=torch.float64)
     process_group.sum_([counts, *(t for c in consumers.values() for t in (c.vh, c.m, c.g) if t is not None)])
     for c, (vv, seen, positions, rows) in zip(consumers.values(), counts.tolist(), strict=True):
-        c.vv, c.samples, c.position_count, c.rows = vv, int(seen), int(positions), int(rows)
+        c.vv, c.samples, c.position_count, c.rows = vv, seen, int(positions), int(rows)
     return process_group.sum_numbers(samples)[0]
 
 
@@ -31,6 +31,6 @@ def sum_inputs(widths: Iterable[WidthMoments], samples: float, total: float, pro
     counts = torch.tensor([[w.rows, w.samples, w.position_count] for w in widths], dtype=torch.float64)
     process_group.sum_([counts, *(w.s for w in widths if w.s is not None)])
     for w, (rows, seen, positions) in zip(widths, counts.tolist(), strict=True):
-        w.rows, w.samples, w.position_count = int(rows), int(seen), positions
+        w.rows, w.samples, w.position_count = int(rows), seen, positions
         if w.sampled:
             w.sampled = [process_group.all_gather_rows(torch.cat(w.sampled) * (samples / total) ** 0.5)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 
 import torch
@@ -93,6 +93,8 @@ class Statistics:
             for path in w.paths:
                 self.paths[path.consumer.node].append((w, path))
         self.cache = ActivationCache()
+        #: entries in the first dimension of each node's tensors: as many as samples, or one per batch
+        self.entries: Counter[fx.Node] = Counter()
         #: number of samples of each batch to cache
         self.keep: dict[fx.Node, int] = {}
         #: for isolated units: inputs and output gradients to cache of all samples, and inputs of held-out batches
@@ -154,7 +156,7 @@ class Statistics:
             gradient = c.output_gradient(v)
             c.add_norm(gradient)
             if self.exact:
-                c.add_rows(c.layer_input(record.inputs[p.source]), gradient, None)
+                c.add_rows(c.layer_input(record.inputs[p.source]), gradient, record.size, None)
         for w, path in self.paths[node]:
             later = w.keep if self.project else 0
             if later < len(v):
@@ -168,9 +170,10 @@ class Statistics:
             c.add_gradient(record)
         if self.exact:
             for w in self.widths.values():
-                w.add_rows(record.inputs, None)
+                w.add_rows(record.inputs, record.size, None)
             return
         for node in self.sources:
+            self.entries[node] += len(record.inputs[node])
             self.cache.inputs[node].add(record.inputs[node], self.keep[node], self.cache.expected)
 
     def finish(self, generator: torch.Generator, process_group: ProcessGroup = SINGLE_PROCESS) -> None:
@@ -182,7 +185,9 @@ class Statistics:
                     h, v = c.layer_input(inputs[p.source]), c.output_gradient(gradients[p.node])
                     if self.complete:
                         c.add_products(h, v)
-                    rows = c.add_rows(h, v, Sampling(share * self.samples, generator, share, process_group.size))
+                    samples = self._samples(p.source, inputs)
+                    sampling = Sampling(share * self.samples, generator, share, process_group.size)
+                    rows = c.add_rows(h, v, samples, sampling)
                     c.sampled.append(SampledRows(p, span, keep, *rows))
         self.total = sum_consumers(self.consumers, self.samples, process_group)
         for c in self.consumers.values():
@@ -191,17 +196,22 @@ class Statistics:
         others = [w for name, w in self.widths.items() if same_input[name] is None]
         for w in others if not self.exact else ():
             for share, _, inputs, _ in self.cache.groups((path.producer.source for path in w.paths), keep=w.keep):
-                w.add_rows(inputs, Sampling(share * self.samples, generator, share, process_group.size))
+                sampling = Sampling(share * self.samples, generator, share, process_group.size)
+                w.add_rows(inputs, self._samples(w.paths[0].producer.source, inputs), sampling)
         sum_inputs(others, self.samples, self.total, process_group)
         for name, w in self.widths.items():
             consumer = same_input[name]
             if consumer is not None and consumer.m is not None:
                 w.s, w.rows = consumer.m.clone(), consumer.rows
-                w.samples, w.position_count = 1, consumer.positions
+                w.samples, w.position_count = 1.0, consumer.positions
             elif w.s is not None:
                 w.s.div_(self.total)
             w.blocks = {name: block / self.total for name, block in w.blocks.items()}
             w.ridge = 0.0 if self.exact else SAMPLED_RIDGE[w.rows < 10 * w.features]
+
+    def _samples(self, node: fx.Node, inputs: NodeTensors) -> float:
+        """How many samples a node's cached inputs stand for."""
+        return len(inputs[node]) * self.samples / self.entries[node]
 
     def _same_input(self, w: WidthMoments) -> ConsumerMoments | None:
         """The weight with the same input as this width's only producer: its M is S."""
@@ -218,7 +228,8 @@ class Statistics:
             targets = [path.consumer.node for path in w.paths]
             for share, _, inputs, gradients in self.cache.groups(sources, targets, w.keep):
                 # dW* h of cached samples stands for all samples; V of cached samples is not in N yet
-                self._subtract(w, inputs, updates, share * self.samples / len(inputs[sources[0]]), gradients)
+                weight = share * self.samples / self._samples(sources[0], inputs)
+                self._subtract(w, inputs, updates, weight, gradients)
 
     def subtract_expressible_of(self, record: BatchRecord, updates: Mapping[str, Tensor]) -> None:
         """The same by all positions of one more batch."""

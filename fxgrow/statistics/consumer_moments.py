@@ -18,6 +18,7 @@ from fxgrow.axes.structure import Projection
 from fxgrow.graph.conditional import runs_in_eval_mode
 from fxgrow.graph.graph import accumulation_dtype, lookup
 from fxgrow.statistics.activation_cache import Span
+from fxgrow.statistics.batch_dimension import as_maps
 from fxgrow.statistics.conv_geometry import Window
 from fxgrow.statistics.cross_moment import patch_rows, weight_gradient
 from fxgrow.statistics.factorisation import Factor, factor
@@ -114,6 +115,8 @@ class ConsumerMoments:
         is_feature = name is not None and not self.output_window and lookup(gm, name).requires_grad
         self.bias = name if is_feature else None
         self.window = Window() if self.output_window else window(uses[0])
+        #: number of spatial dimensions
+        self.spatial = len(uses[0].kernel)
         #: rows of vh per output channel
         self.kernel_taps = self.output_window.taps if self.output_window else 1
         #: dimension of `layer_input` that the weight sums over, and of `output_gradient` that has its outputs
@@ -125,7 +128,7 @@ class ConsumerMoments:
         self.m: Tensor | None = None
         self.g: Tensor | None = None
         #: samples behind M and G, their positions, and the rows from which M and G were formed
-        self.samples, self.position_count, self.rows = 0, 0, 0
+        self.samples, self.position_count, self.rows = 0.0, 0, 0
         self.sampled: list[SampledRows] = []
         #: M plus a ridge, factored, and dW*, once `project` was called
         self.input_factor: Factor | None = None
@@ -164,11 +167,16 @@ class ConsumerMoments:
         return t if self.group is None else t.unflatten(dim, (self.groups, -1)).select(dim, self.group)
 
     def layer_input(self, h: Tensor) -> Tensor:
-        """h: the layer's input, its group's or expert's part; of a transposed convolution `[n, positions, C]`."""
+        """h: the layer's input, its group's or expert's part; of a transposed convolution `[n, positions, C]`.
+
+        Maps that a sample has beside each other, the frames of a video, become rows: `[n * frames, C, *spatial]`.
+        """
+        h = as_maps(h, self.spatial)
         return h.flatten(2).mT if self.output_window else self._group_part(h, 1)
 
     def output_gradient(self, v: Tensor) -> Tensor:
         """V: at the layer's output, its group's part; of a transposed convolution its windows `[n, positions, O]`."""
+        v = as_maps(v, self.spatial)
         if self.output_window is None:
             return self._group_part(v, 1)
         rows: Tensor = patch_rows(v, self.output_window, None).unflatten(0, (len(v), -1))
@@ -178,23 +186,24 @@ class ConsumerMoments:
         """Adds the sum of |V|^2."""
         self.vv = self.vv + torch.linalg.vector_norm(v, dtype=accumulation_dtype(v)).square()
 
-    def add_rows(self, h: Tensor, v: Tensor, sampling: Sampling | None) -> tuple[list[Tensor | None], float]:
-        """Adds rows of a `layer_input` and an `output_gradient`, by default all, to M and G.
+    def add_rows(
+        self, h: Tensor, v: Tensor, samples: float, sampling: Sampling | None
+    ) -> tuple[list[Tensor | None], float]:
+        """Adds rows of a `layer_input` and an `output_gradient` of so many samples, by default all, to M and G.
 
         Returns indices of the rows, in parts, and the weight of each.
         """
         gradients = self.gradient_rows(v)
-        n = len(gradients)
         # an expert has no position where it gets no token
         routed = h.flatten(0, -2).any(-1).nonzero().flatten() if self.uses[0].experts else None
-        count = n * gradients.shape[1] if routed is None else len(routed)
-        self.samples, self.position_count = self.samples + n, self.position_count + count
+        count = len(gradients) * gradients.shape[1] if routed is None else len(routed)
+        self.samples, self.position_count = self.samples + samples, self.position_count + count
         wanted = rows_for(h.shape[self.dim] * self.window.taps)
         chosen = None if sampling is None else sampling.choose(count, wanted, h.device)
         if routed is not None:
             chosen = routed if chosen is None else routed[chosen]
         rows = count if chosen is None else len(chosen)
-        scale = 1.0 if sampling is None else sampling.samples * count / n / max(1, rows)
+        scale = 1.0 if sampling is None else sampling.samples * count / samples / max(1, rows)
         parts = list(self._parts(h, chosen, count))
         for part in parts:
             self.m = add_gram(self.m, self.input_rows(h, part), bias=self.bias is not None, scale=scale)
@@ -241,7 +250,7 @@ class ConsumerMoments:
     @property
     def positions(self) -> float:
         """Number of positions of a sample."""
-        return self.position_count / max(1, self.samples)
+        return self.position_count / max(1.0, self.samples)
 
     def project(self, exact: bool) -> Tensor:
         """The best update of the weights, dW* = E[V h^T] (M + eps)^-1, `[O, H]`."""

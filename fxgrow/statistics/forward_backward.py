@@ -23,7 +23,7 @@ from fxgrow.graph.conditional import graph_like
 from fxgrow.graph.evaluate import eval_mode
 from fxgrow.graph.purity import overwrites
 from fxgrow.ops.expert_routing import all_routes
-from fxgrow.statistics.batch_dimension import nodes_with_batch_second
+from fxgrow.statistics.batch_dimension import by_sample, find_samples, like_output
 
 #: called with a node's output and the gradient there, returns the gradient with which backward continues
 Correction = Callable[[Tensor, Tensor], Tensor]
@@ -33,9 +33,10 @@ Correction = Callable[[Tensor, Tensor], Tensor]
 class BatchRecord:
     """Activations and gradients of one batch of n samples, with its mean loss."""
 
-    #: outputs of the requested nodes, `[n, ...]`; a list of all samples' positions becomes `[n, positions, F]`
+    #: outputs of the requested nodes, `[n, ...]`, or `[1, ...]` where they are not laid out by sample; see
+    #: `batch_dimension.py`
     inputs: dict[fx.Node, Tensor] = field(default_factory=dict)
-    #: V = -dl/da at the targets, `[n, ...]`, unless `on_output_gradient` takes them
+    #: V = -dl/da at the targets, laid out likewise, unless `on_output_gradient` takes them
     output_gradients: dict[fx.Node, Tensor] = field(default_factory=dict)
     #: by name, minus the gradient of the requested weights, summed over samples: the sum of V h^T
     gradients: dict[str, Tensor] = field(default_factory=dict)
@@ -73,7 +74,7 @@ class _ActivationRecorder:
         self.gm, self.request = gm, request
         self.sources, self.targets = set(request.sources), set(request.targets)
         self.copied = {n for n in self.sources if any(n in overwrites(user, gm) for user in n.users)}
-        self.second = nodes_with_batch_second(gm.graph)
+        self.samples = find_samples(gm.graph)
         #: rows of experts, and the nodes that assign them
         self.routes = {n: r for n, r in all_routes(gm).items() if n in self.sources or n in self.targets}
         self.routing = {n for r in self.routes.values() for n in r.nodes()}
@@ -123,8 +124,9 @@ class _ActivationRecorder:
             self.hooks.append(value.register_hook(lambda g: self.returned(node, g.detach())))
         correct = self.request.corrections.get(node)
         if correct is not None and value.requires_grad:
-            kept, by_sample = self.record.inputs[node], partial(self.by_sample, node)
-            self.hooks.append(value.register_hook(lambda g: self._like_output(node, correct(kept, by_sample(g)), g)))
+            kept, n, place = self.record.inputs[node], self.record.size, self.samples.get(node)
+            hook = lambda g: like_output(correct(kept, by_sample(g, n, place)), n, place, g)  # noqa: E731
+            self.hooks.append(value.register_hook(hook))
         return value
 
     def returned(self, node: fx.Node, v: Tensor) -> None:
@@ -136,19 +138,11 @@ class _ActivationRecorder:
             self.request.on_output_gradient(self.record, node, v)
 
     def by_sample(self, node: fx.Node, value: Tensor) -> Tensor:
-        """The value with its samples first: `[n, positions, features]` of a list of all samples' positions."""
+        """The value with its samples first, or as one sample."""
         n = self.record.size
         if node in self.routes:
             return self.routes[node].by_sample(value, self.known, n)
-        if self._is_second(node, value):
-            return value.transpose(0, 1)
-        return value.unflatten(0, (n, -1)) if value.dim() == 2 and len(value) > n and len(value) % n == 0 else value
-
-    def _is_second(self, node: fx.Node, value: Tensor) -> bool:
-        return node in self.second and value.dim() > 2 and value.shape[1] == self.record.size
-
-    def _like_output(self, node: fx.Node, by_sample: Tensor, like: Tensor) -> Tensor:
-        return by_sample.transpose(0, 1) if self._is_second(node, like) else by_sample.view_as(like)
+        return by_sample(value, n, self.samples.get(node))
 
     def finish(self) -> None:
         """V is zero at targets that are still waiting: the loss does not depend on them."""

@@ -124,7 +124,8 @@ def merge_into(stats: Statistics, parts: Sequence[Moments], device: torch.device
         vh, c.m, c.g = (mean(f"reads/{name}/{key}") for key in ("vh", "m", "g"))
         c.vh = c.vh if vh is None else vh
         sums, means = counts(f"reads/{name}/counts")
-        c.vv, (c.samples, c.position_count, c.rows) = float(means[0]), map(int, sums[1:])
+        c.vv, c.samples = float(means[0]), float(sums[1])
+        c.position_count, c.rows = map(int, sums[2:])
     crosses: dict[str, Tensor] = {}
     for name, w in stats.widths.items():
         w.s = mean(f"width/{name}/S")
@@ -133,7 +134,7 @@ def merge_into(stats: Statistics, parts: Sequence[Moments], device: torch.device
         if w.sampled and len(w.sampled) < len(parts):
             raise ProfileError(f"The parts have the rows of width {name!r} in different ways: profile all alike.")
         sums, means = counts(f"width/{name}/counts")
-        w.rows, w.samples, w.position_count = int(sums[0]), 1, float(means[1])
+        w.rows, w.samples, w.position_count = int(sums[0]), 1.0, float(means[1])
         w.ridge = 0.0 if stats.exact else SAMPLED_RIDGE[w.rows < 10 * w.features]
         for weight in {path.consumer.weight: None for path in w.paths}:
             block, cross = mean(f"width/{name}/N/{weight}"), mean(f"width/{name}/C/{weight}")

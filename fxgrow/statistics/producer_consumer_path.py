@@ -8,6 +8,7 @@ random incoming weights, refitted like all others.
 from __future__ import annotations
 
 import operator
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -20,7 +21,7 @@ from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.axes.axes import Axis, Dims, UnitVar, axes_in, multiplicity, resolve
 from fxgrow.axes.structure import Projection, Structure
 from fxgrow.graph.unrolled_rnn import rnn_scan
-from fxgrow.statistics.batch_dimension import nodes_with_batch_second
+from fxgrow.statistics.batch_dimension import Samples, as_maps, find_samples
 from fxgrow.statistics.conv_geometry import Window
 
 #: products with another tensor, and recurrences, carry a unit to other positions
@@ -58,7 +59,7 @@ def window(p: Projection) -> Window:
 def find_paths(width: GrowableWidth, analysed: AnalysedGraph) -> list[ConvPath] | None:
     """The path from every producer to every consumer behind it; None where one of them has no normal form."""
     paths: list[ConvPath] = []
-    structure, second = analysed.structure, nodes_with_batch_second(analysed.gm.graph)
+    structure, samples = analysed.structure, find_samples(analysed.gm.graph)
     for producer in width.producers:
         reachable = _downstream(producer.node, width.var, structure)
         for consumer in width.consumers:
@@ -66,7 +67,7 @@ def find_paths(width: GrowableWidth, analysed: AnalysedGraph) -> list[ConvPath] 
             if nodes is None:
                 continue
             mixed = any(n.target in _MIXES or _selects(n, structure) for n in nodes)
-            path = None if mixed else _path(producer, consumer, width, nodes, second)
+            path = None if mixed else _path(producer, consumer, width, nodes, samples)
             if path is None:
                 return None
             paths.append(path)
@@ -90,31 +91,36 @@ def _downstream(start: fx.Node, var: UnitVar, structure: Structure) -> dict[fx.N
 
 
 def _path(
-    producer: Projection, consumer: Projection, width: GrowableWidth, nodes: list[fx.Node], second: set[fx.Node]
+    producer: Projection,
+    consumer: Projection,
+    width: GrowableWidth,
+    nodes: list[fx.Node],
+    samples: Mapping[fx.Node, Samples],
 ) -> ConvPath | None:
     if not (producer.plain and (consumer.plain or consumer.transposed)):
+        return None
+    if producer.node not in samples or consumer.source not in samples:
         return None
     per_read = _entries(consumer.input_axis, width)
     if _entries(producer.output_axis, width) != 1 or per_read is None:
         return None
     nd = len(producer.kernel)
-    written = _positions(producer.node, nd, second)
-    read = _positions(consumer.source, len(consumer.kernel), second)
+    # maps, and rows of linear layers: the model may hold those of all samples in one dimension
+    rows, read_rows = _rows_of(producer.node, nd), _rows_of(consumer.source, len(consumer.kernel))
+    written, read = _shape(producer.node)[-nd:], _shape(consumer.source)[-nd:]
     if nd == len(consumer.kernel):
-        # the model may hold the positions of all samples in one dimension
-        sizes = {_shape(node)[:-1] for node in (producer.node, consumer.source)}
-        same = nd == 0 and len({prod(size) for size in sizes}) == 1
-        pool = () if same else _pool(written, read)
-        if per_read != 1 or pool is None:
+        pool = _pool(written, read) if nd else ()
+        if per_read != 1 or pool is None or rows != read_rows:
             return None
         # a transposed convolution reads one position at a time
         consumer_window = Window((1,) * nd) if consumer.transposed else window(consumer)
         return ConvPath(producer, consumer, window(producer), consumer_window, pool, read if nd else ())
-    if nd == 0 or consumer.kernel:
+    if nd == 0 or consumer.kernel or read_rows % rows:
         return None
-    tokens = prod(read)
+    tokens = read_rows // rows
     if per_read > 1:
-        shape = kernel = next((s for n in reversed(nodes) if prod(s := _positions(n, nd, second)) == per_read), None)
+        maps = (_shape(n)[-nd:] for n in reversed(nodes) if len(_shape(n)) > nd + 1)
+        shape = kernel = next((s for s in maps if prod(s) == per_read), None)
     else:
         shape = written if tokens == prod(written) else (1,) * nd if tokens == 1 else None
         kernel = (1,) * nd
@@ -131,12 +137,10 @@ def _entries(axis: Axis, width: GrowableWidth) -> int | None:
     return segments[0].inner // width.step if one else None
 
 
-def _positions(node: fx.Node, nd: int, second: set[fx.Node]) -> tuple[int, ...]:
-    """The spatial shape after the channels; for features in the last dimension, the dimensions before them."""
+def _rows_of(node: fx.Node, nd: int) -> int:
+    """How many maps `[C, *spatial]`, or rows of features, a node's output holds."""
     shape = _shape(node)
-    if nd == 0:
-        return (shape[0], *shape[2:-1]) if node in second and len(shape) > 2 else shape[1:-1]
-    return shape[-nd:] if len(shape) > nd else ()
+    return prod(shape[: len(shape) - nd - 1])
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
@@ -159,20 +163,17 @@ def _selects(node: fx.Node, structure: Structure) -> bool:
 
 
 def producer_map(x: Tensor, path: ConvPath) -> Tensor:
-    """A producer's input as `[n, C, *spatial]`, or `[n, tokens, features]` for a linear layer."""
-    return _rows(x) if not path.producer.kernel else x
+    """A producer's input as `[rows, C, *spatial]`, or `[n, tokens, features]` for a linear layer."""
+    return as_maps(x, len(path.producer.kernel)) if path.producer.kernel else x.reshape(len(x), -1, x.shape[-1])
 
 
 def gradient_map(v: Tensor, path: ConvPath) -> Tensor:
-    """V at a consumer's output, at the positions of `consumer_window`: `[n, O, *spatial]`, or `[n, tokens, O]`."""
-    spatial: tuple[int, ...] = ()
-    if path.consumer.transposed:
-        spatial = path.read_shape
-    elif not path.consumer.kernel:
-        v = _rows(v)  # [n, tokens, O]; tokens are positions after a convolution
-        spatial = path.consumer_window.output(path.read_shape) if path.producer.kernel else ()
-    return v.mT.unflatten(2, spatial) if spatial else v
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(x.shape[0], -1, x.shape[-1])
+    """V at a consumer's output, at the positions of `consumer_window`: `[rows, O, *spatial]`, or `[n, tokens, O]`."""
+    if path.consumer.kernel and not path.consumer.transposed:
+        return v
+    if not path.producer.kernel:
+        return v.reshape(len(v), -1, v.shape[-1])
+    # tokens, or what a transposed convolution read, are positions after a convolution
+    spatial = path.consumer_window.output(path.read_shape)
+    maps: Tensor = v.reshape(-1, prod(spatial), v.shape[-1]).mT.unflatten(2, spatial)
+    return maps

@@ -52,7 +52,7 @@ class WidthMoments:
     s: Tensor | None = None
     #: number of rows of b and of samples behind S, and of positions that are read, counted once per window
     rows: int = 0
-    samples: int = 0
+    samples: float = 0.0
     position_count: float = 0.0
     #: number of samples of each batch that are cached for this width
     keep: int = 0
@@ -70,7 +70,7 @@ class WidthMoments:
     @property
     def positions_per_sample(self) -> float:
         """How many positions S sums over, counted once per window."""
-        return self.position_count / max(1, self.samples)
+        return self.position_count / max(1.0, self.samples)
 
     @property
     def second_moment(self) -> Tensor:
@@ -124,15 +124,14 @@ class WidthMoments:
         windows = {p.consumer.weight: p.consumer_window for p in paths}.values()
         return PatchMap(paths, shape, True, torch.stack([coverage(shape, w).double() for w in windows]).mean(0))
 
-    def add_rows(self, inputs: Mapping[fx.Node, Tensor], sampling: Sampling | None) -> None:
-        """Adds rows b of inputs, by default all, to S."""
-        n = len(inputs[self.paths[0].producer.source])
-        total = n * self.positions(inputs)
-        self.samples += n
+    def add_rows(self, inputs: Mapping[fx.Node, Tensor], samples: float, sampling: Sampling | None) -> None:
+        """Adds rows b of the inputs of so many samples, by default all, to S."""
+        total = len(inputs[self.paths[0].producer.source]) * self.positions(inputs)
+        self.samples += samples
         for uses in self.rounds():
             rows, weight, bias = self.stacked(uses, inputs, sampling)
             self.position_count += float(weight.mean()) * total
-            scale = 1.0 if sampling is None else sampling.samples / n * total / len(rows)
+            scale = 1.0 if sampling is None else sampling.samples / samples * total / len(rows)
             self.rows += len(rows)
             if sampling is not None and self.wanted < self.features:
                 ones = (weight * (scale * sampling.share / sampling.samples)).sqrt()[:, None].to(rows)
@@ -157,7 +156,9 @@ class WidthMoments:
     def positions(self, inputs: Mapping[fx.Node, Tensor]) -> int:
         """Positions of a sample on the map of patches."""
         paths, shape, _, _ = self.patch_map()
-        return math.prod(shape) if shape else producer_map(inputs[paths[0].producer.source], paths[0]).shape[1]
+        x = inputs[paths[0].producer.source]
+        rows = producer_map(x, paths[0])
+        return len(rows) // len(x) * math.prod(shape) if shape else rows.shape[1]
 
     def stacked(
         self, uses: Mapping[str, ConvPath | None], inputs: Mapping[fx.Node, Tensor], sampling: Sampling | None
@@ -166,9 +167,10 @@ class WidthMoments:
 
         The last feature, if it is 1 in every row, may be left out: the third result.
         """
-        _, _, pooled, cover = self.patch_map()
+        _, shape, pooled, cover = self.patch_map()
         maps = {name: producer_map(inputs[path.producer.source], path) for name, path in uses.items() if path}
-        first, positions = next(iter(maps.values())), self.positions(inputs)
+        first = next(iter(maps.values()))
+        positions = math.prod(shape) if shape else first.shape[1]
         chosen = sampling and sampling.choose(len(first) * positions, self.wanted, first.device)
         cover = cover.flatten().to(first.device).expand(positions)
         weight = cover.repeat(len(first)) if chosen is None else cover[chosen % positions]

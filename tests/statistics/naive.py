@@ -32,6 +32,8 @@ class Case:
     #: which b enters S together: per round the call of each producer
     rounds: list[dict[str, int]] = field(default_factory=list)
     count_once: bool = False
+    #: a sample has so many maps beside each other, each of which is a call
+    frames: int = 1
 
 
 @dataclass
@@ -103,7 +105,10 @@ def naive(case: Case) -> Expected:
             outs = [(n, j, out) for n in case.consumers for j, (_, out) in enumerate(calls[n])]
             grads = torch.autograd.grad(loss, [o for *_, o in outs])
             vs = {(n, j): -g for (n, j, _), g in zip(outs, grads, strict=True)}
-            seen.append({n: [(x, vs.get((n, j), x)) for j, (x, _) in enumerate(c)] for n, c in calls.items()})
+            pairs = {n: [(x, vs.get((n, j), x)) for j, (x, _) in enumerate(c)] for n, c in calls.items()}
+            if case.frames > 1:
+                pairs = {n: list(zip(x.split(1), v.split(1), strict=True)) for n, ((x, v),) in pairs.items()}
+            seen.append(pairs)
     count = len(seen)
     modules = {n: model.get_submodule(n) for n in names}
     convs = {n: isinstance(m, nn.Conv2d) for n, m in modules.items()}

@@ -241,6 +241,52 @@ def recurrent() -> Case:
     )  # fmt: skip
 
 
+class Video(nn.Module):
+    """Frames lie in the batch dimension, `[samples * frames, ...]`, or `[frames * samples, ...]`."""
+
+    def __init__(self, frames_first: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+        self.frames_first = frames_first
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1) if self.frames_first else x
+        n, t = x.shape[:2]
+        y = self.c(self.b(self.a(x.flatten(0, 1)).tanh()).relu().mean((2, 3)))
+        return y.view(n, t, -1).sum(0 if self.frames_first else 1)
+
+
+def video(width: str, frames_first: bool) -> Case:
+    x, y = torch.randn(40, 3, 2, 5, 5, dtype=torch.float64), torch.randint(3, (40,))
+    reader, way = ("b", same) if width == "a" else ("c", lambda m: m.mean((2, 3), keepdim=True))
+    between = {(reader, i): {(width, i): way} for i in range(3)}
+    model, batches, rounds = randomised(Video(frames_first)), split(x, y, 18, 22), [{width: i} for i in range(3)]
+    return Case(model, batches, F.cross_entropy, width, [width], [reader], between, rounds, frames=3)
+
+
+class StepsFirst(nn.Module):
+    """Samples in the second dimension; `flat`: in one dimension with the steps, or in a stack of such."""
+
+    def __init__(self, layout: str) -> None:
+        super().__init__()
+        self.a, self.b, self.layout = nn.Linear(5, 4), nn.Linear(4, 3), layout
+
+    def forward(self, x: Tensor) -> Tensor:
+        steps = x.permute(1, 0, 2)
+        if self.layout == "flat":
+            steps = steps.reshape(-1, 5)
+        if self.layout == "stacked":
+            steps = torch.stack([steps, steps**2])
+        y = self.b(self.a(steps).tanh())
+        return y.view(-1, x.shape[1], x.shape[0], 3).sum((0, 1))
+
+
+def steps_first(layout: str) -> Case:
+    x, y = torch.randn(21, 4, 5, dtype=torch.float64), torch.randint(3, (21,))
+    model, batches = randomised(StepsFirst(layout)), split(x, y, 12, 9)
+    return Case(model, batches, F.cross_entropy, "a", ["a"], ["b"], {("b", 0): {("a", 0): same}})
+
+
 CASES: dict[str, Callable[[], Case]] = {
     "mlp": mlp,
     "per-sample losses": lambda: mlp(per_sample),
@@ -257,6 +303,13 @@ CASES: dict[str, Callable[[], Case]] = {
     "gpt": gpt,
     "used twice": siamese,
     "recurrent": recurrent,
+    "frames beside samples": lambda: video("a", frames_first=False),
+    "frames beside samples, pooled": lambda: video("b", frames_first=False),
+    "frames before samples": lambda: video("a", frames_first=True),
+    "frames before samples, pooled": lambda: video("b", frames_first=True),
+    "steps first": lambda: steps_first(""),
+    "steps and samples in one dimension": lambda: steps_first("flat"),
+    "a stack of steps first": lambda: steps_first("stacked"),
 }
 
 
