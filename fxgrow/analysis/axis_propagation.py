@@ -17,12 +17,13 @@ from torch.utils import _pytree as pytree
 import fxgrow.ops  # noqa: F401  (enters the rules)
 from fxgrow.analysis.expert_copies import copy_experts
 from fxgrow.analysis.initial_state import find_initial_states
-from fxgrow.analysis.size_guards import settle_guards
+from fxgrow.analysis.size_guards import follows_from_widths, settle_guards
 from fxgrow.axes.axes import (
     Axis,
     Dims,
     UnitVar,
     axes_in,
+    axis_of,
     dims_in,
     fixed,
     is_fixed,
@@ -36,13 +37,14 @@ from fxgrow.axes.axes import (
 from fxgrow.axes.records import Reason
 from fxgrow.axes.size_expressions import SizeExpr, measured
 from fxgrow.axes.structure import SizeCheck, SizeReplacement, Structure
+from fxgrow.graph.arguments import get_argument
 from fxgrow.graph.graph import lookup, operator_name
 from fxgrow.graph.node_functions import guard
 from fxgrow.graph.node_meta import OPAQUE
 from fxgrow.graph.purity import overwrites
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.infer_rule import infer_rule
-from fxgrow.ops.registry import find_rule
+from fxgrow.ops.registry import MAKES_AXES, find_rule
 
 
 def propagate_axes(gm: fx.GraphModule) -> Structure:
@@ -84,10 +86,12 @@ def _evaluate(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> An
         why = ctx.reason("opaque", f"the model's code cannot be followed there: {node.meta[OPAQUE]}")
         _pin_all(ctx, args, kwargs, why)
         return _fixed(ctx.value, why)
-    if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(ctx.value)):
+    rule = find_rule(node, ctx.module)
+    writes = ctx.value is None and rule is not None
+    if not writes and not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(ctx.value)):
         return _number(ctx, args, kwargs)
-    has_weights = ctx.module is not None and next(ctx.module.parameters(), None) is not None
-    if all(map(is_fixed, axes_in((args, kwargs)))) and not any(measured((args, kwargs))) and not has_weights:
+    acts = rule in MAKES_AXES or (ctx.module is not None and next(ctx.module.parameters(), None) is not None)
+    if all(map(is_fixed, axes_in((args, kwargs)))) and not any(measured((args, kwargs))) and not acts:
         reasons = [s.reason for a in axes_in((args, kwargs)) for s in a if s.reason]
         # a function of an input is no input any more, but an unknown operator stays the reason
         return _fixed(ctx.value, next((r for r in reasons if r.code != "input"), None))
@@ -215,8 +219,9 @@ def _check(structure: Structure, check: SizeCheck) -> None:
         return
     axes = (*check.size.axes, check.axis)
     if check.where is not None:
-        # a number that no input changes: the size of a width
-        if single_variable(check.axis) is not None:
+        # a number that no input changes: the size of a width, or computed from such sizes
+        number = get_argument(*check.where)
+        if single_variable(check.axis) or (isinstance(number, fx.Node) and follows_from_widths(structure, number)):
             structure.size_replacements.append(SizeReplacement(*check.where, axes, check.axis))
             return
         # one size of a view can be inferred, whatever the others are
@@ -224,10 +229,15 @@ def _check(structure: Structure, check: SizeCheck) -> None:
         if check.infer and all(node is not check.where[0] for node in others):
             structure.size_replacements.append(SizeReplacement(*check.where, axes, None))
             return
-    # else the measured axis must grow with this one
+    # else what is measured must grow with this axis
     if check.size.measures_one and not any(is_fixed(a) for a in axes):
         unify(check.axis, check.size.axes[0], check.why)
         return
+    if form is not None and form[0] == expected[0] and len(form[1]) == len(expected[1]) == 1:
+        ((mine, entries_of_mine),), ((other, entries_of_other),) = form[1].items(), expected[1].items()
+        if entries_of_mine == entries_of_other:
+            unify(axis_of(mine), axis_of(other), check.why)
+            return
     for a in axes:
         pin(a, check.why)
 

@@ -10,13 +10,25 @@ from __future__ import annotations
 import builtins
 import math
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, grown_length, pin, resolve, unify, variables
+from fxgrow.axes.axes import (
+    Axis,
+    Dims,
+    UnitVar,
+    axis_of,
+    fixed,
+    grown_length,
+    pin,
+    resolve,
+    single_variable,
+    unify,
+    variables,
+)
 from fxgrow.axes.records import Reason
 from fxgrow.axes.size_expressions import SizeExpr
 from fxgrow.axes.structure import SizeReplacement, Structure
@@ -121,12 +133,42 @@ def _shape_of(structure: Structure, node: fx.Node, grow: Mapping[UnitVar, int]) 
 
 
 def _measured_axes(structure: Structure, number: fx.Node) -> Iterator[Axis]:
-    """The axes of all tensors whose sizes a number was computed from."""
+    return (axis for _, axis in _measured(structure, number))
+
+
+def follows_from_widths(structure: Structure, number: fx.Node) -> bool:
+    """Whether a number was computed from the sizes of widths alone, so that no input changes it."""
+    written = {p.node: resolve(p.out) for p in structure.projections}
+    axes = list(_measured(structure, number))
+    return bool(axes) and all(single_variable(a) is not None or written.get(node) == a for node, a in axes)
+
+
+def _measured(structure: Structure, number: fx.Node) -> Iterator[tuple[fx.Node, Axis]]:
+    """The axes whose lengths a number was computed from, with their nodes; a fixed one for a number of the input."""
     queue = [number]
     for node in queue:
         for source in node.all_input_nodes:
-            if isinstance(source.meta.get("val"), torch.Tensor):
-                dims = structure.outputs.get(source)
-                yield from (resolve(axis) for axis in dims) if isinstance(dims, Dims) else ()
+            whole = node.target is not operator.getitem or not isinstance(node.args[1], int) or not _is_shape(source)
+            tensor = source if whole else source.all_input_nodes[0]
+            dims = structure.outputs.get(tensor)
+            if isinstance(dims, Dims):
+                read = _read_axes(node, dims) if whole else (dims[node.args[1]],)  # type: ignore[index]
+                yield from ((tensor, resolve(axis)) for axis in read)
             elif source not in queue:
                 queue.append(source)
+        if node.op == "placeholder":
+            yield node, fixed(1)
+
+
+def _is_shape(node: fx.Node) -> bool:
+    """Whether a node is all sizes of a tensor."""
+    return (
+        node.args[1:] == ("shape",) if node.target is builtins.getattr else (node.target, len(node.args)) == ("size", 1)
+    )
+
+
+def _read_axes(node: fx.Node, dims: Dims) -> Sequence[Axis]:
+    if node.target is builtins.len:
+        return dims[:1]
+    at = node.args[1] if node.target == "size" and len(node.args) > 1 else None
+    return (dims[at],) if isinstance(at, int) else dims

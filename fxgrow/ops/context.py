@@ -2,18 +2,32 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import fx
 
-from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, length, pin, unify
+from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, fixed, length, pin, unify
 from fxgrow.axes.records import Reason
 from fxgrow.axes.size_expressions import SizeExpr
-from fxgrow.axes.structure import Constant, Invariant, KeptNumber, Projection, SizeCheck, Structure
+from fxgrow.axes.structure import Constant, Invariant, KeptNumber, Path, Projection, SizeCheck, Structure
 from fxgrow.graph.arguments import get_argument
 from fxgrow.graph.parametrizations import computed_by, norm_of
+
+#: what reads a shape and nothing else of it
+TAKES_SHAPE = {
+    "view",
+    "reshape",
+    "expand",
+    "new_zeros",
+    "new_ones",
+    "new_empty",
+    torch.reshape,
+    torch.zeros,
+    torch.ones,
+}
 
 
 class Unsupported(Exception):
@@ -142,15 +156,48 @@ class Context:
         a literal, or, with `infer`, -1.
         """
         why = self.reason("size", "a computed size does not follow the width")
-        # a shape that one node computes, or a rule that gives no path, leaves nothing to replace
-        where = None if not path or isinstance(get_argument(self.node, path[:-1]), fx.Node) else (self.node, path)
+        where = self._place(path)
         if isinstance(value, SizeExpr):
             self.followed.append(value)
             self.structure.checks.append(SizeCheck(value, axis, why, where, infer))
         elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-            if isinstance(get_argument(self.node, path), fx.Node):
+            if where is None or isinstance(get_argument(*where), fx.Node):
                 # a computed size that measures no width: the axis may not change
                 if int(value) == length(axis):
                     self.structure.checks.append(SizeCheck(SizeExpr(value), axis, why, where, infer))
-            else:
-                self.structure.constants.append(Constant((self.node, path), axis))
+                return
+            if where[0] is not self.node:  # a shape that several views take
+                for constant in self.structure.constants:
+                    if constant.where == where:
+                        self.same(axis, constant.axis)
+            self.structure.constants.append(Constant(where, axis))
+
+    def new_axis(self, size: Any, n: int, *path: Any) -> Axis:
+        """The axis that a new tensor has where its size, an argument at `path`, is given.
+
+        It is the one that the size measures. A literal's axis is one of its own, which becomes that of what it meets.
+        """
+        if isinstance(size, SizeExpr):
+            axis = size.axes[0] if length(size.axes[0]) == n else axis_of(UnitVar(n))
+            self.size_argument(size, axis)
+            return axis
+        where = self._place(path)
+        if n < 2 or where is None or isinstance(get_argument(*where), fx.Node):
+            return fixed(n)
+        axis = axis_of(UnitVar(n))
+        self.size_argument(size, axis, *path)
+        return axis
+
+    def _place(self, path: Path) -> tuple[fx.Node, Path] | None:
+        """The node and path where an argument of this node can be replaced: of `h.shape[:-1] + (8,)`, the 8."""
+        node, user = self.node, self.node
+        if not path:
+            return None
+        while isinstance(shape := get_argument(node, path[:-1]), fx.Node):
+            if shape.target is not operator.add or not all(u is user or u.target in TAKES_SHAPE for u in shape.users):
+                return None
+            first = shape.args[0]
+            n = len(first.meta["val"] if isinstance(first, fx.Node) else first)  # type: ignore[arg-type]
+            side = int(path[-1] >= n)
+            node, user, path = shape, shape, (side, path[-1] - n * side)
+        return node, path

@@ -9,13 +9,15 @@ a rule does not mention is pinned: a size that it does not follow, a weight comp
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import FunctionType
+from types import FunctionType, MethodDescriptorType
 from typing import Any, TypeVar
 
 from torch import fx, nn
 
 Rule = Callable[..., Any]
 R = TypeVar("R", bound=Rule)
+#: rules that make axes of their own from literal sizes: called also where no input has a width
+MAKES_AXES: set[Rule] = set()
 _RULES: dict[Any, Rule] = {}
 #: rules for modules of any class that a test recognises by what they compute; such a module is one node of the graph
 RECOGNISED: list[tuple[Callable[[nn.Module], bool], Rule]] = []
@@ -60,8 +62,9 @@ def find_rule(node: fx.Node, module: nn.Module | None) -> Rule | None:
         cls: Any = type(module)
         rule = next((_RULES[c] for c in cls.__mro__ if c in _RULES and c.forward is cls.forward), None)
         return rule or _RULES.get(f"{cls.__module__}.{cls.__qualname__}") or recognised(module)
-    if node.op == "call_method":
-        return _RULES.get(node.target)
+    if node.op == "call_method" or isinstance(node.target, MethodDescriptorType):
+        # `new_zeros` of a parameter that is no proxy is recorded as torch.Tensor.new_zeros
+        return _RULES.get(getattr(node.target, "__name__", node.target))
     return _RULES.get(node.target) or _RULES.get(
         f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', '')}"
     )

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from fxgrow.axes.axes import Axis, Dims, fixed, length
+from fxgrow.axes.axes import Dims
 from fxgrow.axes.size_expressions import SizeExpr
+from fxgrow.axes.structure import Path
 from fxgrow.ops.context import Context, Unsupported
-from fxgrow.ops.registry import op
+from fxgrow.ops.registry import MAKES_AXES, op
 
 
 @op("size", getattr)
@@ -41,21 +42,28 @@ def numel(ctx: Context, x: Dims) -> int:
     return math.prod(map(SizeExpr.measure, x))
 
 
-@op("new_zeros", "new_ones", "new_empty", "new_full")
+@op("new_zeros", "new_ones", "new_empty", "new_full", "new")
 def new(ctx: Context, x: Dims, *sizes: Any, **kwargs: Any) -> Dims:
-    return factory(ctx, *sizes, **kwargs)
+    return _filled(ctx, sizes, kwargs, 1)
 
 
 @op(torch.zeros, torch.ones, torch.empty, torch.full, torch.rand, torch.randn)
 def factory(ctx: Context, *sizes: Any, **kwargs: Any) -> Dims:
-    """A new tensor: an axis for a size that measures one, fixed sizes otherwise."""
-    given = list(sizes[0]) if sizes and isinstance(sizes[0], (tuple, list)) else list(sizes)
-    out: list[Axis] = []
-    for i, n in enumerate(ctx.shape):
-        size_ = given[i] if i < len(given) else n
-        if isinstance(size_, SizeExpr) and length(size_.axes[0]) == n:
-            ctx.size_argument(size_, size_.axes[0])
-            out.append(size_.axes[0])
-        else:
-            out.append(fixed(n))
-    return Dims(out)
+    return _filled(ctx, sizes, kwargs, 0)
+
+
+MAKES_AXES.update((new, factory))
+
+
+def _filled(ctx: Context, sizes: tuple[Any, ...], kwargs: dict[str, Any], first: int) -> Dims:
+    """A new tensor, whose sizes stand in the arguments from position `first` on."""
+    path: Path = ()
+    given: Any = sizes
+    if "size" in kwargs:
+        given, path = kwargs["size"], ("size",)
+    elif sizes and isinstance(sizes[0], (tuple, list)):
+        given, path = sizes[0], (first,)
+    places: list[Path] = [(*path, i) if path else (first + i,) for i in range(len(given))]
+    if len(given) != len(ctx.shape):
+        raise Unsupported("a new tensor whose sizes are not given one by one")
+    return Dims(ctx.new_axis(size_, n, *at) for size_, n, at in zip(given, ctx.shape, places, strict=True))

@@ -1,8 +1,7 @@
-"""Concatenation, splitting and indexing: parts of an axis grow separately, together or not at all."""
+"""Concatenation and splitting: parts of an axis grow separately, together or not at all."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,10 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, fixed, is_fixed, length, product, resolve
-from fxgrow.axes.size_expressions import SizeExpr
 from fxgrow.graph.node_functions import in_mode
 from fxgrow.ops.context import Context, Unsupported
-from fxgrow.ops.elementwise import broadcast
 from fxgrow.ops.registry import op
 from fxgrow.ops.views import unpack_sizes
 
@@ -118,18 +115,6 @@ def unbind(ctx: Context, input: Dims, dim: int = 0) -> tuple[Dims, ...]:
     return (out,) * len(ctx.value)
 
 
-@op("narrow", torch.narrow)
-def narrow(ctx: Context, input: Dims, dim: int, start: int, length: int) -> Dims:
-    ctx.fix([input[dim]], "a part of it is sliced out")
-    return Dims(fixed(n) if i == dim % len(input) else a for (i, a), n in zip(enumerate(input), ctx.shape, strict=True))
-
-
-@op("select", torch.select)
-def select(ctx: Context, input: Dims, dim: int, index: int) -> Dims:
-    ctx.fix([input[dim]], "one entry is selected")
-    return Dims(a for i, a in enumerate(input) if i != dim % len(input))
-
-
 @op("repeat", "tile", torch.tile)
 def repeat(ctx: Context, input: Dims, *times: Any) -> Dims:
     counts, _ = unpack_sizes(times)
@@ -145,72 +130,3 @@ def repeat_interleave(ctx: Context, input: Dims, repeats: Any, dim: int | None =
     out = list(input)
     out[dim] = product(input[dim], fixed(repeats), ctx.reason("size", "repeated"))
     return Dims(out)
-
-
-@op(operator.getitem, "__getitem__")
-def getitem(ctx: Context, x: Any, index: Any) -> Any:
-    if not isinstance(x, Dims):
-        return x[index]
-    items = list(index) if isinstance(index, tuple) and not isinstance(index, Dims) else [index]
-    if any(isinstance(i, (Dims, list)) for i in items):
-        return _gather(ctx, x, items)
-    if Ellipsis in items:
-        at = items.index(Ellipsis)
-        missing = len(x) - sum(i is not None and i is not Ellipsis for i in items)
-        items[at : at + 1] = [slice(None)] * missing
-    rest = list(x)
-    out: list[Axis] = []
-    for item in items:
-        if item is None:
-            out.append(fixed(1))
-        elif isinstance(item, slice):
-            out.append(_slice(ctx, rest.pop(0), item))
-        else:
-            ctx.fix([rest.pop(0)], "one entry is selected")
-    return Dims((*out, *rest))
-
-
-def _slice(ctx: Context, axis: Axis, item: slice) -> Axis:
-    # `[:]` is the axis itself; `[:8]` and `[-8:]` of 8 entries are not
-    if item.start in (None, 0) and item.stop is None and item.step in (None, 1):
-        return axis
-    n = len(range(*item.indices(length(axis))))
-    if is_fixed(axis):
-        return fixed(n, next((s.reason for s in axis if s.reason), None))
-    every = item.step
-    if type(every) is int and every > 1 and item.stop is None and n * every == length(axis):
-        unit = UnitVar(n)
-        ctx.same(axis, axis_of(unit, every), f"units are read {every} entries at a time")
-        return axis_of(unit)
-    half = item.stop if item.start in (None, 0) else item.start
-    one_end = None in (item.stop, item.start or None) and every in (None, 1)
-    if isinstance(half, SizeExpr) and one_end and 2 * n == length(axis):
-        part = equal_parts(ctx, axis, 2)
-        ctx.size_argument(half, part)
-        return part
-    ctx.fix([axis], "a part of it is sliced out")
-    return fixed(n, ctx.reason("size", "a part of a width"))
-
-
-def _gather(ctx: Context, x: Dims, items: list[Any]) -> Dims:
-    """Indexing with one tensor, along an axis that is then fixed."""
-    tensors = [k for k, i in enumerate(items) if isinstance(i, Dims)]
-    if len(tensors) != 1 or not all(isinstance(i, Dims) or i == slice(None) for i in items):
-        raise Unsupported("indexing with several tensors, or with tensors and numbers")
-    at = tensors[0]
-    ctx.fix([x[at]], "indexed with a tensor")
-    # a mask of several dimensions gives a wrong shape here, which is then refused
-    return Dims((*x[:at], *items[at], *x[at + 1 :]))
-
-
-@op(operator.setitem, "__setitem__")
-def setitem(ctx: Context, x: Dims, index: Any, value: Any) -> None:
-    """Writes into whole axes or fixed parts of `x`, or under a mask over its axes."""
-    if isinstance(index, Dims):
-        if ctx.node.args[1].meta["val"].dtype != torch.bool or isinstance(value, Dims):  # type: ignore[union-attr]
-            raise Unsupported("writes at positions given by a tensor")
-        broadcast(ctx, Dims(x[: len(index)]), index)
-        return
-    part = getitem(ctx, x, index)
-    if isinstance(value, Dims):
-        broadcast(ctx, part, value)

@@ -13,7 +13,7 @@ from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, fixed, is_fixed, leng
 from fxgrow.axes.size_expressions import SizeExpr
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.elementwise import broadcast
-from fxgrow.ops.registry import op
+from fxgrow.ops.registry import MAKES_AXES, op
 
 
 @op("contiguous", "detach", "requires_grad_", "to", "type", "type_as", "float", "double", "half", "bfloat16")
@@ -148,11 +148,15 @@ def expand(ctx: Context, input: Dims, *sizes: Any) -> Dims:
         axis = input[i - lead] if i >= lead else fixed(1)
         if length(axis) != n:
             ctx.fix([axis], "one entry is repeated")
-            # repeated over another width: the size tells which, and is checked below
-            axis = size.axes[0] if isinstance(size, SizeExpr) and length(size.axes[0]) == n else fixed(n)
+            # repeated over another width: the size tells which
+            out.append(ctx.new_axis(size, n, *path))
+            continue
         ctx.size_argument(size, axis, *path)
         out.append(axis)
     return Dims(out)
+
+
+MAKES_AXES.add(expand)
 
 
 @op("expand_as")

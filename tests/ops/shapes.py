@@ -92,7 +92,7 @@ T.vector(
     "expand-one-to-a-literal",
     lambda: {"b": nn.Linear(6, 1)},
     lambda m, x: m.out(m.a(x) * m.b(x).expand(-1, 8)),
-    a="size",
+    a=F8,
     b="size",
 )
 T.image(
@@ -208,7 +208,7 @@ T.vector(
     "glu-by-slices-of-a-number",
     lambda: {"out": nn.Linear(4, 3)},
     lambda m, x: m.out((h := m.a(x))[:, :4] * h[:, 4:].sigmoid()),
-    a="size",
+    a=(8, 2),
 )
 T.vector(
     "glu-in-turn",
@@ -228,8 +228,9 @@ T.tokens("first-token", nothing, lambda m, x: m.out(m.a(x)[:, 0]), a=F8)
 T.tokens("select-token", nothing, lambda m, x: m.out(m.a(x).select(1, 2) + m.a(x).narrow(1, 0, 1).squeeze(1)), a=F8)
 T.vector("slice", lambda: {"out": nn.Linear(4, 3)}, lambda m, x: m.out(m.a(x)[:, :4]), a="size")
 T.vector("slice-everything", nothing, lambda m, x: m.out(m.a(x)[:, :][..., 0:]), a=F8)
-T.vector("slice-to-literal-end", nothing, lambda m, x: m.out(m.a(x)[:, :8]), a="size")
-T.vector("slice-from-negative", nothing, lambda m, x: m.out(m.a(x)[:, -8:]), a="size")
+T.vector("slice-to-literal-end", nothing, lambda m, x: m.out(m.a(x)[:, :8]), a=F8)
+T.vector("slice-from-negative", nothing, lambda m, x: m.out(m.a(x)[:, -8:]), a=F8)
+T.vector("slice-beyond-the-end", nothing, lambda m, x: m.out(m.a(x)[:, :100]), a="size")
 T.vector("slice-by-size", nothing, lambda m, x: m.out((h := m.a(x))[:, h.size(1) - 8 :]), a="size")
 T.vector(
     "slice-of-input-by-size",
@@ -239,7 +240,7 @@ T.vector(
     out="output",
 )
 T.vector("pick", lambda: {"out": nn.Linear(1, 3)}, lambda m, x: m.out(m.a(x)[:, 2:3] + m.a(x)[:, -1:]), a="size")
-T.vector("index-list", lambda: {"out": nn.Linear(2, 3)}, lambda m, x: m.out(m.a(x)[:, [0, 3]]), a="operator")
+T.vector("index-list", lambda: {"out": nn.Linear(2, 3)}, lambda m, x: m.out(m.a(x)[:, [0, 3]]), a="size")
 T.vector("index-buffer", lambda: {"i": torch.randperm(8)}, lambda m, x: m.out(m.a(x)[:, m.i]), a="size")
 T.tokens("index-tokens", lambda: {"i": torch.tensor([2, 0])}, lambda m, x: m.out(m.a(x)[:, m.i]), a=F8)
 T.vector(
@@ -254,7 +255,7 @@ T.vector("assign-width", lambda: {"b": nn.Linear(6, 8)}, lambda m, x: m.out(_ass
 
 
 T.vector("assign-where", nothing, lambda m, x: m.out(_assign_where(m.a(x) * 1.0)), a=F8)
-T.vector("assign-at", nothing, lambda m, x: m.out(_assign_at(m.a(x) * 1.0)), a="operator")
+T.vector("assign-at", nothing, lambda m, x: m.out(_assign_at(m.a(x) * 1.0)), a=F8)
 
 
 def _assign_where(h: Tensor) -> Tensor:
@@ -280,3 +281,169 @@ def _assign_sample(h: Tensor) -> Tensor:
 def _assign_all(h: Tensor, value: Tensor) -> Tensor:
     h[:] = value
     return h
+
+
+# -- parts that are read, or written, by themselves --------------------------------------------------------------------
+
+_HALF: Callable[[], dict[str, Any]] = lambda: {"out": nn.Linear(4, 3)}  # noqa: E731
+T.vector(
+    "halves-by-narrow", _HALF, lambda m, x: m.out((h := m.a(x)).narrow(1, 0, 4).tanh() * h.narrow(-1, 4, 4)), a=(8, 2)
+)
+T.vector(
+    "halves-by-narrow-keywords",
+    _HALF,
+    lambda m, x: m.out((h := m.a(x)).narrow(dim=1, start=-4, length=4) * torch.narrow(h, 1, 0, 4)),
+    a=(8, 2),
+)
+T.vector(
+    "halves-from-the-end",
+    _HALF,
+    lambda m, x: m.out((h := m.a(x))[..., :-4] * h[..., -4:].sigmoid()),
+    a=(8, 2),
+)
+
+
+def _parts_of_three(h: Tensor) -> Tensor:
+    n = h.shape[-1] // 3
+    q, k, v = h[..., :n], h[..., n : 2 * n], h[..., 2 * n :]
+    return (q @ k.mT).softmax(-1) @ v
+
+
+def _density_and_features(h: Tensor) -> Tensor:
+    return h[..., 1:].tanh() * h[..., 0].unsqueeze(-1)
+
+
+def _density_last(h: Tensor) -> Tensor:
+    return h[..., :-1].tanh() * h[..., -1:].sigmoid()
+
+
+def _swapped(h: Tensor) -> Tensor:
+    return torch.cat([h[:, 3:], h[:, :3]], 1)
+
+
+T.rows += [
+    Case(
+        f"slices-{name}",
+        lambda parts=parts, forward=forward: Net(lambda m, x: m.out(forward(m.a(x))), parts()),
+        lambda n: (torch.randn(n, 5, 6),),
+        {**expected, "out": "output"},
+    )
+    for name, parts, forward, expected in (
+        (
+            "of-three-parts",
+            lambda: {"a": nn.Linear(6, 12), "out": nn.Linear(4, 3)},
+            _parts_of_three,
+            {"a[0]": (8, 2), "a[1]": (4, 1)},
+        ),
+        (
+            "one-and-the-rest",
+            lambda: {"a": nn.Linear(6, 9), "out": nn.Linear(8, 3)},
+            _density_and_features,
+            {"a[0]": "size", "a[1]": (8, 1)},
+        ),
+        (
+            "the-rest-and-one",
+            lambda: {"a": nn.Linear(6, 9), "out": nn.Linear(8, 3)},
+            _density_last,
+            {"a[0]": (8, 1), "a[1]": "broadcast"},
+        ),
+    )
+]
+T.rows.append(
+    Case(
+        "slices-joined-again",
+        lambda: Net(lambda m, x: m.out(_swapped(m.a(x))), {"a": nn.Linear(6, 8), "out": nn.Linear(8, 3)}),
+        lambda n: (torch.randn(n, 6),),
+        {"a[0]": (3, 1), "a[1]": (5, 1), "out": "output"},
+    )
+)
+T.vector("slices-that-overlap", _HALF, lambda m, x: m.out((h := m.a(x))[:, :4] * h[:, 2:6]), a="size")
+
+
+def _filled_in_parts(a: Tensor, b: Tensor) -> Tensor:
+    out = torch.empty(len(a), 12, dtype=a.dtype)
+    out[:, :8], out[:, 8:] = a, b
+    return out
+
+
+T.vector("written-in-parts", _TWO, lambda m, x: m.out(_filled_in_parts(m.a(x), m.b(x))), a=F8, b=(4, 1))
+
+
+# -- tensors of literal sizes ------------------------------------------------------------------------------------------
+
+for _name, _start in {
+    "zeros": lambda x: torch.zeros(x.size(0), 8, dtype=x.dtype),
+    "zeros-tuple": lambda x: torch.zeros((x.size(0), 8)).to(x),
+    "zeros-size": lambda x: torch.zeros(size=(len(x), 8)).to(x),
+    "full": lambda x: torch.full((x.shape[0], 8), 0.5).to(x),
+    "new-zeros": lambda x: x.new_zeros(x.shape[0], 8),
+    "new-full": lambda x: x.new_full((x.shape[0], 8), 0.5),
+    "zeros-of-a-sum": lambda x: x.new_zeros(x.shape[:1] + (8,)),
+    "ones-expanded": lambda x: torch.ones(1, 1).to(x).expand(x.shape[0], 8),
+}.items():
+    T.vector(f"starts-with-{_name}", nothing, lambda m, x, f=_start: m.out(f(x) + m.a(x)), a=F8)
+
+
+def _step_by_step(h: Tensor) -> Tensor:
+    out = h.new_empty(h.size(0), h.size(1), 8)
+    for t in range(h.size(1)):
+        out[:, t] = h[:, t] if t == 0 else h[:, t] + out[:, t - 1]
+    return out
+
+
+T.tokens("filled-step-by-step", nothing, lambda m, x: m.out(_step_by_step(m.a(x))), a=F8)
+
+# -- entries picked and put by tensors ---------------------------------------------------------------------------------
+
+
+def _put(x: Tensor, h: Tensor) -> Tensor:
+    mask = x[:, 0] > 0
+    out = h.new_zeros(len(h), 8)
+    out[mask] = h[mask].tanh()
+    return out
+
+
+def _added_at(h: Tensor) -> Tensor:
+    out = torch.zeros(3, 8, dtype=h.dtype)
+    return out.index_put((torch.arange(len(h)) % 3,), h, accumulate=True)
+
+
+def _edges(h: Tensor) -> Tensor:
+    return torch.arange(len(h)) // 2
+
+
+def _set_in_turn(h: Tensor) -> Tensor:
+    out = torch.zeros_like(h)
+    out[torch.arange(len(h)).flip(0)] = h
+    out[_edges(h)] += h.tanh()
+    return out
+
+
+for _name, _pick in {
+    "list": lambda h: h[:, [-1]].squeeze(1),
+    "lists": lambda h: h[:, [0, 2]].sum(1),
+    "rows-and-tokens": lambda h: h[torch.arange(h.size(0)), torch.arange(h.size(0)) % 2],
+    "rows-and-token": lambda h: h[torch.arange(h.size(0)).flip(0), -1],
+    "apart": lambda h: h[torch.arange(h.size(0))[:, None], None, torch.tensor([[0, 1]])].sum((1, 2)),
+}.items():
+    T.tokens(f"picked-by-{_name}", nothing, lambda m, x, f=_pick: m.out(f(m.a(x))), a=F8)
+T.vector("put-under-a-mask", nothing, lambda m, x: m.out(_put(x, m.a(x))), a=F8)
+T.vector("put-by-index", nothing, lambda m, x: m.out(_set_in_turn(m.a(x))), a=F8)
+T.vector("index-put", nothing, lambda m, x: m.out(_added_at(m.a(x))), a=F8)
+for _name, _sum in {
+    "index_add_": lambda h: torch.zeros(len(h), 8, dtype=h.dtype).index_add_(0, _edges(h), h),
+    "index_add": lambda h: h.new_zeros(h.shape).index_add(0, _edges(h), h, alpha=0.5),
+    "index_copy_": lambda h: torch.zeros_like(h).index_copy_(0, _edges(h), h),
+    "index_reduce": lambda h: h.new_ones(len(h), 8).index_reduce(0, _edges(h), h, "mean"),
+    "index_fill": lambda h: h.index_fill(0, _edges(h)[:1], 0.5),
+    "scatter_add_": lambda h: h.new_zeros(len(h), 8).scatter_add_(0, _edges(h)[:, None].expand_as(h), h),
+    "scatter_add-literal": lambda h: h.new_zeros(len(h), 8).scatter_add(0, _edges(h)[:, None].expand(-1, 8), h),
+    "scatter_reduce_": lambda h: h.new_zeros(h.shape).scatter_reduce_(
+        0, _edges(h).view(-1, 1).expand_as(h), h, "amax", include_self=False
+    ),
+    "scatter_": lambda h: h.clone().scatter_(0, _edges(h)[:1, None].expand(1, h.size(1)), 0.5),
+}.items():
+    T.vector(f"summed-by-{_name}", nothing, lambda m, x, f=_sum: m.out(f(m.a(x))), a=F8)
+T.vector(
+    "scatter-into-units", nothing, lambda m, x: m.out(m.a(x).scatter(1, torch.zeros(len(x), 1).long(), 0.5)), a="size"
+)
