@@ -54,6 +54,7 @@ def propagate_axes(gm: fx.GraphModule) -> Structure:
     for node in gm.graph.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), env.__getitem__)
         env[node] = _evaluate(Context(structure, gm, node), args, kwargs)
+        _mark_weight(node, env, gm)
     for check in structure.checks:
         _check(structure, check)
     settle_guards(structure, [node for node in gm.graph.nodes if node.target is guard])
@@ -61,6 +62,20 @@ def propagate_axes(gm: fx.GraphModule) -> Structure:
     find_initial_states(gm, structure)
     copy_experts(gm, structure)
     return structure
+
+
+def _mark_weight(node: fx.Node, env: dict[fx.Node, Any], gm: fx.GraphModule) -> None:
+    """Marks a tensor that is a parameter, or computed from parameters and from no input; buffers may take part."""
+    value = env[node]
+    parts = value if type(value) is tuple else (value,)
+    if node.op == "get_attr" and isinstance(value, Dims) and value.parameter is not None:
+        value.is_weight = isinstance(lookup(gm, value.parameter), torch.nn.Parameter) or None
+    elif node.op.startswith("call_") and any(isinstance(part, Dims) for part in parts):
+        inputs = [v[0] if type(v) is tuple and v else v for v in map(env.__getitem__, node.all_input_nodes)]
+        kinds = {v.is_weight for v in inputs if isinstance(v, Dims)}
+        for part in parts if False not in kinds else ():
+            if isinstance(part, Dims):
+                part.is_weight = True in kinds or None
 
 
 def _evaluate(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -152,9 +152,14 @@ class _StatePropagation:
         """The nodes that the second operands of products are computed from."""
         queue = [product.source for product in self.products]
         for node in queue:
-            if node not in self.writers:
-                queue += [n for n in self._inputs(node) if n not in queue]
+            inputs = self._bias(node) if node in self.writers else self._inputs(node)
+            queue += [n for n in inputs if n not in queue]
         return set(queue)
+
+    def _bias(self, node: fx.Node) -> list[fx.Node]:
+        """A bias that is computed from several parameters."""
+        bias = self.writers[node].bias_node if node in self.writers else None
+        return [] if bias is None else [bias]
 
     def _zero_writers(self) -> set[tuple[str, int]]:
         """What must be zero so that the second operands are: of a product one factor, of a sum all terms."""
@@ -163,6 +168,7 @@ class _StatePropagation:
         for node in queue:
             if node in self.written:
                 parameters.update(self.written[node])
+                queue += self._bias(node)
                 continue
             inputs = self._inputs(node)
             if self._name(node) in _PRODUCT:
@@ -184,7 +190,9 @@ class _StatePropagation:
         if node in self.writers:
             p = self.writers[node]
             parameters = [(p.weight, p.out_dim), *([] if p.bias is None else [(p.bias, 0)])]
-            return self._written(node, parameters) if settable else ANY
+            kept = p.keeps == "mean" or (p.keeps == "zero" and self.kind == ZERO)
+            kept &= all(self.state.get(n) in (self.kind, _BOTH) for n in self._bias(node))
+            return self._written(node, parameters) if settable and kept else ANY
         if node.op == "get_attr":
             return self._parameter(node) if settable else ANY
         inputs = self._inputs(node)
@@ -214,7 +222,8 @@ class _StatePropagation:
         value = self.structure.outputs[node]
         if not isinstance(value, Dims) or value.parameter is None:
             return ANY
-        if all(u in self.norms or u in self.projections or self._name(u) in _PRODUCT for u in node.users):
+        weights = self.projections | self.structure.weight_nodes
+        if all(u in self.norms or u in weights or self._name(u) in _PRODUCT for u in node.users):
             return ANY  # a weight or a scale per unit
         dims = [d for d, axis in enumerate(value) if self.var in variables(axis)]
         return self._written(node, [(value.parameter, dims[0])]) if len(dims) == 1 else ANY

@@ -61,7 +61,7 @@ class Dims(tuple[Axis, ...]):
     """The axes of one tensor."""
 
     parameter: str | None = None  # qualified name, for a parameter or buffer
-    part_of: str | None = None  # the parameter of which the tensor is a slice along the first dimension
+    is_weight: bool | None = False  # whether computed from parameters and no input; None: from neither
 
     @classmethod
     def of(cls, axes: Iterable[Axis], parameter: str | None = None) -> Dims:

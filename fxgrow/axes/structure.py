@@ -40,6 +40,11 @@ class Projection:
     groups: int = 1  # matrices side by side (groups, experts); 0 where statistics cannot separate them
     experts: bool = False  # the first dimension of the weight, each with its own rows (`ops/expert_routing.py`)
     transposed: bool = False  # a linear layer at every input position, with overlapping outputs summed
+    bias_node: fx.Node | None = None  # a bias that several parameters make
+    computed: bool = False  # whether entries of the weight are not those of the parameter, but computed from them
+    #: what new rows of the parameter and the bias keep in the weight that is computed from them: the "mean" of old
+    #: rows and zero, "zero" or "nothing"
+    keeps: str = "mean"
 
 
 @dataclass
@@ -132,6 +137,7 @@ class Structure:
     checks: list[SizeCheck] = field(default_factory=list)
     size_replacements: list[SizeReplacement] = field(default_factory=list)
     aliases: dict[int, str] = field(default_factory=dict)  # first name by id of a tensor: tied ones have one entry
+    weight_nodes: set[fx.Node] = field(default_factory=set)  # which compute weights from parameters
     invariants: list[Invariant] = field(default_factory=list)
     initial_states: dict[UnitVar, Any] = field(default_factory=dict)  # of each variable under an invariant
     kept_numbers: list[KeptNumber] = field(default_factory=list)

@@ -111,7 +111,8 @@ def put_rows(gm: fx.GraphModule, use: Projection, name: str, rows: Tensor, value
     """Enters incoming weights `[units, P (+ 1)]` as new slices of a weight and its bias."""
     weight = lookup(gm, use.weight)
     features = rows[:, :-1] if use.bias is not None else rows
-    slices = features.mT if use.out_dim == 1 else features.reshape(len(rows), *weight.shape[1:])
+    others = [n for d, n in enumerate(weight.shape) if d != use.out_dim]
+    slices = features.reshape(len(rows), *others).movedim(0, use.out_dim)
     values.new.setdefault(use.weight, {})[name, use.out_dim] = slices
     if use.bias is not None:
         values.new.setdefault(use.bias, {})[name, 0] = rows[:, -1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,7 @@ from fxgrow.axes.size_expressions import SizeExpr
 from fxgrow.axes.structure import Constant, Invariant, KeptNumber, Path, Projection, SizeCheck, Structure
 from fxgrow.graph.arguments import get_argument
 from fxgrow.graph.parametrizations import computed_by, norm_of
+from fxgrow.ops.computed_weight import KEPT, MEAN, NOTHING, NotFollowed, Origin, find_origins
 
 #: what reads a shape and nothing else of it
 TAKES_SHAPE = {
@@ -128,18 +130,51 @@ class Context:
         """
         if bias is not None:
             self.same(bias[0], out)
-        name = weight.parameter or (weight.part_of if out_dim == 0 else None)
-        if any(p is not None and p.parameter is None and p.part_of is not None for p in (weight, bias)):
-            fields["plain"] = False  # statistics are per parameter, not per part of one
-        if name is None:
-            raise Unsupported("the weight is computed in the graph, not a parameter")
         if not isinstance(fields.setdefault("source", self.node.all_input_nodes[0]), fx.Node):
             raise Unsupported("a product whose first factor is not computed in the graph")
+        origins = self._origins(weight, out_dim, in_dim)
+        biases = [] if bias is None else self._bias_origin(bias, fields)
+        if not all(o.moved_only for o in (*origins, *biases)):
+            fields["plain"] = False  # statistics are of parameters as they are stored
+        if getattr(self.structure.outputs.get(fields["source"]), "is_weight", False) is not False:
+            fields |= {"plain": False, "transposed": False, "groups": 0}  # and of samples, which do not come here
+        fields["computed"] = not all(o.same_entries for o in (*origins, *biases))
         fields.setdefault("node", self.node)
-        fields.update(weight=name, bias=bias and (bias.parameter or bias.part_of), out=fields.pop("units", out))
-        output_axis, input_axis = self.structure.parameters[name][out_dim], weight[in_dim]
-        fields.update(out_dim=out_dim, in_dim=in_dim, output_axis=output_axis, input_axis=input_axis)
-        self.structure.projections.append(Projection(**fields))
+        fields.update(bias=biases[0].name if biases else None, out=fields.pop("units", out))
+        for origin in origins:
+            (out_dim, in_dim), dims = origin.dims, self.structure.parameters[origin.name]
+            # a node has one weight whose new rows are known, with their bias
+            keeps = min((o.keeps[0] for o in (origin, *biases)), key=KEPT.index) if len(origins) == 1 else NOTHING
+            fields.update(weight=origin.name, out_dim=out_dim, in_dim=in_dim, keeps=keeps)
+            fields.update(output_axis=dims[out_dim], input_axis=dims[in_dim])
+            self.structure.projections.append(Projection(**fields))
+
+    def _input(self, tensor: Dims) -> fx.Node:
+        """The node that gives a tensor to this one."""
+        return next(n for n in self.node.all_input_nodes if self.structure.outputs[n] is tensor)
+
+    def _bias_origin(self, bias: Dims, fields: dict[str, Any]) -> list[Origin]:
+        """The parameter of a bias; one that is computed from several is a term of the output."""
+        if bias.parameter is None:
+            with contextlib.suppress(NotFollowed):
+                origins = find_origins(self.structure, self.gm, self._input(bias), (0,))
+                if len(origins) == 1:
+                    return origins
+            fields |= {"plain": False, "bias_node": self._input(bias)}
+            return []
+        return [Origin(bias.parameter, (0,), (MEAN,))]
+
+    def _origins(self, weight: Dims, *dims: int) -> list[Origin]:
+        """The parameters from which a weight is computed, mostly itself, by these of its dimensions."""
+        if weight.parameter is not None:
+            return [Origin(weight.parameter, dims, (MEAN, MEAN))]
+        try:
+            origins = find_origins(self.structure, self.gm, self._input(weight), dims)
+        except NotFollowed as why:
+            raise Unsupported(str(why)) from None
+        if origins[0].keeps[1] == NOTHING:
+            self.pin(weight[dims[1]], "operator", "new columns of the weight, as it is computed, would not be zero")
+        return origins
 
     def attribute(self, name: str, axis: Axis, *index: int) -> None:
         """Says that an attribute of the module (`in_features`), or an item of one, is the length of `axis`."""

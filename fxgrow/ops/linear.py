@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from itertools import islice
-from typing import Any
+from string import ascii_letters as _LETTERS
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fxgrow.axes.axes import Dims, UnitVar, axis_of, length
+from fxgrow.axes.axes import Dims, UnitVar, axis_of, fixed, length
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.elementwise import broadcast
 from fxgrow.ops.expert_routing import routes
-from fxgrow.ops.reductions import einsum_of_activations, matmul_of_activations
+from fxgrow.ops.reductions import baddbmm_of_activations, einsum_of_activations, matmul_of_activations
 from fxgrow.ops.registry import op
 
 
@@ -33,26 +35,43 @@ def embedding(
     ctx: Context, input: Dims, weight: Any = None, padding_idx: Any = None, max_norm: Any = None, *args: Any, **kw: Any
 ) -> Dims:
     weight = weight or ctx.parameter("weight") or Dims()
-    ctx.pin(weight[0], "input", "one entry per index that the input can hold")
-    if max_norm is not None or getattr(ctx.module, "max_norm", None) is not None:
-        ctx.pin(weight[1], "norm", "max_norm scales by the norm over the whole axis")
-    ctx.project(weight, None, weight[1], out_dim=1, in_dim=0, plain=False)
-    ctx.attribute("embedding_dim", weight[1])
+    _lookup(ctx, weight, getattr(ctx.module, "max_norm", max_norm))
     return Dims((*input, weight[1]))
+
+
+def _lookup(ctx: Context, weight: Dims, max_norm: Any) -> None:
+    """Rows of a weight by their numbers."""
+    ctx.pin(weight[0], "input", "one entry per index that the input can hold")
+    if max_norm is not None:
+        ctx.pin(weight[1], "norm", "max_norm scales by the norm over the whole axis")
+    source = ctx.argument(0, "input")
+    ctx.project(weight, None, weight[1], out_dim=1, in_dim=0, plain=False, source=source)
+    ctx.attribute("embedding_dim", weight[1])
 
 
 @op(torch.matmul, torch.mm, torch.bmm, operator.matmul, "matmul", "mm", "bmm", "__matmul__")
 def matmul(ctx: Context, a: Dims, b: Dims) -> Dims:
-    if b.parameter is not None and len(b) == 2 and len(a) >= 2:
-        return _product(ctx, a, b, None, ctx.argument(0, "input", "mat1"))
-    if b.parameter is not None and len(b) == 3 and len(a) == 3:
-        # one weight per group, [groups, in, out]: experts that get all tokens
-        ctx.pin(b[0], "size", "one entry per group")
-        batch = broadcast(ctx, Dims(a[:1]), Dims(b[:1]))
-        ctx.same(a[2], b[1])
-        _project_experts(ctx, b, 2, 1, ctx.argument(0, "input"))
-        return Dims((*batch, a[1], b[2]))
-    return matmul_of_activations(ctx, a, b)
+    at = _weight_among(a, b)
+    if at is None or min(len(a), len(b)) < 2:
+        return matmul_of_activations(ctx, a, b)
+    batch = _LETTERS[: max(len(a), len(b)) - 2]
+    first, second = (batch[len(batch) + 2 - len(t) :] + word for t, word in ((a, "yz"), (b, "zx")))
+    nodes = [ctx.argument(0, "input", "mat1"), ctx.argument(1, "other", "mat2")]
+    return linear_map(ctx, Product((first, second), batch + "yx", (a, b), nodes), at)
+
+
+@op(torch.tensordot)
+def tensordot(ctx: Context, a: Dims, b: Dims, dims: Any = 2, out: Any = None) -> Dims:
+    n = len(a)
+    over = (range(n - dims, n), range(dims)) if isinstance(dims, int) else dims
+    first, second = list(_LETTERS[:n]), list(_LETTERS[n : n + len(b)])
+    pairs = [(i % n, j % len(b)) for i, j in zip(*([d] if isinstance(d, int) else d for d in over), strict=True)]
+    for i, j in pairs:
+        second[j] = first[i]
+    summed = {first[i] for i, _ in pairs}
+    terms = "".join(first), "".join(second)
+    result = "".join(letter for letter in first + second if letter not in summed)
+    return einsum(ctx, f"{','.join(terms)}->{result}", a, b)
 
 
 def _project_experts(ctx: Context, weight: Dims, out_dim: int, in_dim: int, source: Any) -> None:
@@ -63,7 +82,7 @@ def _project_experts(ctx: Context, weight: Dims, out_dim: int, in_dim: int, sour
 
 @op(torch.addmm, "addmm")
 def addmm(ctx: Context, input: Dims, mat1: Dims, mat2: Dims, *args: Any, **kwargs: Any) -> Dims:
-    if mat2.parameter is None:
+    if _weight_among(mat1, mat2) != 1:
         raise Unsupported("a product of two activations, added to a third")
     bias = input if input.parameter is not None and len(input) == 1 else None
     out = _product(ctx, mat1, mat2, bias, ctx.argument(1, "mat1"))
@@ -109,37 +128,111 @@ def grouped_mm(ctx: Context, mat_a: Dims, mat_b: Dims, **options: Any) -> Dims:
     return Dims((mat_a[0], weight[out_dim]))
 
 
+@op(torch.baddbmm, "baddbmm")
+def baddbmm(ctx: Context, input: Dims, batch1: Dims, batch2: Dims, *args: Any, **kwargs: Any) -> Dims:
+    at = _weight_among(batch1, batch2)
+    if at is None:
+        return baddbmm_of_activations(ctx, input, batch1, batch2)
+    nodes = [ctx.argument(1, "batch1"), ctx.argument(2, "batch2")]
+    return broadcast(ctx, linear_map(ctx, Product(("ayz", "azx"), "ayx", (batch1, batch2), nodes), at), input)
+
+
 @op(torch.einsum, "torch.functional.einsum")
 def einsum(ctx: Context, equation: str, *operands: Any) -> Dims:
-    """A linear map along one letter, such as `bth,hd->btd` with a parameter [h, d]; else a product of activations."""
+    """A linear map along some letters, such as `bth,hd->btd` with a weight [h, d]; else a product of activations."""
     tensors = list(operands[0]) if len(operands) == 1 and not isinstance(operands[0], Dims) else list(operands)
-    terms, _, out = equation.replace(" ", "").replace("...", ".").partition("->")
-    letters = terms.split(",")
-    at = [i for i, t in enumerate(tensors) if t.parameter is not None and len(t) == 2]
-    if len(at) != 1 or len(tensors) != 2 or len(letters) != 2 or not out:
+    given, arrow, out = equation.replace(" ", "").replace("...", ".").partition("->")
+    terms = given.split(",")
+    if not arrow:
+        out = "".join(sorted(letter for letter in set(given) - {","} if letter == "." or given.count(letter) == 1))
+    at = _weight_among(*tensors) if len(tensors) == len(terms) == 2 else None
+    nodes: Any = ctx.node.all_input_nodes
+    if at is None or len(nodes) != 2 or "." in terms[at] or not _is_linear_map(terms[at], terms[1 - at], out):
         return einsum_of_activations(ctx, equation, tensors)
-    weight, x = tensors[at[0]], tensors[1 - at[0]]
-    term, given = letters[at[0]], letters[1 - at[0]]
-    summed, made = set(term) - set(out), set(term) - set(given)
-    linear_map = (
-        len(summed) == len(made) == 1
-        and summed | made == set(term)
-        and "." not in term
-        and all(len(set(word)) == len(word) for word in (term, given, out))
-        and (set(given) | made) - summed == set(out)  # nothing else is summed over
-    )
-    if not linear_map:
-        return einsum_of_activations(ctx, equation, tensors)
-    (c,), (o,) = summed, made
+    return linear_map(ctx, Product((terms[0], terms[1]), out, (tensors[0], tensors[1]), nodes), at)
+
+
+def _is_linear_map(weight: str, given: str, out: str) -> bool:
+    """Whether every unit of the output sums over some of the input's and nothing else is summed over."""
+    summed = set(weight) & set(given) - set(out)
+    once = all(len(set(word)) == len(word) for word in (weight, given, out))
+    return bool(summed and set(weight) - set(given)) and once and set(given) | set(weight) == set(out) | summed
+
+
+def _weight_among(*tensors: Dims) -> int | None:
+    """Which of two tensors is a weight, where the other is none; a stored matrix is one for another."""
+    kinds = [t.parameter is not None or bool(t.is_weight) for t in tensors]
+    if all(kinds):
+        return 1 if tensors[1].parameter is not None and len(tensors[1]) == 2 else None
+    at = kinds.index(True) if any(kinds) else None
+    # a stored tensor that is no parameter is a weight on the right, where layers have it
+    return None if at is None or (at == 0 and not tensors[0].is_weight) else at
+
+
+class Product(NamedTuple):
+    """A product of two tensors, with a letter for each of their axes."""
+
+    terms: tuple[str, str]
+    out: str
+    tensors: tuple[Dims, Dims]
+    nodes: Sequence[Any]
+
+
+def linear_map(ctx: Context, p: Product, at: int) -> Dims:
+    """A product whose factor `at` is a weight, which sums over some letters and makes others.
+
+    Letters that all three tensors have, or those before what is summed over, number the members of an ensemble.
+    """
+    weight, term, x, given = p.tensors[at], p.terms[at], p.tensors[1 - at], p.terms[1 - at]
+    summed = [letter for letter in term if letter in given and letter not in p.out]
+    made = [letter for letter in term if letter not in given]
+    made = [c for c in made if c == made[-1] or term.index(c) > min(map(term.index, summed))]
     # a dot takes as many axes as the letters leave
     rest, spare = iter(x), len(x) - len(given) + 1
     axes = {letter: tuple(islice(rest, spare if letter == "." else 1)) for letter in given}
-    ctx.same(axes[c][0], weight[term.index(c)])
+    members = [letter for letter in term if letter not in (*summed, *made)]
+    for letter, axis in zip(term, weight, strict=True):
+        if letter in members:
+            ctx.pin(axis, "size", "one entry per group")
+            axes[letter] = (broadcast(ctx, Dims([axis]), Dims(axes.get(letter, (axis,))))[0],)
+        elif letter in summed:
+            ctx.same(axes[letter][0], axis)
+        else:
+            axes[letter] = (axis,)
     # statistics need features last, as in `F.linear`
-    plain = given == out[:-1] + c and out[-1] == o
-    produced = weight[term.index(o)]
-    nodes: Any = ctx.node.args[1:] if len(ctx.node.args) > 2 else ctx.node.args[1]
-    fields = {"plain": plain, "source": nodes[1 - at[0]]}
-    ctx.project(weight, None, produced, out_dim=term.index(o), in_dim=term.index(c), **fields)
-    axes[o] = (produced,)
-    return Dims(axis for letter in out for axis in axes[letter])
+    plain = len(term) == 2 and given == p.out[:-1] + summed[0] and p.out[-1] == made[0] and len(given) > 1
+    routing = routes(ctx.node) if members and at == 1 else None
+    groups = 1 if not members else routing.experts if routing else 0
+    fields = {"plain": plain, "experts": term[0] in members, "groups": groups, "source": p.nodes[1 - at]}
+    for o in made:
+        for c in summed:
+            ctx.project(weight, None, axes[o][0], out_dim=term.index(o), in_dim=term.index(c), **fields)
+    return Dims(axis for letter in p.out for axis in axes[letter])
+
+
+@op(F.bilinear, nn.Bilinear)
+def bilinear(ctx: Context, input1: Dims, input2: Dims, weight: Dims | None = None, bias: Dims | None = None) -> Dims:
+    """A form per output: it reads both inputs, and new columns on either side are zero."""
+    weight, bias = weight or ctx.parameter("weight") or Dims(), bias or ctx.parameter("bias")
+    for i, (x, name) in enumerate(((input1, "in1_features"), (input2, "in2_features"))):
+        ctx.same(x[-1], weight[1 + i])
+        ctx.attribute(name, weight[1 + i])
+        source = ctx.argument(i, f"input{1 + i}")
+        ctx.project(weight, bias, weight[0], in_dim=1 + i, plain=False, source=source)
+    ctx.attribute("out_features", weight[0])
+    batch = broadcast(ctx, Dims(input1[:-1]), Dims(input2[:-1])) if len(input1) > 1 else ()
+    return Dims((*batch, weight[0]))
+
+
+@op(F.embedding_bag, nn.EmbeddingBag)
+def embedding_bag(
+    ctx: Context, input: Dims, weight: Any = None, offsets: Any = None, max_norm: Any = None, *args: Any, **kwargs: Any
+) -> Dims:
+    """Means or sums of embeddings: of the rows of a matrix, or of the parts of a list that begin at offsets."""
+    if ctx.module is not None:  # called with (input, offsets, per_sample_weights)
+        weight, max_norm = ctx.parameter("weight"), ctx.module.max_norm
+    elif len(weight) != 2:
+        raise Unsupported("embedding_bag with its arguments in the old order")
+    bags = input[:1] if len(input) == 2 else tuple(fixed(n) for n in ctx.shape[:1])
+    _lookup(ctx, weight, max_norm)
+    return Dims((*bags, weight[1]))

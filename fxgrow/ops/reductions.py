@@ -102,8 +102,8 @@ def matmul_of_activations(ctx: Context, a: Dims, b: Dims) -> Dims:
     return Dims((*batch, a[-2], b[-1]))
 
 
-@op(torch.baddbmm, "baddbmm")
-def baddbmm(ctx: Context, input: Dims, batch1: Dims, batch2: Dims, beta: Any = 1, alpha: Any = 1) -> Dims:
+def baddbmm_of_activations(ctx: Context, input: Dims, batch1: Dims, batch2: Dims) -> Dims:
+    """Part of the rule for `baddbmm` in `ops/linear.py`."""
     _contract(ctx, batch1[2], batch2[1], ctx.argument(2, "batch2"))
     ctx.same(batch1[0], batch2[0])
     return broadcast(ctx, input, Dims((batch1[0], batch1[1], batch2[2])))

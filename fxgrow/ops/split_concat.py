@@ -70,10 +70,7 @@ def stack(ctx: Context, tensors: Sequence[Dims], dim: int = 0) -> Dims:
 
 def _with(x: Dims, dim: int, parts: Sequence[Axis]) -> tuple[Dims, ...]:
     dim %= len(x)
-    outputs = tuple(Dims(part if i == dim else a for i, a in enumerate(x)) for part in parts)
-    for out in outputs:
-        out.part_of = x.parameter if dim == 0 else None
-    return outputs
+    return tuple(Dims(part if i == dim else a for i, a in enumerate(x)) for part in parts)
 
 
 @op("chunk", torch.chunk)

@@ -49,6 +49,8 @@ class _ResizedParameter:
         self._put_given()
         old, delta = rescaled(self.old, self.name, self.change), self.values.delta.get(self.name)
         self._put_kept(self.new, old if delta is None else old + delta.to(old))
+        if self.change.structure.fills.get(self.name) == "copy":
+            self._repeat_units()
         if self.values.copies:
             self._copy_units()
         write_initial_entries(self.new, self.name, self.change, self.axes)
@@ -65,9 +67,10 @@ class _ResizedParameter:
         for dim, axis in enumerate(self.axes):
             for positions in axis.new.values():
                 self.new.index_fill_(dim, positions.to(self.new.device), constant)
-        if self.uses or fill == "random":
-            out_dim = self.uses[0].out_dim if self.uses else 0
-            self._draw(out_dim, self.axes[out_dim].new.values(), self.uses[0] if self.uses else None)
+        for out_dim, use in {use.out_dim: use for use in reversed(self.uses)}.items():
+            self._draw(out_dim, self.axes[out_dim].new.values(), use)
+        if not self.uses and fill == "random":
+            self._draw(0, self.axes[0].new.values(), None)
         for use in self.uses:
             # whoever read the width before must not see the new units, except where they are zero
             states = self.change.initial_states.items()
@@ -83,6 +86,8 @@ class _ResizedParameter:
         rows = self.new.shape[use.out_dim if use is not None else 0]
         fan_in = self.new.numel() // max(1, rows * (len(self.new) if use is not None and use.experts else 1))
         std = math.sqrt(2 / max(1, fan_in))
+        if use is not None and use.computed and self.old.numel() > 1:
+            std = float(self.old.std())  # what the graph makes of them is scaled for entries like these
         for positions in places:
             shape = [len(positions) if d == dim else n for d, n in enumerate(self.new.shape)]
             dtype = torch.promote_types(self.new.dtype, torch.float32)
@@ -111,6 +116,16 @@ class _ResizedParameter:
         for dim, axis in enumerate(self.axes):
             old = axis.select(old, dim)
         put(new, self.moved, old)
+
+    def _repeat_units(self) -> None:
+        """Entries of new units are those of the old ones, in turn, along every axis of the width."""
+        for dim, axis in enumerate(self.axes):
+            for var, positions in axis.new.items():
+                units = axis.index[unit_entries(self.dims[dim], var)]
+                units = units[(units >= 0).all(1)]
+                turn = torch.arange(len(positions) // units.shape[1]) % len(units)
+                old = self.new.index_select(dim, units[turn].flatten().to(self.new.device))
+                self.new.index_copy_(dim, positions.to(self.new.device), old)
 
     def _copy_units(self) -> None:
         """Entries of units that are like old ones; where a delta moves incoming weights, the copy's move back: a split.

@@ -37,12 +37,6 @@ T.vector(
     a=F8, w=(5, 1),
 )  # fmt: skip
 T.vector(
-    "linear-computed-weight",
-    lambda: {"w": nn.Parameter(torch.randn(5, 8)), "out": nn.Linear(5, 3)},
-    lambda m, x: m.out(F.linear(m.a(x), m.w * 2)),
-    a="operator",
-)
-T.vector(
     "linear-softmax-of-weight",
     lambda: {"w": nn.Parameter(torch.randn(5, 8)), "out": nn.Linear(5, 3)},
     lambda m, x: m.out(F.linear(m.a(x), F.softmax(m.w, 0))),
@@ -61,7 +55,13 @@ T.vector(
     a="operator",
     w="operator",
 )
-T.vector("linear-transposed", nothing, lambda m, x: F.linear(m.a(x), m.a.weight.t()), a="operator", out=None)
+T.vector(
+    "tied-autoencoder",
+    nothing,
+    lambda m, x: F.linear(m.a(x).sigmoid(), m.a.weight.t()),
+    out=None,
+    **{"a[0]": F8, "a[1]": "input"},
+)
 T.vector("used-twice", lambda: {"b": nn.Linear(8, 8)}, lambda m, x: m.out(m.b(m.b(m.a(x)).relu())), a=F8)
 T.vector(
     "tied",
@@ -136,6 +136,133 @@ T.rows.append(
     )
 )
 
+for _mode in ("sum", "mean", "max"):
+    T.rows.append(
+        Case(
+            f"embedding-bag-{_mode}",
+            lambda mode=_mode: Net(
+                lambda m, i: m.out(m.e(i) + F.embedding_bag(i, m.w, mode=mode)),
+                {"e": nn.EmbeddingBag(11, 8, mode=mode), "w": nn.Parameter(torch.randn(11, 8)), "out": nn.Linear(8, 3)},
+            ),
+            lambda n: (torch.randint(11, (n, 5)),),
+            {"e": F8, "out": "output"},
+            lambda n: (torch.randint(11, (n, 7)),),
+        )
+    )
+T.rows.append(
+    Case(
+        "embedding-bag-of-a-list",
+        lambda: Net(
+            lambda m, i, at: m.out(m.e(i, at)), {"e": nn.EmbeddingBag(11, 8, mode="sum"), "out": nn.Linear(8, 3)}
+        ),
+        lambda n: (torch.randint(11, (3 * n,)), 3 * torch.arange(n)),
+        {"e": F8, "out": "output"},
+    )
+)
+
+# -- weights that the graph computes -----------------------------------------------------------------------------------
+
+
+def _hidden(*shape: int) -> dict[str, Any]:
+    return {"w": nn.Parameter(torch.randn(*shape)), "out": nn.Linear(5, 3)}
+
+
+def _mask(*shape: int) -> Tensor:
+    return (torch.arange(shape[0] * shape[1]).reshape(shape) % 3 > 0).float()
+
+
+for _name, _shape, _weight in (
+    ("transposed", (8, 5), lambda w: w.t()),
+    ("scaled", (5, 8), lambda w: w * 2),
+    ("scaled-transposed", (8, 5), lambda w: 0.5 * w.T / 3),
+    ("squeezed", (5, 8, 1), lambda w: w.squeeze(-1).contiguous()),
+    ("tanh", (8, 5), lambda w: -torch.tanh(w.permute(1, 0))),
+    ("straight-through", (5, 8), lambda w: w + (w.sign() - w).detach()),
+):
+    T.vector(
+        f"linear-weight-{_name}",
+        lambda shape=_shape: _hidden(*shape),
+        lambda m, x, f=_weight: m.out(F.linear(m.a(x).tanh(), f(m.w)).relu()),
+        a=F8, w=(5, 1),
+    )  # fmt: skip
+T.vector(
+    "linear-weight-plus-one",
+    lambda: _hidden(5, 8),
+    lambda m, x: m.out(F.linear(m.a(x), m.w + 1)),
+    a="operator", w=(5, 1),
+)  # fmt: skip
+T.vector(
+    "linear-weight-gained",
+    lambda: {**_hidden(5, 8), "gain": nn.Parameter(torch.rand(5, 1))},
+    lambda m, x: m.out(F.linear(m.a(x), m.gain * m.w / m.w.norm(dim=1, keepdim=True))),
+    a="reduce", w=(5, 1),
+)  # fmt: skip
+T.vector(
+    "linear-weight-masked",
+    lambda: {**_hidden(5, 8), "mask": _mask(5, 8)},
+    lambda m, x: m.out(F.linear(m.a(x), m.mask * m.w)),
+    a=F8, w=(5, 1),
+)  # fmt: skip
+T.vector(
+    "linear-weight-of-square-residual",
+    lambda: {"w": nn.Parameter(torch.randn(8, 8))},
+    lambda m, x: m.out((h := m.a(x)) + F.linear(h.relu(), 0.1 * m.w.t())),
+    a=F8,
+)
+T.vector(
+    "linear-weight-computed-under-norm",
+    lambda: {**_hidden(5, 8), "b": nn.Parameter(torch.randn(5)), "n": nn.LayerNorm(5)},
+    lambda m, x: m.out(m.n(F.linear(m.a(x).relu(), 0.3 * m.w, 0.1 * m.b))),
+    a=F8, w=(5, 1),
+)  # fmt: skip
+T.vector(
+    "linear-weight-bent-under-norm",
+    lambda: {**_hidden(5, 8), "n": nn.LayerNorm(5)},
+    lambda m, x: m.out(m.n(F.linear(m.a(x).relu(), torch.tanh(m.w)))),
+    a=F8, w="norm",
+)  # fmt: skip
+T.vector(
+    "linear-weight-of-two-parameters",
+    lambda: {"u": nn.Parameter(torch.randn(5, 1)), "v": nn.Parameter(torch.randn(8)), "out": nn.Linear(5, 3)},
+    lambda m, x: m.out(F.linear(m.a(x), m.u * m.v)),
+    a="operator",
+)
+T.vector(
+    "linear-weight-by-layers",
+    lambda: {"z": nn.Parameter(torch.randn(4)), "h": nn.Linear(4, 7), "g": nn.Linear(7, 40), "out": nn.Linear(5, 3)},
+    lambda m, x: m.out(F.linear(m.a(x), m.g(m.h(m.z).relu()).view(5, 8))),
+    a="operator", h=(7, 1),
+)  # fmt: skip
+T.image(
+    "conv-weight-scaled",
+    lambda: {"w": nn.Parameter(torch.randn(5, 8, 3, 3)), "b": nn.Parameter(torch.randn(5)), "out": nn.Conv2d(5, 3, 1)},
+    lambda m, x: m.out(F.conv2d(m.a(x).relu(), m.w * 0.2, 0.1 * m.b, padding=1)),
+    a=F8, w=(5, 1),
+)  # fmt: skip
+T.image(
+    "conv-weight-of-a-matrix",
+    lambda: {"w": nn.Parameter(torch.randn(8, 5)), "out": nn.Conv2d(5, 3, 1)},
+    lambda m, x: m.out(F.conv2d(m.a(x).relu(), m.w.t()[:, :, None, None])),
+    a=F8, w=(5, 1),
+)  # fmt: skip
+T.image(
+    "conv-weight-flipped-in-and-out",
+    lambda: {"w": nn.Parameter(torch.randn(8, 5, 3, 3)), "out": nn.Conv2d(5, 3, 1)},
+    lambda m, x: m.out(F.conv2d(m.a(x).relu(), m.w.transpose(0, 1))),
+    a=F8, w=(5, 1),
+)  # fmt: skip
+T.image(
+    "conv-weight-standardised",
+    lambda: {"w": nn.Parameter(torch.randn(5, 8, 3, 3)), "out": nn.Conv2d(5, 3, 1)},
+    lambda m, x: m.out(F.conv2d(m.a(x), _standardised(m.w)).relu()),
+    a="reduce", w=(5, 1),
+)  # fmt: skip
+
+
+def _standardised(w: Tensor) -> Tensor:
+    return (w - w.mean((1, 2, 3), keepdim=True)) / (w.std((1, 2, 3), keepdim=True) + 1e-5)
+
+
 # -- products with a parameter -----------------------------------------------------------------------------------------
 
 T.vector(
@@ -163,6 +290,67 @@ T.vector(
     lambda m, x: m.out(torch.mm(m.a(x), m.w)),
     a=F8, w=(5, 1),
 )  # fmt: skip
+
+
+def _linear_maps() -> dict[str, Any]:
+    return {
+        "tensordot": ((8, 5), lambda x, w: torch.tensordot(x, w, dims=1)),
+        "tensordot-of-lists": ((5, 8), lambda x, w: torch.tensordot(x, w, dims=([2], [1]))),
+        "matmul-weight-first": ((5, 8), lambda x, w: (w @ x.mT).mT),
+        "matmul-of-half-a-weight": ((8, 5), lambda x, w: torch.matmul(x, 0.5 * w)),
+        "einsum-implicit": ((8, 5), lambda x, w: torch.einsum("btc,cz", x, w)),
+        "einsum-transposed": ((5, 8), lambda x, w: torch.einsum("bth,hd->btd", x, w.t())),
+        "members-matmul": ((3, 8, 5), lambda x, w: (x[:, None] @ w).mean(1)),
+        "members-einsum": ((3, 8, 5), lambda x, w: torch.einsum("bth,ehd->ebtd", x, w).mean(0)),
+        "members-bmm": ((2, 8, 5), lambda x, w: torch.bmm(x.flatten(0, 1).expand(2, -1, -1), w).sum(0).view(-1, 5, 5)),
+        "members-last": ((8, 5, 3), lambda x, w: torch.einsum("bth,hde->btde", x, w).sum(-1)),
+        "per-position": ((8, 5, 5), lambda x, w: torch.einsum("bth,hdt->btd", x, w)),
+    }
+
+
+for _name, (_shape, _product) in _linear_maps().items():
+    T.tokens(
+        _name,
+        lambda shape=_shape: _hidden(*shape),
+        lambda m, x, f=_product: m.out(f(m.a(x).sin(), m.w)),
+        a=F8, **({"w[0]": (5, 1), "w[1]": "reduce"} if _name == "members-last" else {"w": (5, 1)}),
+    )  # fmt: skip
+T.tokens(
+    "members-baddbmm",
+    lambda: {**_hidden(2, 8, 5), "b": nn.Parameter(torch.randn(2, 1, 5))},
+    lambda m, x: m.out(torch.baddbmm(m.b, m.a(x).flatten(0, 1).expand(2, -1, -1), m.w).relu().sum(0)),
+    a=F8, w=(5, 1),
+)  # fmt: skip
+T.tokens(
+    "heads-by-einsum",
+    lambda: {"w": nn.Parameter(torch.randn(8, 2, 4)), "v": nn.Parameter(torch.randn(2, 4, 8))},
+    lambda m, x: m.out(torch.einsum("bthd,hdo->bto", torch.einsum("bti,ihd->bthd", m.a(x), m.w).relu(), m.v)),
+    a=F8, v=F8, **{"w[0]": (2, 1), "w[1]": (4, 1)},
+)  # fmt: skip
+T.vector(
+    "bilinear",
+    lambda: {"c": nn.Linear(6, 5), "f": nn.Bilinear(8, 5, 7), "out": nn.Linear(7, 3)},
+    lambda m, x: m.out(m.f(m.a(x).sin(), m.c(x)).relu()),
+    a=F8, c=(5, 1), f=(7, 1),
+)  # fmt: skip
+T.tokens(
+    "bilinear-function",
+    lambda: {"w": nn.Parameter(torch.randn(5, 8, 8)), "out": nn.Linear(5, 3)},
+    lambda m, x: m.out(F.bilinear(m.a(x), m.a(x).tanh(), 0.2 * m.w)),
+    a=F8, w=(5, 1),
+)  # fmt: skip
+T.tokens(
+    "fourier-along-positions",
+    lambda: _hidden(8, 5, 3, 2),
+    lambda m, x: m.out(_fourier_layer(m.a(x), torch.view_as_complex(m.w))),
+    a=F8, w=(5, 1),
+)  # fmt: skip
+
+
+def _fourier_layer(x: Tensor, w: Tensor) -> Tensor:
+    return torch.fft.irfft(torch.einsum("bki,iok->bko", torch.fft.rfft(x, dim=1), w), n=5, dim=1)
+
+
 for _name, _shape, _einsum in (
     ("in-out", (8, 5), lambda x, w: torch.einsum("bth,hd->btd", x, w)),
     ("out-in", (5, 8), lambda x, w: torch.einsum("bth, dh -> btd", x, w)),

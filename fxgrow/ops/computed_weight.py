@@ -1,0 +1,151 @@
+"""Weights that the graph computes from parameters: `F.linear(h, w.t())`, `self.weight * self.scale`, masks, norms.
+
+The axes of such a weight are known, so that the parameter can grow through them. What is left to find is which
+dimension of the parameter each axis is, and what new entries of the parameter become in the weight: columns of a
+consumer must start at zero, rows of a producer under a norm at zero or at the mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import fx, nn
+
+from fxgrow.axes.axes import Axis, Dims, axes_in, length, variables
+from fxgrow.axes.structure import Structure
+from fxgrow.graph.graph import lookup, operator_name
+from fxgrow.graph.purity import overwrites
+
+#: what new entries along an axis keep on their way into the weight: means over units (and zeros), zeros only, nothing
+MEAN, ZERO, NOTHING = "mean", "zero", "nothing"
+KEPT = (NOTHING, ZERO, MEAN)
+_MOVES = frozenset("t T mT transpose permute swapaxes swapdims movedim moveaxis".split())
+_SAME = frozenset("contiguous detach clone to type type_as float double half bfloat16 getattr Identity".split())
+_LINEAR = _MOVES | _SAME | frozenset(
+    "view reshape view_as reshape_as flatten unflatten squeeze unsqueeze expand expand_as neg negative repeat "
+    "view_as_complex view_as_real real imag getitem __getitem__ chunk split unbind select narrow".split()
+)  # fmt: skip
+_SUM = frozenset("add sub subtract __add__ __radd__ complex".split())
+_PRODUCT = frozenset("mul multiply __mul__ __rmul__".split())
+_QUOTIENT = frozenset("div truediv divide true_divide".split())
+#: elementwise functions that are zero at zero
+_ODD = frozenset("relu relu_ tanh sin asin atan abs sign round square dropout Dropout hardtanh".split())
+_PASSES = _LINEAR | _SUM | _PRODUCT | _QUOTIENT | _ODD
+
+
+class Origin(NamedTuple):
+    """A parameter from which a weight is computed."""
+
+    name: str
+    #: the parameter's dimensions that are the wanted ones of the weight, and what those keep
+    dims: tuple[int, ...]
+    keeps: tuple[str, ...]
+    #: whether the weight has the parameter's entries, and whether all of them, at most with transposed dimensions
+    same_entries: bool = True
+    moved_only: bool = True
+
+
+class NotFollowed(Exception):
+    """Why a weight cannot be followed to a parameter."""
+
+
+def find_origins(structure: Structure, gm: fx.GraphModule, node: fx.Node, wanted: Sequence[int]) -> list[Origin]:
+    """The parameters from which a weight is computed, with its dimensions `wanted`; raises `NotFollowed` for none."""
+    nodes = _before(node)
+    layers = {p.node for p in structure.projections}
+    if any(n in layers for n in nodes):
+        raise NotFollowed("the weight is computed by other layers")
+    if any(n in overwrites(user, gm) for n in nodes for user in n.users):
+        raise NotFollowed("the weight is changed in place")
+    names = {n: operator_name(gm, n) for n in nodes}
+    leaves = [n for n in nodes if n.op == "get_attr" and isinstance(structure.outputs[n], Dims)]
+    moves = any(name in _MOVES for name in names.values())
+    found: dict[fx.Node, tuple[int, ...]] = {}
+    for leaf in leaves:
+        is_parameter = isinstance(lookup(gm, str(leaf.target)), nn.Parameter)
+        dims = _dimensions(structure.outputs[leaf], structure.outputs[node], wanted, moves)
+        if is_parameter and dims is not None and node in _reached(leaf, nodes, names):
+            found[leaf] = dims
+    if not found:
+        raise NotFollowed(f"the weight is computed from {', '.join(str(n.target) for n in leaves) or 'no parameter'}")
+    keeps = tuple(_kept(structure, nodes, names, set(found), structure.outputs[node][d]) for d in wanted)
+    used = {names[n] for n in nodes if n.op != "get_attr"}
+    moved_only = used <= _MOVES | _SAME and (len(structure.outputs[node]) == 2 or not moves)
+    structure.weight_nodes.update(nodes)
+    for leaf in leaves:  # a mask's new units are masked as old ones are
+        if not isinstance(lookup(gm, str(leaf.target)), nn.Parameter):
+            structure.fills.setdefault(structure.outputs[leaf].parameter, "copy")
+    return [
+        Origin(structure.outputs[leaf].parameter, dims, keeps, used <= _LINEAR, moved_only and len(leaves) == 1)
+        for leaf, dims in found.items()
+    ]
+
+
+def _before(node: fx.Node) -> list[fx.Node]:
+    """The nodes from which `node` is computed, and itself, in the order of the graph."""
+    found = {node: None}
+    for n in (queue := [node]):
+        queue += [m for m in n.all_input_nodes if m not in found]
+        found |= dict.fromkeys(n.all_input_nodes)
+    return sorted(found)
+
+
+def _dimensions(stored: Dims, weight: Dims, wanted: Sequence[int], moves: bool) -> tuple[int, ...] | None:
+    """Dimensions of a stored tensor that are these of a weight; None where one is missing or not known."""
+    if stored.parameter is None:
+        return None
+    out: list[int] = []
+    for d in wanted:
+        axis, units = weight[d], set(variables(weight[d]))
+        alike = [
+            i
+            for i, other in enumerate(stored)
+            if i not in out and (units <= set(variables(other)) if units else length(other) == length(axis))
+        ]
+        exact = [i for i in alike if stored[i] is axis] or [i for i in alike if i == d and not moves]
+        if not exact and len(alike) != 1:
+            return None
+        out.append((exact or alike)[0])
+    return tuple(out)
+
+
+def _reached(leaf: fx.Node, nodes: list[fx.Node], names: dict[fx.Node, str]) -> set[fx.Node]:
+    """What a parameter reaches as a term or factor."""
+    reached = {leaf}
+    for n in nodes:
+        inputs = n.args[:1] if names[n] in _QUOTIENT else n.all_input_nodes
+        if names[n] in _PASSES and any(i in reached for i in inputs):
+            reached.add(n)
+    return reached
+
+
+def _kept(
+    structure: Structure, nodes: list[fx.Node], names: dict[fx.Node, str], leaves: set[fx.Node], axis: Axis
+) -> str:
+    """What new entries of the leaves along an axis keep on their way to the last node."""
+    units = set(variables(axis))
+    state: dict[fx.Node, str] = {}
+    after = set(leaves)
+    for n in nodes:
+        after |= {n} if any(i in after for i in n.all_input_nodes) else set()
+        if units & set(variables(*axes_in(structure.outputs[n]))):
+            inputs = [i for i in n.all_input_nodes if i in state]
+            # one with other values than zero must not depend on the new entries: it may be infinite where they are zero
+            sound = all(state[i] != NOTHING or i not in after for i in inputs)
+            state[n] = (
+                MEAN if n in leaves else _step(n, names[n], [state[i] for i in inputs], inputs) if sound else NOTHING
+            )
+    return state.get(nodes[-1], MEAN)
+
+
+def _step(node: fx.Node, name: str, states: list[str], inputs: list[fx.Node]) -> str:
+    if name in _LINEAR and len(states) == 1:
+        return states[0]
+    if name in _SUM and len(node.all_input_nodes) == len(inputs) == len([a for a in node.args if a is not None]):
+        return min(states, key=KEPT.index)
+    if name in _PRODUCT and states:
+        return states[0] if len(states) == 1 else ZERO if set(states) != {NOTHING} else NOTHING
+    if name in _QUOTIENT and inputs[:1] == [node.args[0]]:
+        return states[0] if len(states) == 1 else ZERO if states[0] != NOTHING else NOTHING
+    return ZERO if name in _ODD and states and set(states) <= {MEAN, ZERO} else NOTHING
