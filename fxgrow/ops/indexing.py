@@ -26,10 +26,7 @@ _NARROW, _SELECT = ("narrow", torch.narrow), ("select", torch.select)
 def getitem(ctx: Context, x: Any, index: Any) -> Any:
     if not isinstance(x, Dims):
         return x[index]
-    out = _indexed(ctx, x, index, lambda from_right: ctx.shape[-from_right])
-    if isinstance(index, slice):
-        out.part_of = x.parameter  # rows of a packed weight
-    return out
+    return _indexed(ctx, x, index, lambda from_right: ctx.shape[-from_right])
 
 
 @op(*_SET)
