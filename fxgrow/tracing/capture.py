@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -20,9 +21,10 @@ from fxgrow.ops.registry import recognised
 from fxgrow.storage.recipe import Recipe, keep_recipe
 from fxgrow.tracing.bind_inputs import bind_inputs
 from fxgrow.tracing.input_sizes import keep_input_sizes
-from fxgrow.tracing.model_check import check_against_model
+from fxgrow.tracing.model_check import check_against_model, perturbed_parameters
 from fxgrow.tracing.model_state import unchanged, without_caches, without_failure_log, without_fast_path
 from fxgrow.tracing.opaque import OpaqueFallback
+from fxgrow.tracing.size_decisions import Decision, Otherwise
 from fxgrow.tracing.tracer import ValueTracer
 from fxgrow.tracing.train_eval import guard_modes, merge_modes
 
@@ -71,23 +73,60 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
     for module in model.modules():
         recognised(module)  # runs it on test inputs, which tracing would record
     keywords = list(inputs) if isinstance(example_inputs, Mapping) else None
-    with without_caches(model), without_fast_path():
-        tracer = _trace(model, inputs, call)
+
+    def traced(otherwise: Mapping[Decision, Otherwise], *, perturbed: bool) -> tuple[ValueTracer, fx.GraphModule, bool]:
+        tracer = _trace(model, inputs, call, otherwise)
         gm = _assemble(model, tracer, tuple(inputs.values()), keywords)
+        compared = True
         for other_mode in (False, True) if tracer.branches else (False,):
             with unchanged(model):
-                check_against_model(model, gm, call, other_mode)
+                compared &= check_against_model(model, gm, call, other_mode)
         gm.training = model.training
+        if perturbed and compared:
+            with unchanged(model), perturbed_parameters(model):
+                compared = check_against_model(model, gm, call, other_mode=False)
+        return tracer, gm, compared
+
+    with without_caches(model), without_fast_path():
+        tracer, gm, compared = traced({}, perturbed=False)
+        return _at_all_sizes(tracer, gm, functools.partial(traced, perturbed=True)) if compared else gm
+
+
+def _at_all_sizes(
+    tracer: ValueTracer,
+    gm: fx.GraphModule,
+    traced: Callable[[Mapping[Decision, Otherwise]], tuple[ValueTracer, fx.GraphModule, bool]],
+) -> fx.GraphModule:
+    """Returns a graph with fewer decisions on sizes, if it gives the same: see `size_decisions`."""
+    taken: dict[Decision, Otherwise] = {}
+    tried: set[Decision] = set()
+    while new := [d for d in tracer.decisions.open if d not in tried][:1]:
+        tried.update(new)
+        otherwise = taken | {d: tracer.decisions.open[d] for d in new}
+        try:
+            other, graph, same = traced(otherwise)
+            if same and other.written - tracer.written:  # it fills a cache, which is right at every size
+                otherwise = {d: instead._replace(bounded=False) for d, instead in otherwise.items()}
+                other, graph, same = traced(otherwise)
+        except CaptureError:
+            continue
+        if same:
+            tracer, gm, taken = other, graph, otherwise
     return gm
 
 
-def _trace(model: nn.Module, inputs: dict[str, Any], call: Callable[[list[Any]], Any]) -> ValueTracer:
+def _trace(
+    model: nn.Module,
+    inputs: dict[str, Any],
+    call: Callable[[list[Any]], Any],
+    otherwise: Mapping[Decision, Otherwise],
+) -> ValueTracer:
     """Traces until both train and eval mode are described, or the other one is refused."""
     leaves = frozenset(module for module in model.modules() if _is_drop_path(module))
     fallback = OpaqueFallback(model)
 
     def attempt(values: dict[str, Any], flipped: frozenset[str]) -> tuple[ValueTracer, CaptureError | None]:
-        tracer = ValueTracer(values, call, leaves, flipped, fallback.reasons)
+        tracer = ValueTracer(values, call, leaves, flipped, fallback.reasons, otherwise)
         try:
             with unchanged(model), fallback.applied():
                 tracer.record(model)

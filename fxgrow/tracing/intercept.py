@@ -101,7 +101,7 @@ def _module_attributes(tracer: RecordingTracer) -> Iterator[Patch]:
     set_attribute = nn.Module.__setattr__
 
     def assign(module: nn.Module, name: str, value: Any) -> None:
-        if type(value) is not ValueProxy or not tracer.assign(module, name, value):
+        if not tracer.assign(module, name, value):
             set_attribute(module, name, value)
 
     def training(module: nn.Module) -> Any:

@@ -8,7 +8,7 @@ import logging
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,11 +26,14 @@ log = logging.getLogger("fxgrow")
 
 def check_against_model(
     model: nn.Module, gm: fx.GraphModule, call: Callable[[list[Any]], Any], other_mode: bool
-) -> None:
+) -> bool:
     """Raises a CaptureError where outputs of a model and its graph differ by more than rounding.
 
     A model on `meta`, or one that does not run on the values of the example, is not compared. Buffers and random states
     are as before; modes and hooks are left changed, and `capture` restores them.
+
+    Returns:
+        Whether they are the same: False where that cannot be said, as outputs are not finite or not reproducible.
     """
     inputs = list(gm.meta["example_inputs"])
 
@@ -43,7 +46,7 @@ def check_against_model(
         layer._forward_hooks, layer._forward_pre_hooks = OrderedDict(), OrderedDict()
     state = [*model.parameters(), *model.buffers(), *tensors_in(inputs)]
     if any(t.device.type == "meta" or type(t) not in (Tensor, nn.Parameter, nn.Buffer) for t in state):
-        return
+        return False
     outputs = functools.partial(_outputs, written_parameters(gm))
     if other_mode:
         model.train(not model.training)
@@ -52,13 +55,15 @@ def check_against_model(
         expected = outputs(model, run_model)
     except Exception as error:
         log.debug("the model does not run on its example inputs: %s", error)
-        return
+        return False
     try:
         found = outputs(gm, lambda: gm(*_copied(inputs)))
     except CaptureError:
-        return  # it refuses this mode, or these inputs
-    if _agree(found, expected) or not _agree(outputs(model, run_model), expected):
-        return
+        return False  # it refuses this mode, or these inputs
+    if _agree(found, expected):
+        return all(bool(t.isfinite().all()) for t in expected)
+    if not _agree(outputs(model, run_model), expected):
+        return False
     mode, place = "train" if model.training else "eval", _first_difference(model, gm, run_model, inputs)
     raise CaptureError(
         f"The graph of {type(model).__name__} computes something else than the model does in {mode} mode, first at "
@@ -76,6 +81,23 @@ def _outputs(parameters: list[nn.Parameter], module: nn.Module, run: Callable[[]
         if "numpy" in sys.modules:
             sys.modules["numpy"].random.seed(0)
         return [t.detach().clone() for t in tensors_in(run())]
+
+
+@contextlib.contextmanager
+@torch.no_grad()
+def perturbed_parameters(model: nn.Module) -> Iterator[None]:
+    """While open, noise is added to the parameters: a gate that starts at 0 hides what comes before it."""
+    parameters = [p for p in model.parameters() if p.is_floating_point()]
+    saved = [p.detach().clone() for p in parameters]
+    random = torch.Generator().manual_seed(0)
+    try:
+        for p in parameters:
+            scale = 0.1 + 0.1 * float(p.std(correction=0)) if p.numel() else 0.0
+            p.data.add_(torch.randn(p.shape, generator=random).to(p), alpha=scale)  # `data`: a backward may be due
+        yield
+    finally:
+        for p, before in zip(parameters, saved, strict=True):
+            p.data.copy_(before)
 
 
 def _copied(inputs: list[Any]) -> list[Any]:

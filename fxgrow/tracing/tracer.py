@@ -9,7 +9,7 @@ import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from types import CodeType, FrameType
+from types import CodeType, FrameType, MappingProxyType
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from fxgrow.tracing.multihead_attention import multihead_attention
 from fxgrow.tracing.opaque import opaque_value
 from fxgrow.tracing.opaque_functions import Call, OpaqueFunction, calls_in
 from fxgrow.tracing.proxy import INPLACE, ValueProxy
+from fxgrow.tracing.size_decisions import Decision, Otherwise, SizeDecisions
 from fxgrow.tracing.source_location import (
     failure,
     last_place,
@@ -55,6 +56,7 @@ class ValueTracer(fx.Tracer):
         leaves: frozenset[nn.Module],  # modules that become one node, besides those of torch.nn
         flipped: frozenset[str],  # paths of `training` flags that are read as their opposite
         opaque: Mapping[nn.Module, str],  # modules that become one node as their code cannot be traced, and why
+        otherwise: Mapping[Decision, Otherwise] = MappingProxyType({}),  # decisions on sizes, and their outcomes here
     ) -> None:
         super().__init__(autowrap_functions=(*FACTORIES, *described_functions()))
         self.inputs, self.call, self.leaves, self.flipped, self.opaque = inputs, call, leaves, flipped, opaque
@@ -69,6 +71,9 @@ class ValueTracer(fx.Tracer):
         self.constants: dict[str, torch.Tensor] = {}
         #: per `training` flag that the code branched on: path of the innermost module, the flag, module and line
         self.branches: dict[str, tuple[str, bool, str]] = {}
+        self.decisions = SizeDecisions(otherwise)
+        #: attributes that the code set, and the modules
+        self.written: set[tuple[str | None, str]] = set()
         #: guards on numbers that the code asked for, and the conversion of each
         self.numbers: dict[fx.Node, Callable[[Any], Any]] = {}
         self._names: dict[int, str] = {}  # id of parameter, buffer or tensor attribute -> qualified name
@@ -272,10 +277,12 @@ class ValueTracer(fx.Tracer):
             return self._tensor(attr_val)
         return attr_val
 
-    def assign(self, module: nn.Module, name: str, value: ValueProxy) -> bool:
+    def assign(self, module: nn.Module, name: str, value: Any) -> bool:
         """Records ``self.buffer = value`` as a write into the buffer; False if there is no such buffer."""
-        buffer = module._buffers.get(name)
-        if buffer is None or id(buffer) not in self._names:
+        if not self.runner.silent:
+            self.written.add((self._path(module), name))
+        buffer = vars(module).get("_buffers", {}).get(name)
+        if type(value) is not ValueProxy or buffer is None or id(buffer) not in self._names:
             return False
         old = self._tensor(buffer)
         node = value.node
@@ -315,10 +322,16 @@ class ValueTracer(fx.Tracer):
             self.branches.setdefault(flag, (self._innermost()[0], current, self._where()))
         if node in self._dependence.constant:
             return value
+        place = last_place(sys._getframe(1))
+        if convert is bool and place and (taken := self.decisions.take(node, value, place)):
+            if taken.bound is not None:
+                bound = self.create_node("call_function", taken.bound[0], taken.bound[1:], {})
+                message = f"a size is not beyond that of the example (`{source(*place)}` in {self._where()})"
+                self.create_node("call_function", guard, (bound, True, message), {})
+            return taken.outcome
         expected = value if convert is not hash else proxy.carried
         key = (node.name, repr(expected))
         if key not in self._guards:
-            place = last_place(sys._getframe(1))
             condition = f"`{source(*place) if place else ''}` in {self._where()}"
             self._guards[key] = self.create_node("call_function", guard, (node, expected, condition), {})
             if place and raises_otherwise(*place, bool(expected)):
