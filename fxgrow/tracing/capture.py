@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -21,7 +21,7 @@ from fxgrow.ops.registry import recognised
 from fxgrow.storage.recipe import Recipe, keep_recipe
 from fxgrow.tracing.bind_inputs import bind_inputs
 from fxgrow.tracing.input_sizes import keep_input_sizes
-from fxgrow.tracing.model_check import check_against_model, perturbed_parameters
+from fxgrow.tracing.model_check import check_against_model, is_right_with_other_weights
 from fxgrow.tracing.model_state import unchanged, without_caches, without_failure_log, without_fast_path
 from fxgrow.tracing.opaque import OpaqueFallback
 from fxgrow.tracing.size_decisions import Decision, Otherwise
@@ -74,43 +74,37 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
         recognised(module)  # runs it on test inputs, which tracing would record
     keywords = list(inputs) if isinstance(example_inputs, Mapping) else None
 
-    def traced(otherwise: Mapping[Decision, Otherwise], *, perturbed: bool) -> tuple[ValueTracer, fx.GraphModule, bool]:
+    def traced(otherwise: Mapping[Decision, Otherwise]) -> tuple[ValueTracer, fx.GraphModule]:
         tracer = _trace(model, inputs, call, otherwise)
         gm = _assemble(model, tracer, tuple(inputs.values()), keywords)
-        compared = True
+        with unchanged(model):
+            if otherwise and not is_right_with_other_weights(model, gm, call):
+                raise CaptureError("The other way gives another result.")
         for other_mode in (False, True) if tracer.branches else (False,):
             with unchanged(model):
-                compared &= check_against_model(model, gm, call, other_mode)
+                check_against_model(model, gm, call, other_mode)
         gm.training = model.training
-        if perturbed and compared:
-            with unchanged(model), perturbed_parameters(model):
-                compared = check_against_model(model, gm, call, other_mode=False)
-        return tracer, gm, compared
+        return tracer, gm
 
     with without_caches(model), without_fast_path():
-        tracer, gm, compared = traced({}, perturbed=False)
-        return _at_all_sizes(tracer, gm, functools.partial(traced, perturbed=True)) if compared else gm
+        return _at_all_sizes(traced)
 
 
 def _at_all_sizes(
-    tracer: ValueTracer,
-    gm: fx.GraphModule,
-    traced: Callable[[Mapping[Decision, Otherwise]], tuple[ValueTracer, fx.GraphModule, bool]],
+    traced: Callable[[Mapping[Decision, Otherwise]], tuple[ValueTracer, fx.GraphModule]],
 ) -> fx.GraphModule:
-    """Returns a graph with fewer decisions on sizes, if it gives the same: see `size_decisions`."""
+    """Returns the graph of a model with as few decisions on sizes as there can be: see `size_decisions`."""
     taken: dict[Decision, Otherwise] = {}
     tried: set[Decision] = set()
-    while new := [d for d in tracer.decisions.open if d not in tried][:1]:
-        tried.update(new)
-        otherwise = taken | {d: tracer.decisions.open[d] for d in new}
-        try:
-            other, graph, same = traced(otherwise)
-            if same and other.written - tracer.written:  # it fills a cache, which is right at every size
-                otherwise = {d: instead._replace(bounded=False) for d, instead in otherwise.items()}
-                other, graph, same = traced(otherwise)
-        except CaptureError:
-            continue
-        if same:
+    tracer, gm = traced(taken)
+    while new := next((d for d in tracer.decisions.open if d not in tried), None):
+        tried.add(new)
+        otherwise = taken | {new: tracer.decisions.open[new]}
+        with contextlib.suppress(CaptureError):
+            other, graph = traced(otherwise)
+            if otherwise[new].bounded and other.written - tracer.written:  # it fills a cache, right at every size
+                otherwise[new] = Otherwise(otherwise[new].outcome, bounded=False)
+                other, graph = traced(otherwise)
             tracer, gm, taken = other, graph, otherwise
     return gm
 

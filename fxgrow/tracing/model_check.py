@@ -26,27 +26,21 @@ log = logging.getLogger("fxgrow")
 
 def check_against_model(
     model: nn.Module, gm: fx.GraphModule, call: Callable[[list[Any]], Any], other_mode: bool
-) -> bool:
+) -> None:
     """Raises a CaptureError where outputs of a model and its graph differ by more than rounding.
 
     A model on `meta`, or one that does not run on the values of the example, is not compared. Buffers and random states
     are as before; modes and hooks are left changed, and `capture` restores them.
-
-    Returns:
-        Whether they are the same: False where that cannot be said, as outputs are not finite or not reproducible.
     """
     inputs = list(gm.meta["example_inputs"])
 
     def run_model() -> Any:
         return call(_copied(inputs))
 
-    for node in gm.graph.find_nodes(op="call_module"):
-        # both run its hooks, which may collect what they see
-        layer = gm.get_submodule(str(node.target))
-        layer._forward_hooks, layer._forward_pre_hooks = OrderedDict(), OrderedDict()
+    _remove_hooks_of_leaves(gm)
     state = [*model.parameters(), *model.buffers(), *tensors_in(inputs)]
     if any(t.device.type == "meta" or type(t) not in (Tensor, nn.Parameter, nn.Buffer) for t in state):
-        return False
+        return
     outputs = functools.partial(_outputs, written_parameters(gm))
     if other_mode:
         model.train(not model.training)
@@ -55,21 +49,44 @@ def check_against_model(
         expected = outputs(model, run_model)
     except Exception as error:
         log.debug("the model does not run on its example inputs: %s", error)
-        return False
+        return
     try:
         found = outputs(gm, lambda: gm(*_copied(inputs)))
     except CaptureError:
-        return False  # it refuses this mode, or these inputs
-    if _agree(found, expected):
-        return all(bool(t.isfinite().all()) for t in expected)
-    if not _agree(outputs(model, run_model), expected):
-        return False
+        return  # it refuses this mode, or these inputs
+    if _agree(found, expected) or not _agree(outputs(model, run_model), expected):
+        return
     mode, place = "train" if model.training else "eval", _first_difference(model, gm, run_model, inputs)
     raise CaptureError(
         f"The graph of {type(model).__name__} computes something else than the model does in {mode} mode, first at "
         f"{place}. Its code depends on something that a graph does not see, such as the type of a tensor or a "
         "counter of its own."
     )
+
+
+def is_right_with_other_weights(model: nn.Module, gm: fx.GraphModule, call: Callable[[list[Any]], Any]) -> bool:
+    """Whether a graph computes what its model does, also with noise on the parameters.
+
+    False where that cannot be said. Changes what `check_against_model` changes.
+    """
+    inputs = list(gm.meta["example_inputs"])
+    outputs = functools.partial(_outputs, written_parameters(gm))
+    _remove_hooks_of_leaves(gm)
+    try:
+        with _perturbed_parameters(model):
+            expected = outputs(model, lambda: call(_copied(inputs)))
+            found = outputs(gm, lambda: gm(*_copied(inputs)))
+    except Exception as error:
+        log.debug("cannot run the model or its graph: %s", error)
+        return False
+    return _agree(found, expected) and all(bool(t.isfinite().all()) for t in expected)
+
+
+def _remove_hooks_of_leaves(gm: fx.GraphModule) -> None:
+    """Both a model and its graph run the hooks of leaves, which may collect what they see."""
+    for node in gm.graph.find_nodes(op="call_module"):
+        layer = gm.get_submodule(str(node.target))
+        layer._forward_hooks, layer._forward_pre_hooks = OrderedDict(), OrderedDict()
 
 
 @torch.no_grad()
@@ -85,7 +102,7 @@ def _outputs(parameters: list[nn.Parameter], module: nn.Module, run: Callable[[]
 
 @contextlib.contextmanager
 @torch.no_grad()
-def perturbed_parameters(model: nn.Module) -> Iterator[None]:
+def _perturbed_parameters(model: nn.Module) -> Iterator[None]:
     """While open, noise is added to the parameters: a gate that starts at 0 hides what comes before it."""
     parameters = [p for p in model.parameters() if p.is_floating_point()]
     saved = [p.detach().clone() for p in parameters]
