@@ -103,8 +103,12 @@ def _outputs(parameters: list[nn.Parameter], module: nn.Module, run: Callable[[]
 @contextlib.contextmanager
 @torch.no_grad()
 def _perturbed_parameters(model: nn.Module) -> Iterator[None]:
-    """While open, noise is added to the parameters: a gate that starts at 0 hides what comes before it."""
+    """While open, noise is added to the trainable parameters: a gate that starts at 0 hides what comes before it.
+
+    A cache may have been filled from those that are frozen, unless all are.
+    """
     parameters = [p for p in model.parameters() if p.is_floating_point()]
+    parameters = [p for p in parameters if p.requires_grad] or parameters
     saved = [p.detach().clone() for p in parameters]
     random = torch.Generator().manual_seed(0)
     try:
