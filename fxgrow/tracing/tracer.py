@@ -30,8 +30,8 @@ from fxgrow.tracing.multihead_attention import multihead_attention
 from fxgrow.tracing.opaque import opaque_value
 from fxgrow.tracing.opaque_functions import Call, OpaqueFunction, calls_in
 from fxgrow.tracing.proxy import INPLACE, ValueProxy
-from fxgrow.tracing.size_decisions import Decision, Otherwise, SizeDecisions
 from fxgrow.tracing.scopes import Scopes
+from fxgrow.tracing.size_decisions import Decision, Otherwise, SizeDecisions
 from fxgrow.tracing.source_location import (
     failure,
     last_place,
