@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from fxgrow.analysis.initial_state import COPY, InitialState
+from fxgrow.analysis.axis_statistics import COPY
+from fxgrow.analysis.initial_state import InitialState
 from fxgrow.axes.axes import Axis, Dims, UnitVar, axes_in, axis_of, multiplicity, single_variable, variables
 from fxgrow.axes.structure import Constant, Projection, Structure
 from fxgrow.graph.arguments import replaced_argument

@@ -14,33 +14,33 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
+from fxgrow.analysis.axis_statistics import (
+    ANY,
+    BOTH,
+    LINEAR,
+    MEAN,
+    PARTS,
+    PENDING,
+    PRODUCT,
+    QUOTIENT,
+    SPLIT,
+    SUM,
+    ZERO,
+    AxisStatistics,
+    Refused,
+    parameter_behind,
+)
 from fxgrow.axes.axes import Dims, UnitVar, axes_in, resolve, single_variable, variables
 from fxgrow.axes.records import Reason
-from fxgrow.axes.structure import Invariant, Structure
+from fxgrow.axes.structure import Factor, Invariant, Path, Structure
 from fxgrow.graph.graph import lookup, operator_name
 
-MEAN, ZERO, SPLIT, COPY, ANY = "mean", "zero", "split", "copy", "any"
-#: a mean that is zero
-_BOTH = "both"
-#: operators that move entries or mix positions linearly keep the state of a unit
-_LINEAR = frozenset(
-    "view reshape permute transpose contiguous flatten unflatten squeeze unsqueeze expand expand_as cat concat "
-    "concatenate stack chunk split split_with_sizes unbind getitem select narrow clone detach to type type_as float "
-    "double half bfloat16 repeat repeat_interleave movedim moveaxis swapaxes swapdims t adjoint view_as reshape_as "
-    "flip roll neg negative Identity Flatten Unflatten matmul bmm mm einsum mean sum scaled_dot_product_attention "
-    "avg_pool1d avg_pool2d avg_pool3d AvgPool1d AvgPool2d AvgPool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "AdaptiveAvgPool1d AdaptiveAvgPool2d DropPath stochastic_depth StochasticDepth __getitem__ mT T".split()
-)
-#: of these, the ones with several tensors
-_MIXING = frozenset("cat concat concatenate stack matmul bmm mm einsum sum scaled_dot_product_attention".split())
-_SUM = frozenset("add sub iadd isub subtract add_ sub_ __add__ __radd__".split())
-_PRODUCT = frozenset("mul div truediv imul itruediv multiply divide mul_ div_ __mul__ __rmul__".split())
-_QUOTIENT = frozenset("div truediv itruediv divide div_".split())
 #: elementwise functions that are zero at zero
 _ODD = frozenset(
     "relu relu_ relu6 gelu silu tanh sin asin atan elu celu selu leaky_relu hardswish hardtanh mish softsign erf abs "
     "sign round ReLU ReLU6 GELU SiLU Tanh ELU CELU SELU LeakyReLU Hardswish Hardtanh Mish Softsign PReLU prelu "
-    "dropout Dropout square nan_to_num".split()
+    "dropout Dropout square nan_to_num norm var max_pool1d max_pool2d max_pool3d MaxPool1d MaxPool2d MaxPool3d "
+    "adaptive_max_pool1d adaptive_max_pool2d AdaptiveMaxPool1d AdaptiveMaxPool2d amax amin".split()
 )
 #: on a width these are depthwise, and the bias of a new channel is zero
 _DEPTHWISE = frozenset("Conv1d Conv2d Conv3d conv1d conv2d conv3d".split())
@@ -60,8 +60,11 @@ class InitialState:
     free: set[tuple[str, int]] = field(default_factory=set)
     norms: list[Invariant] = field(default_factory=list)
     products: list[Invariant] = field(default_factory=list)
-    #: weights that read a norm without weights, and are rescaled in its place
-    scaled: set[str] = field(default_factory=set)
+    #: parameters, and numbers in arguments, that a factor multiplies; with what is added to a parameter before
+    rescaled: dict[str, tuple[Factor, float]] = field(default_factory=dict)
+    #: how new entries of other parameters start
+    fills: dict[str, float] = field(default_factory=dict)
+    numbers: list[tuple[fx.Node, Path, Factor]] = field(default_factory=list)
 
 
 def find_initial_states(gm: fx.GraphModule, structure: Structure) -> None:
@@ -87,16 +90,13 @@ def find_initial_states(gm: fx.GraphModule, structure: Structure) -> None:
                 var.pinned = state
             else:
                 structure.initial_states[var] = state
+                structure.fills |= state.fills
 
 
 def _joint(states: set[str]) -> str:
     """The state of a sum or concatenation."""
-    strict = states - {_BOTH}
-    return ANY if len(strict) > 1 else strict.pop() if strict else _BOTH
-
-
-class _Refused(Exception):
-    pass
+    strict = states - {BOTH}
+    return ANY if len(strict) > 1 else strict.pop() if strict else BOTH
 
 
 class _StatePropagation:
@@ -109,38 +109,68 @@ class _StatePropagation:
         self.carriers = dict.fromkeys(nodes)
         self.norms = {i.node: i for i in invariants if i.kind != "product"}
         self.products = [i for i in invariants if i.kind == "product"]
-        kinds = {i.kind for i in invariants}
-        self.kind = MEAN if "layer" in kinds else SPLIT if "length" in kinds else ZERO
-        self.mixed = len(kinds) > 1 and kinds != {"length", "product"}
-        self.mean_after_norm = False  # of norms with one weight for all units
-        self.result = InitialState(self.kind, norms=list(self.norms.values()), products=self.products)
         self.writers = {p.node: p for p in structure.projections if var in variables(p.out)}
-        self.projections = {p.node for p in structure.projections}
-        self.state: dict[fx.Node, str] = {}
-        self.written: dict[fx.Node, list[tuple[str, int]]] = {}
+        self.projections = {(p.node, p.source): p for p in structure.projections}
+        self.weighted = {p.node for p in structure.projections}
+        reductions = [i for i in invariants if i.kind == "statistic"]
+        # a norm without a weight, or of several nodes, changes what is computed from it
+        self.follows_factors = bool(reductions) or any(i.weight is None for i in self.norms.values())
 
     def run(self) -> InitialState | Reason:
         """The initial state in which every invariant holds, or why there is none."""
-        first = self.invariants[0].node.name
-        if self.mixed:
-            return Reason("norm", first, "one width is normalised in different ways, or also summed over")
-        settable = self._before_products() if self.products and self.kind == ZERO else self.carriers
-        for node in self.carriers:
-            try:
-                self.state[node] = self._evaluate(node, node in settable)
-            except _Refused as refusal:
-                if not self.mean_after_norm and any(self._is_uniform(n) for n in self.norms.values()):
-                    self.mean_after_norm = True
-                    self.result = InitialState(self.kind, norms=self.result.norms)
-                    return self.run()
-                return Reason("norm", node.name, str(refusal))
-        for product in self.products:
+        reason = Reason("norm", self.invariants[0].node.name, "one width is normalised in different ways")
+        refusals = []
+        for kind in self._kinds():
+            for mean_after_norm in (False, True):  # of norms with one weight for all units
+                if mean_after_norm and not any(map(self._is_uniform, self.norms.values())):
+                    continue
+                self.kind, self.mean_after_norm = kind, mean_after_norm
+                state = self._attempt()
+                if isinstance(state, InitialState):
+                    return state
+                refusals.append(state)
+        return refusals[0] if refusals else reason
+
+    def _kinds(self) -> list[str]:
+        """The states to try, best first."""
+        kinds = {i.kind for i in self.invariants}
+        if "layer" in kinds:
+            return [MEAN] if kinds <= {"layer", "statistic"} else []
+        if kinds & {"rms", "response"} or kinds == {"product"}:
+            return [ZERO]
+        if "product" in kinds:
+            return [SPLIT, ZERO]
+        return [ZERO] if "length" in kinds else [MEAN, ZERO]
+
+    def _attempt(self) -> InitialState | Reason:
+        self.state: dict[fx.Node, str] = {}
+        self.written: dict[fx.Node, list[tuple[str, int]]] = {}
+        # where all writers are zero, both operands of products are
+        products = [] if self.kind == ZERO and self.norms else self.products
+        self.result = InitialState(self.kind, norms=list(self.norms.values()), products=products)
+        reductions = [i for i in self.norms.values() if i.kind == "statistic"]
+        self.statistics = AxisStatistics(self.gm, self.structure, reductions, self.state, self.projections)
+        settable = self._before_products() if products and self.kind == ZERO else self.carriers
+        try:
+            for node in self.gm.graph.nodes if self.follows_factors else self.carriers:
+                if node in self.carriers:
+                    self.state[node] = self._evaluate(node, node in settable)
+                if self.follows_factors:
+                    self.statistics.visit(node)
+            self.statistics.finish()
+        except Refused as refusal:
+            return Reason("reduce" if node in self.statistics.reductions else "norm", node.name, str(refusal))
+        if len(reductions) == len(self.invariants) and not self.statistics.meets_units:
+            return Reason("reduce", reductions[0].node.name, "summed or compared over the whole axis")
+        for product in products:
             operands = [product.source] if self.kind == ZERO else self._inputs(product.node)
-            if any(self.state.get(n) != self.kind for n in operands):
+            if any(self._settled(n, self.kind) not in (self.kind, PARTS) for n in operands):
                 return Reason("reduce", product.node.name, "summed over in a product, and neither side can stay zero")
-        if self.products and self.kind == ZERO:
+        if products and self.kind == ZERO:
             self.result.writers = self._zero_writers()
-        return self._with_readers(first)
+        self.result.rescaled |= self.statistics.rescaled
+        self.result.numbers = self.statistics.numbers
+        return self._with_readers(self.invariants[0].node.name)
 
     def _inputs(self, node: fx.Node) -> list[fx.Node]:
         return [n for n in node.all_input_nodes if n in self.carriers]
@@ -171,7 +201,7 @@ class _StatePropagation:
                 queue += self._bias(node)
                 continue
             inputs = self._inputs(node)
-            if self._name(node) in _PRODUCT:
+            if self._name(node) in PRODUCT:
                 inputs = [n for n in inputs if self.state[n] == ZERO][:1]
             queue += [n for n in inputs if n not in queue]
         return parameters
@@ -191,42 +221,77 @@ class _StatePropagation:
             p = self.writers[node]
             parameters = [(p.weight, p.out_dim), *([] if p.bias is None else [(p.bias, 0)])]
             kept = p.keeps == "mean" or (p.keeps == "zero" and self.kind == ZERO)
-            kept &= all(self.state.get(n) in (self.kind, _BOTH) for n in self._bias(node))
+            kept &= all(self._settled(n, self.kind) in (self.kind, BOTH) for n in self._bias(node))
             return self._written(node, parameters) if settable and kept else ANY
         if node.op == "get_attr":
             return self._parameter(node) if settable else ANY
         inputs = self._inputs(node)
-        states = {self.state[n] for n in inputs}
+        name = self._name(node)
+        if name in PRODUCT:
+            return self._product(node, inputs, {self.state[n] for n in inputs})
+        linear = name in LINEAR or self._is_identity_dropout(node)
+        if linear and len(inputs) == 1:
+            return self.state[inputs[0]]
+        others = {self.state[n] for n in inputs} - {PENDING}
+        states = {self._settled(n, ZERO if others == {ZERO} and name in SUM else self.kind) for n in inputs}
         if node in self.norms:
             return self._normalised(self.norms[node])
-        name = self._name(node)
-        if name in _LINEAR or self._is_identity_dropout(node):
+        if linear:
             return _joint(states)
-        if name in _SUM:
-            terms = (*node.args, node.kwargs.get("other"))
-            only_units = inputs == node.all_input_nodes and not any(isinstance(a, (int, float)) for a in terms)
-            return _joint(states) if only_units or states == {MEAN} else ANY
-        if name in _PRODUCT:
-            return self._product(node, inputs, states)
-        keeps_zero = name in _ODD or name in _DEPTHWISE or self._pads_with_zeros(node)
-        return ZERO if keeps_zero and states <= {ZERO, _BOTH} else ANY
+        if name in SUM:
+            return self._sum(node, inputs, states)
+        if (filled := self._filled(node, name)) is not None:
+            return _joint(states) if filled == 0 else MEAN if states <= {MEAN, BOTH} else ANY
+        if states == {SPLIT} and (name == "square" or (name == "pow" and node.args[1:] == (2,))):
+            return PARTS
+        # a power below one has no gradient at zero
+        power = node.args[1] if name == "pow" and len(node.args) > 1 else 0
+        keeps_zero = name in _ODD or name in _DEPTHWISE or (isinstance(power, (int, float)) and power >= 1)
+        return ZERO if keeps_zero and states <= {ZERO, BOTH} else ANY
 
-    def _pads_with_zeros(self, node: fx.Node) -> bool:
-        if node.target is not F.pad:
-            return False
-        mode, value = (*node.args[2:], *(None,) * 4)[:2]
-        return not node.kwargs.get("value", value) and node.kwargs.get("mode", mode) in (None, "constant")
+    def _sum(self, node: fx.Node, inputs: list[fx.Node], states: set[str]) -> str:
+        terms = [a for a in (*node.args, node.kwargs.get("other")) if isinstance(a, (int, float, fx.Node))]
+        others = [a for a in terms if a not in inputs]
+        if not others:
+            return _joint(states)
+        subtracts = len(inputs) == 1 and "sub" in self._name(node) and not node.kwargs
+        if states == {MEAN} and subtracts and self.statistics.is_mean_of(inputs[0], others[0]):
+            return BOTH
+        return MEAN if states <= {MEAN, BOTH} else ANY
+
+    def _filled(self, node: fx.Node, name: str) -> float | None:
+        """The number that takes the place of entries, with all units of a position alike; 0 for other paddings."""
+        if node.target is F.pad:
+            mode, value = (*node.args[2:], *(None,) * 4)[:2]
+            constant = node.kwargs.get("mode", mode) in (None, "constant")
+            return (node.kwargs.get("value", value) or 0) if constant else 0  # type: ignore[return-value]
+        if name not in ("masked_fill", "masked_fill_", "where") or node.kwargs:
+            return None
+        mask = node.args[0 if name == "where" else 1]
+        values = [a for a in node.args if not isinstance(a, fx.Node)]
+        return None if mask in self.carriers or len(values) != 1 else values[0]  # type: ignore[return-value]
 
     def _parameter(self, node: fx.Node) -> str:
-        """A parameter that is added to the stream, such as positions."""
+        """A parameter that is added to the stream, such as positions, or to what comes out of a norm."""
         value = self.structure.outputs[node]
-        if not isinstance(value, Dims) or value.parameter is None:
+        known = isinstance(value, Dims) and value.parameter is not None
+        weights = self.weighted | self.structure.weight_nodes
+        only_weight = all(u in self.norms or u in weights for u in node.users)
+        return PENDING if known and not only_weight else ANY
+
+    def _settled(self, node: fx.Node, state: str) -> str:
+        """The state of a node; new entries of a parameter are chosen for what it is added to."""
+        if self.state.get(node) != PENDING:
+            return self.state.get(node, ANY)
+        parameter = parameter_behind(self.gm, node)
+        dims = self.structure.outputs[parameter]
+        at = [d for d, axis in enumerate(dims) if self.var in variables(axis)]
+        if len(at) == 1 and state == self.kind and dims.parameter not in self.result.fills:
+            return self._written(parameter, [(dims.parameter, at[0])])
+        if len(at) != 1 or state == self.kind or parameter in self.written:
             return ANY
-        weights = self.projections | self.structure.weight_nodes
-        if all(u in self.norms or u in weights or self._name(u) in _PRODUCT for u in node.users):
-            return ANY  # a weight or a scale per unit
-        dims = [d for d, axis in enumerate(value) if self.var in variables(axis)]
-        return self._written(node, [(value.parameter, dims[0])]) if len(dims) == 1 else ANY
+        self.result.fills[dims.parameter] = 0.0
+        return ZERO
 
     def _written(self, node: fx.Node, parameters: list[tuple[str, int]]) -> str:
         axes = [self.structure.parameters[name][dim] for name, dim in parameters]
@@ -238,55 +303,42 @@ class _StatePropagation:
         return self.kind
 
     def _normalised(self, norm: Invariant) -> str:
-        if self.state[norm.source] not in (self.kind, _BOTH):
-            raise _Refused(
+        if self.state[norm.source] not in (self.kind, BOTH):
+            raise Refused(
                 "normalised over the whole axis: new units would change the statistics of the old ones, and what flows "
                 "in cannot be kept at " + {MEAN: "their mean", ZERO: "zero", SPLIT: "its length"}[self.kind]
             )
         if self.kind == SPLIT:
             return SPLIT
-        if norm.weight is None:
-            self._rescale_readers(norm)
+        if norm.weight is not None:
+            self.result.rescaled[norm.weight] = {0: 1.0 if norm.kind == "response" else 0.5}, norm.offset
+        elif norm.kind != "length":
+            self.statistics.factors[norm.node] = {0: -0.5}
         if self.mean_after_norm and self._is_uniform(norm):
             self.result.writers |= {(name, 0) for name in (norm.weight, norm.bias) if name is not None}
-            return MEAN if norm.bias is not None and bool(lookup(self.gm, norm.bias).any()) else _BOTH
+            return MEAN if norm.bias is not None and bool(lookup(self.gm, norm.bias).any()) else BOTH
         return ZERO
 
-    def _rescale_readers(self, norm: Invariant) -> None:
-        """Without a weight, the consumers' columns are rescaled for the new size: every reader must be a weight."""
-        readers = {(p.node, p.source): p for p in self.structure.projections}
-        queue = [norm.node]
-        for node in queue:
-            for user in node.users:
-                p = readers.get((user, node))
-                keeps_scale = self._name(user) in _LINEAR - _MIXING or self._is_identity_dropout(user)
-                if p is not None and self._reads_only(p.weight, node):
-                    self.result.scaled.add(p.weight)
-                elif p is None and user in self.carriers and keeps_scale:
-                    queue.append(user)
-                elif p is not None or isinstance(self.structure.outputs[user], Dims):
-                    raise _Refused("normalised over the whole axis without a weight that could be rescaled")
-
-    def _reads_only(self, weight: str, source: fx.Node) -> bool:
-        uses = [p for p in self.structure.projections if p.weight == weight]
-        return len(uses) == 1 and uses[0].source is source and (weight, uses[0].out_dim) not in self.result.writers
-
     def _product(self, node: fx.Node, inputs: list[fx.Node], states: set[str]) -> str:
-        if self._name(node) in _QUOTIENT and inputs != [node.args[0]]:
+        if self._name(node) in QUOTIENT and inputs != [node.args[0]]:
             return ANY  # divided by the units
-        if ZERO in states:
+        squares = node.args[0] is node.args[1]
+        if ZERO in states or (BOTH in states and (squares or len(inputs) > 1)):
             return ZERO
+        if states == {SPLIT} and (squares or len(inputs) > 1):
+            return PARTS
         if len(inputs) == 1:
-            return states.pop()
+            return ANY if squares or states == {PENDING} else states.pop()
         # layer scale: one weight per unit between a single writer and the width
-        scale = next((n for n in inputs if n.op == "get_attr"), None)
+        scale = next((n for n in inputs if self.state[n] == PENDING), None)
         others = [n for n in inputs if n is not scale]
         if self.kind != MEAN or scale is None or len(others) != 1 or self.state[others[0]] != MEAN:
             return ANY
+        scale = parameter_behind(self.gm, scale)
         writer, dims = self._single_writer(others[0]), self.structure.outputs[scale]
         if writer is None or not isinstance(dims, Dims) or dims.parameter is None or len(scale.users) > 1:
             return ANY
-        self.structure.fills[dims.parameter] = 1.0
+        self.result.fills[dims.parameter] = 1.0
         p = self.writers[writer]
         self.result.scales |= {name: dims.parameter for name in (p.weight, p.bias) if name is not None}
         return MEAN
@@ -295,7 +347,7 @@ class _StatePropagation:
         """The projection whose output alone becomes `node`, and nothing else."""
         while node not in self.writers:
             inputs = self._inputs(node)
-            passes = self._name(node) in _LINEAR or self._is_identity_dropout(node)
+            passes = self._name(node) in LINEAR or self._is_identity_dropout(node)
             if len(inputs) != 1 or not passes or len(node.users) != 1:
                 return None
             node = inputs[0]
@@ -316,7 +368,7 @@ class _StatePropagation:
                 states.setdefault((p.weight, p.in_dim), set()).add(self.state.get(p.source, ANY))
         if self.kind == SPLIT and states:
             return Reason("norm", first, "divided by its length, and read by other weights too")
-        if not self.products:  # a packed layer writes zeros for the keys, not for the values
-            self.result.free = {key for key, found in states.items() if found <= {ZERO, _BOTH}}
+        if not self.result.products:  # a packed layer writes zeros for the keys, not for the values
+            self.result.free = {key for key, found in states.items() if found <= {ZERO, BOTH}}
         tied = next((key for key in states.keys() & self.result.writers if key not in self.result.free), None)
         return self.result if tied is None else Reason("norm", first, f"{tied[0]} is tied, and reads it unnormalised")

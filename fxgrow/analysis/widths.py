@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from dataclasses import dataclass
 
-from fxgrow.analysis.initial_state import COPY, InitialState
+from fxgrow.analysis.axis_statistics import COPY
+from fxgrow.analysis.initial_state import InitialState
 from fxgrow.axes.axes import UnitVar, multiplicity, variables
 from fxgrow.axes.records import Reason, Width
 from fxgrow.axes.structure import Projection, Structure

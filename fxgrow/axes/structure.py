@@ -14,6 +14,8 @@ from fxgrow.axes.size_expressions import SizeExpr
 #: a path to an argument of a node: a position in args or a name in kwargs, then indices into it; or the name of an
 #: attribute of a module, then indices
 Path = tuple[Any, ...]
+#: what a change from d to d' units multiplies something by: for each c: p the p-th power of (d - c) / (d' - c)
+Factor = dict[int, float]
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,8 @@ class Invariant:
     """A function-preserving constraint: the node keeps its function only if new units of an axis start in some state.
 
     `kind` is "layer" or "rms" for a norm over the axis, "response" for global response normalisation, "length" for
-    division by the L2 norm, "product" for a product summed over the axis.
+    division by the L2 norm, "product" for a product summed over the axis, "statistic" for a mean, variance or length
+    over it, from which code may make a norm of its own.
     """
 
     node: fx.Node
@@ -105,7 +108,6 @@ class Invariant:
     eps: float = 0.0
     eps_name: str = "eps"  # the module's attribute
     offset: float = 0.0  # the norm multiplies by `weight + offset`
-    eps_at: tuple[fx.Node, int] | None = None  # in a norm of several nodes: the one that adds eps, and its position
 
 
 @dataclass

@@ -9,15 +9,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
-from fxgrow.axes.axes import Axis, Dims, fixed, is_fixed, length
-from fxgrow.axes.structure import Invariant
-from fxgrow.graph.graph import lookup
+from fxgrow.axes.axes import Axis, Dims, axes_in, fixed, is_fixed, length, resolve
+from fxgrow.graph.graph import operator_name
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.elementwise import broadcast
 from fxgrow.ops.registry import op
-from fxgrow.ops.rms_norm_pattern import match_rms_norm
 
-_REDUCE = "max min mean sum prod amax amin std var logsumexp median any all argmax argmin nansum nanmean".split()
+_REDUCE = "max min prod amax amin logsumexp median any all argmax argmin nansum nanmean".split()
+#: of these it is known what new units change (`analysis/axis_statistics.py`)
+_STATISTICS = "mean sum std var std_mean var_mean".split()
+_NORMS = [torch.norm, torch.linalg.norm, torch.linalg.vector_norm]
 _ALONG = "softmax log_softmax softmin cumsum cumprod sort argsort flip roll".split()
 
 
@@ -25,17 +26,21 @@ def _forms(names: list[str]) -> list[Any]:
     return [*names, *(f for n in names for s in (torch, F) if (f := getattr(s, n, None)) is not None)]
 
 
-@op(*_forms(_REDUCE))
+@op(*_forms(_REDUCE + _STATISTICS))
 def reduce(ctx: Context, input: Dims, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
     dim = kwargs.get("axis", dim)
     if isinstance(dim, Dims):  # max and min of two tensors
         return broadcast(ctx, input, dim)
     if isinstance(dim, torch.dtype):
         dim = None
-    over = _dimensions(dim, len(input))
-    if not (len(over) == 1 and _normalises(ctx, input[next(iter(over))])):
-        for d in over:
-            ctx.pin(input[d], "reduce", "summed or compared over the whole axis")
+    over = _dimensions(None if isinstance(dim, bool) else dim, len(input))
+    name = operator_name(ctx.gm, ctx.node)
+    growing = [input[d] for d in over if not is_fixed(input[d])]
+    if len(growing) == 1 and (ctx.node.target in _NORMS or name in (*_STATISTICS, "norm")):
+        _statistic(ctx, growing[0])
+    else:
+        for axis in growing:
+            ctx.pin(axis, "reduce", "summed or compared over the whole axis")
 
     def kept(value: torch.Tensor) -> Dims:
         keepdim = value.dim() == len(input)
@@ -44,21 +49,19 @@ def reduce(ctx: Context, input: Dims, dim: Any = None, *args: Any, **kwargs: Any
     return pytree.tree_map_only(torch.Tensor, kept, ctx.value)
 
 
-def _normalises(ctx: Context, axis: Axis) -> bool:
-    """Whether this is the mean of an RMSNorm; its invariant is then entered."""
-    match = match_rms_norm(ctx.node) if ctx.node.target in ("mean", torch.mean) and not is_fixed(axis) else None
-    if match is None or ctx.value.dim() != match.source.meta["val"].dim():
-        return False
-    weight = None
-    if match.weight is not None:  # its node comes later in the graph
-        name = str(match.weight.target)
-        weight = ctx.dims_of(name, lookup(ctx.gm, name)).parameter
-    norm = Invariant(match.norm, match.source, axis, "rms", weight, eps=match.eps, eps_at=match.eps_at)
-    ctx.structure.invariants.append(norm)
-    return True
+def _statistic(ctx: Context, axis: Axis) -> None:
+    """A mean or length that may be part of a norm; a sum of products of two tensors, as in attention."""
+    source = ctx.node.all_input_nodes[0]
+    factors = source.all_input_nodes if operator_name(ctx.gm, source) == "mul" else []
+    if operator_name(ctx.gm, ctx.node) == "sum" and len(factors) == 2:
+        both = [any(resolve(axis) == resolve(a) for a in axes_in(ctx.structure.outputs[n])) for n in factors]
+        if all(both):
+            ctx.require_state("product", factors[1], axis)
+            return
+    ctx.require_state("statistic", source, axis)
 
 
-@op("norm", torch.norm)
+@op("norm", *_NORMS)
 def norm(ctx: Context, input: Dims, p: Any = 2, dim: Any = None, *args: Any, **kwargs: Any) -> Any:
     return reduce(ctx, input, dim)
 

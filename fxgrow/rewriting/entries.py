@@ -27,7 +27,8 @@ def resized_parameters(
     """Every parameter and buffer that changes, new and old entries in their places; gradients flow to `values`."""
     if change.kept and values.copies:
         raise PlanError("Units cannot be copied and left out at once: leave them out first.")
-    names = [n for n in change.structure.parameters if n in change.parameters or n in values.delta]
+    rescaled = {name for state in change.initial_states.values() for name in state.rescaled}
+    names = [n for n in change.structure.parameters if n in change.parameters or n in values.delta or n in rescaled]
     return {name: _ResizedParameter(change, name, values, generator).filled() for name in names}
 
 

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
 
-from fxgrow.analysis.initial_state import COPY, MEAN, SPLIT, ZERO
+from fxgrow.analysis.axis_statistics import COPY, MEAN, SPLIT, ZERO
 from fxgrow.axes.axes import UnitVar, unit_entries
-from fxgrow.axes.structure import Invariant
-from fxgrow.graph.arguments import argument_leaves, set_argument
+from fxgrow.axes.structure import Factor, Invariant
+from fxgrow.graph.arguments import argument_leaves, get_argument, set_argument
 from fxgrow.graph.conditional import ConditionalInterpreter
 from fxgrow.graph.evaluate import eval_mode
 from fxgrow.graph.graph import lookup
@@ -29,23 +29,17 @@ NodeMap = Mapping[fx.Node, fx.Node]
 
 
 def rescaled(old: Tensor, name: str, change: SizeChange) -> Tensor:
-    """A norm's old weights times sqrt(d / d'): new units count in the mean and add nothing to it.
-
-    The mean of responses is one of lengths, not of squares. Where a norm has no weights, what reads it is scaled.
-    """
+    """Old entries of what takes back the factor of a norm at its new size: its weights, or those that read it."""
     for var, state in change.initial_states.items():
-        for invariant in state.norms:
-            if invariant.weight == name:
-                ratio = _ratio(var, change)
-                factor = ratio if invariant.kind == "response" else math.sqrt(ratio)
-                return (old + invariant.offset) * factor - invariant.offset
-        if name in state.scaled:
-            return old * math.sqrt(_ratio(var, change))
+        if name in state.rescaled:
+            factor, offset = state.rescaled[name]
+            return (old + offset) * _number(factor, var, change) - offset
     return old
 
 
-def _ratio(var: UnitVar, change: SizeChange) -> float:
-    return var.size / change.units(var)
+def _number(factor: Factor, var: UnitVar, change: SizeChange) -> float:
+    ratios = {c: (var.size - c) / (change.units(var) - c) for c in factor}
+    return math.prod(math.pow(ratios[c], p) for c, p in factor.items())
 
 
 def write_initial_entries(new: Tensor, name: str, change: SizeChange, axes: Sequence[AxisChange]) -> None:
@@ -82,15 +76,15 @@ def _split(rows: Tensor, old: Tensor, new: Tensor) -> None:
 
 
 def write_norm_eps(gm: fx.GraphModule, change: SizeChange, node_map: NodeMap) -> None:
-    """Epsilons for the new sizes: variances change by d / d', and eps with them."""
+    """Epsilons for the new sizes: they change with what they are added to, variances by d / d'."""
     for var, state in change.initial_states.items():
+        for node, path, factor in state.numbers:
+            set_argument(node_map[node], path, get_argument(node, path) * _number(factor, var, change))
         for invariant in state.norms:
-            if invariant.kind == "length":
+            if invariant.kind in ("length", "statistic"):
                 continue
-            node, eps = node_map[invariant.node], invariant.eps * _ratio(var, change)
-            if invariant.eps_at is not None:
-                set_argument(node_map[invariant.eps_at[0]], (invariant.eps_at[1],), eps)
-            elif node.op == "call_module":
+            node, eps = node_map[invariant.node], invariant.eps * var.size / change.units(var)
+            if node.op == "call_module":
                 setattr(gm.get_submodule(str(node.target)), invariant.eps_name, eps)
             else:
                 at = _EPS[node.target]  # type: ignore[index]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from fxgrow.analysis.analyse import AnalysedGraph
-from fxgrow.analysis.initial_state import SPLIT, InitialState
+from fxgrow.analysis.axis_statistics import SPLIT
+from fxgrow.analysis.initial_state import InitialState
 from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.axes.axes import Axis, UnitVar, grown_length, resolve, variables
 from fxgrow.errors import PlanError

@@ -66,8 +66,7 @@ class ValueProxy(fx.Proxy):
         return str(self.carried)
 
     def __format__(self, spec: str) -> str:
-        # an activation has no values yet, and a message is no part of the graph
-        return format(float("nan") if isinstance(self.carried, torch.Tensor) and spec else self.carried, spec)
+        return format(self.carried, spec)
 
     def __bool__(self) -> bool:
         return bool(self.tracer.concrete(self, bool))

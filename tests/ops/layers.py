@@ -560,7 +560,7 @@ T.tokens(
     a="norm",
 )
 T.image("local-response-norm", lambda: {"n": nn.LocalResponseNorm(3)}, lambda m, x: m.out(m.n(m.a(x))), a="norm")
-T.vector("normalize", nothing, lambda m, x: m.out(F.normalize(m.a(x), dim=-1)), a="norm")
+T.vector("normalize", nothing, lambda m, x: m.out(F.normalize(m.a(x), dim=-1)), a=F8)
 
 # -- recurrent layers --------------------------------------------------------------------------------------------------
 

@@ -242,16 +242,15 @@ for _name, _over in {
     "flip-list": lambda x: torch.flip(x, [1]),
     "roll": lambda x: x.roll(1, 1),
     "sort": lambda x: x.sort(1)[0],
-    "mean-subtracted": lambda x: x - x.mean(1, keepdim=True),
     "max-subtracted": lambda x: x - x.max(1, keepdim=True)[0],
     "max-of-all": lambda x: x / x.max(),
-    "sum-of-all": lambda x: x / (x.abs().sum() + 1),
     "topk": lambda x: x * x.topk(1, 1)[0],
 }.items():
     T.vector(
         f"over-width-{_name}", lambda f=_over: {"f": f} if isinstance(f, nn.Module) else {},
         lambda m, x, f=_over: m.out(f(m.a(x))), a="operator" if _name in ("gumbel", "topk") else "reduce",
     )  # fmt: skip
+T.vector("mean-of-width", lambda: {"out": nn.Linear(1, 3)}, lambda m, x: m.out(m.a(x).mean(1, True)), a="reduce")
 T.tokens("gumbel-positional", nothing, lambda m, x: m.out(F.gumbel_softmax(m.a(x), 1) * 0 + m.a(x)), a="operator")
 T.vector(
     "matmul-parameter",

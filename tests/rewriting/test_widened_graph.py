@@ -174,7 +174,7 @@ def test_every_operator_lets_new_units_go(case: Case) -> None:
     if any(state is not None and state.kind in ("split", "copy") for state in states):
         return
     back, _ = rewrite(grown, {}, removals=last_groups(analyse(grown), dict.fromkeys(case.free, 2)))
-    exactly = all(state is None or not (state.norms or state.scaled) for state in states)
+    exactly = all(state is None or not (state.norms or state.rescaled) for state in states)
     exactly = exactly and not any("parametrizations" in name for name in gm.state_dict())
     for name, t in gm.state_dict().items():
         if exactly:

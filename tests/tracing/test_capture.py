@@ -593,9 +593,9 @@ class _Decides(nn.Module):
         return -x
 
 
-class _Number(_Decides):
+class _Item(_Decides):
     def forward(self, x):
-        return x * int(x.max())
+        return x * x.max().item()
 
 
 class _Fails(_Decides):
@@ -610,7 +610,7 @@ class _Returns(_Decides):
 
 ERRORS = [
     (_Decides, "looks at the values of a tensor.*torch.where", "if x.sum\\(\\) > 0:  # the branch"),
-    (_Number, "looks at the values of a tensor", "int\\(x.max\\(\\)\\)"),
+    (_Item, "looks at the values of a tensor", "x.max\\(\\).item\\(\\)"),
     (_Fails, "raises RuntimeError", "torch.ones\\(99, 1\\)"),
 ]
 
