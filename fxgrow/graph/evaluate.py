@@ -67,6 +67,11 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
             yield from tensors_in([getattr(leaf, f.name) for f in dataclasses.fields(leaf)])
 
 
+def equal_constants(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are one, or have the same dtype, device, shape and entries."""
+    return a is b or ((a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape) and torch.equal(a, b))
+
+
 class Difference(NamedTuple):
     """How far an output is from the expected one; an infinity or NaN equals itself and nothing else."""
 

@@ -32,6 +32,8 @@ def _traceable(function: Callable[..., Any]) -> Callable[..., Any]:
 def guard(value: Any, expected: Any, message: str) -> None:
     """Refuses an input for which the line `message` of the model's code sees another value than the captured one."""
     if (bool(value) if type(expected) is bool else value) != expected:
+        if isinstance(value, torch.Tensor):
+            raise CaptureError(f"The model's code raises for this input: {message} gives {bool(value)}.")
         raise CaptureError(
             f"This graph was captured for inputs where {message} gives {expected!r}, but here it gives "
             f"{value!r}. Capture the model again with example inputs like these."

@@ -13,6 +13,8 @@ class Dependence:
     def __init__(self) -> None:
         #: nodes that no input can change
         self.constant: set[fx.Node] = set()
+        #: nodes that depend on parameters or buffers
+        self.hidden: set[fx.Node] = set()
         #: nodes that depend on the values of tensors: empty tensors, and all that is not a tensor
         self.data: set[fx.Node] = set()
         #: per number that depends on them, the paths of `training` flags
@@ -23,6 +25,8 @@ class Dependence:
         sources = node.all_input_nodes
         if node.op != "placeholder" and self.constant.issuperset(sources):
             self.constant.add(node)
+        if node.op in ("call_module", "get_attr") or not self.hidden.isdisjoint(sources):
+            self.hidden.add(node)
         guessed = guessed or not self.data.isdisjoint(sources)
         if node.target is len and sources and not isinstance(sources[0].meta["val"], Tensor):
             guessed = False  # the items of a list may depend on data, their number rarely does

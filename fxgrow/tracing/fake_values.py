@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from fxgrow.graph.graph import submodule
+from fxgrow.graph.node_functions import guard
 from fxgrow.tracing.result_cache import cached_result, is_ordinary, keep_result, result_key
 from fxgrow.tracing.source_location import looks_at_data
 
@@ -79,10 +80,14 @@ class FakeRunner:
                 return _KERNELS.get(target, target)(*args, **kwargs)
         except Exception as error:
             home = str(getattr(node.target, "__module__", None) or "torch")
-            if node.op != "call_function" or home.startswith("torch") or not looks_at_data(error):
+            name = getattr(node.target, "__name__", node.target)
+            of_data = node.op != "call_module" and home.startswith("torch") and name in _OF_DATA
+            foreign = node.op == "call_function" and not home.startswith("torch")
+            if not of_data and not (foreign and looks_at_data(error)):
                 raise
         # indexing with a mask, or a function marked with torch.fx.wrap, may look at data
-        return self.guess(target, args, kwargs)
+        function = target if node.op == "call_function" else getattr(torch.Tensor, str(node.target))
+        return self.guess(function, args, kwargs)
 
     def guess(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Returns the fake result of code that looks at data: its shape on random real tensors."""
@@ -144,7 +149,19 @@ def _grouped_mm(mat_a: torch.Tensor, mat_b: torch.Tensor, **options: Any) -> tor
     return mat_a.new_empty(mat_a.shape[0], mat_b.shape[2])
 
 
-_KERNELS = {getattr(F, "grouped_mm", None): _grouped_mm, getattr(torch, "_grouped_mm", None): _grouped_mm}
+def _guard(value: Any, expected: Any, message: str) -> None:
+    """Checks numbers; a fake tensor has no values."""
+    if not isinstance(value, torch.Tensor):
+        guard(value, expected, message)
+
+
+#: what makes numbers from the values of a tensor
+_OF_DATA = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero"}
+_KERNELS = {
+    guard: _guard,
+    getattr(F, "grouped_mm", None): _grouped_mm,
+    getattr(torch, "_grouped_mm", None): _grouped_mm,
+}
 
 
 def _random_like(fake: FakeTensor) -> torch.Tensor:

@@ -20,9 +20,10 @@ from torch.utils import _pytree as pytree
 
 from fxgrow.errors import CaptureError
 from fxgrow.graph.arguments import Path, argument_leaves, set_argument
+from fxgrow.graph.evaluate import equal_constants
 from fxgrow.graph.node_functions import guard
 from fxgrow.graph.node_meta import set_value
-from fxgrow.tracing.tracer import ValueTracer, equal_constants
+from fxgrow.tracing.tracer import ValueTracer
 
 #: added to a size in the further traces; they have no common divisor
 STEPS = (1, 3, 8)

@@ -32,6 +32,7 @@ _OPERATORS = (
     "getitem setitem add sub mul truediv floordiv matmul mod pow eq ne lt le gt ge and or xor iadd isub imul itruediv"
 ).split()
 _CHECKPOINT_OPTIONS = {*inspect.signature(checkpoint).parameters, "preserve_rng_state"} - {"function", "args", "kwargs"}
+_CHECKS = {torch._assert}
 _STATIC_FUNCTIONS = {torch.is_floating_point, torch.is_complex, torch.is_conj, torch.is_neg, torch.is_signed}
 
 Patch = tuple[Any, str, Any]
@@ -144,6 +145,8 @@ class _Recorder(TorchFunctionMode):
 
 def _record(tracer: RecordingTracer, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Returns a proxy for a call of a torch function or a tensor method; a plain value where no size can change it."""
+    if function in _CHECKS and isinstance(getattr(args[0], "carried", None), torch.Tensor):
+        return function(bool(args[0]), *args[1:], **kwargs)  # guarded like the `assert` of Python
     name = getattr(function, "__name__", "")
     method = function not in FACTORIES and is_tensor_method_or_property(function)
     if function in _STATIC_FUNCTIONS or (method and name in STATIC_METHODS):

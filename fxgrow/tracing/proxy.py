@@ -66,7 +66,8 @@ class ValueProxy(fx.Proxy):
         return str(self.carried)
 
     def __format__(self, spec: str) -> str:
-        return format(self.carried, spec)
+        # an activation has no values yet, and a message is no part of the graph
+        return format(float("nan") if isinstance(self.carried, torch.Tensor) and spec else self.carried, spec)
 
     def __bool__(self) -> bool:
         return bool(self.tracer.concrete(self, bool))

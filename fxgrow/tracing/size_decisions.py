@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from fxgrow.tracing.source_location import raises_otherwise
+from fxgrow.tracing.checks import raises_otherwise
 
 #: the sizes for which the other way is right, where the size that the code found is the number
 _BOUNDS: dict[Any, Callable[..., Any]] = {

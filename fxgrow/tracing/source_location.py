@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import ast
-import functools
 import linecache
 import os
 import traceback
@@ -41,31 +39,6 @@ def is_user_code(frame: FrameType) -> bool:
 def source(file: str, line: int) -> str:
     """Returns one line of a file, without its indentation."""
     return linecache.getline(file, line).strip()
-
-
-@functools.lru_cache(maxsize=64)
-def _statements(file: str) -> tuple[ast.stmt, ...]:
-    """Checks and branches of a file; none where its source is not there."""
-    try:
-        tree = ast.parse("".join(linecache.getlines(file)))
-    except SyntaxError:
-        return ()
-    return tuple(node for node in ast.walk(tree) if isinstance(node, (ast.Assert, ast.If, ast.Expr)))
-
-
-def raises_otherwise(file: str, line: int, outcome: bool) -> bool:
-    """Whether a line only checks: with another outcome of its condition the code raises."""
-    for node in _statements(file):
-        if isinstance(node, ast.If):
-            other = node.orelse if outcome else node.body
-            if node.test.lineno <= line <= (node.test.end_lineno or 0) and other and isinstance(other[-1], ast.Raise):
-                return True
-        elif node.lineno <= line <= (node.end_lineno or 0):
-            called = getattr(getattr(node, "value", None), "func", None)
-            name = getattr(called, "id", getattr(called, "attr", ""))
-            if isinstance(node, ast.Assert) or "assert" in name or "check" in name:
-                return True
-    return False
 
 
 def stack_trace(frame: FrameType) -> str:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import enum
 import functools
 import itertools
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from types import CodeType, FrameType, MappingProxyType
 from typing import Any
 
@@ -17,11 +17,11 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
 
 from fxgrow.errors import CaptureError
-from fxgrow.graph.conditional import ConditionalCodeGen, part_numbers
 from fxgrow.graph.graph import submodule
 from fxgrow.graph.node_functions import guard, set_grad_enabled
 from fxgrow.graph.node_meta import CHECK, CHECKPOINT, OPAQUE, set_value
 from fxgrow.ops.registry import described_functions, recognised
+from fxgrow.tracing.checks import raises_otherwise, unused_answer
 from fxgrow.tracing.dependence import Dependence
 from fxgrow.tracing.fake_values import FakeRunner, arithmetic_key
 from fxgrow.tracing.intercept import FACTORIES, intercept
@@ -30,12 +30,13 @@ from fxgrow.tracing.multihead_attention import multihead_attention
 from fxgrow.tracing.opaque import opaque_value
 from fxgrow.tracing.opaque_functions import Call, OpaqueFunction, calls_in
 from fxgrow.tracing.proxy import INPLACE, ValueProxy
+from fxgrow.tracing.scopes import Scopes
 from fxgrow.tracing.size_decisions import Decision, Otherwise, SizeDecisions
 from fxgrow.tracing.source_location import (
     failure,
     last_place,
     last_user_line,
-    raises_otherwise,
+    looks_at_data,
     source,
     stack_trace,
     user_frame,
@@ -82,9 +83,7 @@ class ValueTracer(fx.Tracer):
         self._dependence = Dependence()
         self._guards: dict[tuple[str, str], fx.Node] = {}
         self._asked: dict[tuple[int, CodeType, int], tuple[str, str]] = {}
-        self._checkpoint: int | None = None  # the number of the part that is being traced
-        self._grad_modes: list[tuple[bool, fx.Node]] = []
-        self._without_grad: bool | None = None  # whether an autograd function that is followed has switched them off
+        self._scopes = Scopes()
 
     def record(self, model: nn.Module) -> fx.Graph:
         """Traces the model; a CaptureError says that its code failed, or looked at data."""
@@ -152,15 +151,18 @@ class ValueTracer(fx.Tracer):
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         try:
             value = self._run(node)
-        except BaseException:
+        except BaseException as error:
+            of_data = isinstance(error, Exception) and not self._dependence.data.isdisjoint(node.all_input_nodes)
             self.graph.erase_node(node)
+            if of_data:  # it fails on a size that was guessed
+                raise DynamicOutputShapeException(torch.ops.aten.nonzero.default) from error
             raise
         set_value(node, value)
         frame = user_frame(sys._getframe(1))
         if frame is not None and kind != "placeholder":
             node.stack_trace = stack_trace(frame)
-        if self._checkpoint and kind != "get_attr":
-            node.meta[CHECKPOINT] = self._checkpoint
+        if self._scopes.checkpoint and kind != "get_attr":
+            node.meta[CHECKPOINT] = self._scopes.checkpoint
         self._dependence.add(node, value, self.runner.guessed)
         return node
 
@@ -311,10 +313,14 @@ class ValueTracer(fx.Tracer):
         except (TypeError, ValueError, OverflowError):
             raise
         except Exception as error:
+            if looks_at_data(error) and (answer := self._unused_answer(node, convert)) is not None:
+                return answer
             raise CaptureError(failure(error, self._module(), last_place(sys._getframe(1)))) from error
         if isinstance(proxy.carried, torch.Tensor) or self.runner.silent:
             return value
         if node in self._dependence.data:
+            if (answer := self._unused_answer(node, convert)) is not None:
+                return answer
             unknown = DynamicOutputShapeException(torch.ops.aten.nonzero.default)
             raise CaptureError(failure(unknown, self._module(), last_place(sys._getframe(1))))
         for flag in self._dependence.flags.get(node, ()):
@@ -332,8 +338,7 @@ class ValueTracer(fx.Tracer):
         expected = value if convert is not hash else proxy.carried
         key = (node.name, repr(expected))
         if key not in self._guards:
-            condition = f"`{source(*place) if place else ''}` in {self._where()}"
-            self._guards[key] = self.create_node("call_function", guard, (node, expected, condition), {})
+            self._guards[key] = self._guard(node, expected)
             if place and raises_otherwise(*place, bool(expected)):
                 self._guards[key].meta[CHECK] = True
             if convert is not bool:
@@ -342,37 +347,35 @@ class ValueTracer(fx.Tracer):
                 self._asked[id(asked_by), asked_by.f_code, asked_by.f_lasti] = key
         return value
 
+    def _unused_answer(self, node: fx.Node, convert: Callable[[Any], Any]) -> Any:
+        """Returns an answer to a question about data on which no result depends; None where one does.
+
+        A graph checks its inputs as the model does; a check of hidden activations is left out, as it would bind widths.
+        """
+        frame = user_frame(sys._getframe(1))
+        found = unused_answer(frame, convert) if frame is not None else None
+        if found and found.raises and node not in self._dependence.hidden:
+            self._guard(node, found.value)
+        return found and found.value
+
+    def _guard(self, node: fx.Node, expected: Any) -> fx.Node:
+        place = last_place(sys._getframe(1))
+        condition = f"`{source(*place) if place else ''}` in {self._where()}"
+        return self.create_node("call_function", guard, (node, expected, condition), {})
+
     def forget_question(self, frame: FrameType) -> None:
         """Drops the guard of an ``__index__`` that only the argument parser of this call asked for."""
         key = self._asked.pop((id(frame), frame.f_code, frame.f_lasti), None)
         if key is not None:
             self.graph.erase_node(self._guards.pop(key))
 
-    @contextlib.contextmanager
-    def checkpointed(self, in_function: bool = False) -> Iterator[None]:
-        """Nodes recorded inside the block are a part that is computed again in the backward pass.
-
-        `in_function`: the block is the forward of an autograd function, which has gradients off while it runs the part.
-        """
-        outer = self._checkpoint, self._without_grad
-        self._checkpoint, self._without_grad = outer[0] or next(part_numbers), False if in_function else outer[1]
-        self.graph.set_codegen(ConditionalCodeGen())
-        try:
-            yield
-        finally:
-            self._checkpoint, self._without_grad = outer
+    def checkpointed(self, in_function: bool = False) -> AbstractContextManager[None]:
+        """Nodes recorded inside the block are a part that is computed again in the backward pass."""
+        return self._scopes.checkpointed(self.graph, in_function)
 
     def record_grad_mode(self, enabled: bool) -> None:
-        """Records ``with torch.no_grad():`` as two nodes, the second of which restores the mode before the first."""
-        if self._without_grad is enabled and not self._grad_modes:
-            self._without_grad = not enabled
-            return
-        restores = self._grad_modes and self._grad_modes[-1][0] == enabled
-        argument: Any = self._grad_modes.pop()[1] if restores else enabled
-        node = self.create_node("call_function", set_grad_enabled, (argument,), {})
-        if argument is enabled:
-            self._grad_modes.append((torch.is_grad_enabled(), node))
-        torch._C._set_grad_enabled(enabled)
+        """Records the beginning or the end of a block without, or with, gradients."""
+        self._scopes.record_grad_mode(self.create_node, enabled)
 
     def _innermost(self) -> tuple[str, str]:
         for path, kind in reversed(self.module_stack.values()):
@@ -387,8 +390,3 @@ class ValueTracer(fx.Tracer):
     def _where(self) -> str:
         place = last_place(sys._getframe(1))
         return self._module() + (f" at {place[0]}:{place[1]}" if place else "")
-
-
-def equal_constants(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two tensors are one, or have the same dtype, device, shape and entries."""
-    return a is b or ((a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape) and torch.equal(a, b))

@@ -18,9 +18,10 @@ from torch.utils import _pytree as pytree
 
 from fxgrow.graph.arguments import Path, argument_leaves, get_argument, set_argument
 from fxgrow.graph.conditional import ConditionalCodeGen, run_only_if
+from fxgrow.graph.evaluate import equal_constants
 from fxgrow.graph.node_functions import guard, guard_mode, in_mode
 from fxgrow.graph.node_meta import CHECKPOINT, CONDITIONS, set_value
-from fxgrow.tracing.tracer import ValueTracer, equal_constants
+from fxgrow.tracing.tracer import ValueTracer
 
 _LITERALS = (bool, int, float, type(None), str, torch.dtype)
 

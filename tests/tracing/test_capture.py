@@ -593,9 +593,9 @@ class _Decides(nn.Module):
         return -x
 
 
-class _Item(_Decides):
+class _Number(_Decides):
     def forward(self, x):
-        return x * x.max().item()
+        return x * int(x.max())
 
 
 class _Fails(_Decides):
@@ -610,7 +610,7 @@ class _Returns(_Decides):
 
 ERRORS = [
     (_Decides, "looks at the values of a tensor.*torch.where", "if x.sum\\(\\) > 0:  # the branch"),
-    (_Item, "looks at the values of a tensor", "x.max\\(\\).item\\(\\)"),
+    (_Number, "looks at the values of a tensor", "int\\(x.max\\(\\)\\)"),
     (_Fails, "raises RuntimeError", "torch.ones\\(99, 1\\)"),
 ]
 
