@@ -23,6 +23,8 @@ from fxgrow.tracing.result_cache import cached_result, is_ordinary, keep_result,
 from fxgrow.tracing.source_location import looks_at_data
 
 _isinstance = builtins.isinstance
+#: of zeros they find nothing, and an empty result says that its size depends on data
+_FIND_ENTRIES = {"nonzero", "argwhere", "where", "masked_select"}
 
 
 def argument_values(node: fx.Node) -> Any:
@@ -69,6 +71,7 @@ class FakeRunner:
         return value
 
     def _evaluate(self, node: fx.Node, module: nn.Module | None, args: Any, kwargs: Any) -> Any:
+        target: Any = node.target
         try:
             with self.quiet(module):
                 if module is not None:
@@ -76,25 +79,31 @@ class FakeRunner:
                     return module.forward(*args, **kwargs)
                 if node.op == "call_method":
                     return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-                target: Any = node.target
                 return _KERNELS.get(target, target)(*args, **kwargs)
         except Exception as error:
             home = str(getattr(node.target, "__module__", None) or "torch")
             name = getattr(node.target, "__name__", node.target)
+            finds = node.op != "call_module" and name in _FIND_ENTRIES and looks_at_data(error)
             of_data = node.op != "call_module" and home.startswith("torch") and name in _OF_DATA
             foreign = node.op == "call_function" and not home.startswith("torch")
-            if not of_data and not (foreign and looks_at_data(error)):
+            if not (of_data or finds) and not (foreign and looks_at_data(error)):
                 raise
         # indexing with a mask, or a function marked with torch.fx.wrap, may look at data
         function = target if node.op == "call_function" else getattr(torch.Tensor, str(node.target))
-        return self.guess(function, args, kwargs)
+        return self.guess(function, args, kwargs, _zeros_like if finds else _random_like)
 
-    def guess(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def guess(
+        self,
+        function: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        like: Callable[[FakeTensor], torch.Tensor] | None = None,
+    ) -> Any:
         """Returns the fake result of code that looks at data: its shape on random real tensors."""
         before, self.silent, self.guessed = self.silent, True, True
         try:
             with torch.no_grad(), torch._C.DisableTorchFunction(), torch.random.fork_rng(devices=[]):
-                real_args, real_kwargs = pytree.tree_map_only(FakeTensor, _random_like, (args, kwargs))
+                real_args, real_kwargs = pytree.tree_map_only(FakeTensor, like or _random_like, (args, kwargs))
                 return pytree.tree_map_only(torch.Tensor, self.fake, function(*real_args, **real_kwargs))
         finally:
             self.silent = before
@@ -164,8 +173,12 @@ _KERNELS = {
 }
 
 
+def _zeros_like(fake: FakeTensor) -> torch.Tensor:
+    return torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)
+
+
 def _random_like(fake: FakeTensor) -> torch.Tensor:
-    real = torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device)
+    real = _zeros_like(fake)
     return real.uniform_() if fake.dtype.is_floating_point else real
 
 
