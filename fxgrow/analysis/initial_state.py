@@ -215,7 +215,8 @@ class _StatePropagation:
         return weight.device.type != "meta" and bool(weight.max() - weight.min() <= rounding * weight.abs().max())
 
     def _evaluate(self, node: fx.Node, settable: bool) -> str:
-        if node.op == "call_module" and isinstance(self.gm.get_submodule(str(node.target)), nn.RNNBase):
+        module = self.gm.get_submodule(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             return ANY  # several weights write it, through gates
         if node in self.writers:
             p = self.writers[node]

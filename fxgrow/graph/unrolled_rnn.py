@@ -1,4 +1,4 @@
-"""Recurrent layers unrolled over time, for passes that look inside: a fused kernel does not show a gate's inputs.
+"""Recurrent layers unrolled over time, and cells: a fused kernel does not show a gate's inputs to passes that look inside.
 
 ensures:  a graph of the same function in eval mode, over the same parameters, in which every weight of an LSTM, a GRU
           or an RNN is a linear layer by itself: W_ih at all steps at once, W_hh through `rnn_previous_state`, its layer
@@ -20,7 +20,8 @@ from fxgrow.graph.conditional import graph_like
 from fxgrow.graph.graph import release_generated_source, submodule
 from fxgrow.graph.node_meta import OPAQUE, OWNER, RECORD, set_value
 
-_FORWARDS = {kind.forward: kind for kind in (nn.LSTM, nn.GRU, nn.RNN)}
+_FORWARDS: dict[Any, Any] = {kind.forward: kind for kind in (nn.LSTM, nn.GRU, nn.RNN)}
+_CELLS: dict[Any, Any] = {kind.forward: kind for kind in (nn.LSTMCell, nn.GRUCell, nn.RNNCell)}
 
 
 def rnn_input_gates(x: Tensor, weight: Tensor, bias: Tensor | None, recurrent: Tensor) -> Tensor:
@@ -49,19 +50,27 @@ def rnn_scan(
     h, c = (zeros if s is None else s for s in state)
     out: list[Tensor] = [zeros] * len(from_input)
     for t in reversed(range(len(out))) if reverse else range(len(out)):
-        from_state = F.linear(h, weight, bias) + probes[t]
-        if cell == "LSTM":
-            i, f, g, o = (from_input[t] + from_state).chunk(4, -1)
-            c = f.sigmoid() * c + i.sigmoid() * g.tanh()
-            h = o.sigmoid() * c.tanh()
-        elif cell == "GRU":
-            (r, z, n), (hr, hz, hn) = from_input[t].chunk(3, -1), from_state.chunk(3, -1)
-            n = (n + (r + hr).sigmoid() * hn).tanh()
-            h = n + (z + hz).sigmoid() * (h - n)
-        else:
-            h = (from_input[t] + from_state).relu() if cell == "relu" else (from_input[t] + from_state).tanh()
+        h, c = rnn_cell(from_input[t], F.linear(h, weight, bias) + probes[t], h, c, cell)
         out[t] = h
     return torch.stack(out, time), h, c
+
+
+def rnn_cell(from_input: Tensor, from_state: Tensor, h: Tensor, c: Tensor, cell: str) -> tuple[Tensor, Tensor]:
+    """Returns h and c after one step, from the two parts of the gates; c is only that of an LSTM."""
+    if cell == "LSTM":
+        i, f, g, o = (from_input + from_state).chunk(4, -1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        return o.sigmoid() * c.tanh(), c
+    if cell == "GRU":
+        (r, z, n), (hr, hz, hn) = from_input.chunk(3, -1), from_state.chunk(3, -1)
+        n = (n + (r + hr).sigmoid() * hn).tanh()
+        return n + (z + hz).sigmoid() * (h - n), c
+    return (from_input + from_state).relu() if cell == "relu" else (from_input + from_state).tanh(), c
+
+
+def rnn_zero_state(x: Tensor, recurrent: Tensor) -> Tensor:
+    """Returns the state of a cell that is given none; W_hh tells the units."""
+    return x.new_zeros(*x.shape[:-1], recurrent.shape[1])
 
 
 def rnn_previous_state(
@@ -94,7 +103,8 @@ def unroll_recurrent_layers(gm: fx.GraphModule) -> fx.GraphModule:
     for node in layers:
         module: Any = submodule(gm, str(node.target))
         with graph.inserting_before(node_map[node]):
-            result = _Unrolled(graph, node_map[node], module).write()
+            unrolled = _Unrolled(graph, node_map[node], module)
+            result = unrolled.cell_step() if isinstance(module, nn.RNNCellBase) else unrolled.write()
         node_map[node].replace_all_uses_with(result)
         graph.erase_node(node_map[node])
     new.graph = graph
@@ -106,6 +116,8 @@ def _can_unroll(gm: fx.GraphModule, node: fx.Node) -> bool:
     if node.op != "call_module" or OPAQUE in node.meta:
         return False
     m = submodule(gm, str(node.target))
+    if type(m).forward in _CELLS:
+        return not any(name not in m._parameters for name in ("weight_ih", "weight_hh"))
     if not isinstance(m, nn.RNNBase) or type(m).forward not in _FORWARDS or m.proj_size:
         return False
     known = isinstance(node.all_input_nodes[0].meta["val"], Tensor) and bool(node.args)
@@ -116,14 +128,14 @@ def _can_unroll(gm: fx.GraphModule, node: fx.Node) -> bool:
 class _Unrolled:
     """The nodes of one module's call, inserted before it."""
 
-    def __init__(self, graph: fx.Graph, node: fx.Node, module: nn.RNNBase) -> None:
+    def __init__(self, graph: fx.Graph, node: fx.Node, module: Any) -> None:
         self.graph, self.node, self.module = graph, node, module
-        kind = _FORWARDS[type(module).forward]
-        self.lstm = kind is nn.LSTM
-        self.cell = getattr(module, "nonlinearity", kind.__name__)
+        kind = (_FORWARDS | _CELLS)[type(module).forward].__name__.removesuffix("Cell")
+        self.lstm = kind == "LSTM"
+        self.cell = getattr(module, "nonlinearity", kind)
         self.x = node.all_input_nodes[0]
         self.like: Tensor = self.x.meta["val"]
-        self.time = int(module.batch_first and self.like.dim() == 3)
+        self.time = int(getattr(module, "batch_first", False) and self.like.dim() == 3)
         state: Any = node.args[1] if len(node.args) > 1 else node.kwargs.get("hx")
         self.h = self._item(state, 0) if self.lstm else state
         self.c = self._item(state, 1) if self.lstm else None
@@ -146,6 +158,19 @@ class _Unrolled:
         value = x.meta["val"], tuple(states) if self.lstm else states[0]
         return self._call(rnn_outputs, (x, last_h, last_c if self.lstm else []), value)
 
+    def cell_step(self) -> fx.Node:
+        """One step, of a cell."""
+        w_ih, w_hh, b_ih, b_hh = map(self._parameter, ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+        start = None
+        if self.h is None:
+            start = self._call(rnn_zero_state, (self.x, w_hh), self._new(1))
+        h, c = (start if s is None else s for s in (self.h, self.c if self.lstm else self.h))
+        like_gates = self._new(len(self.module.weight_hh) // self.module.hidden_size)
+        from_input = self._call(rnn_input_gates, (self.x, w_ih, b_ih, w_hh), like_gates)
+        from_state = self._call(rnn_input_gates, (h, w_hh, b_hh, w_hh), like_gates)
+        state = self._call(rnn_cell, (from_input, from_state, h, c, self.cell), (self._new(1), self._new(1)))
+        return state if self.lstm else self._item(state, 0)
+
     def _direction(self, x: fx.Node, names: list[str], reverse: bool, index: int) -> tuple[fx.Node, fx.Node, fx.Node]:
         parameters = {name.split("_l")[0]: self._parameter(name) for name in names}
         w_ih, w_hh, b_ih, b_hh = (parameters.get(key) for key in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
@@ -165,7 +190,9 @@ class _Unrolled:
         """Returns a value with so many entries per unit at every step."""
         return self.like.new_empty(*self.like.shape[:-1], entries * self.module.hidden_size)
 
-    def _parameter(self, name: str) -> fx.Node:
+    def _parameter(self, name: str) -> fx.Node | None:
+        if getattr(self.module, name) is None:
+            return None
         node = self.graph.get_attr(f"{self.node.target}.{name}")
         set_value(node, self.like.new_empty(getattr(self.module, name).shape))
         return node

@@ -8,11 +8,19 @@ from typing import Any
 from torch import nn
 
 from fxgrow.axes.axes import Dims, UnitVar, axis_of, dims_in, fixed, length
-from fxgrow.graph.unrolled_rnn import rnn_input_gates, rnn_outputs, rnn_previous_state, rnn_scan
+from fxgrow.graph.unrolled_rnn import (
+    rnn_cell,
+    rnn_input_gates,
+    rnn_outputs,
+    rnn_previous_state,
+    rnn_scan,
+    rnn_zero_state,
+)
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.registry import op
 
 _GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
+_CELLS = {nn.LSTMCell: 4, nn.GRUCell: 3, nn.RNNCell: 1}
 
 
 @op(*_GATES)
@@ -40,6 +48,35 @@ def recurrent(ctx: Context, x: Any, state: Any = None) -> Any:
     batch = () if len(x) == 2 else (x[0] if m.batch_first else x[1],)
     last = Dims((fixed(m.num_layers * len(reverse)), *batch, hidden))
     return Dims((*x[:-1], reads)), (last, last) if isinstance(m, nn.LSTM) else last
+
+
+@op(*_CELLS)
+def cell(ctx: Context, x: Dims, state: Any = None) -> Any:
+    """One step, called in a loop: every call reads the same weights."""
+    hidden = (ctx.parameter("weight_hh") or Dims())[1]
+    for given in dims_in(state):
+        ctx.same(given[-1], hidden)
+    for kind, source in (("ih", x[-1]), ("hh", hidden)):
+        weight = ctx.parameter(f"weight_{kind}") or Dims()
+        ctx.same(weight[0], hidden * _CELLS[type(ctx.module)])
+        ctx.same(weight[1], source)
+        ctx.project(weight, ctx.parameter(f"bias_{kind}"), weight[0], units=hidden, plain=False)
+    ctx.attribute("input_size", x[-1])
+    ctx.attribute("hidden_size", hidden)
+    new = Dims((*x[:-1], hidden))
+    return (new, new) if isinstance(ctx.module, nn.LSTMCell) else new
+
+
+@op(rnn_zero_state)
+def _rnn_zero_state(ctx: Context, x: Dims, recurrent: Dims) -> Dims:
+    return Dims((*x[:-1], recurrent[1]))
+
+
+@op(rnn_cell)
+def _rnn_cell(ctx: Context, from_input: Dims, from_state: Dims, h: Dims, c: Dims, kind: str) -> tuple[Dims, Dims]:
+    ctx.same(from_input[-1], from_state[-1])
+    ctx.same(h[-1], c[-1])
+    return Dims(h), Dims(c)
 
 
 @op(rnn_input_gates)

@@ -20,13 +20,13 @@ from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.axes.axes import Axis, Dims, UnitVar, axes_in, multiplicity, resolve
 from fxgrow.axes.structure import Projection, Structure
-from fxgrow.graph.unrolled_rnn import rnn_scan
+from fxgrow.graph.unrolled_rnn import rnn_cell, rnn_scan
 from fxgrow.statistics.batch_dimension import Samples, as_maps, find_samples
 from fxgrow.statistics.conv_geometry import Window
 
 #: products with another tensor, and recurrences, carry a unit to other positions
 _MIXES = {
-    rnn_scan, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, operator.matmul, F.scaled_dot_product_attention,
+    rnn_scan, rnn_cell, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, operator.matmul, F.scaled_dot_product_attention,
     "matmul", "bmm", "baddbmm", "__matmul__",
 }  # fmt: skip
 

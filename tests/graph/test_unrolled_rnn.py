@@ -279,6 +279,51 @@ def test_packed_sequences_and_projections_stay_pinned() -> None:
             fxgrow.profile(gm, data(), F.mse_loss, progress=False)
 
 
+# -- cells in a loop
+
+CELLS = {"lstm": nn.LSTMCell, "gru": nn.GRUCell, "rnn": nn.RNNCell}
+
+
+class Loop(nn.Module):
+    """`Net` with a cell, which is called at every step."""
+
+    def __init__(self, kind: str, given: bool) -> None:
+        super().__init__()
+        net = Net(kind)
+        self.a, self.out, self.r, self.given = net.a, net.out, CELLS[kind](WIDTH, UNITS), given
+        self.r.load_state_dict({name.replace("_l0", ""): t for name, t in net.r.state_dict().items()})
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, out, state = torch.tanh(self.a(x)), [], None
+        if self.given:
+            zeros = torch.zeros(len(x), UNITS, dtype=x.dtype)
+            state = (zeros, zeros) if isinstance(self.r, nn.LSTMCell) else zeros
+        for t in range(STEPS):
+            state = self.r(h[:, t], state)
+            out.append(state[0] if isinstance(state, tuple) else state)
+        return self.out(torch.stack(out, 1))
+
+
+@pytest.mark.parametrize("given", [False, True])
+@pytest.mark.parametrize("kind", CELLS)
+def test_a_cell_in_a_loop_is_the_layer(kind: str, given: bool) -> None:
+    layer, loop = Net(kind).double(), Loop(kind, given).double()
+    x = data()[0][0]
+    steps = unroll_recurrent_layers(fxgrow.capture(loop, (x,)))
+    torch.testing.assert_close(steps(x), layer(x), rtol=1e-12, atol=1e-14)
+    expected, found = (
+        fxgrow.profile(net, data(), F.mse_loss, method="tiny", positions="all", progress=False) for net in (layer, loop)
+    )
+    for width in ("a", "r"):
+        assert found[width].bottleneck == pytest.approx(expected[width].bottleneck, rel=1e-9)
+        assert found[width].desired == pytest.approx(expected[width].desired, rel=1e-9)
+    for name, update in expected.updates.items():
+        torch.testing.assert_close(found.updates[name.replace("_l0", "")], update, rtol=1e-8, atol=1e-10)
+    grown = fxgrow.grow(loop, data(), loss_fn=F.mse_loss, neurons={"a": 2, "r": 2}, progress=False)
+    before, after = grown.meta["fxgrow"].losses["eval"]
+    assert after < before and (grown.r.input_size, grown.r.hidden_size) == (WIDTH + 2, UNITS + 2)
+
+
 # -- new units
 
 

@@ -580,6 +580,53 @@ T.tokens(
     a=F8,
     r=(4, 1),
 )
+
+
+def _steps(m: Any, h: Tensor, state: Any = None) -> Tensor:
+    for t in range(h.size(1)):
+        state = m.r(h[:, t], state)
+    return state[0] if isinstance(state, tuple) else state
+
+
+def _gates_by_hand(m: Any, x: Tensor) -> Tensor:
+    h = x.new_zeros(x.size(0), 8)
+    for t in range(x.size(1)):
+        new, gate = (m.a(x[:, t]) + m.u(h)).chunk(2, -1)
+        h = h + gate.sigmoid() * (new.tanh() - h)
+    return h
+
+
+T.tokens("lstm-cell", lambda: {"r": nn.LSTMCell(8, 8)}, lambda m, x: m.out(_steps(m, m.a(x))), a=F8, r=F8)
+T.tokens("gru-cell", lambda: {"r": nn.GRUCell(8, 8, bias=False)}, lambda m, x: m.out(_steps(m, m.a(x))), a=F8, r=F8)
+T.tokens("rnn-cell", lambda: {"r": nn.RNNCell(8, 8)}, lambda m, x: m.out(_steps(m, m.a(x))), a=F8, r=F8)
+T.tokens(
+    "lstm-cell-from-zeros",
+    lambda: {"r": nn.LSTMCell(8, 8)},
+    lambda m, x: m.out(_steps(m, m.a(x), (x.new_zeros(len(x), 8), torch.zeros(len(x), m.r.hidden_size).to(x)))),
+    a=F8,
+    r=F8,
+)
+T.tokens(
+    "lstm-from-zeros",
+    _recurrent(nn.LSTM, num_layers=2),
+    lambda m, x: m.out(m.r(m.a(x), (torch.zeros(2, x.size(0), 8).to(x), x.new_zeros(2, len(x), 8)))[0]),
+    a=F8,
+    r=F8,
+)
+T.tokens(
+    "gru-from-zeros-of-a-parameter",
+    _recurrent(nn.GRU),
+    lambda m, x: m.out(m.r(m.a(x), next(m.r.parameters()).new_zeros(1, x.size(0), 8))[1][-1]),
+    a=F8,
+    r=F8,
+)
+T.tokens(
+    "gates-by-hand",
+    lambda: {"a": nn.Linear(6, 16), "u": nn.Linear(8, 16)},
+    lambda m, x: m.out(_gates_by_hand(m, x)),
+    a=(16, 2),
+    u=None,
+)
 T.tokens(
     "lstm-projected", _recurrent(nn.LSTM, proj_size=4), lambda m, x: m.r(m.a(x))[0], a="operator", r=None, out=None
 )
