@@ -1,4 +1,4 @@
-"""Recurrent layers unrolled over time, and cells: a fused kernel does not show a gate's inputs to passes that look inside.
+"""Recurrent layers unrolled over time, and cells: a fused kernel does not show a gate's inputs, which passes look at.
 
 ensures:  a graph of the same function in eval mode, over the same parameters, in which every weight of an LSTM, a GRU
           or an RNN is a linear layer by itself: W_ih at all steps at once, W_hh through `rnn_previous_state`, its layer

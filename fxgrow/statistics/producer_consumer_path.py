@@ -26,8 +26,8 @@ from fxgrow.statistics.conv_geometry import Window
 
 #: products with another tensor, and recurrences, carry a unit to other positions
 _MIXES = {
-    rnn_scan, rnn_cell, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, operator.matmul, F.scaled_dot_product_attention,
-    "matmul", "bmm", "baddbmm", "__matmul__",
+    rnn_scan, rnn_cell, torch.matmul, torch.bmm, torch.baddbmm, torch.einsum, operator.matmul,
+    F.scaled_dot_product_attention, "matmul", "bmm", "baddbmm", "__matmul__",
 }  # fmt: skip
 
 
