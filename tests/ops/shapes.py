@@ -118,7 +118,7 @@ T.vector(
 )
 T.vector("view-of-half", nothing, lambda m, x: m.out((h := m.a(x)).view(-1, 2, h.size(1) // 2).flatten(1)), a=(8, 2))
 T.vector("view-rounded-half", nothing, lambda m, x: m.out((h := m.a(x)).view(-1, h.size(1) // 2 * 2)), a=F8)
-T.vector("view-of-minimum", nothing, lambda m, x: m.out((h := m.a(x)).view(-1, min(h.size(1), 8))), a="branch")
+T.vector("view-of-minimum", nothing, lambda m, x: m.out((h := m.a(x)).view(-1, min(h.size(1), 8))), a=F8)
 T.vector("view-of-maximum", nothing, lambda m, x: m.out((h := m.a(x)).view(-1, 8 + h.size(1) % 8)), a=F8)
 T.vector(
     "view-as-dtype",
