@@ -35,8 +35,9 @@ def lent_buffers(module: nn.Module, parameters: Collection[Tensor] = ()) -> Iter
     The values of `parameters`, which the code may write into, are put back.
     """
     copies = {id(b): b.detach().clone() for b in module.buffers()}
-    saved = [(m, m._buffers) for m in module.modules()]
-    values = [(p, p.detach().clone()) for p in parameters]
+    scripted = [m for m in module.modules() if isinstance(m, torch.jit.ScriptModule)]  # keep their own out of reach
+    saved = [(m, m._buffers) for m in module.modules() if m not in scripted]
+    values = [(t, t.detach().clone()) for t in (*parameters, *(b for m in scripted for b in m.buffers()))]
     for m, buffers in saved:
         m._buffers = {name: None if b is None else copies[id(b)] for name, b in buffers.items()}
     try:

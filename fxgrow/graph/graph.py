@@ -61,7 +61,7 @@ def caller(node: fx.Node) -> str:
 
 def copy_graph(gm: fx.GraphModule, replaced: Mapping[int, Tensor] | None = None) -> fx.GraphModule:
     """A deep copy without gradients and record of earlier growth; `replaced` tensors, by id, stay tied."""
-    memo: dict[int, Any] = dict(replaced or {})
+    memo: dict[int, Any] = {**(replaced or {}), **_scripted_copies(gm, replaced or {})}
     record = gm.meta.pop(RECORD, None)
     try:
         out = copy.deepcopy(gm, memo)
@@ -83,7 +83,7 @@ def copy_module(model: nn.Module, replaced: Mapping[int, Tensor]) -> nn.Module:
     """A deep copy without the record of earlier growth; see `copy_graph`."""
     if isinstance(model, fx.GraphModule):
         return copy_graph(model, replaced)
-    memo: dict[int, Any] = dict(replaced)
+    memo: dict[int, Any] = {**replaced, **_scripted_copies(model, replaced)}
     for module in model.modules():
         state = "_parameters", "_buffers", "_modules"
         kept = pytree.tree_leaves([v for k, v in vars(module).items() if k not in state])
@@ -93,6 +93,20 @@ def copy_module(model: nn.Module, replaced: Mapping[int, Tensor]) -> nn.Module:
     if isinstance(meta, dict) and meta.keys() <= {RECORD}:
         memo[id(meta)] = {}
     return copy.deepcopy(model, memo)
+
+
+def _scripted_copies(model: nn.Module, replaced: Mapping[int, Tensor]) -> dict[int, nn.Module]:
+    """Copies of TorchScript modules, by id: `copy.deepcopy` gives them results of an operator as parameters."""
+    copies: dict[int, nn.Module] = {}
+    for module in model.modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            with torch.no_grad():
+                copies[id(module)] = copy.deepcopy(module)
+            new = named_tensors(copies[id(module)])
+            for name, old in named_tensors(module).items():
+                new[name].data.copy_(replaced.get(id(old), old))
+                new[name].requires_grad_(old.requires_grad)
+    return copies
 
 
 def compile_graph(gm: fx.GraphModule) -> None:

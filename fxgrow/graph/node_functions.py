@@ -68,6 +68,17 @@ def set_grad_enabled(enabled: bool) -> bool:
 
 
 @functools.cache
+def scripted_call(function: Any) -> Callable[..., Any]:
+    """Returns a TorchScript function without Python code as a plain function that a graph can call by name."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    call.__name__ = call.__qualname__ = function.name
+    return call
+
+
+@functools.cache
 def function_call(cls: type[torch.autograd.Function]) -> Callable[..., Any]:
     """Returns the ``apply`` of an autograd function as a plain function that a graph can call by name."""
 

@@ -22,7 +22,13 @@ from fxgrow.storage.recipe import Recipe, keep_recipe
 from fxgrow.tracing.bind_inputs import bind_inputs
 from fxgrow.tracing.input_sizes import keep_input_sizes
 from fxgrow.tracing.model_check import check_against_model, is_right_with_other_weights
-from fxgrow.tracing.model_state import unchanged, without_caches, without_failure_log, without_fast_path
+from fxgrow.tracing.model_state import (
+    unchanged,
+    without_caches,
+    without_compilation,
+    without_failure_log,
+    without_fast_path,
+)
 from fxgrow.tracing.opaque import OpaqueFallback
 from fxgrow.tracing.size_decisions import Decision, Otherwise
 from fxgrow.tracing.tracer import ValueTracer
@@ -86,7 +92,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
         gm.training = model.training
         return tracer, gm
 
-    with without_caches(model), without_fast_path():
+    with without_caches(model), without_fast_path(), without_compilation():
         return _at_all_sizes(traced)
 
 

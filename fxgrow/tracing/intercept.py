@@ -15,7 +15,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils.checkpoint import checkpoint
 
-from fxgrow.graph.node_functions import function_call
+from fxgrow.graph.node_functions import function_call, scripted_call
 from fxgrow.tracing.proxy import STATIC_METHODS, RecordingTracer, ValueProxy, has_proxy
 
 _FACTORY_NAMES = (
@@ -87,6 +87,18 @@ def _functions(tracer: RecordingTracer) -> Iterator[Patch]:
         return tracer.create_proxy("call_function", function_call(cls), args, kwargs)
 
     yield torch.autograd.Function, "apply", classmethod(apply_function)
+
+    call = torch.jit.ScriptFunction.__call__
+
+    def call_scripted(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if tracer.runner.silent or not (has_proxy(args) or has_proxy(kwargs)):
+            return call(function, *args, **kwargs)
+        original = getattr(function, "_torchdynamo_inline", None)  # the Python code that it was made from
+        if original is not None:
+            return original(*args, **kwargs)
+        return tracer.create_proxy("call_function", scripted_call(function), args, kwargs)
+
+    yield torch.jit.ScriptFunction, "__call__", call_scripted
 
     def follow(function: Any, *args: Any, **kwargs: Any) -> Any:
         given = {name: value for name, value in kwargs.items() if name not in _CHECKPOINT_OPTIONS}

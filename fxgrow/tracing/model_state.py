@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import random
+import sys
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -36,6 +37,17 @@ def without_fast_path() -> Iterator[None]:
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextlib.contextmanager
+def without_compilation() -> Iterator[None]:
+    """Compiled modules and functions run the Python code that they were made from."""
+    dynamo: Any = sys.modules.get("torch._dynamo")
+    with contextlib.ExitStack() as stack:
+        if dynamo is not None:
+            stack.enter_context(dynamo.config.patch(error_on_nested_fx_trace=False))
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        yield
 
 
 @contextlib.contextmanager

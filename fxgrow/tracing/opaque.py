@@ -7,19 +7,22 @@ ensures:  the next trace makes one node of a function of that module, or else of
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 from torch import fx, nn
+from torch.jit import ScriptModule
 
 from fxgrow.errors import CaptureError
 from fxgrow.graph.evaluate import lent_buffers
 from fxgrow.tracing.fake_values import FakeRunner, argument_values
 from fxgrow.tracing.leaf_modules import trace_marked_functions
 from fxgrow.tracing.opaque_functions import Call, OpaqueFunction, replace_functions
+
+_SCRIPTED = "a TorchScript module has no Python code (build the model with the module that it was made from)"
 
 
 class OpaqueFallback:
@@ -28,7 +31,7 @@ class OpaqueFallback:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         #: why each module is opaque; an opaque function is a module here
-        self.reasons: dict[nn.Module, str] = {}
+        self.reasons: dict[nn.Module, str] = {m: _SCRIPTED for m in model.modules() if isinstance(m, ScriptModule)}
         #: by the name of the module that stands for each in the graph
         self.functions: dict[str, tuple[Call, OpaqueFunction]] = {}
         self._first: dict[str, CaptureError] = {}
@@ -63,7 +66,7 @@ class OpaqueFallback:
         inner = [p for p in self._first if p.startswith(f"{path}.")]
         return self._first[max(inner, key=len)] if inner else error
 
-    @contextmanager
+    @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
         """While a trace runs, the opaque functions are modules of the model."""
         modules = self.model._modules
@@ -96,9 +99,9 @@ def _reason(error: CaptureError) -> str:
 
 def opaque_value(node: fx.Node, root: nn.Module, runner: FakeRunner) -> Any:
     """Returns the value of an opaque node: on fake tensors, and where its code looks at data, on random real ones."""
-    try:
-        return runner.call(node, root)
-    except Exception:
-        module = root.get_submodule(str(node.target))
-        with lent_buffers(module):
-            return runner.guess(module.forward, *argument_values(node))
+    module = root.get_submodule(str(node.target))
+    if not isinstance(module, ScriptModule):  # whose buffers cannot be exchanged for fake ones
+        with contextlib.suppress(Exception):
+            return runner.call(node, root)
+    with lent_buffers(module):
+        return runner.guess(module.forward, *argument_values(node))
