@@ -45,7 +45,7 @@ class AnalysedGraph:
 def analyse(gm: fx.GraphModule) -> AnalysedGraph:
     """Runs a captured graph on axes and lists its widths."""
     structure = propagate_axes(gm)
-    return AnalysedGraph(gm, structure, find_widths(structure))
+    return AnalysedGraph(gm, structure, find_widths(gm, structure))
 
 
 def widths(gm: fx.GraphModule) -> list[Width]:

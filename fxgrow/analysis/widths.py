@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+from torch import fx
 
 from fxgrow.analysis.axis_statistics import COPY
 from fxgrow.analysis.initial_state import InitialState
-from fxgrow.axes.axes import UnitVar, multiplicity, variables
+from fxgrow.axes.axes import UnitVar, multiplicity, resolve, variables
 from fxgrow.axes.records import Reason, Width
 from fxgrow.axes.structure import Projection, Structure
 from fxgrow.graph.conditional import runs_in_eval_mode
@@ -45,7 +48,7 @@ class GrowableWidth:
         return self.initial_state is not None and self.initial_state.kind == COPY
 
 
-def find_widths(structure: Structure) -> dict[str, GrowableWidth]:
+def find_widths(gm: fx.GraphModule, structure: Structure) -> dict[str, GrowableWidth]:
     """Every unbound variable that some weight writes, as a width."""
     producers: dict[UnitVar, list[Projection]] = defaultdict(list)
     consumers: dict[UnitVar, list[Projection]] = defaultdict(list)
@@ -85,7 +88,32 @@ def find_widths(structure: Structure) -> dict[str, GrowableWidth]:
         # a profile sees what runs in eval mode; new units start without effect on the rest
         used = tuple(p for p in reads if runs_in_eval_mode(p.node))
         widths[name] = GrowableWidth(width, var, tuple(writes), used, initial_state)
-    return widths
+    return {**widths, **_other_weights(gm, structure, widths)}
+
+
+def _other_weights(
+    gm: fx.GraphModule, structure: Structure, widths: Mapping[str, GrowableWidth]
+) -> dict[str, GrowableWidth]:
+    """Trainable weights that no width has, as pinned widths: nothing that could grow is left out in silence."""
+    weights = {p.weight for p in structure.projections}
+    listed = {w.var for w in widths.values()}
+    called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
+    rows: dict[str, GrowableWidth] = {}
+    for name, tensor in gm.named_parameters():
+        own = structure.aliases.get(id(tensor), name)
+        dims = structure.parameters.get(own, ())
+        if tensor.dim() < 2 or not tensor.requires_grad or own in weights or listed.intersection(variables(*dims)):
+            continue
+        module, _, leaf = name.rpartition(".")
+        row = module if module and (leaf == "weight" or module in called) else name
+        reasons = [v.pinned for v in variables(*dims)] + [s.reason for axis in dims for s in resolve(axis)]
+        other = "no layer writes the activations that it acts on" if dims else "the model's code does not use it"
+        why = next(filter(None, reasons), None) or Reason("operator", "", other)
+        size = next((n for n in tensor.shape if n > 1), 1)
+        width = Width(row, size, (row,), (), (), pinned=why)
+        if row not in widths:
+            rows.setdefault(row, GrowableWidth(width, UnitVar(size, why), (), ()))
+    return rows
 
 
 def layer(p: Projection) -> str:
