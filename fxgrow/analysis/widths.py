@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -99,7 +100,10 @@ def _other_weights(
     listed = {w.var for w in widths.values()}
     called = {str(node.target) for node in gm.graph.nodes if node.op == "call_module"}
     rows: dict[str, GrowableWidth] = {}
+    end = next(iter(gm.graph.find_nodes(op="output")))
     for name, tensor in gm.named_parameters():
+        # a parametrized weight is known by the name of what is computed
+        name = re.sub(r"parametrizations\.(.+)\.original\d*$", r"\1", name)
         own = structure.aliases.get(id(tensor), name)
         dims = structure.parameters.get(own, ())
         if tensor.dim() < 2 or not tensor.requires_grad or own in weights or listed.intersection(variables(*dims)):
@@ -108,7 +112,7 @@ def _other_weights(
         row = module if module and (leaf == "weight" or module in called) else name
         reasons = [v.pinned for v in variables(*dims)] + [s.reason for axis in dims for s in resolve(axis)]
         other = "no layer writes the activations that it acts on" if dims else "the model's code does not use it"
-        why = next(filter(None, reasons), None) or Reason("operator", "", other)
+        why = next(filter(None, reasons), None) or Reason("operator", end.name, other)
         size = next((n for n in tensor.shape if n > 1), 1)
         width = Width(row, size, (row,), (), (), pinned=why)
         if row not in widths:

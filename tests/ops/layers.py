@@ -59,7 +59,7 @@ T.vector(
     "tied-autoencoder",
     nothing,
     lambda m, x: F.linear(m.a(x).sigmoid(), m.a.weight.t()),
-    out=None,
+    out="operator",
     **{"a[0]": F8, "a[1]": "input"},
 )
 T.vector("used-twice", lambda: {"b": nn.Linear(8, 8)}, lambda m, x: m.out(m.b(m.b(m.a(x)).relu())), a=F8)
@@ -226,6 +226,7 @@ T.vector(
     lambda: {"u": nn.Parameter(torch.randn(5, 1)), "v": nn.Parameter(torch.randn(8)), "out": nn.Linear(5, 3)},
     lambda m, x: m.out(F.linear(m.a(x), m.u * m.v)),
     a="operator",
+    u="operator",
 )
 T.vector(
     "linear-weight-by-layers",
@@ -546,6 +547,7 @@ T.image(
     lambda: {"n": nn.LayerNorm((8, 6, 6))},
     lambda m, x: m.out(m.n(m.a(x))),
     a="norm",
+    n="size",
     one_size=True,
 )
 T.tokens("functional-layernorm", nothing, lambda m, x: m.out(F.layer_norm(m.a(x), (8,))), a=F8)
@@ -628,5 +630,10 @@ T.tokens(
     u=None,
 )
 T.tokens(
-    "lstm-projected", _recurrent(nn.LSTM, proj_size=4), lambda m, x: m.r(m.a(x))[0], a="operator", r=None, out=None
+    "lstm-projected",
+    _recurrent(nn.LSTM, proj_size=4),
+    lambda m, x: m.r(m.a(x))[0],
+    a="operator",
+    r="operator",
+    out="operator",
 )
