@@ -181,14 +181,13 @@ class Untouched(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.cell, self.table = nn.LSTMCell(4, 6), nn.Parameter(torch.randn(3, 4))
+        self.cell, self.table = nn.LSTM(4, 8, proj_size=6), nn.Parameter(torch.randn(3, 4))
         self.first, self.scale = nn.Linear(4, 8), nn.Parameter(torch.randn(1, 8))
         self.spare, self.bias, self.out = nn.Linear(3, 3), nn.Parameter(torch.randn(4)), nn.Linear(14, 2)
         self.frozen = nn.Parameter(torch.randn(2, 4), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        state = x.new_zeros(len(x), 6), x.new_zeros(len(x), 6)
-        hidden, _ = self.cell(x + self.table.cumsum(0).amax(0) + self.bias + self.frozen.sum(0), state)
+        hidden, _ = self.cell(x + self.table.cumsum(0).amax(0) + self.bias + self.frozen.sum(0))
         return self.out(torch.cat([hidden, self.first(x) * self.scale], 1))
 
 
@@ -199,7 +198,7 @@ def test_every_trainable_matrix_is_listed() -> None:
     assert found["first"].followers == ("scale",) and found["first"].pinned is None
     pinned = {name: width.pinned for name, width in found.items() if width.pinned is not None}
     assert pinned.keys() == {"cell", "table", "spare", "out"}
-    assert "LSTMCell" in pinned["cell"].message and pinned["spare"].message == "the model's code does not use it"
+    assert "proj_size" in pinned["cell"].message and pinned["spare"].message == "the model's code does not use it"
     assert "table" in str(fxgrow.explain(Untouched(), (torch.randn(2, 4),)))
-    with pytest.raises(fxgrow.PlanError, match="LSTMCell"):
+    with pytest.raises(fxgrow.PlanError, match="proj_size"):
         fxgrow.widen(Untouched(), (torch.randn(2, 4),), {"cell": 1})
