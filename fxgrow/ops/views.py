@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
-from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, fixed, is_fixed, length, product, resolve
+from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, fixed, is_fixed, length, product, resolve, variables
 from fxgrow.axes.size_expressions import SizeExpr
+from fxgrow.axes.structure import Structure
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.elementwise import broadcast
-from fxgrow.ops.registry import MAKES_AXES, op
+from fxgrow.ops.registry import MAKES_AXES, find_rule, op
+
+#: at most so many nodes after a view show which of its dimensions has the units
+READERS = 8
 
 
 @op("contiguous", "detach", "requires_grad_", "to", "type", "type_as", "float", "double", "half", "bfloat16")
@@ -71,32 +76,56 @@ def regroup(ctx: Context, x: Dims, shape: Sequence[int], sizes: Sequence[Any]) -
         merged = fixed(1)
         for axis in x[i:a]:
             merged = product(merged, axis, ctx.reason("size", "two widths flattened into one"))
-        out += _spread(ctx, merged, shape[j:b], sizes[j:b]) if j < len(shape) else []
+        out += _spread(ctx, merged, shape, sizes, range(j, b)) if j < len(shape) else []
         i, j = min(a, len(x)), min(b, len(shape))
     return Dims(out)
 
 
-def _spread(ctx: Context, axis: Axis, shape: Sequence[int], sizes: Sequence[Any]) -> list[Axis]:
-    """The dimensions of an axis that is viewed as several: one has the units, the others are fixed."""
-    big = [k for k, n in enumerate(shape) if n > 1]
+def _spread(ctx: Context, axis: Axis, shape: Sequence[int], sizes: Sequence[Any], at: range) -> list[Axis]:
+    """The dimensions `at` of an axis that is viewed as several: one has the units, the others are fixed."""
+    big = [k for k in at if shape[k] > 1]
     if is_fixed(axis):
-        return [fixed(n, next((s.reason for s in axis if s.reason), None)) for n in shape]
+        return [fixed(shape[k], next((s.reason for s in axis if s.reason), None)) for k in at]
+    keep = _growing(ctx, axis, shape, sizes, big) if len(big) > 1 else big[0] if big else at[0]
     if len(big) <= 1:
-        keep = big[0] if big else 0
-        return [axis if k == keep else fixed(1) for k in range(len(shape))]
-    keep = _growing(axis, shape, sizes, big)
-    before, after = math.prod(shape[:keep]), math.prod(shape[keep + 1 :])
+        return [axis if k == keep else fixed(1) for k in at]
+    before, after = math.prod(shape[at[0] : keep]), math.prod(shape[keep + 1 : at[-1] + 1])
     unit = UnitVar(shape[keep])
     ctx.same(axis, axis_of(unit, after) * before, "viewed as several dimensions")
-    return [resolve(axis_of(unit)) if k == keep else fixed(n) for k, n in enumerate(shape)]
+    return [resolve(axis_of(unit)) if k == keep else fixed(shape[k]) for k in at]
 
 
-def _growing(axis: Axis, shape: Sequence[int], sizes: Sequence[Any], big: list[int]) -> int:
+def _growing(ctx: Context, axis: Axis, shape: Sequence[int], sizes: Sequence[Any], big: list[int]) -> int:
     """Which dimension has the units: where flattening put them, else one with a computed size, else the last."""
     inner = math.gcd(*(s.inner for s in resolve(axis)))
-    flattened = [k for k in big if math.prod(shape[k + 1 :]) == inner > 1]
+    flattened = [k for k in big if math.prod(shape[k + 1 : big[-1] + 1]) == inner > 1]
+    if flattened:
+        return flattened[0]
     computed = [k for k in big if isinstance(sizes[k], SizeExpr) or (isinstance(sizes[k], int) and sizes[k] == -1)]
-    return [*flattened, *computed, big[-1]][0]
+    mixed = _mixed_dimensions(ctx)
+    return next((k for k in (*computed, *reversed(big)) if k not in mixed), [*computed, big[-1]][0])
+
+
+def _mixed_dimensions(ctx: Context) -> set[int]:
+    """The dimensions in which the next readers of this node compare or sum entries: pieces of units, say."""
+    axes = Dims(axis_of(UnitVar(n)) for n in ctx.shape)
+    known: dict[fx.Node, Any] = {ctx.node: axes}
+    structure = Structure(outputs=known)
+    summed: list[Axis] = []
+    queue = [ctx.node]
+    for node in queue:
+        for user in node.users:
+            reader, before = Context(structure, ctx.gm, user), len(structure.invariants)
+            rule = find_rule(user, reader.module)
+            if rule is None or len(known) > READERS or any(n not in known for n in user.all_input_nodes):
+                continue
+            args, kwargs = fx.map_arg((user.args, user.kwargs), known.__getitem__)
+            with contextlib.suppress(Unsupported, TypeError, IndexError, KeyError, ValueError):
+                known[user] = rule(reader, *args, **kwargs)
+                queue += [user] if isinstance(known[user], Dims) else []
+                if isinstance(known[user], Dims) and len(known[user]) < len(known[node]):
+                    summed += [i.axis for i in structure.invariants[before:]]
+    return {d for d, a in enumerate(axes) if any(v.pinned or v in variables(*summed) for v in variables(a))}
 
 
 @op("flatten", torch.flatten, nn.Flatten)
@@ -117,7 +146,7 @@ def unflatten(ctx: Context, input: Dims, dim: int = 0, sizes: Any = ()) -> Dims:
         ctx.fix([input[dim]], "the sizes are attributes of nn.Unflatten")
     dim %= len(input)
     sizes = list(sizes)
-    parts = _spread(ctx, input[dim], ctx.shape[dim : dim + len(sizes)], sizes)
+    parts = _spread(ctx, input[dim], ctx.shape, [None] * dim + sizes, range(dim, dim + len(sizes)))
     if ctx.module is None:
         for i, (size, axis) in enumerate(zip(sizes, parts, strict=True)):
             ctx.size_argument(size, axis, "sizes" if "sizes" in ctx.node.kwargs else 2, i)

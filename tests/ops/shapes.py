@@ -283,6 +283,26 @@ def _assign_all(h: Tensor, value: Tensor) -> Tensor:
     return h
 
 
+# -- pieces of units ---------------------------------------------------------------------------------------------------
+
+for _name, _pieces in {
+    "last": lambda h: h.view(-1, 4, 2).max(-1)[0],
+    "first": lambda h: h.view(h.size(0), 2, 4).amax(1),
+    "last-values": lambda h: h.reshape(len(h), 4, 2).max(dim=-1).values,
+    "unflattened": lambda h: h.unflatten(1, (4, 2)).amin(2),
+    "last-mean": lambda h: h.view(-1, 4, 2).mean(2),
+    "after-an-activation": lambda h: torch.sum(h.view(*h.shape[:-1], 4, 2).abs().sqrt(), -1),
+    "counted": lambda h: h.view(h.size(0), 4, -1).logsumexp(-1),
+    "normalised": lambda h: h.view(-1, 4, 2).softmax(-1)[..., 0],
+}.items():
+    T.vector(f"pieces-{_name}", lambda: {"out": nn.Linear(4, 3)}, lambda m, x, f=_pieces: m.out(f(m.a(x))), a=(8, 2))
+T.image(
+    "pieces-of-channels",
+    lambda: {"out": nn.Conv2d(4, 3, 1)},
+    lambda m, x: m.out((h := m.a(x)).view(h.size(0), 4, 2, h.size(2), h.size(3)).max(2)[0]),
+    a=(8, 2),
+)
+
 # -- parts that are read, or written, by themselves --------------------------------------------------------------------
 
 _HALF: Callable[[], dict[str, Any]] = lambda: {"out": nn.Linear(4, 3)}  # noqa: E731
