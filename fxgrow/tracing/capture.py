@@ -21,6 +21,7 @@ from fxgrow.ops.registry import recognised
 from fxgrow.storage.recipe import Recipe, keep_recipe
 from fxgrow.tracing.bind_inputs import bind_inputs
 from fxgrow.tracing.input_sizes import keep_input_sizes
+from fxgrow.tracing.intercept import CAPTURE_LOCK
 from fxgrow.tracing.model_check import check_against_model, is_right_with_other_weights
 from fxgrow.tracing.model_state import (
     unchanged,
@@ -29,6 +30,7 @@ from fxgrow.tracing.model_state import (
     without_failure_log,
     without_fast_path,
 )
+from fxgrow.tracing.namespaces import Namespaces
 from fxgrow.tracing.opaque import OpaqueFallback
 from fxgrow.tracing.size_decisions import Decision, Otherwise
 from fxgrow.tracing.tracer import ValueTracer
@@ -81,7 +83,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
     keywords = list(inputs) if isinstance(example_inputs, Mapping) else None
 
     def traced(otherwise: Mapping[Decision, Otherwise]) -> tuple[ValueTracer, fx.GraphModule]:
-        tracer = _trace(model, inputs, call, otherwise)
+        tracer = _trace(model, inputs, call, otherwise, namespaces)
         gm = _assemble(model, tracer, tuple(inputs.values()), keywords)
         with unchanged(model):
             if otherwise and not is_right_with_other_weights(model, gm, call):
@@ -92,7 +94,8 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
         gm.training = model.training
         return tracer, gm
 
-    with without_caches(model), without_fast_path(), without_compilation():
+    with CAPTURE_LOCK, without_caches(model), without_fast_path(), without_compilation():
+        namespaces = Namespaces(model)
         return _at_all_sizes(traced)
 
 
@@ -120,10 +123,11 @@ def _trace(
     inputs: dict[str, Any],
     call: Callable[[list[Any]], Any],
     otherwise: Mapping[Decision, Otherwise],
+    namespaces: Namespaces,
 ) -> ValueTracer:
     """Traces until both train and eval mode are described, or the other one is refused."""
     leaves = frozenset(module for module in model.modules() if _is_drop_path(module))
-    fallback = OpaqueFallback(model)
+    fallback = OpaqueFallback(model, namespaces)
 
     def attempt(values: dict[str, Any], flipped: frozenset[str]) -> tuple[ValueTracer, CaptureError | None]:
         tracer = ValueTracer(values, call, leaves, flipped, fallback.reasons, otherwise)

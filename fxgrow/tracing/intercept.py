@@ -1,22 +1,28 @@
-"""Intercepts every torch call of the model's code, also those that would not reach a proxy by themselves."""
+"""Intercepts every torch call of the model's code, also those that would not reach a proxy by themselves.
+
+ensures: what is patched acts in the thread that traces alone, and is restored; `CAPTURE_LOCK` keeps two of them apart.
+"""
 
 from __future__ import annotations
 
 import builtins
 import contextlib
 import inspect
+import math
 import operator
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils.checkpoint import checkpoint
 
 from fxgrow.graph.node_functions import function_call, scripted_call
-from fxgrow.tracing.proxy import STATIC_METHODS, RecordingTracer, ValueProxy, has_proxy
+from fxgrow.tracing.proxy import KNOWS_CALLS, STATIC_METHODS, RecordingTracer, ValueProxy, has_proxy, is_instance
 
 _FACTORY_NAMES = (
     "zeros ones full empty rand randn randint randperm normal arange linspace logspace eye tril_indices "
@@ -24,6 +30,8 @@ _FACTORY_NAMES = (
 )
 # Calls that make a tensor from nothing: nodes even without a proxy, or noise would be drawn once and kept.
 FACTORIES: dict[Callable[..., Any], str] = {getattr(torch, name): name for name in _FACTORY_NAMES.split()}
+# Functions of numbers. Taken here, with those of Python and NumPy that they are traced as.
+MATH = [function for name, function in vars(math).items() if callable(function) and not name.startswith("_")]
 # Methods that take sizes one by one: with a proxy among them the argument parser gives up on its own.
 _SIZE_METHODS = (
     "expand view reshape repeat permute tile new_zeros new_ones new_empty new_full flatten unflatten to"
@@ -35,50 +43,101 @@ _CHECKPOINT_OPTIONS = {*inspect.signature(checkpoint).parameters, "preserve_rng_
 _CHECKS = {torch._assert}
 _STATIC_FUNCTIONS = {torch.is_floating_point, torch.is_complex, torch.is_conj, torch.is_neg, torch.is_signed}
 
+#: a class, module or dict of names, the name, and what is there for the time being
 Patch = tuple[Any, str, Any]
+
+MISSING: Any = object()
+#: held by a capture; torch has settings of the process, and a model may be captured from two threads
+CAPTURE_LOCK = threading.RLock()
+
+
+class _Thread(threading.local):
+    tracer: RecordingTracer | None = None
+
+
+_thread = _Thread()
+
+
+def recording_tracer() -> RecordingTracer | None:
+    """The tracer that records what this thread does now; None in any other thread and where nothing is recorded."""
+    tracer = _thread.tracer
+    return None if tracer is None or tracer.runner.silent else tracer
+
+
+def is_tracing() -> bool:
+    """Whether this thread traces a model, or evaluates a node for that."""
+    return _thread.tracer is not None
 
 
 @contextlib.contextmanager
 def intercept(tracer: RecordingTracer) -> Iterator[None]:
     """While open, torch calls with proxies, and calls that make tensors, become nodes of ``tracer``."""
-    # torch keeps its tables of overridable functions for good: made now, they hold no patches and thus no model
+    # torch keeps its tables of overridable functions for good: made now, they hold no patches
     is_tensor_method_or_property(torch.relu)
-    with _patched([*_functions(tracer), *_module_attributes(tracer), _isinstance()]), _Recorder(tracer):
-        yield
+    outer = _thread.tracer
+    with CAPTURE_LOCK, patched([*_functions(), *_module_methods(), *_questions()]):
+        _thread.tracer = tracer
+        try:
+            with _Recorder(tracer):
+                yield
+        finally:
+            _thread.tracer = outer
 
 
 @contextlib.contextmanager
-def _patched(patches: Sequence[Patch]) -> Iterator[None]:
-    """Sets attributes for the time being."""
-    saved = [(owner, name, vars(owner).get(name), name in vars(owner)) for owner, name, _ in patches]
+def patched(patches: Sequence[Patch]) -> Iterator[None]:
+    """Sets attributes, or entries of dicts, for the time being."""
+    saved = [(owner, name, entries(owner).get(name, MISSING)) for owner, name, _ in patches]
     try:
-        for owner, name, new in patches:
-            setattr(owner, name, new)
+        for patch in patches:
+            put_entry(*patch)
         yield
     finally:
-        for owner, name, old, defined in reversed(saved):
-            setattr(owner, name, old) if defined else delattr(owner, name)
+        for entry in reversed(saved):
+            put_entry(*entry)
 
 
-def _functions(tracer: RecordingTracer) -> Iterator[Patch]:
+def entries(owner: Any) -> Any:
+    """Names and values of a dict, a class or a module."""
+    return owner if isinstance(owner, dict) else vars(owner)
+
+
+def put_entry(owner: Any, name: Any, value: Any) -> None:
+    """Sets one of them, or removes it where the value is `MISSING`."""
+    if not isinstance(owner, dict):
+        delattr(owner, name) if value is MISSING else setattr(owner, name, value)
+    elif value is MISSING:
+        owner.pop(name, None)
+    else:
+        owner[name] = value
+
+
+def recorded(function: Any) -> Callable[..., Any]:
+    """Returns a function that becomes a node where it is called with a proxy, and of a factory in any case."""
+    always = function in FACTORIES
+
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        tracer = recording_tracer()
+        if tracer is None or not (always or has_proxy(args) or has_proxy(kwargs)):
+            return function(*args, **kwargs)
+        return _record(tracer, function, args, kwargs)
+
+    return wrapper
+
+
+def _functions() -> Iterator[Patch]:
     """Functions and methods that would not reach a proxy by themselves."""
-
-    def recording(function: Any, always: bool) -> Any:
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            if tracer.runner.silent or not (always or has_proxy(args) or has_proxy(kwargs)):
-                return function(*args, **kwargs)
-            return _record(tracer, function, args, kwargs)
-
-        return wrapper
-
     for function, name in FACTORIES.items():
-        yield torch, name, recording(function, always=True)
+        yield torch, name, recorded(function)
+    for function in MATH:
+        yield math, function.__name__, recorded(function)
     for name in _SIZE_METHODS:
-        yield torch.Tensor, name, recording(getattr(torch.Tensor, name), always=False)
+        yield torch.Tensor, name, recorded(getattr(torch.Tensor, name))
     apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
 
     def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        if tracer.runner.silent or not has_proxy(args):
+        tracer = recording_tracer()
+        if tracer is None or not has_proxy(args):
             return apply(cls, *args, **kwargs)
         if "checkpoint" in cls.__name__.lower():
             with tracer.checkpointed(in_function=True):
@@ -91,7 +150,8 @@ def _functions(tracer: RecordingTracer) -> Iterator[Patch]:
     call = torch.jit.ScriptFunction.__call__
 
     def call_scripted(function: Any, *args: Any, **kwargs: Any) -> Any:
-        if tracer.runner.silent or not (has_proxy(args) or has_proxy(kwargs)):
+        tracer = recording_tracer()
+        if tracer is None or not (has_proxy(args) or has_proxy(kwargs)):
             return call(function, *args, **kwargs)
         original = getattr(function, "_torchdynamo_inline", None)  # the Python code that it was made from
         if original is not None:
@@ -99,22 +159,37 @@ def _functions(tracer: RecordingTracer) -> Iterator[Patch]:
         return tracer.create_proxy("call_function", scripted_call(function), args, kwargs)
 
     yield torch.jit.ScriptFunction, "__call__", call_scripted
+    called = inspect.unwrap(checkpoint)
+    run = getattr(called, "__dynamo_disable", None)
 
     def follow(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if not is_tracing():
+            return (run or torch._dynamo.disable(called, wrapping=False))(function, *args, **kwargs)
+        tracer = recording_tracer()
         given = {name: value for name, value in kwargs.items() if name not in _CHECKPOINT_OPTIONS}
-        with contextlib.nullcontext() if tracer.runner.silent else tracer.checkpointed():
+        with contextlib.nullcontext() if tracer is None else tracer.checkpointed():
             return function(*args, **given)
 
     # what `checkpoint` calls, however the model's code has imported it
-    yield inspect.unwrap(checkpoint), "__dynamo_disable", follow
+    yield called, "__dynamo_disable", follow
 
 
-def _module_attributes(tracer: RecordingTracer) -> Iterator[Patch]:
-    """Writes of buffers, and reads of `training`."""
-    set_attribute = nn.Module.__setattr__
+def _module_methods() -> Iterator[Patch]:
+    """Calls of modules, writes of buffers, and reads of parameters and of `training`."""
+    call, get_attribute, set_attribute = nn.Module.__call__, nn.Module.__getattr__, nn.Module.__setattr__
+
+    def record_call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        if _thread.tracer is None:
+            return call(module, *args, **kwargs)
+        return _thread.tracer.call_module(module, lambda *a, **k: call(module, *a, **k), args, kwargs)
+
+    def read(module: nn.Module, name: str) -> Any:
+        value, tracer = get_attribute(module, name), recording_tracer()
+        return value if tracer is None else tracer.read(value)
 
     def assign(module: nn.Module, name: str, value: Any) -> None:
-        if not tracer.assign(module, name, value):
+        tracer = recording_tracer()
+        if tracer is None or not tracer.assign(module, name, value):
             set_attribute(module, name, value)
 
     def training(module: nn.Module) -> Any:
@@ -122,20 +197,26 @@ def _module_attributes(tracer: RecordingTracer) -> Iterator[Patch]:
             value = vars(module)["training"]
         except KeyError:
             raise AttributeError("training") from None  # a scripted module keeps it elsewhere
-        return value if tracer.runner.silent else tracer.training(module, value)
+        tracer = recording_tracer()
+        return value if tracer is None else tracer.training(module, value)
 
+    yield nn.Module, "__call__", record_call
+    yield nn.Module, "__getattr__", read
     yield nn.Module, "__setattr__", assign
     yield nn.Module, "training", property(training, lambda module, flag: vars(module).update(training=flag))
 
 
-def _isinstance() -> Patch:
-    """`isinstance(x, torch.Tensor)` must be true of a proxy, and `__class__` may not say so (see ValueProxy)."""
-    original = builtins.isinstance
+class _Tracing:
+    """True in the thread that traces: what torch reads to find out whether fx does."""
 
-    def is_instance(value: Any, kinds: Any) -> bool:
-        return original(value, kinds) or (type(value) is ValueProxy and original(value.carried, kinds))
+    def __bool__(self) -> bool:
+        return is_tracing()
 
-    return builtins, "isinstance", is_instance
+
+def _questions() -> Iterator[Patch]:
+    yield _symbolic_trace, "_is_fx_tracing_flag", _Tracing()
+    if not KNOWS_CALLS:
+        yield builtins, "isinstance", is_instance
 
 
 class _Recorder(TorchFunctionMode):
@@ -149,7 +230,7 @@ class _Recorder(TorchFunctionMode):
         if not tracer.runner.silent:
             if func is torch._C._set_grad_enabled:
                 return tracer.record_grad_mode(args[0])
-            if func in FACTORIES or has_proxy(args) or has_proxy(kwargs):
+            if func in FACTORIES or has_proxy(args) or has_proxy(kwargs) or tracer.owns(args) or tracer.owns(kwargs):
                 tracer.forget_question(sys._getframe(1))
                 return _record(tracer, func, args, kwargs)
         return func(*args, **kwargs)
@@ -160,6 +241,8 @@ def _record(tracer: RecordingTracer, function: Any, args: tuple[Any, ...], kwarg
     if function in _CHECKS and isinstance(getattr(args[0], "carried", None), torch.Tensor):
         return function(bool(args[0]), *args[1:], **kwargs)  # guarded like the `assert` of Python
     name = getattr(function, "__name__", "")
+    if name == "__get__":  # an attribute of a parameter
+        return getattr(tracer.read(args[0]), function.__self__.__name__)
     method = function not in FACTORIES and is_tensor_method_or_property(function)
     if function in _STATIC_FUNCTIONS or (method and name in STATIC_METHODS):
         with tracer.runner.quiet():

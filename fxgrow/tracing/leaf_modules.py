@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch.fx import _symbolic_trace
 
 from fxgrow.ops.registry import is_described
 
@@ -19,7 +16,7 @@ _HARMLESS = {"extra_repr", "reset_parameters"}
 
 def is_layer(cls: type) -> bool:
     """Whether a module class has a rule, or is a layer of ``torch.nn`` or a subclass that changes nothing about one."""
-    if _has_rule(cls):
+    if has_rule(cls):
         return True
     if issubclass(cls, _COMPOSITE):
         return False
@@ -32,19 +29,6 @@ def is_layer(cls: type) -> bool:
     return False
 
 
-@contextmanager
-def trace_marked_functions() -> Iterator[None]:
-    """While open, functions marked with `torch.fx.wrap` are traced like other code, unless compiled or with a rule."""
-    table = _symbolic_trace._wrapped_fns_to_patch
-    functions = {entry: scope.get(entry[1]) for entry, scope in table.items()}
-    traced = {entry: table[entry] for entry, f in functions.items() if hasattr(f, "__code__") and not _has_rule(f)}
-    for entry in traced:
-        del table[entry]
-    try:
-        yield
-    finally:
-        table.update(traced)
-
-
-def _has_rule(target: Any) -> bool:
+def has_rule(target: Any) -> bool:
+    """Whether a class or a function has a rule, of its own or by its dotted name."""
     return is_described(target) or is_described(f"{target.__module__}.{target.__qualname__}")

@@ -7,11 +7,15 @@ import logging
 import random
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from fxgrow.tracing.intercept import MISSING, patched, put_entry
+from fxgrow.tracing.proxy import ValueProxy
 
 
 @contextlib.contextmanager
@@ -31,12 +35,10 @@ def without_caches(model: nn.Module) -> Iterator[None]:
 @contextlib.contextmanager
 def without_fast_path() -> Iterator[None]:
     """Transformer layers of torch.nn run their parts instead of one fused operator for inference."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
+    enabled, thread = torch.backends.mha.get_fastpath_enabled, threading.get_ident()
+    here = lambda: threading.get_ident() != thread and enabled()  # noqa: E731
+    with patched([(torch.backends.mha, "get_fastpath_enabled", here)]):
         yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextlib.contextmanager
@@ -107,3 +109,48 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 def _items(container: Any) -> list[Any]:
     """Returns what a container holds; of a dict its keys, then its values."""
     return [*container, *container.values()] if isinstance(container, dict) else list(container)
+
+
+@contextlib.contextmanager
+def without_leftovers(containers: Sequence[Any]) -> Iterator[None]:
+    """Takes what a trace put into dicts, lists and sets, or into classes, out again: caches of the model's code."""
+    saved = [(owner, _copied(owner)) for owner in containers]
+    try:
+        yield
+    finally:
+        for owner, before in saved:
+            if isinstance(owner, (list, set)):
+                if any(map(_is_leftover, owner)):
+                    owner.clear()
+                    (owner.extend if isinstance(owner, list) else owner.update)(before)
+                continue
+            new = _items_of(owner)
+            if any(_is_leftover(name) for name, _ in new):
+                # without a question for the hash of a proxy, which would be recorded
+                kept = {name: value for name, value in new if not (_is_leftover(name) or _is_leftover(value))}
+                owner.clear()
+                owner.update(before | kept)
+                continue
+            for name, value in new:
+                if _is_leftover(value):
+                    put_entry(owner, name, before.get(name, MISSING))
+
+
+def _copied(owner: Any) -> Any:
+    if isinstance(owner, (list, set)):
+        return list(owner)
+    return dict(_items_of(owner))
+
+
+def _items_of(owner: Any) -> list[tuple[Any, Any]]:
+    return list(dict.items(owner) if isinstance(owner, dict) else vars(owner).items())
+
+
+def _is_leftover(value: Any, depth: int = 4) -> bool:
+    """Whether a value holds proxies or fake tensors; what it shares with others may contain itself."""
+    kind = type(value)
+    if kind is dict and depth:
+        value = (*value, *value.values())
+    elif kind is not tuple and kind is not list:
+        return kind is ValueProxy or kind is FakeTensor
+    return depth > 0 and any(_is_leftover(item, depth - 1) for item in value)

@@ -19,7 +19,7 @@ from torch.jit import ScriptModule
 from fxgrow.errors import CaptureError
 from fxgrow.graph.evaluate import lent_buffers
 from fxgrow.tracing.fake_values import FakeRunner, argument_values
-from fxgrow.tracing.leaf_modules import trace_marked_functions
+from fxgrow.tracing.namespaces import Namespaces
 from fxgrow.tracing.opaque_functions import Call, OpaqueFunction, replace_functions
 
 _SCRIPTED = "a TorchScript module has no Python code (build the model with the module that it was made from)"
@@ -28,8 +28,8 @@ _SCRIPTED = "a TorchScript module has no Python code (build the model with the m
 class OpaqueFallback:
     """The opaque modules and functions that the traces of one model have needed so far."""
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, namespaces: Namespaces) -> None:
+        self.model, self._namespaces = model, namespaces
         #: why each module is opaque; an opaque function is a module here
         self.reasons: dict[nn.Module, str] = {m: _SCRIPTED for m in model.modules() if isinstance(m, ScriptModule)}
         #: by the name of the module that stands for each in the graph
@@ -72,7 +72,7 @@ class OpaqueFallback:
         modules = self.model._modules
         self.model._modules = _WithFunctions(modules, {name: f for name, (_, f) in self.functions.items()})
         try:
-            with replace_functions(list(self.functions.values())), trace_marked_functions():
+            with self._namespaces.as_traced(), replace_functions(list(self.functions.values())):
                 yield
         finally:
             self.model._modules = modules

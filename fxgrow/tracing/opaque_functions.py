@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from fxgrow.tracing.intercept import is_tracing, patched
 from fxgrow.tracing.source_location import is_user_code
 
 
@@ -86,20 +87,13 @@ def _call(frame: FrameType, caller: FrameType) -> Call | None:
 @contextlib.contextmanager
 def replace_functions(functions: Sequence[tuple[Call, OpaqueFunction]]) -> Iterator[None]:
     """Puts modules where the code looks for the functions; the caller restores attributes of modules."""
-    saved: list[tuple[dict[str, Any], str, Any]] = []
-    try:
-        for call, module in functions:
-            if call.owner is not None:
-                call.owner.__dict__[call.function.__name__] = _caller(module)
-            for scope, name in call.names:
-                saved.append((scope, name, scope[name]))
-                scope[name] = _caller(module)
+    for call, module in functions:
+        if call.owner is not None:
+            call.owner.__dict__[call.function.__name__] = _caller(module)
+    with patched([(scope, name, _caller(module)) for call, module in functions for scope, name in call.names]):
         yield
-    finally:
-        for scope, name, function in reversed(saved):
-            scope[name] = function
 
 
 def _caller(module: OpaqueFunction) -> Callable[..., Any]:
     # the module itself, as an attribute of another one, would become a submodule of it
-    return lambda *args, **kwargs: module(*args, **kwargs)
+    return lambda *args, **kwargs: (module if is_tracing() else module.function)(*args, **kwargs)

@@ -9,11 +9,12 @@ import operator
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, Protocol
 
 import torch
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fxgrow.tracing.fake_values import FakeRunner
 
@@ -29,6 +30,9 @@ _NUMPY_FUNCTIONS: dict[str, Callable[..., Any]] = {
     "absolute": abs, "sqrt": math.sqrt, "log": math.log, "log2": math.log2, "log10": math.log10, "exp": math.exp,
     "ceil": math.ceil, "floor": math.floor,
 }  # fmt: skip
+_isinstance = isinstance
+#: whether it is known which call an instruction makes: from Python 3.11, unless it runs with -X no_debug_ranges
+KNOWS_CALLS = hasattr(CodeType, "co_positions") and None not in next(iter((lambda: 0).__code__.co_positions()))
 _INPLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul", "and_", "or_", "xor")
 
 
@@ -39,6 +43,11 @@ class RecordingTracer(Protocol):
 
     def create_proxy(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
     def concrete(self, proxy: ValueProxy, convert: Callable[[Any], Any], asked_by: FrameType | None = None) -> Any: ...
+    def owns(self, value: Any) -> bool: ...
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any: ...
+    def read(self, value: Any) -> Any: ...
     def assign(self, module: nn.Module, name: str, value: Any) -> bool: ...
     def training(self, module: nn.Module, value: bool) -> Any: ...
     def record_grad_mode(self, enabled: bool) -> None: ...
@@ -49,8 +58,8 @@ class RecordingTracer(Protocol):
 class ValueProxy(fx.Proxy):
     """A proxy with a value: it answers ``bool``, ``len``, ``int``, iteration and attributes.
 
-    ``__class__`` stays as it is: the C++ argument parser would take a proxy that claims to be a ``torch.Tensor``
-    for one, and read memory that does not exist.
+    ``__class__`` is that of the value where Python code reads it; the C++ argument parser would take a proxy that
+    claims to be a ``torch.Tensor`` for one, and read memory that does not exist.
     """
 
     tracer: RecordingTracer  # type: ignore[assignment]
@@ -58,6 +67,11 @@ class ValueProxy(fx.Proxy):
     def __init__(self, node: fx.Node, tracer: RecordingTracer, value: Any) -> None:
         super().__init__(node, tracer)  # type: ignore[arg-type]
         self.carried = value
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        frame = sys._getframe(1)
+        return python_type(self) if _asks_for_class(frame.f_code, frame.f_lasti) else ValueProxy
 
     def __repr__(self) -> str:
         return f"ValueProxy({self.node.name}={self.carried!r})"
@@ -148,6 +162,36 @@ class ValueProxy(fx.Proxy):
         return (
             self.tracer.create_proxy("call_function", getattr, (self, name), {}) if isinstance(value, kinds) else value
         )
+
+
+@functools.cache
+def _asks_for_class(code: CodeType, offset: int) -> bool:
+    """Whether an instruction is `x.__class__`, `case Class():` or a call of `isinstance`, and no other call."""
+    if dis.opname[code.co_code[offset]] in ("LOAD_ATTR", "LOAD_METHOD", "MATCH_CLASS"):
+        return True
+    if not KNOWS_CALLS or "isinstance" not in code.co_names:
+        return False
+    # a call starts where the name of the function does
+    starts = [(line, column) for line, _, column, _ in code.co_positions()]
+    loads = [i for i in dis.get_instructions(code) if i.argval == "isinstance"]
+    return any(starts[load.offset // 2] == starts[offset // 2] for load in loads)
+
+
+def python_type(proxy: ValueProxy) -> type:
+    """The type that the value of a proxy has where the model runs."""
+    carried = proxy.carried
+    if type(carried) is not FakeTensor:
+        return type(carried)
+    return nn.Parameter if getattr(carried, "_is_param", False) else torch.Tensor
+
+
+def is_instance(value: Any, kinds: Any) -> bool:
+    """`isinstance` for values that may be proxies; classes that look for methods would see those of the proxy."""
+    if type(value) is not ValueProxy:
+        return _isinstance(value, kinds)
+    # torch.fx asks for its own class
+    of_fx = any(kind in (fx.Proxy, ValueProxy) for kind in (kinds if type(kinds) is tuple else (kinds,)))
+    return _isinstance(value.carried, kinds) or of_fx
 
 
 def _compare(function: Callable[..., Any], proxy: ValueProxy, other: Any) -> Any:

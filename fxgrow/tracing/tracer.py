@@ -20,11 +20,11 @@ from fxgrow.errors import CaptureError
 from fxgrow.graph.graph import submodule
 from fxgrow.graph.node_functions import guard, set_grad_enabled
 from fxgrow.graph.node_meta import CHECK, CHECKPOINT, OPAQUE, set_value
-from fxgrow.ops.registry import described_functions, recognised
+from fxgrow.ops.registry import recognised
 from fxgrow.tracing.checks import raises_otherwise, unused_answer
 from fxgrow.tracing.dependence import Dependence
 from fxgrow.tracing.fake_values import FakeRunner, arithmetic_key
-from fxgrow.tracing.intercept import FACTORIES, intercept
+from fxgrow.tracing.intercept import intercept
 from fxgrow.tracing.leaf_modules import is_layer
 from fxgrow.tracing.multihead_attention import multihead_attention
 from fxgrow.tracing.opaque import opaque_value
@@ -59,12 +59,10 @@ class ValueTracer(fx.Tracer):
         opaque: Mapping[nn.Module, str],  # modules that become one node as their code cannot be traced, and why
         otherwise: Mapping[Decision, Otherwise] = MappingProxyType({}),  # decisions on sizes, and their outcomes here
     ) -> None:
-        super().__init__(autowrap_functions=(*FACTORIES, *described_functions()))
+        super().__init__()
         self.inputs, self.call, self.leaves, self.flipped, self.opaque = inputs, call, leaves, flipped, opaque
-        #: path of the innermost module in which tracing failed
-        self.failed_in = ""
-        #: the calls in which it failed there, outermost first
-        self.failed_calls: list[Call] = []
+        #: path of the innermost module in which tracing failed, and the calls there, outermost first
+        self.failed_in, self.failed_calls = "", list[Call]()
         #: opaque functions, as modules by name
         self.opaque_functions: dict[str, nn.Module] = {}
         self._traced_attention: set[nn.Module] = set()
@@ -92,7 +90,7 @@ class ValueTracer(fx.Tracer):
         grad = torch.is_grad_enabled()
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
         try:
-            with intercept(self), torch.random.fork_rng(devices=devices):
+            with torch.random.fork_rng(devices=devices):
                 return self.trace(model)
         except Exception as error:
             self.failed_in, self.failed_calls = self._innermost()[0], calls_in(error)
@@ -102,16 +100,21 @@ class ValueTracer(fx.Tracer):
         finally:
             torch._C._set_grad_enabled(grad)
 
-    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> tuple[Any, list[Any]]:
-        """Makes one placeholder per given input, whatever the signature of forward."""
-        del root_fn, is_module, concrete_args
+    def trace(self, root: nn.Module, concrete_args: Any = None) -> fx.Graph:  # type: ignore[override]
+        """Records the model, with one placeholder per given input; the method of fx patches torch for all threads."""
+        self.root, self.root_module_name, self.graph = root, type(root).__name__, fx.Graph(tracer_cls=type(self))
+        self.submodule_paths = {module: name for name, module in root.named_modules()}
+        self.tensor_attrs = {
+            value: f"{path}.{name}" if path else name
+            for module, path in self.submodule_paths.items()
+            for name, value in vars(module).items()
+            if isinstance(value, (torch.Tensor, torch.ScriptObject))
+        }
         self._names = {**{id(tensor): name for tensor, name in self.tensor_attrs.items()}, **self._names}
-
-        def forward(*proxies: Any) -> Any:
-            return self.call(list(proxies))
-
-        forward.__annotations__.clear()  # fx would print them into the graph's own signature
-        return forward, [self._input(name, value) for name, value in self.inputs.items()]
+        with intercept(self):
+            inputs = [self._input(name, value) for name, value in self.inputs.items()]
+            self.create_node("output", "output", (self.create_arg(self.call(inputs)),), {})
+        return self.graph
 
     def _input(self, name: str, value: Any) -> Any:
         proxy = self.create_proxy("placeholder", name, (), {})
@@ -150,7 +153,8 @@ class ValueTracer(fx.Tracer):
         """Records a node with its value in ``meta["val"]``, ``meta["tensor_meta"]`` and the user's line."""
         node = super().create_node(kind, target, args, kwargs, name, type_expr)
         try:
-            value = self._run(node)
+            with torch._C.DisableTorchFunction():
+                value = self._run(node)
         except BaseException as error:
             of_data = isinstance(error, Exception) and not self._dependence.data.isdisjoint(node.all_input_nodes)
             self.graph.erase_node(node)
@@ -247,9 +251,8 @@ class ValueTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Layers of torch.nn, subclasses that change nothing about them, ``leaves`` and what is opaque."""
-        if m in self._traced_attention:
-            return False
-        return m in self.leaves or m in self.opaque or is_layer(type(m)) or recognised(m) is not None
+        one_node = m in self.leaves or m in self.opaque or is_layer(type(m)) or recognised(m) is not None
+        return one_node and m not in self._traced_attention
 
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -272,12 +275,16 @@ class ValueTracer(fx.Tracer):
     def path_of_module(self, mod: nn.Module) -> str:
         return self._path(mod) or super().path_of_module(mod)
 
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Returns the node of a parameter or buffer that the model's code asks for."""
-        del attr, parameter_proxy_cache
-        if not self.runner.silent and isinstance(attr_val, torch.Tensor) and id(attr_val) in self._names:
-            return self._tensor(attr_val)
-        return attr_val
+    def owns(self, value: Any) -> bool:
+        """Whether there is a parameter or buffer of the model in nested tuples, lists and dicts."""
+        if isinstance(value, torch.Tensor):
+            return id(value) in self._names
+        items = value.values() if type(value) is dict else value if type(value) in (tuple, list) else ()
+        return any(self.owns(item) for item in items)
+
+    def read(self, value: Any) -> Any:
+        """Returns the node of a parameter or buffer that the model's code asks for; other attributes as they are."""
+        return self._tensor(value) if isinstance(value, torch.Tensor) and self.owns(value) else value
 
     def assign(self, module: nn.Module, name: str, value: Any) -> bool:
         """Records ``self.buffer = value`` as a write into the buffer; False if there is no such buffer."""

@@ -10,13 +10,13 @@ import fxgrow
 
 
 class ByType(nn.Module):
-    def __init__(self, doubled: bool = True) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.a, self.b, self.doubled = nn.Linear(4, 6), nn.Linear(6, 2), doubled
+        self.a, self.b, self.asked = nn.Linear(4, 6), nn.Linear(6, 2), "__class__"
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
-        return self.b(h * 2 if type(h).__mro__[-2] is torch._C.TensorBase else h)
+        return self.b(h * 2 if getattr(h, self.asked) is torch.Tensor else h)
 
 
 class InTraining(ByType):

@@ -1,0 +1,177 @@
+"""The namespaces of the model's code, as it sees them while it is traced.
+
+Some questions reach no proxy: `type(x)` is asked of the interpreter. The names of the files with the model's code are
+bound to functions that answer as the model would be; they do nothing else to values that are no proxies.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FunctionType, GenericAlias, ModuleType
+from typing import Any
+
+from torch import nn
+from torch.fx import _symbolic_trace
+
+from fxgrow.ops.registry import described_functions
+from fxgrow.tracing.intercept import FACTORIES, MATH, Patch, is_tracing, patched, recorded
+from fxgrow.tracing.leaf_modules import has_rule
+from fxgrow.tracing.model_state import without_leftovers
+from fxgrow.tracing.proxy import ValueProxy, is_instance, python_type
+
+_LIBRARIES = {"torch", "fxgrow", "numpy", "builtins", *sys.stdlib_module_names}
+_PLAIN = {bool, int, float, str, type(None), bytes}
+_LARGE, _DEPTH = 1000, 3  # of what is searched for containers
+_CACHED = type(functools.lru_cache(int))
+
+Scope = dict[str, Any]
+
+
+class Namespaces:
+    """Global names of the files of a model's classes and of those that they use, and what its code may keep there."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._classes = {cls for module in model.modules() for cls in type(module).__mro__ if _is_followed(cls)}
+        self._packages = {_package(cls.__module__) for cls in self._classes}
+        self._scopes = self._find_scopes()
+        self._patches, self._containers = list(self._find_patches()), self._find_containers()
+
+    @contextmanager
+    def as_traced(self) -> Iterator[None]:
+        """While open, the names stand for what a trace needs; what it puts into caches is taken out again."""
+        with without_leftovers(self._containers), patched(self._patches):
+            yield
+
+    def _find_scopes(self) -> list[Scope]:
+        # of generated code too, which is in no file
+        scopes = [getattr(vars(cls).get("forward"), "__globals__", None) for cls in self._classes]
+        found = {id(scope): scope for scope in scopes if scope is not None}
+        waiting = [cls.__module__ for cls in self._classes]
+        seen = set(waiting)
+        while waiting:
+            name = waiting.pop()
+            package = _package(name)
+            if package in _LIBRARIES or name not in sys.modules:
+                continue
+            scope = found[id(vars(sys.modules[name]))] = vars(sys.modules[name])
+            for home in map(_home, list(scope.values())):
+                # of a package that the model's code imports, not those that it imports in turn
+                if home not in seen and (package in self._packages or package == _package(home)):
+                    seen.add(home)
+                    waiting.append(home)
+        return list(found.values())
+
+    def _find_patches(self) -> Iterator[Patch]:
+        for module in self._model.modules():
+            # a function with a cache as an attribute
+            yield from ((vars(module), n, _uncached(v)) for n, v in vars(module).items() if type(v) is _CACHED)
+        functions = {id(function) for function in (*FACTORIES, *MATH, *described_functions())}
+        for scope in self._scopes:
+            yield scope, "type", _Type
+            yield scope, "isinstance", is_instance
+            yield scope, "callable", _is_callable
+            for name, value in scope.items():
+                if id(value) in functions:
+                    yield scope, name, recorded(value)
+                elif type(value) is _CACHED:
+                    yield scope, name, _uncached(value)
+                elif isinstance(value, type) and value.__module__ == scope.get("__name__"):
+                    yield from ((value, n, _uncached(v)) for n, v in vars(value).items() if type(v) is _CACHED)
+        for (_, name), scope in list(_symbolic_trace._wrapped_fns_to_patch.items()):
+            function = scope.get(name, getattr(builtins, name, None))
+            # functions marked with torch.fx.wrap are traced like other code, unless compiled or with a rule
+            if function is not None and (not hasattr(function, "__code__") or has_rule(function)):
+                yield scope, name, recorded(function)
+
+    def _find_containers(self) -> list[Any]:
+        """Scopes, classes, dicts, lists, sets and attributes of objects."""
+        own = [scope for scope in self._scopes if _package(scope.get("__name__", "__main__")) in self._packages]
+        found: dict[int, Any] = {id(owner): owner for owner in (*own, *self._classes)}
+        values = [value for names in (*own, *map(vars, self._classes)) for value in names.values()]
+        for module in self._model.modules():
+            values += [value for name, value in vars(module).items() if name[0] != "_"]
+        for _ in range(_DEPTH):
+            new = {id(kept): kept for value in values if type(value) not in _PLAIN for kept in _containers(value)}
+            new = {key: kept for key, kept in new.items() if key not in found and len(kept) < _LARGE}
+            found.update(new)
+            # not by the methods of a subclass, which may import what it has not yet
+            values = [v for kept in new.values() for v in (dict.values(kept) if isinstance(kept, dict) else kept)]
+        return list(found.values())
+
+
+def _is_followed(cls: type) -> bool:
+    """Whether the code of a class is that of a model, and not of PyTorch or Python."""
+    return _package(str(cls.__module__)) not in _LIBRARIES
+
+
+def _package(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _home(value: Any) -> str:
+    if isinstance(value, ModuleType):
+        return value.__name__
+    home = (value if isinstance(value, (FunctionType, type, _CACHED)) else type(value)).__module__
+    return home if type(home) is str else "builtins"
+
+
+def _containers(value: Any) -> tuple[Any, ...]:
+    """What a value, a function or an object keeps values in."""
+    if isinstance(value, (dict, list, set)):
+        return (value,)
+    if type(value) is FunctionType:
+        cells = [cell for cell in value.__closure__ or () if "empty" not in repr(cell)[:40]]
+        kept = (*(value.__defaults__ or ()), *(cell.cell_contents for cell in cells))
+        return tuple(v for v in kept if isinstance(v, (dict, list, set)))
+    if isinstance(value, (type, nn.Module, ModuleType)) or not _is_followed(type(value)):
+        return ()
+    attributes = getattr(value, "__dict__", None)
+    return (attributes,) if type(attributes) is dict else ()
+
+
+def _is_callable(value: Any) -> bool:
+    return callable(value.carried if type(value) is ValueProxy else value)
+
+
+def _uncached(cached: Any) -> Callable[..., Any]:
+    """Returns a function with a cache as it is without, while it is traced: the user's cache keeps no proxies."""
+
+    @functools.wraps(cached)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return (cached.__wrapped__ if is_tracing() else cached)(*args, **kwargs)
+
+    for name in ("cache_info", "cache_clear", "cache_parameters"):
+        setattr(call, name, getattr(cached, name))
+    return call
+
+
+class _AnswersForValues(type):
+    """`type`, for code in which `type(x) is torch.Tensor` must be true of a proxy."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and type(args[0]) is ValueProxy:
+            return python_type(args[0])
+        return type(*args, **kwargs)
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, type)
+
+    def __subclasscheck__(cls, kind: type) -> bool:
+        return issubclass(kind, type)
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is type
+
+    def __hash__(cls) -> int:
+        return hash(type)
+
+
+class _Type(type, metaclass=_AnswersForValues):
+    """Stands for `type` in the scopes of a model."""
+
+    __class_getitem__: Any = classmethod(GenericAlias)
