@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -60,6 +61,7 @@ def propagate_axes(gm: fx.GraphModule) -> Structure:
     settle_guards(structure, [node for node in gm.graph.nodes if node.target is guard])
     _pin_frozen(gm, structure)
     find_initial_states(gm, structure)
+    _separate_biases(structure)
     copy_experts(gm, structure)
     return structure
 
@@ -273,6 +275,18 @@ def _pin_frozen(gm: fx.GraphModule, structure: Structure) -> None:
             why = Reason("frozen", p.node.name, f"{p.weight} is frozen (requires_grad=False)")
             pin(p.output_axis, why)
             pin(p.input_axis, why)
+
+
+def _separate_biases(structure: Structure) -> None:
+    """Takes a weight that is used with several biases, or with and without one, for one without a bias."""
+    biases: dict[str, set[str | None]] = {}
+    for p in structure.projections:
+        biases.setdefault(p.weight, set()).add(p.bias)
+    for i, p in enumerate(structure.projections):
+        if len(biases[p.weight]) > 1:
+            structure.projections[i] = replace(p, bias=None)
+            if p.bias is not None:
+                structure.fills.setdefault(p.bias, 0.0)
 
 
 def _fixed(value: Any, why: Reason | None = None) -> Any:

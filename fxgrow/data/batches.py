@@ -185,9 +185,14 @@ class Fitting:
 
 
 def check_device(batch: Batch, gm: nn.Module) -> None:
-    """Raises a `ProfileError` when the batch is on another device than the model's parameters."""
+    """Raises a `ProfileError` when the batch is on another device than the model's parameters, or these are on meta."""
     parameter = next(gm.parameters(), None)
     given = first_tensor(batch.inputs)
+    if parameter is not None and parameter.is_meta:
+        raise ProfileError(
+            "The model is on the meta device: it has no values that data could say anything of. Load its weights first "
+            "(model.to_empty, load_state_dict), or add units without data by fxgrow.widen."
+        )
     if parameter is not None and given is not None and parameter.device != given.device:
         raise ProfileError(
             f"Batch {batch.index} is on {given.device}, the model on {parameter.device}. Move one of them: "

@@ -93,7 +93,9 @@ class Difference(NamedTuple):
 
 
 def difference(output: Tensor, expected: Tensor) -> Difference:
-    """Compares two tensors of one shape."""
+    """Compares two tensors of one shape; on the meta device they have no values that could differ."""
+    if output.is_meta:
+        return Difference(0.0, 0.0, 0.0)
     rounded = expected.is_floating_point() or expected.is_complex()
     dtype = torch.complex128 if expected.is_complex() else torch.float64
     a, b = output.detach().cpu().to(dtype), expected.detach().cpu().to(dtype)

@@ -15,7 +15,7 @@ from torch.nn.modules.conv import _ConvNd
 
 from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.axes.axes import Axis, Dims, length, multiplicity
-from fxgrow.axes.structure import Structure
+from fxgrow.axes.structure import Projection, Structure
 from fxgrow.errors import PlanError
 from fxgrow.graph.evaluate import eval_mode
 from fxgrow.graph.graph import lookup
@@ -76,19 +76,23 @@ def _multiplied(gm: fx.GraphModule, structure: Structure) -> Iterator[tuple[Sequ
     """Axes that are multiplied in layers and products, and how often for one sample."""
     inputs = (n.meta["val"] for n in gm.graph.find_nodes(op="placeholder"))
     batch = next((v.shape[0] for v in inputs if isinstance(v, Tensor) and v.dim()), 1)
-    layers = {p.node: (p.weight, p.transposed) for p in structure.projections if p.node.target is not F.embedding}
+    uses: dict[fx.Node, list[Projection]] = {}
+    for p in structure.projections:
+        if p.node.target is not F.embedding:
+            uses.setdefault(p.node, []).append(p)
     for node in gm.graph.nodes:
         module = gm.get_submodule(str(node.target)) if node.op == "call_module" else None
-        if isinstance(module, _ConvNd):
-            layers.setdefault(node, (f"{node.target}.weight", module.transposed))
         if isinstance(module, nn.Embedding):
-            layers.pop(node, None)
-        if node in layers:
-            name, transposed = layers[node]
+            continue
+        if node in uses:
+            # a recurrent layer has several weights, each of which multiplies every step
+            for p in uses[node]:
+                yield structure.parameters[p.weight], _positions(p) / batch
+        elif isinstance(module, _ConvNd):  # depthwise
+            name = f"{node.target}.weight"
+            at: Tensor = (node.all_input_nodes[0] if module.transposed else node).meta["val"]
             dims = structure.parameters[structure.aliases.get(id(lookup(gm, name)), name)]
-            at: Tensor = (node.all_input_nodes[0] if transposed else node).meta["val"]
-            spatial = at.shape[2:] if len(dims) > 2 else at.shape[1:-1]
-            yield dims, math.prod(spatial) * at.shape[0] / batch
+            yield dims, at.shape[:1].numel() * at.shape[2:].numel() / batch
         elif node.target in _PRODUCTS:
             a, b = (structure.outputs.get(n) for n in node.all_input_nodes[:2])
             if isinstance(a, Dims) and isinstance(b, Dims) and min(len(a), len(b)) > 1:
@@ -98,6 +102,17 @@ def _multiplied(gm: fx.GraphModule, structure: Structure) -> Iterator[tuple[Sequ
             if isinstance(q, Dims) and isinstance(k, Dims) and isinstance(v, Dims):
                 yield (*q, k[-2]), 1 / batch
                 yield (*q[:-1], k[-2], v[-1]), 1 / batch
+
+
+def _positions(p: Projection) -> float:
+    """How many rows or positions of a batch a weight multiplies."""
+    at: Tensor = (p.source if p.transposed else p.node).meta["val"]
+    while not isinstance(at, Tensor):
+        at = at[0]
+    if p.kernel or p.transposed:
+        return at.shape[:1].numel() * at.shape[2:].numel()
+    # each row goes to one of the experts
+    return at.shape[:-1].numel() / (at.shape[0] if p.experts and at.dim() == 3 else max(1, p.groups * p.experts))
 
 
 class Latency:

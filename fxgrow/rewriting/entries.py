@@ -42,7 +42,7 @@ class _ResizedParameter:
         self.axes = change.parameters.get(name) or tuple(change.axis(a) for a in self.dims)
         self.moved = [axis.moved for axis in self.axes]
         self.uses = [p for p in change.structure.projections if p.weight == name]
-        self.new = self.old.new_empty([axis.size for axis in self.axes])
+        self.new = _empty_like([axis.size for axis in self.axes], self.old)
 
     def filled(self) -> Tensor:
         if any(axis.new for axis in self.axes):
@@ -63,7 +63,7 @@ class _ResizedParameter:
         structure = self.change.structure
         is_bias = any(p.bias == self.name for p in structure.projections)
         fill = 0.0 if self.uses or is_bias else structure.fills.get(self.name, "mean")
-        is_mean = isinstance(fill, str) and self.old.is_floating_point() and self.old.numel()
+        is_mean = isinstance(fill, str) and self.old.is_floating_point() and self.old.numel() and not self.old.is_meta
         constant = float(self.old.double().mean()) if is_mean else 0.0 if isinstance(fill, str) else fill
         for dim, axis in enumerate(self.axes):
             for positions in axis.new.values():
@@ -171,3 +171,10 @@ class _ResizedParameter:
         if given:
             copied = copied + new.index_select(dim, entries)
         new.index_copy_(dim, entries, copied)
+
+
+def _empty_like(sizes: list[int], old: Tensor) -> Tensor:
+    """A tensor of these sizes in the memory format of another one (channels last, say)."""
+    # strides of single entries say nothing, except in channels-last kernels of one channel
+    layout = sorted(range(old.dim()), key=lambda d: (-old.stride(d), old.shape[d] == 1))
+    return torch.empty_permuted(sizes, layout, dtype=old.dtype, device=old.device)

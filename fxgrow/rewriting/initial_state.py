@@ -118,7 +118,7 @@ def rows_that_must_be_zero(gm: fx.GraphModule, change: SizeChange, node_map: Nod
         for var, state in change.initial_states.items()
         for invariant in (state.products if state.kind == ZERO and var in change.added else ())
     ]
-    if not wanted:
+    if not wanted or any(p.is_meta for p in gm.parameters()):  # meta tensors have no rows to fill
         return {}
     run = ConditionalInterpreter(gm, garbage_collect_values=False)
     generator = torch.Generator().manual_seed(0)
@@ -145,11 +145,12 @@ def _random_sum(
     value: Tensor, invariant: Invariant, var: UnitVar, change: SizeChange, generator: torch.Generator
 ) -> Tensor:
     """A random linear function of the new entries of an operand."""
-    total = value.new_zeros(())
+    total = value.real.new_zeros(())
     for i, axis in enumerate(change.structure.outputs[invariant.source]):
         positions = change.axis(axis).new.get(var)
         if positions is not None:
             part = value.index_select(i, positions.to(value.device))
+            part = torch.view_as_real(part).sum(-1) if part.is_complex() else part
             weights = torch.rand(part.shape, generator=generator, dtype=torch.float64) + 0.5
             total = total + (part * weights.to(part)).sum()
     return total

@@ -52,6 +52,31 @@ def test_costs_are_those_of_the_grown_network() -> None:
             assert sums.total(added) == pytest.approx(counted(grown, x), rel=1e-9), added
 
 
+class Recurrent(nn.Module):
+    """An LSTM of two layers in two directions; its counter of operations knows no fused kernels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(9, 4)
+        self.rnn, self.head = nn.LSTM(4, 6, 2, batch_first=True, bidirectional=True), nn.Linear(12, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(self.embed(x))[0][:, -1])
+
+
+def test_every_weight_of_a_recurrent_layer_multiplies_every_step() -> None:
+    net, x = Recurrent(), torch.randint(9, (5, 7))
+    analysed = analyse(fxgrow.capture(net, (x,)))
+    for units in (0, 2):
+        h = 6 + units
+        layers = 2 * 7 * 4 * h * (4 + h) + 2 * 7 * 4 * h * (2 * h + h)
+        assert MultiplyAdds(analysed).total({"rnn": units}) == layers + 2 * h * 3
+    grown = fxgrow.grow(
+        net, [(x, torch.randn(5, 3)) for _ in range(4)], budget="+50%", cost="multiply-adds", progress=False
+    )
+    assert grown.meta["fxgrow"].plan is not None
+
+
 def data() -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(0)
     x, a = torch.randn(12, 32, 6, generator=generator), torch.randn(6, 3, generator=generator)
