@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxgrow.data.random_state import random_state, set_random_state
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
 from fxgrow.errors import ProfileError
+from fxgrow.graph.evaluate import eval_mode, lent_buffers
 
+log = logging.getLogger("fxgrow")
 #: `samples=None` reads at most this many
 DEFAULT_SAMPLES = 8192
 #: one batch in so many is held out
@@ -53,6 +57,8 @@ def parse(raw: Any, index: int) -> Batch:
     """Reads one item of a loader: a `Batch`, `(inputs, targets)`, or a dict for a model with its own `.loss`."""
     if isinstance(raw, Batch):
         return raw
+    if any(isinstance(t, Tensor) and t.is_inference() for t in pytree.tree_leaves(raw)):  # no pass could go back
+        raw = pytree.tree_map_only(Tensor, torch.clone, raw)
     if isinstance(raw, Mapping):
         inputs, targets = raw, None
     elif isinstance(raw, (tuple, list)) and len(raw) == 2:
@@ -100,19 +106,41 @@ class Data:
                 self.loader = list(_parsed(loader, self.limit))
             finally:
                 set_random_state(self._state, loader)
+        #: numbers of batches that are left out
+        self.refused: frozenset[int] = frozenset()
+        #: whether the model takes fewer samples at once than a batch has, once `leave_out_refused` has tried
+        self.any_size: bool | None = None
         self.batches: int | None = None
         with contextlib.suppress(TypeError):
             self.batches = len(self.loader)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:
-        """Every batch, unchanged and on its device."""
+        """Every batch, unchanged and on its device, but for those that are left out."""
         count = 0
         for batch in self._batches():
-            yield batch
-            count += 1
+            if batch.index not in self.refused:
+                yield replace(batch, index=count) if self.refused else batch
+                count += 1
         if not count:
             raise ProfileError("The dataloader is empty: give at least one batch of (inputs, targets).")
         self.batches = count
+
+    @torch.no_grad()
+    def leave_out_refused(self, gm: fx.GraphModule, first: Batch | None = None) -> Data:
+        """Leaves out batches of another size than the first one's where the graph takes that size only."""
+        if self.any_size is not None:
+            return self
+        first = first or self.first()
+        cut = pytree.tree_map_only(Tensor, lambda t: t[1:] if t.dim() and len(t) == first.size else t, first.inputs)
+        self.any_size = first.size == 1 or _runs(gm, replace(first, inputs=cut))
+        if not self.any_size:
+            others = [b.index for b in self if b.size != first.size and not _runs(gm, b)]
+            if others:
+                log.warning("the model takes %d samples at once only: batches of other sizes left out: %d of %s",
+                            first.size, len(others), self.batches)  # fmt: skip
+                self.refused = frozenset(others)
+                self.batches = None if self.batches is None else self.batches - len(others)
+        return self
 
     def _batches(self) -> Iterator[Batch]:
         """Drawn from the same random state at every pass."""
@@ -184,6 +212,16 @@ class Fitting:
         return self.data.fitting()
 
 
+def _runs(gm: fx.GraphModule, batch: Batch) -> bool:
+    """Whether the graph takes a batch, in eval mode."""
+    with eval_mode(gm), lent_buffers(gm):
+        try:
+            gm.forward(*batch.arguments(gm))  # the call would print the line that fails
+        except Exception:
+            return False
+    return True
+
+
 def check_device(batch: Batch, gm: nn.Module) -> None:
     """Raises a `ProfileError` when the batch is on another device than the model's parameters, or these are on meta."""
     parameter = next(gm.parameters(), None)
@@ -192,6 +230,10 @@ def check_device(batch: Batch, gm: nn.Module) -> None:
         raise ProfileError(
             "The model is on the meta device: it has no values that data could say anything of. Load its weights first "
             "(model.to_empty, load_state_dict), or add units without data by fxgrow.widen."
+        )
+    if parameter is not None and parameter.is_inference():
+        raise ProfileError(
+            "The model's parameters were made in torch.inference_mode() and cannot be trained: build the model outside."
         )
     if parameter is not None and given is not None and parameter.device != given.device:
         raise ProfileError(

@@ -29,6 +29,18 @@ def eval_mode(module: nn.Module) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def own_modes() -> Iterator[None]:
+    """Leaves autocast and inference mode inside the block: results have the precision of the model, and can train."""
+    accelerator = torch.accelerator.current_accelerator()
+    with contextlib.ExitStack() as stack:
+        for kind in filter(torch.is_autocast_enabled, ["cpu"] if accelerator is None else ["cpu", accelerator.type]):
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        yield
+
+
+@contextlib.contextmanager
 def lent_buffers(module: nn.Module, parameters: Collection[Tensor] = ()) -> Iterator[None]:
     """Lends a module copies of its buffers inside the block: statistics and counters stay as they are.
 

@@ -136,8 +136,10 @@ class Context:
         biases = [] if bias is None else self._bias_origin(bias, fields)
         if not all(o.moved_only for o in (*origins, *biases)):
             fields["plain"] = False  # statistics are of parameters as they are stored
-        if getattr(self.structure.outputs.get(fields["source"]), "is_weight", False) is not False:
-            fields |= {"plain": False, "transposed": False, "groups": 0}  # and of samples, which do not come here
+        made = getattr(self.structure.outputs.get(fields["source"]), "is_weight", False) is not False
+        if made or (isinstance(self.value, torch.Tensor) and self.value.is_complex()):
+            # and of samples, which do not come here, and real numbers
+            fields |= {"plain": False, "transposed": False, "groups": 0}
         fields["computed"] = not all(o.same_entries for o in (*origins, *biases))
         fields.setdefault("node", self.node)
         fields.update(bias=biases[0].name if biases else None, out=fields.pop("units", out))

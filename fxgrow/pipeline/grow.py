@@ -17,6 +17,7 @@ from fxgrow.data.batches import Data, Fitting, check_device
 from fxgrow.data.random_state import random_state_kept
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup, process_group_of
 from fxgrow.errors import PlanError
+from fxgrow.graph.evaluate import own_modes
 from fxgrow.graph.graph import copy_graph, named_tensors
 from fxgrow.graph.node_meta import EXAMPLE_INPUTS, RECORD
 from fxgrow.initialisers.registry import find_initialiser, lists_methods
@@ -58,6 +59,7 @@ def grow(model: M, dataloader: Iterable[Any], *, into: Literal["module"], **opti
 
 @lists_methods
 @takes_options()
+@own_modes()
 def grow(model: nn.Module, dataloader: Iterable[Any], **options: Unpack[GrowOptions]) -> nn.Module:
     """Makes a network wider where the loss asks for what its weights cannot express.
 
@@ -108,6 +110,7 @@ def grow(model: nn.Module, dataloader: Iterable[Any], **options: Unpack[GrowOpti
     return done.model
 
 
+@own_modes()
 @random_state_kept()
 def grown_copy(
     model: nn.Module, dataloader: Iterable[Any], settings: GrowOptions, process_group: ProcessGroup = SINGLE_PROCESS
@@ -127,6 +130,7 @@ def _run(model: nn.Module, data: Data, options: GrowOptions) -> GrowthResult[nn.
     inputs = first.inputs if options["example_inputs"] is None else options["example_inputs"]
     captured = capture(model, inputs)
     gm = remove_parametrizations(captured)
+    data.leave_out_refused(gm, first)
     times.append(time.perf_counter())
     profile = _profile(gm, data, options)
     times.append(time.perf_counter())
@@ -153,12 +157,13 @@ def _profile(gm: fx.GraphModule, data: Data, options: GrowOptions) -> Profile:
     if any(not isinstance(k, int) or k <= 0 for k in wanted):
         raise PlanError(f"neurons={units!r}: give a positive number of units.")
     # without a refit, which holds batches out itself, no statistics may have seen what the line search measures
-    loader = data.loader if find_initialiser(method).needs.refit else Fitting(data)
+    fitting = Data(Fitting(data), options["samples"], data.process_group)
+    source = data if find_initialiser(method).needs.refit else fitting
     # widths that get no units need no figures
     widths = list(units) if isinstance(units, Mapping) else None
     request = ProfileRequest(options["loss_fn"], method, widths=widths, units=units, progress=options["progress"])
     request = replace(request, memory_limit=options["memory_limit"], seed=options["seed"])
-    return profiled(gm, Data(loader, options["samples"], data.process_group), request)
+    return profiled(gm, source, request)
 
 
 def apply_best(

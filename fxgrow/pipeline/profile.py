@@ -30,6 +30,7 @@ from fxgrow.data.loss import LossFn
 from fxgrow.data.random_state import random_state_kept
 from fxgrow.distributed import process_group_of
 from fxgrow.errors import PlanError, ProfileError
+from fxgrow.graph.evaluate import own_modes
 from fxgrow.graph.node_meta import RECORD, is_captured
 from fxgrow.graph.unrolled_rnn import unroll_recurrent_layers
 from fxgrow.initialisers.registry import Initialiser, InitialiserRequest, Proposal, find_initialiser, lists_methods
@@ -47,6 +48,7 @@ CALIBRATION = 256
 
 
 @lists_methods
+@own_modes()
 @random_state_kept()
 def profile(
     gm: nn.Module,
@@ -118,6 +120,7 @@ def profile(
         return with_suggestion(profiled(gm, Data(dataloader, samples, process_group), request))
 
 
+@own_modes()
 @random_state_kept()
 def merge(
     parts: Sequence[Profile | Moments],
@@ -164,6 +167,8 @@ def profiled(gm: nn.Module, data: Data, request: ProfileRequest) -> Profile:
         first = data.first()
         check_device(first, gm)
         gm = capture(gm, first.inputs)
+    if not request.parts:
+        data.leave_out_refused(gm)
     return _Profiler(gm, data, request, method).run()
 
 
@@ -297,10 +302,11 @@ def _calibration(gm: fx.GraphModule, data: Data, hold: bool) -> list[Any]:
     if not has_batch_norm(gm):
         return []
     group = data.process_group
-    inputs = [batch.arguments(gm) for batch in take(data.fitting(hold), math.ceil(CALIBRATION / group.size))]
-    can_be_joined = all(
-        isinstance(t, Tensor) and t.dim() > 0 and t.shape[1:] == first.shape[1:]
-        for arguments in inputs
+    batches = list(take(data.fitting(hold), math.ceil(CALIBRATION / group.size)))
+    inputs = [batch.arguments(gm) for batch in batches]
+    can_be_joined = data.any_size is not False and all(
+        isinstance(t, Tensor) and t.dim() > 0 and len(t) == batch.size and t.shape[1:] == first.shape[1:]
+        for batch, arguments in zip(batches, inputs, strict=True)
         for t, first in zip(arguments, inputs[0], strict=True)
     )
     if group.sum_numbers(not can_be_joined)[0]:

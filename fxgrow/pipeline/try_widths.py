@@ -15,6 +15,7 @@ from fxgrow.data.batches import Data
 from fxgrow.data.loss import LossFn
 from fxgrow.data.random_state import random_state_kept
 from fxgrow.errors import PlanError
+from fxgrow.graph.evaluate import own_modes
 from fxgrow.pipeline.line_search import GammaLine, HeldOut, search
 from fxgrow.pipeline.plan import plan
 from fxgrow.pipeline.profile_record import Profile
@@ -42,6 +43,7 @@ class Tried:
         return self.decrease / self.parameters
 
 
+@own_modes()
 @random_state_kept()
 def try_widths(
     profile: Profile,
@@ -86,7 +88,7 @@ def try_widths(
     """
     if not isinstance(units, int) or units <= 0:
         raise PlanError(f"units={units!r}: give a positive number.")
-    held_out = HeldOut.of(Data(dataloader, samples), loss_fn)
+    held_out = HeldOut.of(Data(dataloader, samples).leave_out_refused(profile.graph), loss_fn)
     tried = {}
     for name, b in profile.items():
         k = min(math.ceil(units / b.width.step) * b.width.step, profile.proposed[name])

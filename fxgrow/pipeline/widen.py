@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 
 from fxgrow.errors import PlanError
+from fxgrow.graph.evaluate import own_modes
 from fxgrow.graph.node_meta import EXAMPLE_INPUTS, is_captured
 from fxgrow.rewriting.into_module import check_into, into_module
 from fxgrow.rewriting.plan import Plan
@@ -21,6 +22,7 @@ from fxgrow.transfer.optimizer_state import repoint
 M = TypeVar("M", bound=nn.Module)
 
 
+@own_modes()
 def apply(gm: nn.Module, plan: Plan, example_inputs: tuple[Any, ...] | dict[str, Any] | None = None) -> fx.GraphModule:
     """Rewrites alone: adds a plan's units to a copy of the graph.
 
@@ -78,6 +80,7 @@ def widen(
 ) -> M: ...
 
 
+@own_modes()
 def widen(
     model: nn.Module,
     example_inputs: tuple[Any, ...] | dict[str, Any],

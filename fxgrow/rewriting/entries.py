@@ -176,5 +176,6 @@ class _ResizedParameter:
 def _empty_like(sizes: list[int], old: Tensor) -> Tensor:
     """A tensor of these sizes in the memory format of another one (channels last, say)."""
     # strides of single entries say nothing, except in channels-last kernels of one channel
-    layout = sorted(range(old.dim()), key=lambda d: (-old.stride(d), old.shape[d] == 1))
+    strides, shape = old.stride(), old.shape
+    layout = sorted(range(old.dim()), key=lambda d: (-strides[d], shape[d] == 1))
     return torch.empty_permuted(sizes, layout, dtype=old.dtype, device=old.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import linecache
 import os
 import traceback
@@ -11,7 +12,7 @@ from types import FrameType
 import torch
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
-_INTERNAL = (os.path.dirname(torch.__file__) + os.sep, str(Path(__file__).parents[1]) + os.sep)
+_INTERNAL = (os.path.dirname(torch.__file__) + os.sep, str(Path(__file__).parents[1]) + os.sep, contextlib.__file__)
 _DATA_HINT = (
     "A graph cannot contain a decision on data: write it with torch.where, or move it into a separate function, "
     "which then becomes one node."

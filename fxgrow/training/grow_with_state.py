@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from fxgrow.distributed import ProcessGroup
+from fxgrow.graph.evaluate import own_modes
 from fxgrow.pipeline.grow import grown_copy
 from fxgrow.pipeline.growth_record import GrowthResult, keep_record
 from fxgrow.pipeline.options import GrowOptions
 from fxgrow.training.data_source import Source, beside_training
-from fxgrow.training.schedule_inputs import no_autocast
 from fxgrow.transfer.device_mesh import sharded_modules
 from fxgrow.transfer.fsdp import UnshardedModel
 from fxgrow.transfer.parameter_change import ParameterChange
@@ -17,6 +17,7 @@ from fxgrow.transfer.transfer import TrainingState
 from fxgrow.transfer.wrappers import unwrapped
 
 
+@own_modes()
 def grow_with_state(
     model: nn.Module, state: TrainingState, source: Source, options: GrowOptions, process_group: ProcessGroup
 ) -> tuple[nn.Module, nn.Module, GrowthResult[nn.Module]]:
@@ -32,8 +33,7 @@ def grow_with_state(
     inside, wrap = unwrapped(model)
     unsharded = UnshardedModel(inside) if sharded_modules(inside) else None
     old = inside if unsharded is None else unsharded.model
-    with no_autocast(old):
-        result = grown_copy(old, beside_training(source), options, process_group)
+    result = grown_copy(old, beside_training(source), options, process_group)
     if not result.record.plan.units:
         return model, old, result
     change = ParameterChange(old, result.model, result.index)

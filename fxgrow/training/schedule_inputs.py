@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import fx, nn
 
 from fxgrow.analysis.analyse import analyse, widths
@@ -50,12 +48,11 @@ class ModelMetrics:
     def shares(self, samples: int | None) -> dict[str, float]:
         """Returns Psi / E|V|^2 of each width, from one forward and backward pass."""
         options = self.options
-        with no_autocast(self.model):
-            bottlenecks = profile(
-                self._graph(), beside_training(self.source), options["loss_fn"], samples or options["samples"], "tiny",
-                memory_limit=options["memory_limit"], progress=options["progress"], seed=options["seed"],
-                process_group=self.process_group,
-            )  # fmt: skip
+        bottlenecks = profile(
+            self._graph(), beside_training(self.source), options["loss_fn"], samples or options["samples"], "tiny",
+            memory_limit=options["memory_limit"], progress=options["progress"], seed=options["seed"],
+            process_group=self.process_group,
+        )  # fmt: skip
         return {name: gradient_share(b) for name, b in bottlenecks.items()}
 
     def options_for(self, request: Request) -> GrowOptions | None:
@@ -108,13 +105,3 @@ def _share(budget: Any) -> float:
         return float(str(budget or DEFAULT_BUDGET).strip().removesuffix("%")) / 100
     except ValueError as error:
         raise PlanError(f"budget={budget!r}: give a number, or a share such as '+10%'.") from error
-
-
-@contextlib.contextmanager
-def no_autocast(model: nn.Module) -> Iterator[None]:
-    """Disables autocast, so that statistics have the precision of the model."""
-    with contextlib.ExitStack() as stack:
-        for kind in {"cpu", *(p.device.type for p in model.parameters())}:
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        yield

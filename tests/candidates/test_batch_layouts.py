@@ -98,3 +98,35 @@ def test_a_unit_is_worth_as_much_with_frames_beside_samples_as_with_frames_for_s
     first, second = (profile["a"] for profile in profiles)
     assert abs(second.significant - first.significant) <= 1
     assert sum(second.gains) == pytest.approx(sum(first.gains), rel=0.05)
+
+
+class Shared(nn.Module):
+    """One weight with a bias, with another and with none, and a complex one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(5, 3)
+        self.w = nn.Parameter(torch.randn(5, 6) / 2)
+        self.first, self.second = nn.Parameter(torch.randn(5)), nn.Parameter(torch.randn(5))
+        self.rotation = nn.Parameter(torch.randn(6, 6, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        h = h + torch.einsum("nk,ko->no", h.to(torch.complex64), self.rotation).abs()
+        y = F.linear(h, self.w, self.first).relu() + F.linear(h.cos(), self.w, self.second).relu()
+        return self.b(y - F.linear(h.relu(), self.w).relu())
+
+
+@pytest.mark.parametrize("method", ["default", "tiny", "random"])
+def test_one_weight_with_several_biases(method: str) -> None:
+    torch.manual_seed(0)
+    net, teacher = Shared(), Shared()
+    batches = [(x, teacher(x).detach()) for x in torch.randn(8, 16, 4)]
+    names = {w.name: w.step for w in fxgrow.widths(fxgrow.capture(net, (batches[0][0],))) if w.pinned is None}
+    assert "w" in names
+    wide = fxgrow.widen(net, (batches[0][0],), names)
+    assert torch.allclose(wide(batches[0][0]), net(batches[0][0]), atol=1e-5)
+    assert not wide.first[5:].any() and not wide.second[5:].any()
+    grown = fxgrow.grow(net, batches, neurons=names, method=method, progress=False)
+    before, after = grown.meta["fxgrow"].losses["eval"]
+    assert grown.meta["fxgrow"].plan.units == names and after <= before * 1.0001
