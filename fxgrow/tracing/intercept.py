@@ -147,6 +147,8 @@ def _functions() -> Iterator[Patch]:
 
     yield torch.autograd.Function, "apply", classmethod(apply_function)
 
+    # whether a mask is the causal one decides which kernel runs, not what it computes
+    yield nn.modules.transformer, "_detect_is_causal_mask", lambda mask, is_causal=None, size=None: is_causal is True
     call = torch.jit.ScriptFunction.__call__
 
     def call_scripted(function: Any, *args: Any, **kwargs: Any) -> Any:
