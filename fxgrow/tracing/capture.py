@@ -114,7 +114,8 @@ def _at_all_sizes(
             if otherwise[new].bounded and other.written - tracer.written:  # it fills a cache, right at every size
                 otherwise[new] = Otherwise(otherwise[new].outcome, bounded=False)
                 other, graph = traced(otherwise)
-            tracer, gm, taken = other, graph, otherwise
+            if len(other.opaque) <= len(tracer.opaque):  # else the other way raises, inside of what is opaque now
+                tracer, gm, taken = other, graph, otherwise
     return gm
 
 

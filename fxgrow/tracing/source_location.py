@@ -26,6 +26,14 @@ def user_frame(frame: FrameType | None) -> FrameType | None:
     return frame
 
 
+def asking_frames(frame: FrameType | None) -> list[FrameType]:
+    """Returns the innermost frame that is not of fxgrow, and that of the model's code, which may have called it."""
+    user = user_frame(frame)
+    while frame is not None and frame.f_code.co_filename.startswith(_INTERNAL[1]):
+        frame = frame.f_back
+    return [f for f in dict.fromkeys((frame, user)) if f is not None]
+
+
 def last_place(frame: FrameType | None) -> tuple[str, int] | None:
     """Returns file and line of the innermost frame of the model's code."""
     user = user_frame(frame)

@@ -33,6 +33,7 @@ from fxgrow.tracing.proxy import INPLACE, ValueProxy
 from fxgrow.tracing.scopes import Scopes
 from fxgrow.tracing.size_decisions import Decision, Otherwise, SizeDecisions
 from fxgrow.tracing.source_location import (
+    asking_frames,
     failure,
     last_place,
     last_user_line,
@@ -346,7 +347,8 @@ class ValueTracer(fx.Tracer):
         key = (node.name, repr(expected))
         if key not in self._guards:
             self._guards[key] = self._guard(node, expected)
-            if place and raises_otherwise(*place, bool(expected)):
+            frames = asking_frames(sys._getframe(1))
+            if any(raises_otherwise(f.f_code.co_filename, f.f_lineno, bool(expected)) for f in frames):
                 self._guards[key].meta[CHECK] = True
             if convert is not bool:
                 self.numbers[self._guards[key]] = convert if convert is not hash else lambda number: number
@@ -359,8 +361,7 @@ class ValueTracer(fx.Tracer):
 
         A graph checks its inputs as the model does; a check of hidden activations is left out, as it would bind widths.
         """
-        frame = user_frame(sys._getframe(1))
-        found = unused_answer(frame, convert) if frame is not None else None
+        found = next(filter(None, (unused_answer(f, convert) for f in asking_frames(sys._getframe(1)))), None)
         if found and found.raises and node not in self._dependence.hidden:
             self._guard(node, found.value)
         return found and found.value
