@@ -44,11 +44,13 @@ def own_modes() -> Iterator[None]:
 def lent_buffers(module: nn.Module, parameters: Collection[Tensor] = ()) -> Iterator[None]:
     """Lends a module copies of its buffers inside the block: statistics and counters stay as they are.
 
-    The values of `parameters`, which the code may write into, are put back.
+    So do weights that hooks compute before each call. The values of `parameters`, which the code may write into, are
+    put back.
     """
     copies = {id(b): b.detach().clone() for b in module.buffers()}
     scripted = [m for m in module.modules() if isinstance(m, torch.jit.ScriptModule)]  # keep their own out of reach
     saved = [(m, m._buffers) for m in module.modules() if m not in scripted]
+    hooked = [(m, dict(vars(m))) for m, _ in saved if m._forward_pre_hooks]
     values = [(t, t.detach().clone()) for t in (*parameters, *(b for m in scripted for b in m.buffers()))]
     for m, buffers in saved:
         m._buffers = {name: None if b is None else copies[id(b)] for name, b in buffers.items()}
@@ -57,6 +59,8 @@ def lent_buffers(module: nn.Module, parameters: Collection[Tensor] = ()) -> Iter
     finally:
         for m, buffers in saved:
             m._buffers = buffers
+        for m, attributes in hooked:
+            vars(m).update(attributes)
         for parameter, value in values:
             parameter.data.copy_(value)
 

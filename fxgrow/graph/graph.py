@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fxgrow.errors import FileError
 from fxgrow.graph.node_meta import RECORD
+from fxgrow.graph.parametrizations import hooked_weight, weight_hook
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -41,7 +42,10 @@ def submodule(root: nn.Module, path: str) -> nn.Module:
 def lookup(gm: nn.Module, name: str) -> Tensor:
     """The parameter or buffer of that qualified name."""
     module, _, leaf = name.rpartition(".")
-    tensor: Tensor = getattr(gm.get_submodule(module), leaf)
+    owner = gm.get_submodule(module)
+    if owner._forward_pre_hooks and (hook := weight_hook(owner, leaf)) is not None:
+        return hooked_weight(owner, hook)  # what its last call left may be of other parameters
+    tensor: Tensor = getattr(owner, leaf)
     return tensor
 
 
@@ -61,7 +65,8 @@ def caller(node: fx.Node) -> str:
 
 def copy_graph(gm: fx.GraphModule, replaced: Mapping[int, Tensor] | None = None) -> fx.GraphModule:
     """A deep copy without gradients and record of earlier growth; `replaced` tensors, by id, stay tied."""
-    memo: dict[int, Any] = {**(replaced or {}), **_scripted_copies(gm, replaced or {})}
+    replaced = replaced or {}
+    memo: dict[int, Any] = {**_copies_of_activations(gm), **replaced, **_scripted_copies(gm, replaced)}
     record = gm.meta.pop(RECORD, None)
     try:
         out = copy.deepcopy(gm, memo)
@@ -75,6 +80,7 @@ def copy_graph(gm: fx.GraphModule, replaced: Mapping[int, Tensor] | None = None)
     out._non_persistent_buffers_set = set(gm._non_persistent_buffers_set)
     for p in out.parameters():
         p.grad = None
+    _update_hooked_weights(out)
     release_generated_source(out)
     return out
 
@@ -83,16 +89,30 @@ def copy_module(model: nn.Module, replaced: Mapping[int, Tensor]) -> nn.Module:
     """A deep copy without the record of earlier growth; see `copy_graph`."""
     if isinstance(model, fx.GraphModule):
         return copy_graph(model, replaced)
-    memo: dict[int, Any] = {**replaced, **_scripted_copies(model, replaced)}
-    for module in model.modules():
-        state = "_parameters", "_buffers", "_modules"
-        kept = pytree.tree_leaves([v for k, v in vars(module).items() if k not in state])
-        # an activation that the model has kept is no leaf of autograd, and only leaves can be copied
-        memo.update({id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf})
+    memo: dict[int, Any] = {**_copies_of_activations(model), **replaced, **_scripted_copies(model, replaced)}
     meta = vars(model).get("meta")
     if isinstance(meta, dict) and meta.keys() <= {RECORD}:
         memo[id(meta)] = {}
-    return copy.deepcopy(model, memo)
+    out = copy.deepcopy(model, memo)
+    _update_hooked_weights(out)
+    return out
+
+
+def _copies_of_activations(model: nn.Module) -> dict[int, Any]:
+    """Copies, by id, of activations that modules have kept: no leaves of autograd, and only leaves can be copied."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        state = "_parameters", "_buffers", "_modules"
+        kept = pytree.tree_leaves([v for k, v in vars(module).items() if k not in state])
+        copies.update({id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf})
+    return copies
+
+
+def _update_hooked_weights(model: nn.Module) -> None:
+    """Computes the weights that hooks compute before each call: the parameters may be others."""
+    for module in model.modules():
+        if module._forward_pre_hooks and (hook := weight_hook(module, "weight")) is not None:
+            module.weight = hooked_weight(module, hook).detach()
 
 
 def _scripted_copies(model: nn.Module, replaced: Mapping[int, Tensor]) -> dict[int, nn.Module]:

@@ -2,20 +2,41 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 
 def norm_of(module: nn.Module) -> Any:
-    """Returns the weight or spectral normalisation of a weight, if it is the only parametrization."""
+    """Returns the weight or spectral normalisation of a weight, if nothing else computes it: its `dim`, `_u` and `_v`.
+
+    Of the form that is a hook (`torch.nn.utils.weight_norm`) it is a record with the `hook`.
+    """
     lists = getattr(module, "parametrizations", None)
+    hook = weight_hook(module, "weight")
+    if hook is not None and lists is None:
+        vectors = {"_u": module.weight_u, "_v": module.weight_v} if hasattr(hook, "n_power_iterations") else {}
+        return SimpleNamespace(hook=hook, **vars(hook), **vectors)
     if not isinstance(lists, nn.ModuleDict) or list(lists) != ["weight"]:
         return None
     kinds = list(lists["weight"].children())
     known = len(kinds) == 1 and type(kinds[0]).__name__ in ("_WeightNorm", "_SpectralNorm")
     # a vector has no singular vectors
     return kinds[0] if known and (hasattr(kinds[0], "_u") or type(kinds[0]).__name__ == "_WeightNorm") else None
+
+
+def weight_hook(module: nn.Module, name: str) -> Any:
+    """Returns the hook that computes a weight before each call, if it is the only one."""
+    hooks: list[Any] = [hook for hook in module._forward_pre_hooks.values() if hasattr(hook, "compute_weight")]
+    return hooks[0] if len(hooks) == 1 and hooks[0].name == name and name not in module._parameters else None
+
+
+def hooked_weight(module: nn.Module, hook: Any) -> Tensor:
+    """Returns the weight that a hook would compute, without a power iteration."""
+    spectral = hasattr(hook, "n_power_iterations")
+    out: Tensor = hook.compute_weight(module, False) if spectral else hook.compute_weight(module)
+    return out
 
 
 def computed_by(module: nn.Module, name: str) -> str:

@@ -16,7 +16,7 @@ from fxgrow.axes.structure import Projection
 from fxgrow.errors import PlanError
 from fxgrow.graph.graph import lookup, put
 from fxgrow.rewriting.initial_state import rescaled, write_initial_entries
-from fxgrow.rewriting.parametrizations import orthogonalise_new_rows
+from fxgrow.rewriting.parametrizations import keep_singular_value, orthogonalise_new_rows
 from fxgrow.rewriting.size_change import SizeChange
 from fxgrow.rewriting.values import Values
 
@@ -43,13 +43,15 @@ class _ResizedParameter:
         self.moved = [axis.moved for axis in self.axes]
         self.uses = [p for p in change.structure.projections if p.weight == name]
         self.new = _empty_like([axis.size for axis in self.axes], self.old)
+        delta = values.delta.get(name)
+        self.delta = None if delta is None else keep_singular_value(change.gm, name, delta.to(self.old))
 
     def filled(self) -> Tensor:
         if any(axis.new for axis in self.axes):
             self._fill_new()
         self._put_given()
-        old, delta = rescaled(self.old, self.name, self.change), self.values.delta.get(self.name)
-        self._put_kept(self.new, old if delta is None else old + delta.to(old))
+        old = rescaled(self.old, self.name, self.change)
+        self._put_kept(self.new, old if self.delta is None else old + self.delta)
         if self.change.structure.fills.get(self.name) == "copy":
             self._repeat_units()
         if self.values.copies:
@@ -134,9 +136,9 @@ class _ResizedParameter:
         Consumers come last, so that rows which are copies themselves share columns too.
         """
         delta = None
-        if self.name in self.values.delta:
+        if self.delta is not None:
             delta = torch.zeros_like(self.new)
-            self._put_kept(delta, self.values.delta[self.name].to(self.old))
+            self._put_kept(delta, self.delta)
         reads = {use.in_dim for use in self.uses}
         for reading in (False, True):
             for dim, axis in enumerate(self.axes):

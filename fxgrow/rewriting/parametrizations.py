@@ -1,4 +1,4 @@
-"""Layers with weight or spectral normalisation (`torch.nn.utils.parametrizations`) grow as plain layers.
+"""Layers with weight or spectral normalisation, as parametrizations or by hooks, grow as plain layers.
 
 Any weight has a length and a direction (Salimans and Kingma 2016, eq. 2). Under spectral normalisation the largest
 singular value must stay, through later power iterations too (Miyato et al. 2018, algorithm 1): new rows are orthogonal.
@@ -7,12 +7,13 @@ singular value must stay, through later power iterations too (Miyato et al. 2018
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, remove_spectral_norm, remove_weight_norm
 
 from fxgrow.graph.graph import copy_graph, lookup
 from fxgrow.graph.node_meta import PARAMETRIZATIONS
@@ -20,6 +21,14 @@ from fxgrow.graph.parametrizations import norm_of
 
 #: per parameter and dimension, the new positions of old entries (None: unchanged)
 Index = dict[str, tuple[Tensor | None, ...]]
+#: the names of what a hook makes of a weight, by those of its parametrization
+HOOKED = dict(
+    zip(
+        "original0 original1 original _u _v".split(),
+        "weight_g weight_v weight_orig weight_u weight_v".split(),
+        strict=True,
+    )
+)
 
 
 def remove_parametrizations(gm: fx.GraphModule) -> fx.GraphModule:
@@ -29,22 +38,35 @@ def remove_parametrizations(gm: fx.GraphModule) -> fx.GraphModule:
         return gm
     out = copy_graph(gm)
     for name in found:
-        layer = out.get_submodule(name)
-        parts: Any = layer.get_submodule("parametrizations")
-        trained = any(p.requires_grad for p in parts.parameters())
-        parts.eval()  # in training reading the weight runs a power iteration
+        layer: Any = out.get_submodule(name)
         norm = found[name] = copy.deepcopy(found[name])
+        parts = _parts(layer, norm)
+        norm.trained = {part: p.requires_grad for part, p in parts.items()}
+        layer.eval()  # in training reading the weight runs a power iteration
         if hasattr(norm, "_u"):
-            matrix = parts.weight.original.detach().movedim(norm.dim, 0)
+            matrix = parts["original"].detach().movedim(norm.dim, 0)
             norm.columns = tuple(matrix.shape[1:])
             norm.sigma = float(norm._u.double() @ matrix.flatten(1).double() @ norm._v.double())
         weight = lookup(layer, "weight").detach().clone()
-        # by hand: `remove_parametrizations` takes the property off a class that the original shares
-        layer.__class__ = type(layer).__bases__[0]
-        del layer._modules["parametrizations"]
-        layer.register_parameter("weight", nn.Parameter(weight, trained))
+        layer.train(gm.get_submodule(name).training)
+        if hasattr(norm, "hook"):
+            (remove_spectral_norm if hasattr(norm, "_u") else remove_weight_norm)(layer)
+            del layer.weight
+        else:
+            # by hand: `remove_parametrizations` takes the property off a class that the original shares
+            layer.__class__ = type(layer).__bases__[0]
+            del layer._modules["parametrizations"]
+        layer.register_parameter("weight", nn.Parameter(weight, any(norm.trained.values())))
     out.meta[PARAMETRIZATIONS] = found
     return out
+
+
+def _parts(layer: Any, norm: Any) -> dict[str, Tensor]:
+    """The tensors of a norm, by their names as parametrizations."""
+    if not hasattr(norm, "hook"):
+        weight = layer.parametrizations.weight
+        return dict(weight.named_parameters()) | dict(weight[0].named_buffers())
+    return {part: tensor for part, name in HOOKED.items() if (tensor := getattr(layer, name, None)) is not None}
 
 
 def restore_parametrizations(
@@ -54,37 +76,45 @@ def restore_parametrizations(
     index = dict(index)
     for name, norm in grown.meta.pop(PARAMETRIZATIONS, {}).items():
         layer = grown.get_submodule(name)
-        trained = lookup(layer, "weight").requires_grad
+        with torch.random.fork_rng(devices=[]), warnings.catch_warnings():  # singular vectors start random
+            warnings.simplefilter("ignore", FutureWarning)
+            _enter(layer, norm)
         restore = _restore_spectral_norm if hasattr(norm, "_u") else _restore_weight_norm
-        parts = restore(layer, norm, index.pop(f"{name}.weight", None))
-        layer.get_submodule("parametrizations.weight").requires_grad_(trained)
+        parts = _parts(layer, norm)
+        moved = restore(parts, norm, index.pop(f"{name}.weight", None))
+        for part, trained in norm.trained.items():
+            parts[part].requires_grad_(trained)
         layer.train(layer.training)
-        index.update({f"{name}.parametrizations.weight.{part}": at for part, at in parts.items()})
+        for part, at in moved.items():
+            index[f"{name}." + (HOOKED[part] if hasattr(norm, "hook") else f"parametrizations.weight.{part}")] = at
     return grown, index
 
 
-def _restore_weight_norm(layer: nn.Module, norm: Any, moved: tuple[Tensor | None, ...] | None) -> Index:
-    parametrizations.weight_norm(layer, "weight", norm.dim)
-    parts = layer.get_submodule("parametrizations.weight")
-    length, direction = lookup(parts, "original0"), lookup(parts, "original1")
+def _enter(layer: nn.Module, norm: Any) -> None:
+    space: Any = torch.nn.utils if hasattr(norm, "hook") else parametrizations
+    if hasattr(norm, "_u"):
+        space.spectral_norm(layer, "weight", norm.n_power_iterations, norm.eps, norm.dim)
+    else:
+        space.weight_norm(layer, "weight", norm.dim)
+
+
+def _restore_weight_norm(parts: dict[str, Tensor], norm: Any, moved: tuple[Tensor | None, ...] | None) -> Index:
     # zero rows need a direction
-    direction.data.masked_fill_(length.detach() == 0, 1.0)
+    parts["original1"].data.masked_fill_(parts["original0"].detach() == 0, 1.0)
     if moved is None:
         return {}
     lengths = tuple(at if d == norm.dim else None for d, at in enumerate(moved))
     return {"original1": moved, **({"original0": lengths} if any(at is not None for at in lengths) else {})}
 
 
-def _restore_spectral_norm(layer: nn.Module, norm: Any, moved: tuple[Tensor | None, ...] | None) -> Index:
+def _restore_spectral_norm(parts: dict[str, Tensor], norm: Any, moved: tuple[Tensor | None, ...] | None) -> Index:
     """Singular vectors get zeros at new rows and columns, which keeps the largest singular value."""
-    with torch.random.fork_rng(devices=[]):  # its vectors start random
-        parametrizations.spectral_norm(layer, "weight", norm.n_power_iterations, norm.eps, norm.dim)
-    parts: Any = layer.get_submodule("parametrizations.weight")
-    parts.original.data.mul_(norm.sigma)
-    where = list(moved or (None,) * parts.original.dim())
-    columns = [n for d, n in enumerate(parts.original.shape) if d != norm.dim]
-    parts[0]._u.copy_(_padded(norm._u, [where.pop(norm.dim)], parts[0]._u.shape))
-    parts[0]._v.copy_(_padded(norm._v.view(norm.columns), where, columns).flatten())
+    weight = parts["original"]
+    weight.data.mul_(norm.sigma)
+    where = list(moved or (None,) * weight.dim())
+    columns = [n for d, n in enumerate(weight.shape) if d != norm.dim]
+    parts["_u"].copy_(_padded(norm._u, [where.pop(norm.dim)], parts["_u"].shape))
+    parts["_v"].copy_(_padded(norm._v.view(norm.columns), where, columns).flatten())
     return {} if moved is None else {"original": moved}
 
 
@@ -99,6 +129,18 @@ def _padded(old: Tensor, where: Sequence[Tensor | None], shape: Sequence[int]) -
 def spectral(gm: fx.GraphModule, name: str) -> bool:
     """Whether a parameter of a graph without parametrizations keeps its largest singular value."""
     return hasattr(gm.meta.get(PARAMETRIZATIONS, {}).get(name.removesuffix(".weight")), "_u")
+
+
+def keep_singular_value(gm: fx.GraphModule, name: str, delta: Tensor) -> Tensor:
+    """The part of a change of old entries that leaves the largest singular value, as it is estimated, what it is."""
+    if not spectral(gm, name):
+        return delta
+    norm = gm.meta[PARAMETRIZATIONS][name.removesuffix(".weight")]
+    rows = delta.movedim(norm.dim, 0)
+    u, v = norm._u.to(delta), norm._v.to(delta)
+    part = torch.outer(u, v) * (u @ rows.flatten(1) @ v) / (u.square().sum() * v.square().sum())
+    out: Tensor = (rows - part.view(rows.shape)).movedim(0, norm.dim)
+    return out
 
 
 def orthogonalise_new_rows(gm: fx.GraphModule, name: str, weight: Tensor, old: Sequence[Tensor]) -> None:

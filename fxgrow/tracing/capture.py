@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 from fxgrow.errors import CaptureError
 from fxgrow.graph.graph import lint, release_generated_source
 from fxgrow.graph.node_meta import EXAMPLE_INPUTS, KEYWORDS, NON_PERSISTENT, is_captured
+from fxgrow.graph.parametrizations import weight_hook
 from fxgrow.graph.purity import is_pure
 from fxgrow.ops.registry import recognised
 from fxgrow.storage.recipe import Recipe, keep_recipe
@@ -96,7 +98,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
 
     with CAPTURE_LOCK, without_caches(model), without_fast_path(), without_compilation():
         namespaces = Namespaces(model)
-        return _at_all_sizes(traced)
+        return _with_own_hooked_layers(_at_all_sizes(traced))
 
 
 def _at_all_sizes(
@@ -217,6 +219,22 @@ def _assemble(
         keep_recipe(gm, replace(Recipe.of(model), into="graph"))
     gm.meta[NON_PERSISTENT] = sorted(gm._non_persistent_buffers_set)
     gm._register_deepcopy_hook(_keep_buffer_flags)
+    return gm
+
+
+def _with_own_hooked_layers(gm: fx.GraphModule) -> fx.GraphModule:
+    """Gives a graph layers of its own, with the same parameters, where a hook sets the weight before each call."""
+    modules = dict(gm.named_modules(remove_duplicate=False))
+    own: dict[int, nn.Module] = {}  # by the user's: layers with two names stay one
+    for path in [path for path, module in modules.items() if weight_hook(module, "weight") is not None]:
+        parent: nn.Module = gm
+        names = path.split(".")
+        for i, name in enumerate(names, 1):
+            theirs = modules[".".join(names[:i])]
+            if id(theirs) not in own:
+                own[id(theirs)] = child = copy.copy(theirs)
+                child._modules = dict(child._modules)
+            parent._modules[name] = parent = own[id(theirs)]
     return gm
 
 

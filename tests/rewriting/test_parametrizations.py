@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
-import warnings
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, spectral_norm
-from torch.nn.utils import weight_norm as hooked
+from torch.nn import utils
+from torch.nn.utils import parametrizations
 
 import fxgrow
+from fxgrow.analysis.analyse import analyse
+from fxgrow.rewriting.parametrizations import remove_parametrizations
+from fxgrow.rewriting.rewrite import rewrite
+from fxgrow.rewriting.size_change import SizeChange
+from fxgrow.rewriting.values import Values
+from fxgrow.rewriting.widened_graph import WidenedGraph
 
 
 def network(dim: int | None = 0) -> nn.Sequential:
@@ -129,16 +134,86 @@ def test_spectral_norm_grows_from_data() -> None:
     assert after < before and float(reached) < before
 
 
-def hook_norm(layer: nn.Module) -> nn.Module:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return hooked(layer)
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize(
+    ("hooked", "parametrized", "names"),
+    [
+        (utils.weight_norm, parametrizations.weight_norm, {"weight_g": "original0", "weight_v": "original1"}),
+        (
+            utils.spectral_norm, parametrizations.spectral_norm,
+            {"weight_orig": "original", "weight_u": "0._u", "weight_v": "0._v"},
+        ),
+    ],
+    ids=["weight", "spectral"],
+)  # fmt: skip
+def test_norms_by_hooks_grow_as_parametrizations_do(hooked: Any, parametrized: Any, names: dict[str, str]) -> None:
+    def build(norm: Any) -> nn.Sequential:
+        torch.manual_seed(0)
+        layers = [norm(nn.Conv1d(3, 6, 3)), nn.LeakyReLU(), norm(nn.ConvTranspose1d(6, 4, 2)), nn.Tanh(), nn.Flatten()]
+        return nn.Sequential(*layers, norm(nn.Linear(20, 3))).double()
+
+    old, new, x = build(hooked), build(parametrized), torch.randn(8, 3, 6, dtype=torch.float64)
+    for _ in range(3):  # power iterations
+        old(x)
+    state = old.state_dict()
+    for i in (0, 2, 5):
+        for name, other in names.items():
+            new.state_dict()[f"{i}.parametrizations.weight.{other}"].copy_(state[f"{i}.{name}"])
+        new[i].bias.data.copy_(old[i].bias.data)
+    state = copy.deepcopy(state)
+    batches = [(x, x.flatten(1)[:, :3].sin()) for x in torch.randn(8, 16, 3, 6, dtype=torch.float64)]
+    results = []
+    for net in (old, new):
+        torch.manual_seed(1)
+        wide: Any = fxgrow.widen(net.eval(), (x,), {"0": 2, "2": 3})  # reading a parametrization may iterate
+        torch.testing.assert_close(wide(x), net(x), rtol=1e-12, atol=1e-12)
+        assert wide.state_dict().keys() == net.state_dict().keys()
+        grown: Any = fxgrow.grow(wide, batches, loss_fn=F.mse_loss, neurons=2, progress=False)
+        with torch.no_grad():
+            reached = F.mse_loss(grown(batches[-1][0]), batches[-1][1])
+        assert grown.meta["fxgrow"].losses["eval"][1] < grown.meta["fxgrow"].losses["eval"][0]
+        results += [wide(x), grown(x), reached]
+        assert net is new or all(torch.equal(v, state[k]) for k, v in old.state_dict().items())
+        for _ in range(5):
+            torch.testing.assert_close(wide.train()(x), net.train()(x), rtol=1e-12, atol=1e-12)
+    for a, b in zip(results[:3], results[3:], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_changed_weights_have_the_singular_value_of_the_old_ones() -> None:
+    """Growth is measured without the norm, which must then find what it divides by as it was."""
+    gm = fxgrow.capture(bounded().eval(), (x := torch.randn(4, 3, 6, 6, dtype=torch.float64),))
+    values = Values(delta={"5.weight": torch.randn(5, 256, dtype=torch.float64)})
+    plain = WidenedGraph(SizeChange(analyse(remove_parametrizations(gm)), {"5": 1}), values)
+    grown, _ = rewrite(gm, {"5": 1}, values)
+    torch.testing.assert_close(grown(x), plain.gm(x), rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(grown(x), gm(x))
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_a_hooked_layer_of_the_user_is_left_alone() -> None:
+    model: Any = nn.Sequential(
+        nn.Linear(6, 8), nn.Tanh(), nn.Sequential(utils.weight_norm(nn.Linear(8, 5))), nn.Linear(5, 2)
+    )
+    model[2][0].weight_g.requires_grad_(False)
+    x = torch.randn(4, 6)
+    model(x)
+    weight = model[2][0].weight
+    gm = fxgrow.capture(model, (x,))
+    gm(x).sum().backward()
+    wide: Any = fxgrow.widen(gm, (x,), {"0": 3})
+    assert model[2][0].weight is weight and gm.get_parameter("2.0.weight_v") is model[2][0].weight_v
+    assert not wide.get_parameter("2.0.weight_g").requires_grad and wide.get_parameter("2.0.weight_v").requires_grad
+    torch.testing.assert_close(wide(x), model(x))
+    again = fxgrow.widen(model, (x,), {"0": 3}, into="module")
+    assert type(again[2][0]) is nn.Linear and again[2][0].weight_v.shape == (5, 11)
+    torch.testing.assert_close(copy.deepcopy(again.requires_grad_(False))(x), model(x))
 
 
 @pytest.mark.parametrize(
     "wrap, name",
     [
-        (hook_norm, "WeightNorm"), (spectral_norm, "SpectralNorm"), (parametrizations.orthogonal, "Orthogonal"),
+        (parametrizations.orthogonal, "Orthogonal"),
         (lambda layer: parametrizations.spectral_norm(parametrizations.weight_norm(layer)), "SpectralNorm, WeightNorm"),
     ],
 )  # fmt: skip
