@@ -7,7 +7,7 @@ ensures: the replayed graph has the code, attributes and sizes of the grown one;
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from fxgrow.rewriting.verify import check_shapes
 from fxgrow.storage.example_inputs import Example
 from fxgrow.storage.plain_tree import is_plain
 from fxgrow.storage.recipe import CallSite, ChangedArgument, ChangedAttribute, GrowthStep, Recipe, keep_recipe
+from fxgrow.tracing.opaque_functions import OpaqueFunction
 
 _ADVICE = "Build the model as it was before it grew: the same class, with the same arguments."
 
@@ -33,15 +34,20 @@ def record(
     `out` is what the user gets: the grown graph itself, or the module that holds its parameters.
     """
     old = Recipe.of(before)
-    step = _growth_step(before, after, {name: k for name, k in units.items() if k}, method)
     into = "graph" if isinstance(out, fx.GraphModule) and out is after else "module"
+    # code of theirs that runs as it is, in one node, may keep sizes of the last batch on them
+    running = {m.__dict__["owner"] for m in (*before.modules(), *after.modules()) if isinstance(m, OpaqueFunction)}
+    ignored = running if into == "graph" else set()
+    step = _growth_step(before, after, {name: k for name, k in units.items() if k}, method, ignored)
     new = Recipe(old.steps + ((step,) if step.sizes else ()), old.example or Example.of(before), into)
     keep_recipe(out, new)
     if out is not after:
         keep_recipe(after, new)
 
 
-def _growth_step(before: fx.GraphModule, after: fx.GraphModule, units: Mapping[str, int], method: str) -> GrowthStep:
+def _growth_step(
+    before: fx.GraphModule, after: fx.GraphModule, units: Mapping[str, int], method: str, ignored: Collection[nn.Module]
+) -> GrowthStep:
     """Returns what is different in the second graph, a grown copy of the first."""
     new_tensors = named_tensors(after)
     sizes = {}
@@ -52,7 +58,7 @@ def _growth_step(before: fx.GraphModule, after: fx.GraphModule, units: Mapping[s
     attributes = [
         ChangedAttribute(path, *values)
         for path, module in after.named_modules()
-        if path
+        if path and module not in ignored
         for values in changed_attributes(before.get_submodule(path), module)
     ]
     new_nodes = {node.name: node for node in after.graph.nodes}

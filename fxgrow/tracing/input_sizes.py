@@ -25,8 +25,9 @@ from fxgrow.graph.node_functions import guard
 from fxgrow.graph.node_meta import set_value
 from fxgrow.tracing.tracer import ValueTracer
 
-#: added to a size in the further traces; they have no common divisor
+#: added to a size in the further traces, times the smallest power of 2 that the model accepts; no common divisor
 STEPS = (1, 3, 8)
+LARGEST_POWER = 128
 #: traces the model on other inputs; with the error if the trace was not completed
 Retrace = Callable[[dict[str, Any]], tuple[ValueTracer, CaptureError | None]]
 #: from the nodes of one trace to those of another
@@ -107,8 +108,7 @@ def _keep_group(
 ) -> list[fx.Node]:
     """Replaces the literals that change with a group of dimensions; returns the guards that must stay."""
     traces: list[NodeMap] = []
-    for step in STEPS:
-        other, error = retrace(group.changed(tracer.inputs, step))
+    for other, error in _traces(tracer, retrace, group):
         traces.append(pairs := _aligned(tracer.graph, other.graph))
         complete = error is None and len(pairs) == len(tracer.graph.nodes) == len(other.graph.nodes)
         complete = complete and _same_constants(tracer.constants, other.constants)
@@ -121,6 +121,23 @@ def _keep_group(
     for (node, path), number in replacements.items():
         set_argument(node, path, _as_nodes(tracer.graph, number))
     return []
+
+
+def _traces(
+    tracer: ValueTracer, retrace: Retrace, group: SizeGroup
+) -> Iterator[tuple[ValueTracer, CaptureError | None]]:
+    """Yields traces at other sizes; one that failed only if the model accepts none of the first ones."""
+    power, nodes = 1, 0
+    first = retrace(group.changed(tracer.inputs, 1))
+    while first[1] is not None and not group.batch and 2 * power <= min(group.size, LARGEST_POWER):
+        nodes += len(first[0].graph.nodes)
+        if nodes > 3 * len(tracer.graph.nodes):
+            break  # each fails late: enough time spent
+        power *= 2
+        first = retrace(group.changed(tracer.inputs, power))
+    yield first
+    for step in STEPS[1:]:
+        yield retrace(group.changed(tracer.inputs, step * power))
 
 
 def _aligned(graph: fx.Graph, other: fx.Graph) -> NodeMap:

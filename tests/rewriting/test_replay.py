@@ -145,3 +145,28 @@ def test_units_of_a_recipe_sum_to_the_sizes() -> None:
     assert [tuple(p.shape) for p in fxgrow.resize(net, fxgrow.Recipe.of(grown)).parameters()] == [
         (8, 3), (8,), (11, 8), (11,), (2, 11), (2,),
     ]  # fmt: skip
+
+
+class KeepsSizes(nn.Module):
+    """Code that looks at data stays one node, and keeps on its module how large the last batch was."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.batch = nn.Linear(4, 6), nn.Linear(6, 2), 0
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        self.batch = len(x)
+        return x / self.batch if bool((x > 0).any()) else x
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(self.scaled(x)).relu())
+
+
+def test_what_a_network_keeps_as_it_runs_is_no_part_of_a_recipe() -> None:
+    batches = [(torch.randn(n, 4), torch.randn(n, 2)) for n in (8, 8, 8, 5)]
+    model = nn.Sequential(KeepsSizes())
+    model(batches[0][0])
+    grown = fxgrow.grow(model, batches, loss_fn=nn.functional.mse_loss, neurons=2, progress=False)
+    (step,) = fxgrow.Recipe.of(grown).steps
+    assert {(a.module, a.name) for a in step.attributes} == {("0.a", "out_features"), ("0.b", "in_features")}
+    fxgrow.resize(nn.Sequential(KeepsSizes()), fxgrow.Recipe.of(grown))

@@ -122,3 +122,26 @@ def test_numpy_of_sizes_is_plain_arithmetic_in_the_graph() -> None:
     assert torch.equal(gm(x), net(x))
     wider = fxgrow.widen(net, (x,), {"conv": 2})
     assert torch.allclose(wider(x), net(x), atol=1e-5)
+
+
+class HalvesTwice(nn.Module):
+    """Takes lengths that 4 divides; an unpacked list of chunks, whose number the code asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.down, self.c = nn.Conv1d(3, 6, 1), nn.Conv1d(6, 6, 4, 4), nn.Conv1d(9, 2, 1)
+        self.up = nn.ConvTranspose1d(6, 3, 4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        parts = list(h.chunk(2, 1))
+        parts.append(self.up(self.down(h)))
+        return self.c(torch.cat(parts, 1))
+
+
+def test_sizes_that_must_be_multiples() -> None:
+    net = HalvesTwice().double()
+    gm = fxgrow.capture(net, (torch.randn(2, 3, 16, dtype=torch.float64),))
+    for batch, n in [(3, 16), (2, 8), (5, 28)]:
+        x = torch.randn(batch, 3, n, dtype=torch.float64)
+        torch.testing.assert_close(gm(x), net(x), rtol=0, atol=1e-12)
