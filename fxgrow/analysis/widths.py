@@ -74,6 +74,8 @@ def find_widths(gm: fx.GraphModule, structure: Structure) -> dict[str, GrowableW
         step = multiplicity(writes[0].out)[var]
         initial_state = structure.initial_states.get(var)
         pinned = var.pinned
+        if pinned is None and var.size == 0:
+            pinned = Reason("size", writes[0].node.name, "it has size 0, and nothing shows what reads a unit of it")
         if pinned is None and not reads and initial_state is None:
             pinned = Reason("output", writes[0].node.name, "no weight reads it")
         weights = {name for p in (*writes, *reads) for name in (p.weight, p.bias)}

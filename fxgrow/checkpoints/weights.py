@@ -68,7 +68,9 @@ def rebuild(
     Without weights, entries are zero where sizes changed, and the model's values elsewhere.
     """
     into = into or recipe.into
-    model = unwrap(model)
+    bare, names = unwrap(model), {name for step in recipe.steps for name in step.sizes}
+    # a wrapper that was captured itself has grown with its names
+    model = model if names and names <= named_tensors(model).keys() - named_tensors(bare).keys() else bare
     check_into(into, model)
     if Recipe.of(model).steps:
         raise FileError("This model has grown already. A recipe starts from a model as it was before it grew.")

@@ -87,4 +87,5 @@ def function_call(cls: type[torch.autograd.Function]) -> Callable[..., Any]:
 
     call.__name__ = call.__qualname__ = f"{cls.__qualname__}.apply"
     call.__module__ = cls.__module__
+    call.autograd_function = cls  # type: ignore[attr-defined]
     return call

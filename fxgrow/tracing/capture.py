@@ -15,6 +15,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from fxgrow.errors import CaptureError
+from fxgrow.graph.captured_graph import CapturedGraph
 from fxgrow.graph.graph import lint, release_generated_source
 from fxgrow.graph.node_meta import EXAMPLE_INPUTS, KEYWORDS, NON_PERSISTENT, is_captured
 from fxgrow.graph.parametrizations import weight_hook
@@ -194,7 +195,7 @@ def _prune(graph: fx.Graph) -> None:
 def _assemble(
     model: nn.Module, tracer: ValueTracer, values: tuple[Any, ...], keywords: list[str] | None
 ) -> fx.GraphModule:
-    gm = fx.GraphModule(nn.Module(), fx.Graph(), class_name=type(model).__name__)
+    gm = CapturedGraph(nn.Module(), fx.Graph(), class_name=type(model).__name__)
     for name in ("_modules", "_parameters", "_buffers", "_non_persistent_buffers_set"):
         getattr(gm, name).update(getattr(model, name))
     used = {str(node.target) for node in tracer.graph.find_nodes(op="call_module")}

@@ -202,3 +202,10 @@ def test_every_trainable_matrix_is_listed() -> None:
     assert "table" in str(fxgrow.explain(Untouched(), (torch.randn(2, 4),)))
     with pytest.raises(fxgrow.PlanError, match="proj_size"):
         fxgrow.widen(Untouched(), (torch.randn(2, 4),), {"cell": 1})
+
+
+def test_a_width_of_no_units_says_so() -> None:
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 0), nn.Linear(0, 2))
+    found = {w.name: w.pinned for w in fxgrow.widths(fxgrow.capture(net, (torch.randn(3, 4),)))}
+    assert found["0"] is None
+    assert found["2"] is not None and found["2"].code == "size" and "size 0" in found["2"].message

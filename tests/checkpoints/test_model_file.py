@@ -153,6 +153,13 @@ def test_wrapped_models(tmp_path: Path) -> None:
         assert torch.equal(outputs(fxgrow.load(torch.compile(mlp()), tmp_path / "net"), x), outputs(grown, x))
 
 
+def test_a_wrapper_that_was_captured_itself_grows_with_its_names(tmp_path: Path) -> None:
+    x = INPUTS["mlp"]()
+    grown = fxgrow.widen(nn.DataParallel(mlp()), x, {"module.0": 4})
+    fxgrow.save(grown, tmp_path / "net")
+    assert torch.equal(outputs(fxgrow.load(nn.DataParallel(mlp()), tmp_path / "net"), x), outputs(grown, x))
+
+
 def test_under_distributed_data_parallel(tmp_path: Path) -> None:
     x = INPUTS["mlp"]()
     grown = fxgrow.widen(mlp(), x, {"0": 4})
