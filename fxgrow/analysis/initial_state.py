@@ -112,6 +112,8 @@ class _StatePropagation:
         self.writers = {p.node: p for p in structure.projections if var in variables(p.out)}
         self.projections = {(p.node, p.source): p for p in structure.projections}
         self.weighted = {p.node for p in structure.projections}
+        #: statistics of weights, over columns that start at zero
+        self.of_weights = [i for i in invariants if i.source in structure.weight_nodes]
         reductions = [i for i in invariants if i.kind == "statistic"]
         # a norm without a weight, or of several nodes, changes what is computed from it
         self.follows_factors = bool(reductions) or any(i.weight is None for i in self.norms.values())
@@ -147,10 +149,13 @@ class _StatePropagation:
         self.written: dict[fx.Node, list[tuple[str, int]]] = {}
         # where all writers are zero, both operands of products are
         products = [] if self.kind == ZERO and self.norms else self.products
-        self.result = InitialState(self.kind, norms=list(self.norms.values()), products=products)
+        norms = [i for i in self.norms.values() if i not in self.of_weights]
+        self.result = InitialState(self.kind, norms=norms, products=products)
         reductions = [i for i in self.norms.values() if i.kind == "statistic"]
         self.statistics = AxisStatistics(self.gm, self.structure, reductions, self.state, self.projections)
         settable = self._before_products() if products and self.kind == ZERO else self.carriers
+        if len(self.of_weights) == len(self.invariants):
+            settable = set()
         try:
             for node in self.gm.graph.nodes if self.follows_factors else self.carriers:
                 if node in self.carriers:
@@ -225,7 +230,7 @@ class _StatePropagation:
             kept &= all(self._settled(n, self.kind) in (self.kind, BOTH) for n in self._bias(node))
             return self._written(node, parameters) if settable and kept else ANY
         if node.op == "get_attr":
-            return self._parameter(node) if settable else ANY
+            return self._parameter(node) if settable or self.of_weights else ANY
         inputs = self._inputs(node)
         name = self._name(node)
         if name in PRODUCT:
@@ -277,6 +282,10 @@ class _StatePropagation:
         value = self.structure.outputs[node]
         known = isinstance(value, Dims) and value.parameter is not None
         weights = self.weighted | self.structure.weight_nodes
+        if self.of_weights and known and all(u in weights for u in node.users):
+            at = [(value.parameter, d) for d, axis in enumerate(value) if self.var in variables(axis)]
+            columns = {(p.weight, p.in_dim) for p in self.structure.projections}
+            return ZERO if len(at) == 1 and at[0] in columns else ANY
         only_weight = all(u in self.norms or u in weights for u in node.users)
         return PENDING if known and not only_weight else ANY
 
@@ -369,7 +378,9 @@ class _StatePropagation:
                 states.setdefault((p.weight, p.in_dim), set()).add(self.state.get(p.source, ANY))
         if self.kind == SPLIT and states:
             return Reason("norm", first, "divided by its length, and read by other weights too")
-        if not self.result.products:  # a packed layer writes zeros for the keys, not for the values
+        if (
+            not self.result.products and not self.of_weights
+        ):  # a packed layer writes zeros for the keys, not for the values
             self.result.free = {key for key, found in states.items() if found <= {ZERO, BOTH}}
         tied = next((key for key in states.keys() & self.result.writers if key not in self.result.free), None)
         return self.result if tied is None else Reason("norm", first, f"{tied[0]} is tied, and reads it unnormalised")

@@ -43,6 +43,8 @@ class Projection:
     experts: bool = False  # the first dimension of the weight, each with its own rows (`ops/expert_routing.py`)
     transposed: bool = False  # a linear layer at every input position, with overlapping outputs summed
     bias_node: fx.Node | None = None  # a bias that several parameters make
+    #: by what the entries of the parameter are multiplied; None where no statistics are of them
+    scale: float | None = 1.0
     computed: bool = False  # whether entries of the weight are not those of the parameter, but computed from them
     #: what new rows of the parameter and the bias keep in the weight that is computed from them: the "mean" of old
     #: rows and zero, "zero" or "nothing"

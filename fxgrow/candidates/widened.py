@@ -108,11 +108,11 @@ def _put_proposed_rows(
 
 
 def put_rows(gm: fx.GraphModule, use: Projection, name: str, rows: Tensor, values: Values) -> None:
-    """Enters incoming weights `[units, P (+ 1)]` as new slices of a weight and its bias."""
+    """Enters incoming weights `[units, P (+ 1)]`, as inputs meet them, as new slices of a weight and its bias."""
     weight = lookup(gm, use.weight)
     features = rows[:, :-1] if use.bias is not None else rows
     others = [n for d, n in enumerate(weight.shape) if d != use.out_dim]
-    slices = features.reshape(len(rows), *others).movedim(0, use.out_dim)
+    slices = (features / (use.scale or 1.0)).reshape(len(rows), *others).movedim(0, use.out_dim)
     values.new.setdefault(use.weight, {})[name, use.out_dim] = slices
     if use.bias is not None:
         values.new.setdefault(use.bias, {})[name, 0] = rows[:, -1]

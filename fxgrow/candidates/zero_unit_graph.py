@@ -330,7 +330,7 @@ def _channels(p: Projection) -> int:
 def incoming_rows(gm: fx.GraphModule, p: Producer, contexts: Sequence[int], unit_groups: int) -> Tensor:
     """Rows of new units, `[unit groups, slots, P (+ 1)]`: those of their contexts, zero where there is a gradient."""
     weight = lookup(gm, p.use.weight).detach()
-    matrix = weight.movedim(p.use.out_dim, 0).flatten(1)
+    matrix = weight.movedim(p.use.out_dim, 0).flatten(1) * (p.use.scale or 1.0)
     if p.use.bias is not None:
         matrix = torch.cat([matrix, lookup(gm, p.use.bias).detach()[:, None]], 1)
     rows = matrix.new_zeros(unit_groups, len(p.has_gradient), matrix.shape[1])

@@ -190,7 +190,7 @@ def existing_rows(width: WidthMoments) -> Tensor:
     for p in {p.weight: p for p in width.growable.producers}.values():
         start, stop = width.spans[p.weight]
         gm = cast(fx.GraphModule, p.node.graph.owning_module)
-        rows = lookup(gm, p.weight).detach().movedim(p.out_dim, 0).flatten(1)
+        rows = lookup(gm, p.weight).detach().movedim(p.out_dim, 0).flatten(1) * (p.scale or 1.0)
         if p.bias is not None:
             rows = torch.cat([rows, lookup(gm, p.bias).detach()[:, None]], 1)
         columns.append(pad(rows.mT, (0, 0, start, width.features - stop)))

@@ -30,8 +30,9 @@ _SUM = frozenset("add sub subtract __add__ __radd__ complex".split())
 _PRODUCT = frozenset("mul multiply __mul__ __rmul__".split())
 _QUOTIENT = frozenset("div truediv divide true_divide".split())
 #: elementwise functions that are zero at zero
+_JOINS = frozenset("stack cat concat concatenate in_mode".split())
 _ODD = frozenset("relu relu_ tanh sin asin atan abs sign round square dropout Dropout hardtanh".split())
-_PASSES = _LINEAR | _SUM | _PRODUCT | _QUOTIENT | _ODD
+_PASSES = _LINEAR | _SUM | _PRODUCT | _QUOTIENT | _JOINS | _ODD | {"normalize"}
 
 
 class Origin(NamedTuple):
@@ -41,9 +42,10 @@ class Origin(NamedTuple):
     #: the parameter's dimensions that are the wanted ones of the weight, and what those keep
     dims: tuple[int, ...]
     keeps: tuple[str, ...]
-    #: whether the weight has the parameter's entries, and whether all of them, at most with transposed dimensions
+    #: whether the weight has the parameter's entries
     same_entries: bool = True
-    moved_only: bool = True
+    #: by what they are multiplied, where the weight is otherwise the parameter or its transpose
+    scale: float | None = 1.0
 
 
 class NotFollowed(Exception):
@@ -61,25 +63,37 @@ def find_origins(structure: Structure, gm: fx.GraphModule, node: fx.Node, wanted
     names = {n: operator_name(gm, n) for n in nodes}
     leaves = [n for n in nodes if n.op == "get_attr" and isinstance(structure.outputs[n], Dims)]
     moves = any(name in _MOVES for name in names.values())
-    found: dict[fx.Node, tuple[int, ...]] = {}
-    for leaf in leaves:
-        is_parameter = isinstance(lookup(gm, str(leaf.target)), nn.Parameter)
-        dims = _dimensions(structure.outputs[leaf], structure.outputs[node], wanted, moves)
-        if is_parameter and dims is not None and node in _reached(leaf, nodes, names):
-            found[leaf] = dims
+    dims = {leaf: _dimensions(structure.outputs[leaf], structure.outputs[node], wanted, moves) for leaf in leaves}
+    known = {leaf: d for leaf, d in dims.items() if d and isinstance(lookup(gm, str(leaf.target)), nn.Parameter)}
+    # of several those that are terms or factors; what shapes them, as a logarithm of a scale does, is no weight
+    found = {leaf: d for leaf, d in known.items() if node in _reached(leaf, nodes, names)} or known
     if not found:
         raise NotFollowed(f"the weight is computed from {', '.join(str(n.target) for n in leaves) or 'no parameter'}")
     keeps = tuple(_kept(structure, nodes, names, set(found), structure.outputs[node][d]) for d in wanted)
-    used = {names[n] for n in nodes if n.op != "get_attr"}
-    moved_only = used <= _MOVES | _SAME and (len(structure.outputs[node]) == 2 or not moves)
+    scale = _scale(nodes, names, moves and len(structure.outputs[node]) > 2) if len(leaves) == 1 else None
+    linear = all(names[n] in _LINEAR for n in nodes if n.op != "get_attr")
     structure.weight_nodes.update(nodes)
     for leaf in leaves:  # a mask's new units are masked as old ones are
         if not isinstance(lookup(gm, str(leaf.target)), nn.Parameter):
             structure.fills.setdefault(structure.outputs[leaf].parameter, "copy")
-    return [
-        Origin(structure.outputs[leaf].parameter, dims, keeps, used <= _LINEAR, moved_only and len(leaves) == 1)
-        for leaf, dims in found.items()
-    ]
+    return [Origin(structure.outputs[leaf].parameter, dims, keeps, linear, scale) for leaf, dims in found.items()]
+
+
+def _scale(nodes: list[fx.Node], names: dict[fx.Node, str], moves: bool) -> float | None:
+    """By what a parameter is multiplied, if by nothing but numbers."""
+    scale = 1.0
+    for n in nodes:
+        numbers = [a.meta["val"] if isinstance(a, fx.Node) else a for a in n.args]
+        number = next((a for a in numbers if isinstance(a, (int, float))), None)
+        if names[n] in ("neg", "negative"):
+            scale = -scale
+        elif names[n] in _PRODUCT and number is not None:
+            scale *= number
+        elif names[n] in _QUOTIENT and number and isinstance(n.args[0], fx.Node) and number is numbers[1]:
+            scale /= number
+        elif n.op != "get_attr" and (names[n] not in _MOVES | _SAME or moves):
+            return None
+    return scale or None
 
 
 def _before(node: fx.Node) -> list[fx.Node]:
@@ -133,19 +147,24 @@ def _kept(
             inputs = [i for i in n.all_input_nodes if i in state]
             # one with other values than zero must not depend on the new entries: it may be infinite where they are zero
             sound = all(state[i] != NOTHING or i not in after for i in inputs)
-            state[n] = (
-                MEAN if n in leaves else _step(n, names[n], [state[i] for i in inputs], inputs) if sound else NOTHING
-            )
+            if names[n] == "normalize":  # elsewhere new entries would be divided by a length of zero
+                at = n.args[2] if len(n.args) > 2 else n.kwargs.get("dim", 1)
+                sound = isinstance(at, int) and bool(units & set(variables(structure.outputs[n][at])))
+            state[n] = MEAN if n in leaves else _step(n, names[n], [state[i] for i in inputs], inputs)
+            if not sound:
+                state[n] = NOTHING
     return state.get(nodes[-1], MEAN)
 
 
 def _step(node: fx.Node, name: str, states: list[str], inputs: list[fx.Node]) -> str:
     if name in _LINEAR and len(states) == 1:
         return states[0]
+    if name in _JOINS and len(inputs) == len([i for i in node.all_input_nodes if i.op != "get_attr" or i in inputs]):
+        return min(states, key=KEPT.index)
     if name in _SUM and len(node.all_input_nodes) == len(inputs) == len([a for a in node.args if a is not None]):
         return min(states, key=KEPT.index)
     if name in _PRODUCT and states:
         return states[0] if len(states) == 1 else ZERO if set(states) != {NOTHING} else NOTHING
     if name in _QUOTIENT and inputs[:1] == [node.args[0]]:
         return states[0] if len(states) == 1 else ZERO if states[0] != NOTHING else NOTHING
-    return ZERO if name in _ODD and states and set(states) <= {MEAN, ZERO} else NOTHING
+    return ZERO if name in _ODD | {"normalize"} and states and set(states) <= {MEAN, ZERO} else NOTHING

@@ -134,15 +134,15 @@ class Context:
             raise Unsupported("a product whose first factor is not computed in the graph")
         origins = self._origins(weight, out_dim, in_dim)
         biases = [] if bias is None else self._bias_origin(bias, fields)
-        if not all(o.moved_only for o in (*origins, *biases)):
-            fields["plain"] = False  # statistics are of parameters as they are stored
+        # statistics are of parameters as they are stored, up to a number, of samples, and of real numbers
+        scale = origins[0].scale if all(o.scale == 1.0 for o in (*origins[1:], *biases)) else None
         made = getattr(self.structure.outputs.get(fields["source"]), "is_weight", False) is not False
         if made or (isinstance(self.value, torch.Tensor) and self.value.is_complex()):
-            # and of samples, which do not come here, and real numbers
-            fields |= {"plain": False, "transposed": False, "groups": 0}
+            scale = None
+        fields |= {"scale": scale} if scale else {"scale": None, "plain": False}
         fields["computed"] = not all(o.same_entries for o in (*origins, *biases))
         fields.setdefault("node", self.node)
-        fields.update(bias=biases[0].name if biases else None, out=fields.pop("units", out))
+        fields.update(bias=biases[0].name or None if biases else None, out=fields.pop("units", out))
         for origin in origins:
             (out_dim, in_dim), dims = origin.dims, self.structure.parameters[origin.name]
             # a node has one weight whose new rows are known, with their bias
@@ -162,8 +162,8 @@ class Context:
                 origins = find_origins(self.structure, self.gm, self._input(bias), (0,))
                 if len(origins) == 1:
                     return origins
-            fields |= {"plain": False, "bias_node": self._input(bias)}
-            return []
+            fields["bias_node"] = self._input(bias)
+            return [Origin("", (), (MEAN,), scale=None)]
         return [Origin(bias.parameter, (0,), (MEAN,))]
 
     def _origins(self, weight: Dims, *dims: int) -> list[Origin]:

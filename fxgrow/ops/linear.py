@@ -9,10 +9,10 @@ from string import ascii_letters as _LETTERS
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
-from fxgrow.axes.axes import Dims, UnitVar, axis_of, fixed, length
+from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, fixed, length
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.elementwise import broadcast
 from fxgrow.ops.expert_routing import routes
@@ -57,7 +57,7 @@ def matmul(ctx: Context, a: Dims, b: Dims) -> Dims:
     batch = _LETTERS[: max(len(a), len(b)) - 2]
     first, second = (batch[len(batch) + 2 - len(t) :] + word for t, word in ((a, "yz"), (b, "zx")))
     nodes = [ctx.argument(0, "input", "mat1"), ctx.argument(1, "other", "mat2")]
-    return linear_map(ctx, Product((first, second), batch + "yx", (a, b), nodes), at)
+    return linear_map(ctx, Product([first, second], batch + "yx", [a, b], nodes), at)
 
 
 @op(torch.tensordot)
@@ -134,7 +134,7 @@ def baddbmm(ctx: Context, input: Dims, batch1: Dims, batch2: Dims, *args: Any, *
     if at is None:
         return baddbmm_of_activations(ctx, input, batch1, batch2)
     nodes = [ctx.argument(1, "batch1"), ctx.argument(2, "batch2")]
-    return broadcast(ctx, linear_map(ctx, Product(("ayz", "azx"), "ayx", (batch1, batch2), nodes), at), input)
+    return broadcast(ctx, linear_map(ctx, Product(["ayz", "azx"], "ayx", [batch1, batch2], nodes), at), input)
 
 
 @op(torch.einsum, "torch.functional.einsum")
@@ -145,51 +145,63 @@ def einsum(ctx: Context, equation: str, *operands: Any) -> Dims:
     terms = given.split(",")
     if not arrow:
         out = "".join(sorted(letter for letter in set(given) - {","} if letter == "." or given.count(letter) == 1))
-    at = _weight_among(*tensors) if len(tensors) == len(terms) == 2 else None
-    nodes: Any = ctx.node.all_input_nodes
-    if at is None or len(nodes) != 2 or "." in terms[at] or not _is_linear_map(terms[at], terms[1 - at], out):
+    at = _weight_among(*tensors) if len(tensors) == len(terms) > 1 else None
+    nodes: list[Any] = []
+    fx.map_arg(ctx.node.args, nodes.append)
+    if at is None or len(nodes) != len(terms) or not _is_linear_map(terms, at, out):
         return einsum_of_activations(ctx, equation, tensors)
-    return linear_map(ctx, Product((terms[0], terms[1]), out, (tensors[0], tensors[1]), nodes), at)
+    return linear_map(ctx, Product(terms, out, tensors, nodes), at)
 
 
-def _is_linear_map(weight: str, given: str, out: str) -> bool:
-    """Whether every unit of the output sums over some of the input's and nothing else is summed over."""
-    summed = set(weight) & set(given) - set(out)
-    once = all(len(set(word)) == len(word) for word in (weight, given, out))
-    return bool(summed and set(weight) - set(given)) and once and set(given) | set(weight) == set(out) | summed
+def _is_linear_map(terms: list[str], at: int, out: str) -> bool:
+    """Whether every unit of the output sums over some of another factor's and nothing else is summed over."""
+    weight, others = terms[at], [term for i, term in enumerate(terms) if i != at]
+    given = set("".join(others))
+    summed = set(weight) & given - set(out)
+    once = all(len(set(word)) == len(word) for word in (*terms, out)) and "." not in weight
+    alone = all(sum(letter in term for term in others) == 1 for letter in (*summed, *(["."] if "." in given else [])))
+    return bool(summed and set(weight) - given) and once and alone and given | set(weight) == set(out) | summed
 
 
 def _weight_among(*tensors: Dims) -> int | None:
-    """Which of two tensors is a weight, where the other is none; a stored matrix is one for another."""
+    """Which of some tensors is a weight, where the others are none; of two a stored matrix is one for the other."""
     kinds = [t.parameter is not None or bool(t.is_weight) for t in tensors]
-    if all(kinds):
+    if len(kinds) == 2 and all(kinds):
         return 1 if tensors[1].parameter is not None and len(tensors[1]) == 2 else None
-    at = kinds.index(True) if any(kinds) else None
+    at = kinds.index(True) if kinds.count(True) == 1 else None
     # a stored tensor that is no parameter is a weight on the right, where layers have it
     return None if at is None or (at == 0 and not tensors[0].is_weight) else at
 
 
 class Product(NamedTuple):
-    """A product of two tensors, with a letter for each of their axes."""
+    """A product of tensors, with a letter for each of their axes."""
 
-    terms: tuple[str, str]
+    terms: Sequence[str]
     out: str
-    tensors: tuple[Dims, Dims]
+    tensors: Sequence[Dims]
     nodes: Sequence[Any]
 
 
 def linear_map(ctx: Context, p: Product, at: int) -> Dims:
     """A product whose factor `at` is a weight, which sums over some letters and makes others.
 
-    Letters that all three tensors have, or those before what is summed over, number the members of an ensemble.
+    Letters that are neither number the members of an ensemble, and so do those that are made and stand before all that
+    is summed over, as in [members, in, out].
     """
-    weight, term, x, given = p.tensors[at], p.terms[at], p.tensors[1 - at], p.terms[1 - at]
+    weight, term = p.tensors[at], p.terms[at]
+    others = [i for i in range(len(p.terms)) if i != at]
+    given = "".join(p.terms[i] for i in others)
+    source = {letter: p.nodes[i] for i in others for letter in p.terms[i]}
     summed = [letter for letter in term if letter in given and letter not in p.out]
     made = [letter for letter in term if letter not in given]
     made = [c for c in made if c == made[-1] or term.index(c) > min(map(term.index, summed))]
-    # a dot takes as many axes as the letters leave
-    rest, spare = iter(x), len(x) - len(given) + 1
-    axes = {letter: tuple(islice(rest, spare if letter == "." else 1)) for letter in given}
+    axes: dict[str, tuple[Axis, ...]] = {}
+    for i in others:
+        # a dot takes as many axes as the letters leave
+        rest, spare = iter(p.tensors[i]), len(p.tensors[i]) - len(p.terms[i]) + 1
+        for letter in p.terms[i]:
+            here = tuple(islice(rest, spare if letter == "." else 1))
+            axes[letter] = tuple(broadcast(ctx, Dims(axes[letter]), Dims(here))) if letter in axes else here
     members = [letter for letter in term if letter not in (*summed, *made)]
     for letter, axis in zip(term, weight, strict=True):
         if letter in members:
@@ -203,10 +215,11 @@ def linear_map(ctx: Context, p: Product, at: int) -> Dims:
     plain = len(term) == 2 and given == p.out[:-1] + summed[0] and p.out[-1] == made[0] and len(given) > 1
     routing = routes(ctx.node) if members and at == 1 else None
     groups = 1 if not members else routing.experts if routing else 0
-    fields = {"plain": plain, "experts": term[0] in members, "groups": groups, "source": p.nodes[1 - at]}
+    fields = {"plain": plain, "experts": term[0] in members, "groups": groups}
     for o in made:
         for c in summed:
-            ctx.project(weight, None, axes[o][0], out_dim=term.index(o), in_dim=term.index(c), **fields)
+            at_dims = {"out_dim": term.index(o), "in_dim": term.index(c)}
+            ctx.project(weight, None, axes[o][0], **at_dims, source=source[c], **fields)
     return Dims(axis for letter in p.out for axis in axes[letter])
 
 

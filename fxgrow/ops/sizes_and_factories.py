@@ -25,7 +25,7 @@ def size(ctx: Context, x: Any, which: Any = None, *default: Any) -> Any:
     if which == "shape":
         return shape
     if isinstance(ctx.value, torch.Tensor):
-        views = {"T": Dims(reversed(x)), "mT": Dims((*x[:-2], *reversed(x[-2:]))), "data": x}
+        views = {"T": Dims(reversed(x)), "mT": Dims((*x[:-2], *reversed(x[-2:]))), "data": x, "real": x, "imag": x}
         if which not in views:
             raise Unsupported(f"attribute {which!r}")
         return views[which]

@@ -122,7 +122,7 @@ class _PlanEntries:
         for width, k in units.items():
             for name, omega in self.profile.proposals[width].omega.items():
                 block = F.pad(omega[:k].permute(2, 0, 1), (0, 0, 0, k - len(omega[:k])))  # [O, k, taps]
-                self.add_outgoing(uses[name], width, block.flatten(1))
+                self.add_outgoing(uses[name], width, block.flatten(1) / (uses[name].scale or 1.0))
         for name in dict.fromkeys(name for name, _, _ in self.outgoing) if update_existing else ():
             bias, update = uses[name].bias, self.profile.updates[name]
             # that of a transposed convolution is added once, not for each tap: it is no feature

@@ -217,7 +217,7 @@ class Statistics:
         """The weight with the same input as this width's only producer: its M is S."""
         p, *more = {path.producer.node: path.producer for path in w.paths}.values()
         c = self.consumers.get(p.weight)
-        if more or p.kernel or c is None or len(c.uses) > 1 or c.bias != p.bias:
+        if more or p.kernel or c is None or len(c.uses) > 1 or c.bias != p.bias or c.scale != 1.0:
             return None
         return c if w.keep <= min(self.keep[p.node], self.keep[p.source]) else None
 

@@ -49,8 +49,12 @@ def consumers_of(weight: str, projections: list[Projection], output_side: bool =
     Empty unless all uses of the weight are alike; one that is also an embedding has no statistics.
     """
     uses = [p for p in projections if p.weight == weight and runs_in_eval_mode(p.node)]
-    kinds = {(p.out_dim, p.transposed, p.groups) for p in uses}
-    if len(kinds) != 1 or not all(p.plain or p.transposed or 1 < p.groups <= GROUPS for p in uses):
+    kinds = {(p.out_dim, p.transposed, p.groups, p.scale) for p in uses}
+    if (
+        len(kinds) != 1
+        or uses[0].scale is None
+        or not all(p.plain or p.transposed or 1 < p.groups <= GROUPS for p in uses)
+    ):
         return {}
     if uses[0].groups == 1:
         return {weight: ConsumerMoments(uses, output_side)}
@@ -105,7 +109,7 @@ class ConsumerMoments:
     """
 
     def __init__(self, uses: list[Projection], output_side: bool = True, group: int | None = None) -> None:
-        self.uses, self.group, self.groups = uses, group, uses[0].groups
+        self.uses, self.group, self.groups, self.scale = uses, group, uses[0].groups, uses[0].scale or 1.0
         self.output_side = output_side
         self.weight = uses[0].weight
         #: of a transposed convolution, the windows of its output
@@ -172,6 +176,8 @@ class ConsumerMoments:
         Maps that a sample has beside each other, the frames of a video, become rows: `[n * frames, C, *spatial]`.
         """
         h = as_maps(h, self.spatial)
+        # moments are those of the parameter
+        h = h if self.scale == 1.0 else h * self.scale
         return h.flatten(2).mT if self.output_window else self._group_part(h, 1)
 
     def output_gradient(self, v: Tensor) -> Tensor:

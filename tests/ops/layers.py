@@ -41,6 +41,7 @@ T.vector(
     lambda: {"w": nn.Parameter(torch.randn(5, 8)), "out": nn.Linear(5, 3)},
     lambda m, x: m.out(F.linear(m.a(x), F.softmax(m.w, 0))),
     a="operator",
+    w="reduce",
 )
 T.vector(
     "linear-weight-changed-in-place",
@@ -191,11 +192,46 @@ T.vector(
     lambda m, x: m.out(F.linear(m.a(x), m.w + 1)),
     a="operator", w=(5, 1),
 )  # fmt: skip
+for _name, _weight in (
+    ("divided-by-length", lambda m: m.gain * m.w / m.w.norm(dim=1, keepdim=True)),
+    ("times-inverse-length", lambda m: m.w * (m.gain / m.w.norm(dim=1, keepdim=True))),
+    ("normalised", lambda m: m.gain * F.normalize(m.w, dim=1)),
+):
+    T.vector(
+        f"linear-weight-{_name}",
+        lambda: {**_hidden(5, 8), "gain": nn.Parameter(torch.rand(5, 1))},
+        lambda m, x, f=_weight: m.out(F.linear(m.a(x), f(m)).relu()),
+        a=F8, w=(5, 1),
+    )  # fmt: skip
 T.vector(
-    "linear-weight-gained",
-    lambda: {**_hidden(5, 8), "gain": nn.Parameter(torch.rand(5, 1))},
-    lambda m, x: m.out(F.linear(m.a(x), m.gain * m.w / m.w.norm(dim=1, keepdim=True))),
-    a="reduce", w=(5, 1),
+    "linear-weight-normalised-over-outputs",
+    lambda: _hidden(5, 8),
+    lambda m, x: m.out(F.linear(m.a(x), F.normalize(m.w, dim=0)).relu()),
+    a="operator", w="norm",
+)  # fmt: skip
+T.vector(
+    "linear-weight-divided-by-length-behind-norm",
+    lambda: {**_hidden(5, 8), "n": nn.LayerNorm(8)},
+    lambda m, x: m.out(F.linear(m.n(m.a(x)), m.w / m.w.norm(dim=1, keepdim=True)).relu()),
+    a=F8, w=(5, 1),
+)  # fmt: skip
+T.vector(
+    "linear-weight-with-noise",
+    lambda: {**_hidden(5, 8), "s": nn.Parameter(torch.rand(5, 8)), "noise": torch.randn(5, 8)},
+    lambda m, x: m.out(F.linear(m.a(x), m.w + m.s * m.noise).relu()),
+    a=F8, w=(5, 1),
+)  # fmt: skip
+T.vector(
+    "linear-weight-softplus",
+    lambda: _hidden(5, 8),
+    lambda m, x: m.out(F.linear(m.a(x), F.softplus(m.w)).relu()),
+    a="operator", w=(5, 1),
+)  # fmt: skip
+T.vector(
+    "linear-weights-stacked",
+    lambda: {"b": nn.Linear(8, 5), "c": nn.Linear(8, 5), "out": nn.Linear(5, 3)},
+    lambda m, x: m.out(torch.einsum("bi,eoi->ebo", m.a(x), torch.stack([m.b.weight, m.c.weight])).relu().sum(0)),
+    a=F8, b=(5, 1), c=None,
 )  # fmt: skip
 T.vector(
     "linear-weight-masked",
@@ -322,6 +358,18 @@ T.tokens(
     lambda m, x: m.out(torch.baddbmm(m.b, m.a(x).flatten(0, 1).expand(2, -1, -1), m.w).relu().sum(0)),
     a=F8, w=(5, 1),
 )  # fmt: skip
+T.vector(
+    "biaffine-by-einsum",
+    lambda: {"c": nn.Linear(6, 5), "u": nn.Parameter(torch.randn(7, 8, 5)), "out": nn.Linear(7, 3)},
+    lambda m, x: m.out(torch.einsum("bi,oij,bj->bo", m.a(x).sin(), m.u, m.c(x)).relu()),
+    a=F8, c=(5, 1), u=(7, 1),
+)  # fmt: skip
+T.vector(
+    "quadratic-by-einsum",
+    lambda: {"u": nn.Parameter(torch.randn(7, 8, 8)), "out": nn.Linear(7, 3)},
+    lambda m, x: m.out(torch.einsum("bi,oij,bj->bo", m.a(x), m.u, m.a(x))),
+    a=F8, u=(7, 1),
+)  # fmt: skip
 T.tokens(
     "heads-by-einsum",
     lambda: {"w": nn.Parameter(torch.randn(8, 2, 4)), "v": nn.Parameter(torch.randn(2, 4, 8))},
@@ -346,6 +394,19 @@ T.tokens(
     lambda m, x: m.out(_fourier_layer(m.a(x), torch.view_as_complex(m.w))),
     a=F8, w=(5, 1),
 )  # fmt: skip
+
+
+T.tokens(
+    "fourier-with-real-and-imaginary-weights",
+    lambda: {**_hidden(8, 5), "i": nn.Parameter(torch.randn(8, 5))},
+    lambda m, x: m.out(_complex_product(torch.fft.rfft(m.a(x), dim=1), m.w, m.i)),
+    a=F8, w=(5, 1),
+)  # fmt: skip
+
+
+def _complex_product(x: Tensor, real: Tensor, imaginary: Tensor) -> Tensor:
+    parts = x.real @ real - x.imag @ imaginary, x.real @ imaginary + x.imag @ real
+    return torch.fft.irfft(torch.complex(*parts), n=5, dim=1)
 
 
 def _fourier_layer(x: Tensor, w: Tensor) -> Tensor:

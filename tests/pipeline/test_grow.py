@@ -325,6 +325,30 @@ class Rows(nn.Module):
         return torch.addmm(self.c, torch.addmm(self.v, x, self.w).tanh(), self.b)
 
 
+class Equalised(nn.Module):
+    """The same two layers without biases, with weights of unit variance that the code scales and transposes."""
+
+    def __init__(self, first: nn.Linear, last: nn.Linear) -> None:
+        super().__init__()
+        self.w, self.b = (nn.Parameter(t.detach() * 4) for t in (first.weight, last.weight.mT))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(F.linear(x, self.w * 0.25).tanh(), -self.b.t() / -4)
+
+
+@pytest.mark.parametrize("method", ["default", "tiny", "gradmax", "north"])
+def test_scaled_weights_grow_alike(method: str) -> None:
+    """Moments and new entries are those of the parameters, whatever number the code multiplies them by."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8, bias=False), nn.Tanh(), nn.Linear(8, 3, bias=False)).double()
+    scaled = Equalised(net[0], net[2])
+    x = torch.randn(256, 6, dtype=torch.float64)
+    batches = [(x[i : i + 32], (x[i : i + 32, :1] * x[i : i + 32, 1:2]).expand(-1, 3)) for i in range(0, 256, 32)]
+    one, other = (fxgrow.grow(m, batches, neurons=3, method=method, progress=False) for m in (net, scaled))
+    torch.testing.assert_close(one(x), other(x), rtol=1e-8, atol=1e-10)
+    assert (one.get_parameter("0.weight").shape, other.get_parameter("w").shape) == ((11, 6), (11, 6))
+
+
 @pytest.mark.parametrize("method", ["default", "tiny"])
 def test_weights_stored_the_other_way_round_grow_alike(method: str) -> None:
     torch.manual_seed(0)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+import fxgrow
 from fxgrow.analysis.analyse import widths
 from fxgrow.errors import PlanError, RewriteError
 from fxgrow.rewriting.rewrite import rewrite
@@ -288,3 +289,33 @@ def test_the_text_of_a_graph_goes_with_its_code() -> None:
     gc.collect()
     assert name not in linecache.cache
     assert len(linecache.cache) <= texts
+
+
+class Autoregressive(nn.Module):
+    """An output may only depend on inputs before it: each hidden unit has a place, and masks follow from the places."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(5, 8), nn.Linear(8, 7), nn.Linear(7, 5)
+        places = torch.arange(5), torch.arange(8) % 4, torch.arange(7) % 4
+        self.register_buffer("a", (places[1][:, None] >= places[0]).float())
+        self.register_buffer("b", (places[2][:, None] >= places[1]).float())
+        self.register_buffer("c", (places[0][:, None] > places[2]).float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.linear(x, self.a * self.first.weight, self.first.bias).tanh()
+        h = F.linear(h, self.second.weight * self.b, self.second.bias).tanh()
+        return F.linear(h, self.c * self.last.weight, self.last.bias)
+
+
+def test_new_units_are_masked_as_old_ones() -> None:
+    """Whatever new weights become, no output depends on inputs that its mask hides."""
+    torch.manual_seed(0)
+    net, x = Autoregressive().double(), torch.randn(3, 5, dtype=torch.float64)
+    wide = fxgrow.widen(net, (x,), {"first": 11, "second": 3})
+    torch.testing.assert_close(wide(x), net(x), rtol=1e-10, atol=1e-10)
+    with torch.no_grad():
+        for p in wide.parameters():
+            p.normal_()
+    jacobian = torch.autograd.functional.jacobian(lambda v: wide(v[None])[0], x[0])
+    assert jacobian.triu().abs().max() == 0 and jacobian.tril(-1).ne(0).sum() == 10
