@@ -50,6 +50,14 @@ def raises_otherwise(file: str, line: int, outcome: bool) -> bool:
     return False
 
 
+@functools.cache
+def catches(file: str, line: int, error: str) -> bool:
+    """Whether a line is in a `try` that handles this error, by its name."""
+    tries = (node for node in _nodes(file) if isinstance(node, ast.Try))
+    handlers = (h for node in tries if any(_spans(part, line) for part in node.body) for h in node.handlers)
+    return any(isinstance(n, ast.Name) and n.id == error for h in handlers if h.type for n in ast.walk(h.type))
+
+
 def unused_answer(frame: FrameType, convert: Callable[[Any], Any]) -> Answer | None:
     """Returns an answer to what a frame asks for on which no result depends; None where one does.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -145,3 +146,36 @@ def test_sizes_that_must_be_multiples() -> None:
     for batch, n in [(3, 16), (2, 8), (5, 28)]:
         x = torch.randn(batch, 3, n, dtype=torch.float64)
         torch.testing.assert_close(gm(x), net(x), rtol=0, atol=1e-12)
+
+
+@functools.lru_cache(maxsize=8)
+def _split_shape(shape: tuple[int, ...], heads: int) -> tuple[int, ...]:
+    return (*shape[:-1], heads, shape[-1] // heads)
+
+
+class AsksItsCache(nn.Module):
+    """Sizes are looked up in a cache, except such that have no hash, as in einops."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 8), nn.Linear(8, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        try:
+            shape = _split_shape(tuple(h.shape), 2)
+        except TypeError:
+            shape = _split_shape.__wrapped__(tuple(h.shape), 2)
+        h = h.reshape(shape).softmax(-1).flatten(-2)
+        steps = torch.arange(int(x.shape[1] // 3), dtype=x.dtype)  # a size that is a number to the code
+        return self.c(self.b(h) + steps.sum())
+
+
+def test_sizes_in_a_cache() -> None:
+    net = AsksItsCache().double()
+    _split_shape.cache_clear()
+    gm = fxgrow.capture(net, (torch.randn(2, 6, 3, dtype=torch.float64),))
+    assert not any("_split_shape(tuple" in str(node.args) for node in gm.graph.nodes)
+    assert {w.name: w.step for w in fxgrow.widths(gm) if w.pinned is None} == {"a": 2}
+    x = torch.randn(5, 6, 3, dtype=torch.float64)
+    torch.testing.assert_close(gm(x), net(x), rtol=0, atol=1e-12)
