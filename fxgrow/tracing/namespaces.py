@@ -11,9 +11,10 @@ import functools
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FunctionType, GenericAlias, ModuleType
+from types import FunctionType, GenericAlias, MethodType, ModuleType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.fx import _symbolic_trace
 
@@ -70,6 +71,7 @@ class Namespaces:
         for module in self._model.modules():
             # a function with a cache as an attribute
             yield from ((vars(module), n, _uncached(v)) for n, v in vars(module).items() if type(v) is _CACHED)
+            yield from ((vars(module), n, _looked_up(v)) for n, v in vars(module).items() if _is_apply(v))
         functions = {id(function) for function in (*FACTORIES, *MATH, *described_functions())}
         for scope in self._scopes:
             yield scope, "type", _Type
@@ -80,6 +82,8 @@ class Namespaces:
                     yield scope, name, recorded(value)
                 elif type(value) is _CACHED:
                     yield scope, name, _uncached(value)
+                elif _is_apply(value):
+                    yield scope, name, _looked_up(value)
                 elif isinstance(value, type) and value.__module__ == scope.get("__name__"):
                     yield from ((value, n, _uncached(v)) for n, v in vars(value).items() if type(v) is _CACHED)
         for (_, name), scope in list(_symbolic_trace._wrapped_fns_to_patch.items()):
@@ -136,6 +140,17 @@ def _containers(value: Any) -> tuple[Any, ...]:
 
 def _is_callable(value: Any) -> bool:
     return callable(value.carried if type(value) is ValueProxy else value)
+
+
+def _is_apply(value: Any) -> bool:
+    """Whether a value is `MyFunction.apply` of an autograd function."""
+    owner = value.__self__ if type(value) is MethodType else None
+    return isinstance(owner, type) and issubclass(owner, torch.autograd.Function) and value.__name__ == "apply"
+
+
+def _looked_up(apply: MethodType) -> Callable[..., Any]:
+    """Returns an `apply` that is looked up when it is called: the class has another one while it is traced."""
+    return lambda *args, **kwargs: apply.__self__.apply(*args, **kwargs)  # type: ignore[attr-defined]
 
 
 def _uncached(cached: Any) -> Callable[..., Any]:

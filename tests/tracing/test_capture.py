@@ -208,6 +208,20 @@ class Sign(torch.autograd.Function):
         return gradient  # straight through
 
 
+sign = Sign.apply
+
+
+class TakenEarlier(nn.Module):
+    """Functions with their own backward under another name, of the file and of the module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.sign = nn.Linear(6, 6), Sign.apply
+
+    def forward(self, x):
+        return self.sign(self.fc(x)) + sign(self.fc(x) - 0.1)
+
+
 class Written(nn.Module):
     """Buffers that forward replaces, and a function with its own backward."""
 
@@ -245,6 +259,7 @@ CASES: list[tuple[Callable[[], nn.Module], Callable[[int], Any]]] = [
     (Recurrent, rows),
     (NoGrad, rows),
     (Written, rows),
+    (TakenEarlier, rows),
     (Structured, structured),
     (lambda: nn.Linear(6, 4), rows),
     (lambda: nn.Sequential(nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Dropout(0.5)), rows),
