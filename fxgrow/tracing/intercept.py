@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 from torch.fx import _symbolic_trace
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils.checkpoint import checkpoint
 
 from fxgrow.graph.node_functions import function_call, scripted_call
+from fxgrow.tracing.multihead_attention import multi_head_attention_forward
 from fxgrow.tracing.proxy import KNOWS_CALLS, STATIC_METHODS, RecordingTracer, ValueProxy, has_proxy, is_instance
 
 _FACTORY_NAMES = (
@@ -242,6 +244,8 @@ def _record(tracer: RecordingTracer, function: Any, args: tuple[Any, ...], kwarg
     """Returns a proxy for a call of a torch function or a tensor method; a plain value where no size can change it."""
     if function in _CHECKS and isinstance(getattr(args[0], "carried", None), torch.Tensor):
         return function(bool(args[0]), *args[1:], **kwargs)  # guarded like the `assert` of Python
+    if function is F.multi_head_attention_forward and (parts := multi_head_attention_forward(*args, **kwargs)):
+        return parts
     name = getattr(function, "__name__", "")
     if name == "__get__":  # an attribute of a parameter
         return getattr(tracer.read(args[0]), function.__self__.__name__)
