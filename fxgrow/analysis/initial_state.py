@@ -32,7 +32,7 @@ from fxgrow.analysis.axis_statistics import (
 )
 from fxgrow.axes.axes import Dims, UnitVar, axes_in, resolve, single_variable, variables
 from fxgrow.axes.records import Reason
-from fxgrow.axes.structure import Factor, Invariant, Path, Structure
+from fxgrow.axes.structure import Factor, Invariant, Path, Projection, Structure
 from fxgrow.graph.graph import lookup, operator_name
 
 #: elementwise functions that are zero at zero
@@ -109,7 +109,10 @@ class _StatePropagation:
         self.carriers = dict.fromkeys(nodes)
         self.norms = {i.node: i for i in invariants if i.kind != "product"}
         self.products = [i for i in invariants if i.kind == "product"]
-        self.writers = {p.node: p for p in structure.projections if var in variables(p.out)}
+        self.writers: dict[fx.Node, list[Projection]] = {}
+        for p in structure.projections:
+            if var in variables(p.out) and var in variables(p.output_axis):
+                self.writers.setdefault(p.node, []).append(p)
         self.projections = {(p.node, p.source): p for p in structure.projections}
         self.weighted = {p.node for p in structure.projections}
         #: statistics of weights, over columns that start at zero
@@ -193,8 +196,7 @@ class _StatePropagation:
 
     def _bias(self, node: fx.Node) -> list[fx.Node]:
         """A bias that is computed from several parameters."""
-        bias = self.writers[node].bias_node if node in self.writers else None
-        return [] if bias is None else [bias]
+        return [p.bias_node for p in self.writers.get(node, ())[:1] if p.bias_node is not None]
 
     def _zero_writers(self) -> set[tuple[str, int]]:
         """What must be zero so that the second operands are: of a product one factor, of a sum all terms."""
@@ -224,9 +226,9 @@ class _StatePropagation:
         if isinstance(module, (nn.RNNBase, nn.RNNCellBase)):
             return ANY  # several weights write it, through gates
         if node in self.writers:
-            p = self.writers[node]
-            parameters = [(p.weight, p.out_dim), *([] if p.bias is None else [(p.bias, 0)])]
-            kept = p.keeps == "mean" or (p.keeps == "zero" and self.kind == ZERO)
+            uses = self.writers[node]
+            parameters = [(p.weight, p.out_dim) for p in uses] + [(p.bias, 0) for p in uses if p.bias is not None]
+            kept = all(p.keeps == "mean" or (p.keeps == "zero" and self.kind == ZERO) for p in uses)
             kept &= all(self._settled(n, self.kind) in (self.kind, BOTH) for n in self._bias(node))
             return self._written(node, parameters) if settable and kept else ANY
         if node.op == "get_attr":
@@ -349,8 +351,8 @@ class _StatePropagation:
         if writer is None or not isinstance(dims, Dims) or dims.parameter is None or len(scale.users) > 1:
             return ANY
         self.result.fills[dims.parameter] = 1.0
-        p = self.writers[writer]
-        self.result.scales |= {name: dims.parameter for name in (p.weight, p.bias) if name is not None}
+        names = {name for p in self.writers[writer] for name in (p.weight, p.bias) if name is not None}
+        self.result.scales |= dict.fromkeys(names, dims.parameter)
         return MEAN
 
     def _single_writer(self, node: fx.Node) -> fx.Node | None:

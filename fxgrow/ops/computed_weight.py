@@ -21,18 +21,19 @@ from fxgrow.graph.purity import overwrites
 MEAN, ZERO, NOTHING = "mean", "zero", "nothing"
 KEPT = (NOTHING, ZERO, MEAN)
 _MOVES = frozenset("t T mT transpose permute swapaxes swapdims movedim moveaxis".split())
-_SAME = frozenset("contiguous detach clone to type type_as float double half bfloat16 getattr Identity".split())
+_SAME = frozenset("contiguous detach clone to type type_as float double half bfloat16 data Identity".split())
 _LINEAR = _MOVES | _SAME | frozenset(
     "view reshape view_as reshape_as flatten unflatten squeeze unsqueeze expand expand_as neg negative repeat "
-    "view_as_complex view_as_real real imag getitem __getitem__ chunk split unbind select narrow".split()
+    "view_as_complex view_as_real real imag getitem __getitem__ chunk split unbind select narrow "
+    "flip roll sum mean".split()
 )  # fmt: skip
 _SUM = frozenset("add sub subtract __add__ __radd__ complex".split())
+_JOINS = frozenset("stack cat concat concatenate in_mode".split())
 _PRODUCT = frozenset("mul multiply __mul__ __rmul__".split())
 _QUOTIENT = frozenset("div truediv divide true_divide".split())
 #: elementwise functions that are zero at zero
-_JOINS = frozenset("stack cat concat concatenate in_mode".split())
 _ODD = frozenset("relu relu_ tanh sin asin atan abs sign round square dropout Dropout hardtanh".split())
-_PASSES = _LINEAR | _SUM | _PRODUCT | _QUOTIENT | _JOINS | _ODD | {"normalize"}
+_PASSES = _LINEAR | _SUM | _PRODUCT | _QUOTIENT | _JOINS | _ODD | {"normalize", "pad"}
 
 
 class Origin(NamedTuple):
@@ -53,7 +54,10 @@ class NotFollowed(Exception):
 
 
 def find_origins(structure: Structure, gm: fx.GraphModule, node: fx.Node, wanted: Sequence[int]) -> list[Origin]:
-    """The parameters from which a weight is computed, with its dimensions `wanted`; raises `NotFollowed` for none."""
+    """The parameters from which a weight is computed, with its dimensions `wanted`; raises `NotFollowed` for none.
+
+    A vector, which is a bias, must come from one.
+    """
     nodes = _before(node)
     layers = {p.node for p in structure.projections}
     if any(n in layers for n in nodes):
@@ -67,16 +71,22 @@ def find_origins(structure: Structure, gm: fx.GraphModule, node: fx.Node, wanted
     known = {leaf: d for leaf, d in dims.items() if d and isinstance(lookup(gm, str(leaf.target)), nn.Parameter)}
     # of several those that are terms or factors; what shapes them, as a logarithm of a scale does, is no weight
     found = {leaf: d for leaf, d in known.items() if node in _reached(leaf, nodes, names)} or known
-    if not found:
+    if not found or len(found) > 1 == len(wanted):
         raise NotFollowed(f"the weight is computed from {', '.join(str(n.target) for n in leaves) or 'no parameter'}")
-    keeps = tuple(_kept(structure, nodes, names, set(found), structure.outputs[node][d]) for d in wanted)
+    kept = {d: _kept(structure, nodes, names, set(found), structure.outputs[node][d]) for d in wanted[1:]}
     scale = _scale(nodes, names, moves and len(structure.outputs[node]) > 2) if len(leaves) == 1 else None
     linear = all(names[n] in _LINEAR for n in nodes if n.op != "get_attr")
     structure.weight_nodes.update(nodes)
     for leaf in leaves:  # a mask's new units are masked as old ones are
         if not isinstance(lookup(gm, str(leaf.target)), nn.Parameter):
             structure.fills.setdefault(structure.outputs[leaf].parameter, "copy")
-    return [Origin(structure.outputs[leaf].parameter, dims, keeps, linear, scale) for leaf, dims in found.items()]
+    origins = []
+    for leaf, at in found.items():
+        stored = structure.outputs[leaf]
+        # of parameters beside each other, each has units of its own
+        rows = _kept(structure, nodes, names, set(found), stored[at[0]])
+        origins.append(Origin(stored.parameter, at, (rows, *kept.values()), linear, scale))
+    return origins
 
 
 def _scale(nodes: list[fx.Node], names: dict[fx.Node, str], moves: bool) -> float | None:
@@ -112,11 +122,10 @@ def _dimensions(stored: Dims, weight: Dims, wanted: Sequence[int], moves: bool) 
     out: list[int] = []
     for d in wanted:
         axis, units = weight[d], set(variables(weight[d]))
-        alike = [
-            i
-            for i, other in enumerate(stored)
-            if i not in out and (units <= set(variables(other)) if units else length(other) == length(axis))
-        ]
+        # a weight may be a part of the parameter, or the parameter of the weight
+        found = [(i, set(variables(other))) for i, other in enumerate(stored) if i not in out]
+        alike = [i for i, own in found if units & own and (units <= own or own <= units)]
+        alike = alike if units else [i for i, _ in found if length(stored[i]) == length(axis)]
         exact = [i for i in alike if stored[i] is axis] or [i for i in alike if i == d and not moves]
         if not exact and len(alike) != 1:
             return None
@@ -159,12 +168,12 @@ def _kept(
 def _step(node: fx.Node, name: str, states: list[str], inputs: list[fx.Node]) -> str:
     if name in _LINEAR and len(states) == 1:
         return states[0]
-    if name in _JOINS and len(inputs) == len([i for i in node.all_input_nodes if i.op != "get_attr" or i in inputs]):
-        return min(states, key=KEPT.index)
-    if name in _SUM and len(node.all_input_nodes) == len(inputs) == len([a for a in node.args if a is not None]):
+    terms = [a for a in node.args if a is not None]
+    if states and (name in _JOINS or (name in _SUM and len(node.all_input_nodes) == len(inputs) == len(terms))):
         return min(states, key=KEPT.index)
     if name in _PRODUCT and states:
         return states[0] if len(states) == 1 else ZERO if set(states) != {NOTHING} else NOTHING
     if name in _QUOTIENT and inputs[:1] == [node.args[0]]:
         return states[0] if len(states) == 1 else ZERO if states[0] != NOTHING else NOTHING
-    return ZERO if name in _ODD | {"normalize"} and states and set(states) <= {MEAN, ZERO} else NOTHING
+    zeros = name == "pad" and len(node.args) < 3 and not node.kwargs.get("value")
+    return ZERO if (name in _ODD | {"normalize"} or zeros) and states and set(states) <= {MEAN, ZERO} else NOTHING

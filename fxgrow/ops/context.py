@@ -145,8 +145,7 @@ class Context:
         fields.update(bias=biases[0].name or None if biases else None, out=fields.pop("units", out))
         for origin in origins:
             (out_dim, in_dim), dims = origin.dims, self.structure.parameters[origin.name]
-            # a node has one weight whose new rows are known, with their bias
-            keeps = min((o.keeps[0] for o in (origin, *biases)), key=KEPT.index) if len(origins) == 1 else NOTHING
+            keeps = min((o.keeps[0] for o in (origin, *biases)), key=KEPT.index)
             fields.update(weight=origin.name, out_dim=out_dim, in_dim=in_dim, keeps=keeps)
             fields.update(output_axis=dims[out_dim], input_axis=dims[in_dim])
             self.structure.projections.append(Projection(**fields))
@@ -159,9 +158,7 @@ class Context:
         """The parameter of a bias; one that is computed from several is a term of the output."""
         if bias.parameter is None:
             with contextlib.suppress(NotFollowed):
-                origins = find_origins(self.structure, self.gm, self._input(bias), (0,))
-                if len(origins) == 1:
-                    return origins
+                return find_origins(self.structure, self.gm, self._input(bias), (0,))
             fields["bias_node"] = self._input(bias)
             return [Origin("", (), (MEAN,), scale=None)]
         return [Origin(bias.parameter, (0,), (MEAN,))]

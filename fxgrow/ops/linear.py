@@ -6,7 +6,7 @@ import operator
 from collections.abc import Sequence
 from itertools import islice
 from string import ascii_letters as _LETTERS
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -57,27 +57,18 @@ def matmul(ctx: Context, a: Dims, b: Dims) -> Dims:
     batch = _LETTERS[: max(len(a), len(b)) - 2]
     first, second = (batch[len(batch) + 2 - len(t) :] + word for t, word in ((a, "yz"), (b, "zx")))
     nodes = [ctx.argument(0, "input", "mat1"), ctx.argument(1, "other", "mat2")]
-    return linear_map(ctx, Product([first, second], batch + "yx", [a, b], nodes), at)
+    return linear_map(ctx, [first, second], batch + "yx", [a, b], nodes, at)
 
 
 @op(torch.tensordot)
 def tensordot(ctx: Context, a: Dims, b: Dims, dims: Any = 2, out: Any = None) -> Dims:
-    n = len(a)
-    over = (range(n - dims, n), range(dims)) if isinstance(dims, int) else dims
-    first, second = list(_LETTERS[:n]), list(_LETTERS[n : n + len(b)])
-    pairs = [(i % n, j % len(b)) for i, j in zip(*([d] if isinstance(d, int) else d for d in over), strict=True)]
-    for i, j in pairs:
+    over = (range(len(a) - dims, len(a)), range(dims)) if isinstance(dims, int) else dims
+    first, second = list(_LETTERS[: len(a)]), list(_LETTERS[len(a) : len(a) + len(b)])
+    made = first + second
+    for i, j in zip(*over, strict=True):
+        made = [letter for letter in made if letter not in (first[i], second[j])]
         second[j] = first[i]
-    summed = {first[i] for i, _ in pairs}
-    terms = "".join(first), "".join(second)
-    result = "".join(letter for letter in first + second if letter not in summed)
-    return einsum(ctx, f"{','.join(terms)}->{result}", a, b)
-
-
-def _project_experts(ctx: Context, weight: Dims, out_dim: int, in_dim: int, source: Any) -> None:
-    routing = routes(ctx.node)
-    fields = {"plain": False, "experts": True, "groups": routing.experts if routing else 0, "source": source}
-    ctx.project(weight, None, weight[out_dim], out_dim=out_dim, in_dim=in_dim, **fields)
+    return einsum(ctx, f"{''.join(first)},{''.join(second)}->{''.join(made)}", a, b)
 
 
 @op(torch.addmm, "addmm")
@@ -124,7 +115,9 @@ def grouped_mm(ctx: Context, mat_a: Dims, mat_b: Dims, **options: Any) -> Dims:
             ctx.pin(axis, "size", f"its kernel needs a multiple of {n}")
         else:
             ctx.same(axis, axis_of(UnitVar(length(axis) // n), n), f"grows by multiples of {n}")
-    _project_experts(ctx, weight, out_dim, in_dim, ctx.argument(0, "mat_a"))
+    routing, source = routes(ctx.node), ctx.argument(0, "mat_a")
+    fields = {"plain": False, "experts": True, "groups": routing.experts if routing else 0, "source": source}
+    ctx.project(weight, None, weight[out_dim], out_dim=out_dim, in_dim=in_dim, **fields)
     return Dims((mat_a[0], weight[out_dim]))
 
 
@@ -134,7 +127,7 @@ def baddbmm(ctx: Context, input: Dims, batch1: Dims, batch2: Dims, *args: Any, *
     if at is None:
         return baddbmm_of_activations(ctx, input, batch1, batch2)
     nodes = [ctx.argument(1, "batch1"), ctx.argument(2, "batch2")]
-    return broadcast(ctx, linear_map(ctx, Product(["ayz", "azx"], "ayx", [batch1, batch2], nodes), at), input)
+    return broadcast(ctx, linear_map(ctx, ["ayz", "azx"], "ayx", [batch1, batch2], nodes, at), input)
 
 
 @op(torch.einsum, "torch.functional.einsum")
@@ -150,7 +143,7 @@ def einsum(ctx: Context, equation: str, *operands: Any) -> Dims:
     fx.map_arg(ctx.node.args, nodes.append)
     if at is None or len(nodes) != len(terms) or not _is_linear_map(terms, at, out):
         return einsum_of_activations(ctx, equation, tensors)
-    return linear_map(ctx, Product(terms, out, tensors, nodes), at)
+    return linear_map(ctx, terms, out, tensors, nodes, at)
 
 
 def _is_linear_map(terms: list[str], at: int, out: str) -> bool:
@@ -173,35 +166,27 @@ def _weight_among(*tensors: Dims) -> int | None:
     return None if at is None or (at == 0 and not tensors[0].is_weight) else at
 
 
-class Product(NamedTuple):
-    """A product of tensors, with a letter for each of their axes."""
+def linear_map(
+    ctx: Context, terms: Sequence[str], out: str, tensors: Sequence[Dims], nodes: Sequence[Any], at: int
+) -> Dims:
+    """A product of tensors, with a letter for each axis, whose factor `at` is a weight: it sums over some letters.
 
-    terms: Sequence[str]
-    out: str
-    tensors: Sequence[Dims]
-    nodes: Sequence[Any]
-
-
-def linear_map(ctx: Context, p: Product, at: int) -> Dims:
-    """A product whose factor `at` is a weight, which sums over some letters and makes others.
-
-    Letters that are neither number the members of an ensemble, and so do those that are made and stand before all that
-    is summed over, as in [members, in, out].
+    Others it makes. The rest number the members of an ensemble, and so do letters that are made and stand before all
+    that is summed over, as in [members, in, out].
     """
-    weight, term = p.tensors[at], p.terms[at]
-    others = [i for i in range(len(p.terms)) if i != at]
-    given = "".join(p.terms[i] for i in others)
-    source = {letter: p.nodes[i] for i in others for letter in p.terms[i]}
-    summed = [letter for letter in term if letter in given and letter not in p.out]
-    made = [letter for letter in term if letter not in given]
-    made = [c for c in made if c == made[-1] or term.index(c) > min(map(term.index, summed))]
+    weight, term = tensors[at], terms[at]
     axes: dict[str, tuple[Axis, ...]] = {}
-    for i in others:
+    source: dict[str, Any] = {}
+    for i in (i for i in range(len(terms)) if i != at):
         # a dot takes as many axes as the letters leave
-        rest, spare = iter(p.tensors[i]), len(p.tensors[i]) - len(p.terms[i]) + 1
-        for letter in p.terms[i]:
+        rest, spare = iter(tensors[i]), len(tensors[i]) - len(terms[i]) + 1
+        for letter in terms[i]:
             here = tuple(islice(rest, spare if letter == "." else 1))
             axes[letter] = tuple(broadcast(ctx, Dims(axes[letter]), Dims(here))) if letter in axes else here
+            source[letter] = nodes[i]
+    summed = [letter for letter in term if letter in axes and letter not in out]
+    made = [letter for letter in term if letter not in axes]
+    made = [c for c in made if c == made[-1] or term.index(c) > min(map(term.index, summed))]
     members = [letter for letter in term if letter not in (*summed, *made)]
     for letter, axis in zip(term, weight, strict=True):
         if letter in members:
@@ -212,7 +197,8 @@ def linear_map(ctx: Context, p: Product, at: int) -> Dims:
         else:
             axes[letter] = (axis,)
     # statistics need features last, as in `F.linear`
-    plain = len(term) == 2 and given == p.out[:-1] + summed[0] and p.out[-1] == made[0] and len(given) > 1
+    given = terms[1 - at]
+    plain = len(term) == len(terms) == 2 and given == out[:-1] + summed[0] and out[-1] == made[0] and len(given) > 1
     routing = routes(ctx.node) if members and at == 1 else None
     groups = 1 if not members else routing.experts if routing else 0
     fields = {"plain": plain, "experts": term[0] in members, "groups": groups}
@@ -220,7 +206,7 @@ def linear_map(ctx: Context, p: Product, at: int) -> Dims:
         for c in summed:
             at_dims = {"out_dim": term.index(o), "in_dim": term.index(c)}
             ctx.project(weight, None, axes[o][0], **at_dims, source=source[c], **fields)
-    return Dims(axis for letter in p.out for axis in axes[letter])
+    return Dims(axis for letter in out for axis in axes[letter])
 
 
 @op(F.bilinear, nn.Bilinear)

@@ -227,6 +227,12 @@ T.vector(
     lambda m, x: m.out(F.linear(m.a(x), F.softplus(m.w)).relu()),
     a="operator", w=(5, 1),
 )  # fmt: skip
+T.tokens(
+    "linear-weights-beside-each-other",
+    lambda: {name: nn.Linear(8, 8) for name in "qkv"},
+    lambda m, x: m.out(_attention(F.linear(m.a(x), torch.cat([m.q.weight, m.k.weight, m.v.weight]), _packed_bias(m)))),
+    a=F8, q=(24, 3), k=None, v=None,
+)  # fmt: skip
 T.vector(
     "linear-weights-stacked",
     lambda: {"b": nn.Linear(8, 5), "c": nn.Linear(8, 5), "out": nn.Linear(5, 3)},
@@ -293,6 +299,32 @@ T.image(
     lambda: {"w": nn.Parameter(torch.randn(5, 8, 3, 3)), "out": nn.Conv2d(5, 3, 1)},
     lambda m, x: m.out(F.conv2d(m.a(x), _standardised(m.w)).relu()),
     a="reduce", w=(5, 1),
+)  # fmt: skip
+
+
+def _kernel(o: int, i: int, k: int) -> dict[str, Any]:
+    return {"w": nn.Parameter(torch.randn(o, i, k, k)), "out": nn.Conv2d(o, 3, 1)}
+
+
+def _packed_bias(m: nn.Module) -> Tensor:
+    return torch.cat([m.q.bias, m.k.bias, m.v.bias])
+
+
+def _attention(qkv: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(*qkv.chunk(3, -1))
+
+
+T.image(
+    "conv-weight-of-two-kernels",
+    lambda: {**_kernel(5, 8, 3), "v": _kernel(5, 8, 1)["w"]},
+    lambda m, x: m.out(F.conv2d(m.a(x).relu(), m.w.flip(2, 3) + F.pad(m.v, [1, 1, 1, 1]), padding=1).relu()),
+    a=F8, w=(5, 1),
+)  # fmt: skip
+T.image(
+    "conv-weight-summed",
+    lambda: _kernel(5, 8, 3),
+    lambda m, x: m.out(F.conv2d(m.a(x), m.w, padding=1) - F.conv2d(m.a(x), m.w.sum((2, 3), keepdim=True))),
+    a=F8, w=(5, 1),
 )  # fmt: skip
 
 
