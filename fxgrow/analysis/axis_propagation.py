@@ -178,8 +178,8 @@ def _number(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if tensors:
             rule = find_rule(node, ctx.module)
             out, known = (out, False) if rule is None else (rule(ctx, *args, **kwargs), True)
-            if out is None and rule is None:
-                # a call for its side effects
+            if rule is None and (out is None or isinstance(out, list)):
+                # a call for its side effects, or one that makes numbers of units
                 what = operator_name(ctx.gm, node)
                 _pin_all(ctx, args, kwargs, ctx.reason("operator", f"{what} is not described by any rule"))
         elif node.target is operator.getitem:

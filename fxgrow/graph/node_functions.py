@@ -6,6 +6,7 @@ They accept an ``fx.Proxy`` too, so that any other tracer can trace a captured g
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -65,6 +66,15 @@ def set_grad_enabled(enabled: bool) -> bool:
     before = torch.is_grad_enabled()
     torch._C._set_grad_enabled(bool(enabled))
     return before
+
+
+@_traceable
+def make_object(module: str, name: str, attributes: tuple[str, ...], *values: Any) -> Any:
+    """Returns an object of a class, by its name, with these attributes."""
+    cls: Any = functools.reduce(getattr, name.split("."), sys.modules[module])
+    made = cls.__new__(cls)
+    vars(made).update(zip(attributes, values, strict=True))
+    return made
 
 
 @functools.cache

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributions import Distribution
 from torch.fx import _symbolic_trace
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
@@ -77,7 +78,7 @@ def intercept(tracer: RecordingTracer) -> Iterator[None]:
     # torch keeps its tables of overridable functions for good: made now, they hold no patches
     is_tensor_method_or_property(torch.relu)
     outer = _thread.tracer
-    with CAPTURE_LOCK, patched([*_functions(), *_module_methods(), *_questions()]):
+    with CAPTURE_LOCK, patched([*_functions(), *_module_methods(), *_distribution_checks(), *_questions()]):
         _thread.tracer = tracer
         try:
             with _Recorder(tracer):
@@ -131,6 +132,7 @@ def _functions() -> Iterator[Patch]:
     """Functions and methods that would not reach a proxy by themselves."""
     for function, name in FACTORIES.items():
         yield torch, name, recorded(function)
+    yield torch, "broadcast_shapes", recorded(torch.broadcast_shapes)
     for function in MATH:
         yield math, function.__name__, recorded(function)
     for name in _SIZE_METHODS:
@@ -176,6 +178,26 @@ def _functions() -> Iterator[Patch]:
 
     # what `checkpoint` calls, however the model's code has imported it
     yield called, "__dynamo_disable", follow
+
+
+def _distribution_checks() -> Iterator[Patch]:
+    """Checks of the arguments and samples of distributions: they look at data and compute nothing."""
+    init, validate = Distribution.__init__, Distribution._validate_sample
+
+    def initialise(self: Any, *args: Any, **kwargs: Any) -> None:
+        given = inspect.signature(init).bind(self, *args, **kwargs).arguments
+        init(**given | ({"validate_args": False} if is_tracing() else {}))
+        if is_tracing():
+            vars(self).pop("_validate_args")
+            if given.get("validate_args") is not None:
+                self._validate_args = given["validate_args"]
+
+    def check(self: Any, value: Any) -> None:
+        if not is_tracing():
+            validate(self, value)
+
+    yield Distribution, "__init__", initialise
+    yield Distribution, "_validate_sample", check
 
 
 def _module_methods() -> Iterator[Patch]:

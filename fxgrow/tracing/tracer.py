@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import enum
 import functools
 import itertools
@@ -27,6 +26,7 @@ from fxgrow.tracing.fake_values import FakeRunner, arithmetic_key
 from fxgrow.tracing.intercept import intercept
 from fxgrow.tracing.leaf_modules import is_layer
 from fxgrow.tracing.multihead_attention import multihead_attention
+from fxgrow.tracing.objects import made_object
 from fxgrow.tracing.opaque import opaque_value
 from fxgrow.tracing.opaque_functions import Call, OpaqueFunction, calls_in
 from fxgrow.tracing.proxy import INPLACE, ValueProxy
@@ -228,12 +228,8 @@ class ValueTracer(fx.Tracer):
             return a.item()
         if type(a) is torch.Size:
             return tuple(self.create_arg(item) for item in a)
-        if dataclasses.is_dataclass(a) and not isinstance(a, type):
-            fields = {field.name: getattr(a, field.name) for field in dataclasses.fields(a) if field.init}
-            given = {name: item for name, item in fields.items() if item is not None}
-            return self.create_node("call_function", type(a), (), self.create_arg(given))
-        if isinstance(a, dict) and type(a) is not dict:
-            return self.create_node("call_function", type(a), (super().create_arg(dict(a)),), {})
+        if type(a) is not dict and (made := made_object(a)):
+            return self.create_node("call_function", made.function, *map(self.create_arg, made[1:]))
         return super().create_arg(a)
 
     def _tensor(self, tensor: torch.Tensor) -> ValueProxy:
