@@ -6,6 +6,7 @@ example inputs and the values of nodes, and a graph with conditional nodes has n
 
 from __future__ import annotations
 
+import enum
 import functools
 import operator
 from dataclasses import dataclass
@@ -78,8 +79,15 @@ def _node_data(node: fx.Node) -> dict[str, Any]:
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), reference)
     meta = {key: kept for key, kept in node.meta.items() if key not in ("val", "type", "tensor_meta", RECORD)}
     fields = {"op": node.op, "target": _target(node.target), "args": args, "kwargs": kwargs, "name": node.name}
-    value = pytree.tree_map_only(FakeTensor, _Fake.of, node.meta.get("val"))
+    value = pytree.tree_map(_value_data, node.meta.get("val"))
     return fields | {"type_expr": node.type, "meta": meta, "value": value, "known": "val" in node.meta}
+
+
+def _value_data(leaf: Any) -> Any:
+    if isinstance(leaf, FakeTensor):
+        return _Fake.of(leaf)
+    # an object of tensors, which are the values of other nodes
+    return None if hasattr(leaf, "__dict__") and not isinstance(leaf, (type, enum.Enum)) else leaf
 
 
 def _load(name: str, state: dict[str, Any], data: list[dict[str, Any]], conditional: bool) -> CapturedGraph:
