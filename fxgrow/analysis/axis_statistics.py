@@ -31,7 +31,8 @@ LINEAR = frozenset(
     "flip roll neg negative Identity Flatten Unflatten matmul bmm mm einsum mean sum scaled_dot_product_attention "
     "avg_pool1d avg_pool2d avg_pool3d AvgPool1d AvgPool2d AvgPool3d adaptive_avg_pool1d adaptive_avg_pool2d cumsum "
     "AdaptiveAvgPool1d AdaptiveAvgPool2d DropPath stochastic_depth StochasticDepth __getitem__ mT T interpolate "
-    "upsample Upsample UpsamplingNearest2d UpsamplingBilinear2d grid_sample index_select gather take_along_dim".split()
+    "upsample Upsample UpsamplingNearest2d UpsamplingBilinear2d grid_sample index_select gather take_along_dim "
+    "index_add index_add_ index_copy index_copy_ scatter_add scatter_add_".split()
 )
 #: of these, the ones with several tensors
 MIXING = frozenset("cat concat concatenate stack matmul bmm mm einsum sum scaled_dot_product_attention".split())

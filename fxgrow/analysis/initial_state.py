@@ -19,6 +19,7 @@ from fxgrow.analysis.axis_statistics import (
     BOTH,
     LINEAR,
     MEAN,
+    MIXING,
     PARTS,
     PENDING,
     PRODUCT,
@@ -42,6 +43,7 @@ _ODD = frozenset(
     "dropout Dropout square nan_to_num norm var max_pool1d max_pool2d max_pool3d MaxPool1d MaxPool2d MaxPool3d "
     "adaptive_max_pool1d adaptive_max_pool2d AdaptiveMaxPool1d AdaptiveMaxPool2d amax amin".split()
 )
+_ZEROS = frozenset(("zeros", "new_zeros", "zeros_like"))
 #: on a width these are depthwise, and the bias of a new channel is zero
 _DEPTHWISE = frozenset("Conv1d Conv2d Conv3d conv1d conv2d conv3d".split())
 
@@ -233,6 +235,10 @@ class _StatePropagation:
             return self._written(node, parameters) if settable and kept else ANY
         if node.op == "get_attr":
             return self._parameter(node) if settable or self.of_weights else ANY
+        if self._name(node) in _ZEROS:
+            # what is written into it later has another state
+            kept = all(self._name(u) in MIXING | SUM | PRODUCT for u in node.users)
+            return BOTH if kept or len(node.users) == 1 else ANY
         inputs = self._inputs(node)
         name = self._name(node)
         if name in PRODUCT:

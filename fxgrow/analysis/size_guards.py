@@ -25,7 +25,6 @@ from fxgrow.axes.axes import (
     grown_length,
     pin,
     resolve,
-    single_variable,
     unify,
     variables,
 )
@@ -82,14 +81,18 @@ def _follow(structure: Structure, check: fx.Node, var: UnitVar) -> bool:
     """Lets the literal that a check compares with a size be that size, at any number of units."""
     if check.target not in (operator.eq, operator.ne) or len(check.args) != 2:
         return False
+    followed: list[Axis] = []
     for place, (literal, size) in enumerate((check.args, check.args[::-1])):
-        if isinstance(literal, int) and isinstance(size, fx.Node):
-            measured = structure.outputs.get(size)
-            if isinstance(measured, SizeExpr) and measured.measures_one and int(measured) == literal:
-                axis = measured.axes[0]
-                structure.size_replacements.append(SizeReplacement(check, (place,), (axis,), axis))
-                return variables(axis) == [var]
-    return False
+        measured = structure.outputs.get(size) if isinstance(size, fx.Node) else None
+        several = isinstance(literal, (tuple, list)) and isinstance(measured, (tuple, list))
+        pairs: Any = zip(literal, measured, strict=False) if several else [(literal, measured)]  # type: ignore[arg-type]
+        for i, (number, length) in enumerate(pairs):
+            if type(number) is int and isinstance(length, SizeExpr) and length.measures_one and int(length) == number:
+                axis = length.axes[0]
+                path = (place, i) if several else (place,)
+                structure.size_replacements.append(SizeReplacement(check, path, (axis,), axis))
+                followed.append(axis)
+    return any(variables(axis) == [var] for axis in followed)
 
 
 def _evaluate(structure: Structure, node: fx.Node, grow: Mapping[UnitVar, int], known: dict[fx.Node, Any]) -> Any:
@@ -133,18 +136,18 @@ def _shape_of(structure: Structure, node: fx.Node, grow: Mapping[UnitVar, int]) 
 
 
 def _measured_axes(structure: Structure, number: fx.Node) -> Iterator[Axis]:
-    return (axis for _, axis in _measured(structure, number))
+    return (resolve(axis) for axis in _measured(structure, number))
 
 
 def follows_from_widths(structure: Structure, number: fx.Node) -> bool:
     """Whether a number was computed from the sizes of widths alone, so that no input changes it."""
-    written = {p.node: resolve(p.out) for p in structure.projections}
     axes = list(_measured(structure, number))
-    return bool(axes) and all(single_variable(a) is not None or written.get(node) == a for node, a in axes)
+    # before it was cut or unified with others: an axis that was flattened has another length for other inputs
+    return bool(axes) and all(len(a) == 1 and a[0].var is not None and a[0].inner == 1 for a in axes)
 
 
-def _measured(structure: Structure, number: fx.Node) -> Iterator[tuple[fx.Node, Axis]]:
-    """The axes whose lengths a number was computed from, with their nodes; a fixed one for a number of the input."""
+def _measured(structure: Structure, number: fx.Node) -> Iterator[Axis]:
+    """The axes whose lengths a number was computed from; a fixed one for a number of the input."""
     queue = [number]
     for node in queue:
         for source in node.all_input_nodes:
@@ -153,11 +156,11 @@ def _measured(structure: Structure, number: fx.Node) -> Iterator[tuple[fx.Node, 
             dims = structure.outputs.get(tensor)
             if isinstance(dims, Dims):
                 read = _read_axes(node, dims) if whole else (dims[node.args[1]],)  # type: ignore[index]
-                yield from ((tensor, resolve(axis)) for axis in read)
+                yield from read
             elif source not in queue:
                 queue.append(source)
         if node.op == "placeholder":
-            yield node, fixed(1)
+            yield fixed(1)
 
 
 def _is_shape(node: fx.Node) -> bool:

@@ -16,7 +16,6 @@ from fxgrow.graph.arguments import get_argument
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.elementwise import broadcast
 from fxgrow.ops.registry import op
-from fxgrow.ops.split_concat import equal_parts
 
 _GET, _SET = (operator.getitem, "__getitem__"), (operator.setitem, "__setitem__")
 _NARROW, _SELECT = ("narrow", torch.narrow), ("select", torch.select)
@@ -159,11 +158,6 @@ def _slice(ctx: Context, x: Dims, d: int, item: slice, path: Path) -> Axis:
             ctx.same(axis, axis_of(unit, every), f"units are read {every} entries at a time")
             return axis_of(unit)
         return _sliced_out(ctx, axis, n)
-    half = item.stop if item.start in (None, 0) else item.start
-    if isinstance(half, SizeExpr) and None in (item.stop, item.start or None) and 2 * n == length(axis):
-        part = equal_parts(ctx, axis, 2)
-        ctx.size_argument(half, part)
-        return part
     left, part = _range(ctx, x, d, start, n)
     if not is_fixed(part):
         _bound(ctx, item.start, left, axis, (*path, 0))
@@ -181,9 +175,9 @@ def _entry(ctx: Context, x: Dims, d: int, index: Any, path: Path) -> None:
 
 
 def _range(ctx: Context, x: Dims, d: int, start: int, n: int) -> tuple[Axis, Axis]:
-    """`n` entries of dimension `d` and those before: parts by themselves if all that is read of it are such parts."""
+    """`n` entries of dimension `d` and those before: parts by themselves where all entries are read somewhere."""
     axis = x[d]
-    if not is_fixed(axis) and not _covered(ctx.node.all_input_nodes[0], d % len(x), length(axis), (start, start + n)):
+    if not is_fixed(axis) and not _is_part(ctx.node.all_input_nodes[0], d % len(x), length(axis), (start, start + n)):
         return fixed(start), _sliced_out(ctx, axis, n)
     why = ctx.reason("size", "a part of it is sliced out")
     left, rest = cut(axis, start, why)
@@ -214,11 +208,13 @@ def _bound(ctx: Context, value: Any, before: Axis, axis: Axis, path: Path) -> No
         ctx.structure.size_replacements.append(SizeReplacement(ctx.node, path, (axis,), before))
 
 
-def _covered(source: fx.Node, d: int, n: int, part: tuple[int, int]) -> bool:
-    """Whether the parts of a dimension that are read or written by themselves follow each other from end to end."""
-    parts = sorted({part, *_parts(source, d, n)} - {(0, n)})
+def _is_part(source: fx.Node, d: int, n: int, part: tuple[int, int]) -> bool:
+    """Whether the parts of a dimension that are read or written by themselves do not overlap, and none is left out."""
+    found = list(_parts(source, d, n))
+    parts = sorted({part, *found} - {(0, n)})
     ends = [0, *(stop for _, stop in parts)]
-    return all(start == end for (start, _), end in zip(parts, ends, strict=False)) and ends[-1] in (0, n)
+    apart = all(start >= end for (start, _), end in zip(parts, ends, strict=False))
+    return apart and ((0, n) in (part, *found) or sum(stop - start for start, stop in parts) == n)
 
 
 def _parts(source: fx.Node, d: int, n: int) -> Iterator[tuple[int, int]]:
@@ -227,18 +223,18 @@ def _parts(source: fx.Node, d: int, n: int) -> Iterator[tuple[int, int]]:
         args: Any
         kwargs: Any
         args, kwargs = fx.map_arg((user.args, user.kwargs), lambda node: node.meta.get("val"))
-        if user.args[:1] != (source,):
-            continue
-        item: Any = None
-        if user.target in _GET + _SET:
+        item: Any = slice(None)
+        if user.target in _GET + _SET and user.args[0] is source:
             items = _expanded(args[1] if isinstance(args[1], tuple) else (args[1],), rank)
-            item = items[d] if d < len(items) else None
+            item = items[d] if d < len(items) else item
         elif user.target in _NARROW + _SELECT and (args[1:2] or [kwargs.get("dim")])[0] in (d, d - rank):
             given = [*args[2:], *(kwargs[k] for k in ("start", "length", "index") if k in kwargs)]
             item = slice(given[0], given[0] + given[1] or None) if user.target in _NARROW else given[0]
         if isinstance(item, slice) and item.step in (None, 1):
             start, stop, _ = item.indices(n)
-            yield start, max(start, stop)
+            read = isinstance(user.meta.get("val"), (torch.Tensor, tuple, list)) and user.target is not getattr
+            if read or (start, stop) != (0, n):
+                yield start, max(start, stop)
         elif isinstance(item, int):
             yield item % n, item % n + 1
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, fixed, is_fixed, length, product, resolve
 from fxgrow.graph.node_functions import in_mode
 from fxgrow.ops.context import Context, Unsupported
-from fxgrow.ops.registry import op
+from fxgrow.ops.registry import MAKES_AXES, op
 from fxgrow.ops.views import unpack_sizes
 
 
@@ -105,6 +105,20 @@ def split(ctx: Context, input: Dims, split_size: Any = None, dim: int = 0, **kwa
     return _with(input, dim, [resolve(p) for p in parts])
 
 
+@op("tensor_split", torch.tensor_split)
+def tensor_split(ctx: Context, input: Dims, indices_or_sections: Any, dim: int = 0) -> tuple[Dims, ...]:
+    sizes = [v.shape[dim] for v in ctx.value]
+    if is_fixed(input[dim]):
+        return _with(input, dim, [fixed(n) for n in sizes])
+    if isinstance(indices_or_sections, int):
+        return _with(input, dim, [equal_parts(ctx, input[dim], len(sizes))] * len(sizes))
+    parts = [axis_of(UnitVar(n)) for n in sizes]
+    ctx.same(input[dim], sum(parts, ()), "split into parts")
+    for i, end in enumerate(indices_or_sections):
+        ctx.size_argument(end, sum(parts[: i + 1], ()), 1, i)
+    return _with(input, dim, [resolve(p) for p in parts])
+
+
 @op("unbind", torch.unbind)
 def unbind(ctx: Context, input: Dims, dim: int = 0) -> tuple[Dims, ...]:
     ctx.fix([input[dim]], "unbound entry by entry")
@@ -113,11 +127,20 @@ def unbind(ctx: Context, input: Dims, dim: int = 0) -> tuple[Dims, ...]:
 
 
 @op("repeat", "tile", torch.tile)
-def repeat(ctx: Context, input: Dims, *times: Any) -> Dims:
-    counts, _ = unpack_sizes(times)
-    counts = [1] * (len(input) - len(counts)) + counts
-    input = Dims((fixed(1),) * (len(counts) - len(input)) + tuple(input))
-    return Dims(product(fixed(int(n)), a, ctx.reason("size", "repeated")) for n, a in zip(counts, input, strict=True))
+def repeat(ctx: Context, input: Dims, *times: Any, **kwargs: Any) -> Dims:
+    counts, paths = unpack_sizes(times, **kwargs)
+    lead = max(0, len(counts) - len(input))
+    input = Dims((fixed(1),) * lead + tuple(input))
+    out = list(input)
+    for d, count, path in zip(range(len(input) - len(counts), len(input)), counts, paths, strict=True):
+        if is_fixed(input[d]) and length(input[d]) == 1:
+            out[d] = ctx.new_axis(count, int(count), *path)
+        else:
+            out[d] = product(fixed(int(count)), input[d], ctx.reason("size", "repeated"))
+    return Dims(out)
+
+
+MAKES_AXES.add(repeat)
 
 
 @op("repeat_interleave", torch.repeat_interleave)

@@ -176,6 +176,12 @@ def _functions() -> Iterator[Patch]:
         with contextlib.nullcontext() if tracer is None else tracer.checkpointed():
             return function(*args, **given)
 
+    def variable(cls: Any, data: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return data.detach() if type(data) is ValueProxy else type.__call__(cls, data, *args, **kwargs)
+
+    # not the class: code asks `isinstance(x, Variable)`
+    yield type(torch.autograd.Variable), "__call__", variable
+
     # what `checkpoint` calls, however the model's code has imported it
     yield called, "__dynamo_disable", follow
 

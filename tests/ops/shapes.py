@@ -249,7 +249,13 @@ T.vector(
 T.vector("boolean-mask", nothing, lambda m, x: m.out(torch.where(m.a(x) > 0, x[0, 0], 0.0)), a=F8)
 T.vector("index-select", nothing, lambda m, x: m.out(m.a(x).index_select(1, torch.arange(8))), a="operator")
 T.vector("gather", nothing, lambda m, x: m.out((h := m.a(x)).gather(1, h.argsort(0) * 0)), a="operator")
-T.vector("assign-part", nothing, lambda m, x: m.out(_assign_part(m.a(x) * 1.0)), a="size")
+T.vector(
+    "assign-part",
+    nothing,
+    lambda m, x: m.out(_assign_part(m.a(x) * 1.0)),
+    a=None,
+    **{"a[0]": (7, 1), "a[1]": "size"},
+)
 T.vector("assign-sample", nothing, lambda m, x: m.out(_assign_sample(m.a(x) * 1.0)), a=F8)
 T.vector("assign-width", lambda: {"b": nn.Linear(6, 8)}, lambda m, x: m.out(_assign_all(m.a(x) * 1.0, m.b(x))), a=F8)
 
@@ -376,6 +382,32 @@ T.rows.append(
         lambda n: (torch.randn(n, 6),),
         {"a[0]": (3, 1), "a[1]": (5, 1), "out": "output"},
     )
+)
+T.vector(
+    "a-part-beside-the-whole",
+    nothing,
+    lambda m, x: m.out((h := m.a(x)) + h[:, 2:3].tanh()),
+    a=None,
+    **{"a[0]": (2, 1), "a[1]": "broadcast", "a[2]": (5, 1)},
+)
+T.vector(
+    "tensor-split-at",
+    lambda: {"b": nn.Linear(3, 3), "out": nn.Linear(5, 3)},
+    lambda m, x: m.out((h := torch.tensor_split(m.a(x), (3,), 1))[1]) * m.b(h[0].tanh()),
+    a=None,
+    **{"a[0]": (3, 1), "a[1]": (5, 1)},
+)
+T.tokens(
+    "gathered-by-repeated-index",
+    nothing,
+    lambda m, x: m.out((h := m.a(x)).gather(1, torch.arange(3).view(1, -1, 1).repeat(len(h), 1, h.size(-1)))),
+    a=F8,
+)
+T.tokens(
+    "gathered-by-literally-repeated-index",
+    nothing,
+    lambda m, x: m.out(m.a(x).gather(1, torch.arange(3)[:, None].repeat(len(x), 1, 8))),
+    a=F8,
 )
 T.vector("slices-that-overlap", _HALF, lambda m, x: m.out((h := m.a(x))[:, :4] * h[:, 2:6]), a="size")
 

@@ -95,7 +95,13 @@ T.vector(
     "input-added", lambda: {"a": nn.Linear(6, 6), "out": nn.Linear(6, 3)}, lambda m, x: m.out(m.a(x) + x), a="input"
 )
 T.vector("unknown-function", nothing, lambda m, x: m.out(Opaque.apply(m.a(x))), a="operator")
-T.vector("inplace-on-view", nothing, lambda m, x: m.out(_inplace_on_view(m.a(x) * 1.0)), a="size")
+T.vector(
+    "inplace-on-view",
+    nothing,
+    lambda m, x: m.out(_inplace_on_view(m.a(x) * 1.0)),
+    a=None,
+    **{"a[0]": (4, 1), "a[1]": (4, 1)},
+)
 T.vector("inplace-on-chunk", nothing, lambda m, x: m.out(_inplace_on_chunk(m.a(x).detach() * 1.0)), a=(8, 2))
 
 
