@@ -238,7 +238,8 @@ def _check(structure: Structure, check: SizeCheck) -> None:
     if check.where is not None:
         # a number that no input changes: the size of a width, or computed from such sizes
         number = get_argument(*check.where)
-        if single_variable(check.axis) or (isinstance(number, fx.Node) and follows_from_widths(structure, number)):
+        of_width = single_variable(check.axis) is not None and not check.part
+        if of_width or (isinstance(number, fx.Node) and follows_from_widths(structure, number)):
             structure.size_replacements.append(SizeReplacement(*check.where, axes, check.axis))
             return
         # one size of a view can be inferred, whatever the others are

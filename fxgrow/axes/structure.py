@@ -69,6 +69,7 @@ class SizeCheck:
     why: Reason
     where: tuple[fx.Node, Path] | None = None  # the argument that may be replaced instead
     infer: bool = False  # whether it may be replaced by -1, which a view infers
+    part: bool = False  # whether the axis was cut at this size, and would be at another if an input changed it
 
 
 class SizeReplacement(NamedTuple):

@@ -183,17 +183,17 @@ class Context:
         if isinstance(value, int):
             self.structure.constants.append(Constant((str(self.node.target), (name, *index)), axis))
 
-    def size_argument(self, value: Any, axis: Axis, *path: Any, infer: bool = False) -> None:
+    def size_argument(self, value: Any, axis: Axis, *path: Any, infer: bool = False, part: bool = False) -> None:
         """Says that an argument (at `path` in the node's args or kwargs) is the length of `axis`.
 
         A literal is rewritten when the axis grows. A computed size is checked to follow by itself; otherwise it becomes
-        a literal, or, with `infer`, -1.
+        a literal, or, with `infer`, -1. `part`: the axis is what was cut off at this size.
         """
         why = self.reason("size", "a computed size does not follow the width")
         where = self._place(path)
         if isinstance(value, SizeExpr):
             self.followed.append(value)
-            self.structure.checks.append(SizeCheck(value, axis, why, where, infer))
+            self.structure.checks.append(SizeCheck(value, axis, why, where, infer, part))
         elif isinstance(value, int) and not isinstance(value, bool) and value >= 0:
             if where is None or isinstance(get_argument(*where), fx.Node):
                 # a computed size that measures no width: the axis may not change

@@ -193,16 +193,15 @@ def _bound(ctx: Context, value: Any, before: Axis, axis: Axis, path: Path) -> No
     """Says that a bound of a slice is the length of `before`, the part of `axis` up to it."""
     if value is None or int(value) == length(before) == 0:
         return
-    argument = get_argument(ctx.node, path)
-    if isinstance(value, SizeExpr) and int(value) < 0:
+    if isinstance(get_argument(ctx.node, path), fx.Node) and not isinstance(value, SizeExpr):
+        ctx.fix([axis], "sliced at a number of entries that is computed from other sizes")
+    elif int(value) > length(axis):
+        ctx.fix([axis], "sliced at a fixed number of entries")
+    elif int(value) >= 0:
+        ctx.size_argument(value, before, *path, part=True)
+    elif isinstance(value, SizeExpr):
         ctx.followed.append(value)
-        value = value + SizeExpr.measure(axis)
-    if int(value) >= 0:
-        if int(value) > length(axis):
-            ctx.fix([axis], "sliced at a fixed number of entries")
-        ctx.size_argument(value, before, *path)
-    elif isinstance(argument, fx.Node):
-        ctx.fix([axis], "sliced at a computed number of entries")
+        ctx.size_argument(value + SizeExpr.measure(axis), before, *path, part=True)
     else:
         # counted from the end; from the start it is a length
         ctx.structure.size_replacements.append(SizeReplacement(ctx.node, path, (axis,), before))

@@ -115,7 +115,7 @@ def tensor_split(ctx: Context, input: Dims, indices_or_sections: Any, dim: int =
     parts = [axis_of(UnitVar(n)) for n in sizes]
     ctx.same(input[dim], sum(parts, ()), "split into parts")
     for i, end in enumerate(indices_or_sections):
-        ctx.size_argument(end, sum(parts[: i + 1], ()), 1, i)
+        ctx.size_argument(end, sum(parts[: i + 1], ()), 1, i, part=True)
     return _with(input, dim, [resolve(p) for p in parts])
 
 

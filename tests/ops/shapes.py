@@ -409,6 +409,13 @@ T.tokens(
     lambda m, x: m.out(m.a(x).gather(1, torch.arange(3)[:, None].repeat(len(x), 1, 8))),
     a=F8,
 )
+T.vector(
+    "slices-at-a-size-of-the-input",
+    nothing,
+    lambda m, x: m.out((h := m.a(x)) + torch.cat([h[:, : x.size(1)].tanh(), h[:, x.size(1) :]], 1)),
+    a=None,
+    **{"a[0]": "size", "a[1]": "size"},
+)
 T.vector("slices-that-overlap", _HALF, lambda m, x: m.out((h := m.a(x))[:, :4] * h[:, 2:6]), a="size")
 
 
