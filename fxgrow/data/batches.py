@@ -34,9 +34,9 @@ class Batch:
     index: int
 
     def arguments(self, gm: fx.GraphModule) -> list[Any]:
-        """The inputs in the order of the graph's placeholders."""
+        """Copies of the inputs, into which the model may write, in the order of the graph's placeholders."""
         names = [str(n.target) for n in gm.graph.nodes if n.op == "placeholder"]
-        given = self.inputs
+        given = pytree.tree_map_only(Tensor, torch.clone, self.inputs)
         if isinstance(given, dict):
             missing = [n for n in names if n not in given]
             if missing:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd
+from torch.utils import _pytree as pytree
 
 from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.axes.axes import Axis, Dims, length, multiplicity
@@ -126,7 +127,7 @@ class Latency:
 
     def __init__(self, analysed: AnalysedGraph, names: Sequence[str]) -> None:
         gm, sums = analysed.gm, MultiplyAdds(analysed)
-        inputs = gm.meta[EXAMPLE_INPUTS]
+        inputs = pytree.tree_map_only(Tensor, torch.clone, gm.meta[EXAMPLE_INPUTS])  # the model may write into them
         self.base = _seconds(gm, inputs)
         self.slopes: dict[str, float] = {}
         for name in names:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, fx
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from fxgrow.analysis.axis_statistics import COPY, MEAN, SPLIT, ZERO
 from fxgrow.axes.axes import UnitVar, unit_entries
@@ -127,7 +128,8 @@ def rows_that_must_be_zero(gm: fx.GraphModule, change: SizeChange, node_map: Nod
         for t in [lookup(gm, name) for *_, writers in wanted for name, _ in writers]:
             if not t.requires_grad:  # a bias may be a buffer
                 stack.callback(t.requires_grad_(True).requires_grad_, False)
-        run.run(*gm.meta[EXAMPLE_INPUTS], enable_io_processing=False)
+        inputs = pytree.tree_map_only(Tensor, torch.clone, gm.meta[EXAMPLE_INPUTS])  # the model may write into them
+        run.run(*inputs, enable_io_processing=False)
         for var, invariant, writers in wanted:
             total = _random_sum(run.env[node_map[invariant.source]], invariant, var, change, generator)
             tensors = [lookup(gm, name) for name, _ in writers]

@@ -182,13 +182,22 @@ def forward_backward(
                 # with -n instead of 1 every output gradient is V, without a copy for each reader
                 start = torch.full_like(loss, -float(batch.size))
                 inputs: list[Any] = [*weights.values(), *recorder.ends]
-                gradients = torch.autograd.grad(loss, inputs, start, allow_unused=True) if inputs else ()
+                gradients = _backward(loss, inputs, start, batch) if inputs else ()
                 for (name, p), g in zip(weights.items(), gradients, strict=False):
                     record.gradients[name] = (torch.zeros_like(p) if g is None else g).detach()
                 recorder.finish()
                 request.on_batch(batch, record)
             finally:
                 recorder.close()
+
+
+def _backward(loss: Tensor, inputs: list[Any], start: Tensor, batch: Batch) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(loss, inputs, start, allow_unused=True)
+    except RuntimeError as error:
+        raise ProfileError(
+            f"The backward pass in eval mode failed on batch {batch.index}: {error} Does it work for the model itself?"
+        ) from error
 
 
 def forward(run: Callable[..., Any], gm: fx.GraphModule, batch: Batch) -> Any:

@@ -123,3 +123,40 @@ def test_channels_last_stays() -> None:
             assert len(weights) == 3 and all(p.is_contiguous(memory_format=memory_format) for p in weights)
         for p in wide.parameters():
             assert optimizer.state[p]["momentum_buffer"].stride() == p.stride()
+
+
+class WritesIntoItsInput(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x *= 2
+        x[:, 0].add_(1)
+        return self.b(self.norm(self.a(x)).relu())
+
+
+def test_a_model_that_writes_into_its_input_leaves_the_batches_as_they_are() -> None:
+    torch.manual_seed(0)
+    net, batches = WritesIntoItsInput(), data()
+    grown = fxgrow.grow(net, batches, neurons=2, progress=False)
+    wide = fxgrow.widen(net, (batches[0][0],), {"a": 2})
+    assert all(
+        torch.equal(a, b) for given, same in zip(batches, data(), strict=True) for a, b in zip(given, same, strict=True)
+    )
+    expected = net.eval()(batches[0][0].clone())
+    assert torch.allclose(wide.eval()(batches[0][0].clone()), expected, atol=1e-6)
+    before, after = grown.meta["fxgrow"].losses["eval"]
+    assert after < before
+
+
+def test_a_backward_pass_that_fails_is_an_error_of_fxgrow() -> None:
+    class Overwrites(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            y = self[2](self[1](self[0](x)))
+            z = y.tanh() * y
+            y.zero_()
+            return z
+
+    with pytest.raises(fxgrow.ProfileError, match="eval mode failed on batch 0: .*modified by an inplace"):
+        fxgrow.grow(Overwrites(*mlp()), data(), neurons=2, progress=False)
