@@ -84,7 +84,8 @@ def profile(
             per layer that reads a width, whatever the limit. Activations that new units are tried on are cached if
             they take at most 256 MB, or an eighth of the limit; else the data are read again.
         widths: names of the widths to profile; None for all that are free and those that `units` names. New units that
-            have no effect at first (streams under a norm, queries and keys) are profiled only if they are named.
+            have no effect at first (streams under a norm, queries and keys) are profiled if they are named, or if no
+            other width is free.
         units: how many units to propose, for all widths or per width; None for a quarter of the size, at least 4.
         progress: show a progress bar (if tqdm is installed).
         seed: of the sampling.
@@ -279,10 +280,12 @@ def _chosen(analysed: AnalysedGraph, request: ProfileRequest) -> list[GrowableWi
             )
     if request.widths is not None:
         return [analysed.free_width(n) for n in request.widths]
-    free = [w for w in analysed.free_widths if w.name in wanted or not w.starts_at_zero]
+    able = [w for w in analysed.free_widths if not w.grows_by_copies]
+    free = [w for w in able if w.name in wanted or not w.starts_at_zero] or able
     if not free:
         some = itertools.islice(analysed.widths.values(), 6)
-        pinned = "; ".join(f"{w.name}: {w.width.pinned}" for w in some) or "there are no hidden layers"
+        copies = "grows by copies of all experts, with fxgrow.widen only"
+        pinned = "; ".join(f"{w.name}: {w.width.pinned or copies}" for w in some) or "there are no hidden layers"
         raise ProfileError(
             f"No width of this model can grow ({pinned}). A width needs a layer that writes it and one that reads it, "
             "both trainable, with only described operators between."

@@ -160,3 +160,14 @@ def test_a_backward_pass_that_fails_is_an_error_of_fxgrow() -> None:
 
     with pytest.raises(fxgrow.ProfileError, match="eval mode failed on batch 0: .*modified by an inplace"):
         fxgrow.grow(Overwrites(*mlp()), data(), neurons=2, progress=False)
+
+
+def test_a_stream_under_a_norm_grows_where_nothing_else_can() -> None:
+    torch.manual_seed(0)
+    stream = nn.Linear(6, 8), nn.LayerNorm(8)
+    only = nn.Sequential(*stream, nn.Linear(8, 3))
+    both = nn.Sequential(*stream, nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 3))
+    for net, units in ((only, {"0": 2}), (both, {"2": 2})):
+        grown = fxgrow.grow(net, data(), neurons=2, progress=False)
+        before, after = grown.meta["fxgrow"].losses["eval"]
+        assert grown.meta["fxgrow"].plan.units == units and after < before
