@@ -226,11 +226,6 @@ def check_device(batch: Batch, gm: nn.Module) -> None:
     """Raises a `ProfileError` when the batch is on another device than the model's parameters, or these are on meta."""
     parameter = next(gm.parameters(), None)
     given = first_tensor(batch.inputs)
-    if parameter is not None and parameter.is_meta:
-        raise ProfileError(
-            "The model is on the meta device: it has no values that data could say anything of. Load its weights first "
-            "(model.to_empty, load_state_dict), or add units without data by fxgrow.widen."
-        )
     if parameter is not None and parameter.is_inference():
         raise ProfileError(
             "The model's parameters were made in torch.inference_mode() and cannot be trained: build the model outside."
@@ -239,4 +234,9 @@ def check_device(batch: Batch, gm: nn.Module) -> None:
         raise ProfileError(
             f"Batch {batch.index} is on {given.device}, the model on {parameter.device}. Move one of them: "
             f"wrap the loader so that it yields batches on {parameter.device}, or call model.to({str(given.device)!r})."
+        )
+    if parameter is not None and parameter.is_meta:
+        raise ProfileError(
+            "The model is on the meta device: it has no values that data could say anything of. Load its weights first "
+            "(model.to_empty, load_state_dict), or add units without data by fxgrow.widen."
         )
