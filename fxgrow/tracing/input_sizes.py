@@ -73,11 +73,14 @@ def keep_input_sizes(tracer: ValueTracer, retrace: Retrace) -> None:
     if not numbers:
         return
     bound: dict[fx.Node, list[SizeGroup]] = {node: [] for node in numbers}
+    steps: set[fx.Node] = set()
     for group in _groups(tracer.inputs):
-        for node in _keep_group(tracer, retrace, group, numbers):
+        changing, in_steps = _keep_group(tracer, retrace, group, numbers)
+        steps |= in_steps
+        for node in changing:
             bound[node].append(group)
     for number_guard, groups in bound.items():
-        if not any(group.batch for group in groups):
+        if not any(group.batch for group in groups) and (groups or number_guard not in steps):
             for group in groups:
                 _guard_inputs(tracer.graph, group, number_guard)
             tracer.graph.erase_node(number_guard)
@@ -105,8 +108,12 @@ def _groups(inputs: Mapping[str, Any]) -> list[SizeGroup]:
 
 def _keep_group(
     tracer: ValueTracer, retrace: Retrace, group: SizeGroup, numbers: Mapping[fx.Node, Callable[[Any], Any]]
-) -> list[fx.Node]:
-    """Replaces the literals that change with a group of dimensions; returns the guards that must stay."""
+) -> tuple[list[fx.Node], set[fx.Node]]:
+    """Replaces the literals that change with a group of dimensions; returns the guards that must stay.
+
+    The second ones are on numbers that did not change though sizes did from which they are computed: they may change
+    in steps, as a length rounded up to a multiple does.
+    """
     traces: list[NodeMap] = []
     for other, error in _traces(tracer, retrace, group):
         traces.append(pairs := _aligned(tracer.graph, other.graph))
@@ -115,12 +122,14 @@ def _keep_group(
         if not complete or not any(_differs(n, convert, pairs) for n, convert in numbers.items()):
             break
     changing = [n for n, convert in numbers.items() if any(_differs(n, convert, pairs) for pairs in traces)]
+    others = numbers.keys() - set(changing)
+    in_steps = {n for n in others if any(_sources_differ(n, pairs) for pairs in traces)}
     replacements = _replacements(tracer, traces, numbers) if changing and complete else None
     if replacements is None:
-        return changing
+        return changing, in_steps
     for (node, path), number in replacements.items():
         set_argument(node, path, _as_nodes(tracer.graph, number))
-    return []
+    return [], in_steps
 
 
 def _traces(
@@ -159,6 +168,17 @@ def _differs(number_guard: fx.Node, convert: Callable[[Any], Any], pairs: NodeMa
     """Whether a number differs in another trace, or that trace did not reach it."""
     source: Any = number_guard.args[0]
     return source not in pairs or bool(convert(source.meta["val"]) != convert(pairs[source].meta["val"]))
+
+
+def _sources_differ(number_guard: fx.Node, pairs: NodeMap) -> bool:
+    """Whether a number that another trace has too is computed from numbers that differ there."""
+    queue = [number_guard.args[0]]
+    for node in queue:
+        if isinstance(node, fx.Node) and type(node.meta["val"]) in (bool, int, float):
+            if node not in pairs or node.meta["val"] != pairs[node].meta["val"]:
+                return True
+            queue += [source for source in node.all_input_nodes if source not in queue]
+    return False
 
 
 def _replacements(

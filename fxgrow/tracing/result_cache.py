@@ -70,10 +70,11 @@ def is_ordinary(tensor: Tensor) -> bool:
 
 
 def _key(value: Any) -> Any:
+    """Raises _NoKey for what is not told by shapes, such as a fake tensor that was made of a number and knows it."""
     kind = type(value)
     if kind in _PLAIN:
         return kind, value
-    if issubclass(kind, Tensor) and is_ordinary(value):
+    if issubclass(kind, Tensor) and is_ordinary(value) and getattr(value, "constant", None) is None:
         return _TensorKey(value.shape, value.stride(), value.dtype, value.device, value.requires_grad)
     if issubclass(kind, (tuple, list)):
         return kind, *map(_key, value)

@@ -181,3 +181,27 @@ def test_sizes_in_a_cache() -> None:
     wider = fxgrow.widen(net, (x,), {w.name: w.step for w in fxgrow.widths(gm) if w.pinned is None})
     assert wider.get_submodule("a").weight.shape == (12, 3)
     torch.testing.assert_close(wider(x), net(x), rtol=0, atol=1e-12)
+
+
+class RoundsUp(nn.Module):
+    """Pads to a multiple of 16 by a number that is the same for many lengths."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv1d(3, 6, 1), nn.Conv1d(6, 2, 16, 16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        length = int(math.ceil(x.shape[-1] / 16) * 16)
+        h = self.a(x)
+        return self.b(nn.functional.pad(h, (0, length - h.shape[-1])))
+
+
+def test_numbers_that_change_in_steps() -> None:
+    net = RoundsUp().double()
+    gm = fxgrow.capture(net, (torch.randn(2, 3, 20, dtype=torch.float64),))
+    for n in (20, 21, 32):
+        x = torch.randn(3, 3, n, dtype=torch.float64)
+        torch.testing.assert_close(gm(x), net(x), rtol=0, atol=1e-12)
+    for n in (16, 40):
+        with pytest.raises(fxgrow.CaptureError, match=r"int\(math.ceil"):
+            gm(torch.randn(3, 3, n, dtype=torch.float64))

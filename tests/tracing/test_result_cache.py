@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from fxgrow.tracing import result_cache
+from fxgrow.tracing.capture import capture
 from fxgrow.tracing.fake_values import FakeRunner
 
 IMAGE, TOKENS, VECTOR = (2, 4, 6, 6), (2, 5, 4), (3, 4)
@@ -105,3 +106,15 @@ def test_results_that_are_not_kept() -> None:
 
 def double(x: Tensor) -> Tensor:
     return 2 * x
+
+
+def test_tensors_made_of_a_number_know_it() -> None:
+    class Halved(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                x = x[:, : torch.as_tensor(x.shape[1] / 2).ceil().long()]
+            return x
+
+    x = torch.randn(2, 12)
+    for _ in range(2):
+        assert torch.equal(capture(Halved(), (x,))(x), x[:, :3])
