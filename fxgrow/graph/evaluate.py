@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxgrow.graph.kept_values import collections_kept
+
 #: largest relative difference of outputs that rounding explains, per dtype
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
 
@@ -68,7 +70,7 @@ def lent_buffers(module: nn.Module, parameters: Collection[Tensor] = ()) -> Iter
 @torch.no_grad()
 def eval_outputs(module: nn.Module, inputs: Any) -> list[Tensor]:
     """Returns the tensors that a module outputs in eval mode; all else is as before, also what it may write into."""
-    with eval_mode(module), lent_buffers(module), torch.random.fork_rng(devices=[]):
+    with eval_mode(module), lent_buffers(module), collections_kept(module), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         args = pytree.tree_map_only(Tensor, torch.clone, (inputs,) if isinstance(inputs, Tensor) else inputs)
         out = module(**args) if isinstance(args, Mapping) else module(*args)

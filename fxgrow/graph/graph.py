@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from fxgrow.errors import FileError
+from fxgrow.graph.kept_values import copies_of_activations
 from fxgrow.graph.node_meta import RECORD
 from fxgrow.graph.parametrizations import hooked_weight, weight_hook
 
@@ -66,7 +66,7 @@ def caller(node: fx.Node) -> str:
 def copy_graph(gm: fx.GraphModule, replaced: Mapping[int, Tensor] | None = None) -> fx.GraphModule:
     """A deep copy without gradients and record of earlier growth; `replaced` tensors, by id, stay tied."""
     replaced = replaced or {}
-    memo: dict[int, Any] = {**_copies_of_activations(gm), **replaced, **_scripted_copies(gm, replaced)}
+    memo: dict[int, Any] = {**copies_of_activations(gm), **replaced, **_scripted_copies(gm, replaced)}
     record = gm.meta.pop(RECORD, None)
     try:
         out = copy.deepcopy(gm, memo)
@@ -89,23 +89,13 @@ def copy_module(model: nn.Module, replaced: Mapping[int, Tensor]) -> nn.Module:
     """A deep copy without the record of earlier growth; see `copy_graph`."""
     if isinstance(model, fx.GraphModule):
         return copy_graph(model, replaced)
-    memo: dict[int, Any] = {**_copies_of_activations(model), **replaced, **_scripted_copies(model, replaced)}
+    memo: dict[int, Any] = {**copies_of_activations(model), **replaced, **_scripted_copies(model, replaced)}
     meta = vars(model).get("meta")
     if isinstance(meta, dict) and meta.keys() <= {RECORD}:
         memo[id(meta)] = {}
     out = copy.deepcopy(model, memo)
     _update_hooked_weights(out)
     return out
-
-
-def _copies_of_activations(model: nn.Module) -> dict[int, Any]:
-    """Copies, by id, of activations that modules have kept: no leaves of autograd, and only leaves can be copied."""
-    copies: dict[int, Any] = {}
-    for module in model.modules():
-        state = "_parameters", "_buffers", "_modules"
-        kept = pytree.tree_leaves([v for k, v in vars(module).items() if k not in state])
-        copies.update({id(t): t.detach().clone() for t in kept if isinstance(t, Tensor) and not t.is_leaf})
-    return copies
 
 
 def _update_hooked_weights(model: nn.Module) -> None:

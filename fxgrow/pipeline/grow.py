@@ -19,6 +19,7 @@ from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup, process_group_of
 from fxgrow.errors import PlanError
 from fxgrow.graph.evaluate import own_modes
 from fxgrow.graph.graph import copy_graph, named_tensors
+from fxgrow.graph.kept_values import collections_kept
 from fxgrow.graph.node_meta import EXAMPLE_INPUTS, RECORD
 from fxgrow.initialisers.registry import find_initialiser, lists_methods
 from fxgrow.pipeline.growth_record import Growth, GrowthResult, Index, keep_record
@@ -116,7 +117,7 @@ def grown_copy(
     model: nn.Module, dataloader: Iterable[Any], settings: GrowOptions, process_group: ProcessGroup = SINGLE_PROCESS
 ) -> GrowthResult[nn.Module]:
     """The stages of `grow`, on a copy, which is the same in every process: the model is as before."""
-    with process_group.session(), process_group.sync_buffers(model):
+    with process_group.session(), process_group.sync_buffers(model), collections_kept(model):
         grown = _run(model, Data(dataloader, settings["samples"], process_group), settings)
         process_group.check_equal(named_tensors(grown.model), "after growth")
         return grown

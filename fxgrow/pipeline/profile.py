@@ -31,6 +31,7 @@ from fxgrow.data.random_state import random_state_kept
 from fxgrow.distributed import process_group_of
 from fxgrow.errors import PlanError, ProfileError
 from fxgrow.graph.evaluate import own_modes
+from fxgrow.graph.kept_values import collections_kept
 from fxgrow.graph.node_meta import RECORD, is_captured
 from fxgrow.graph.unrolled_rnn import unroll_recurrent_layers
 from fxgrow.initialisers.registry import Initialiser, InitialiserRequest, Proposal, find_initialiser, lists_methods
@@ -117,7 +118,7 @@ def profile(
         raise ProfileError(f"positions={positions!r}: choose 'sampled' or 'all'.")
     request = ProfileRequest(loss_fn, method, positions, memory_limit, widths, units, progress, seed, keep_moments)
     process_group = process_group_of(process_group)
-    with process_group.session(), process_group.sync_buffers(gm):
+    with process_group.session(), process_group.sync_buffers(gm), collections_kept(gm):
         return with_suggestion(profiled(gm, Data(dataloader, samples, process_group), request))
 
 

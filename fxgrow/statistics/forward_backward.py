@@ -20,7 +20,7 @@ from fxgrow.data.batches import Batch, check_device
 from fxgrow.data.loss import LossFn, loss_of
 from fxgrow.errors import FxgrowError, ProfileError
 from fxgrow.graph.conditional import graph_like
-from fxgrow.graph.evaluate import eval_mode
+from fxgrow.graph.evaluate import eval_mode, lent_buffers
 from fxgrow.graph.purity import overwrites
 from fxgrow.ops.expert_routing import all_routes
 from fxgrow.statistics.batch_dimension import by_sample, find_samples, like_output
@@ -163,7 +163,7 @@ def forward_backward(
 ) -> None:
     """Runs forward and backward over `batches`; `loss_fn` as in `fxgrow.data.loss.loss_of`."""
     recorder = _ActivationRecorder(gm, request)
-    with eval_mode(gm), torch.enable_grad():
+    with eval_mode(gm), lent_buffers(gm), torch.enable_grad():
         for batch in batches:
             record = recorder.record
             record.size = batch.size
