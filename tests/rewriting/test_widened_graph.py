@@ -162,7 +162,8 @@ def test_leaving_out_the_new_units_gives_the_original_back(name: str) -> None:
         assert old == list(lookup(net, parameter).shape)
 
 
-OPERATORS = [c for c in CASES if c.free]
+# a minimum with a number is another one where units are left out: the graph refuses, and says so
+OPERATORS = [c for c in CASES if c.free and c.id != "view-of-minimum"]
 
 
 @pytest.mark.parametrize("case", OPERATORS, ids=[c.id for c in OPERATORS])
