@@ -43,6 +43,7 @@ class Entry:
     def subject(self, seed: int = 0) -> Subject:
         torch.manual_seed(seed)
         subject = Subject(self.build(), self.inputs, self.sizes, outputs=self.outputs)
+        torch.manual_seed(seed)  # some builders set one of their own
         perturb(subject.model)
         return subject
 
@@ -127,11 +128,16 @@ def images(channels: int, side: int, step: int = 32) -> Callable[[int, int], tup
     return floats(channels, side, side, longer=(channels, side + step, side + step))
 
 
-def tokens(vocabulary: int, length: int, longer: int | None = None) -> Callable[[int, int], tuple[Tensor, ...]]:
-    """Integers below `vocabulary`, [batch, length]."""
-    return lambda batch, other: (
-        torch.randint(vocabulary, (batch, longer if other and longer else length), generator=generator(batch, other)),
-    )
+def tokens(
+    vocabulary: int, length: int, longer: int | None = None, first: int = 0
+) -> Callable[[int, int], tuple[Tensor, ...]]:
+    """Integers below `vocabulary` and from `first` on (1 where 0 is padding), [batch, length]."""
+
+    def inputs(batch: int, other: int) -> tuple[Tensor, ...]:
+        shape = batch, longer if other and longer else length
+        return (torch.randint(first, vocabulary, shape, generator=generator(batch, other)),)
+
+    return inputs
 
 
 def integers(below: int) -> Callable[[int, int], tuple[Tensor, ...]]:

@@ -64,7 +64,7 @@ ENTRIES = [
           1, bidirectional=True), num_layers=1, K=10), floats(12, 30, longer=(12, 40)), True),
     Entry("speechbrain", "transformer_asr", call(f"{_SB}.transformer.TransformerASR:TransformerASR", 20, 12,
           d_model=16, nhead=2, num_encoder_layers=1, num_decoder_layers=1, d_ffn=24), named(src=_FRAMES, tgt=tokens(20,
-          6)), False),
+          6, first=1)), False),
     Entry("demucs", "demucs", call("demucs.demucs:Demucs", ["a", "b"], audio_channels=1, channels=8, depth=3,
           dconv_comp=2, norm_starts=1, norm_groups=2, dconv_attn=2, dconv_lstm=2, samplerate=800), _WAVE, True),
     Entry("demucs", "htdemucs", call("demucs.htdemucs:HTDemucs", ["a", "b"], audio_channels=1, channels=8, nfft=256,
