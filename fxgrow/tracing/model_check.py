@@ -23,6 +23,8 @@ from fxgrow.graph.purity import written_parameters
 
 _TRIES = 3
 log = logging.getLogger("fxgrow")
+#: of Python and of NumPy: the first number between 0 and 1 is below 0.02, and above 0.98
+_EXTREME_SEEDS = 1751, 1470
 
 
 def check_against_model(
@@ -35,8 +37,13 @@ def check_against_model(
     """
     inputs = list(gm.meta["example_inputs"])
 
+    drawn: list[bool] = []
+
     def run_model() -> Any:
-        return call(_copied(inputs))
+        before = _positions()
+        out = call(_copied(inputs))
+        drawn.extend([True] if _positions() != before else [])
+        return out
 
     _remove_hooks_of_leaves(gm)
     state = [*model.parameters(), *model.buffers(), *tensors_in(inputs)]
@@ -51,6 +58,14 @@ def check_against_model(
     except Exception as error:
         log.debug("the model does not run on its example inputs: %s", error)
         return
+    mode = "train" if model.training else "eval"
+    for seed in _EXTREME_SEEDS if drawn else ():
+        if not _agree(outputs(model, run_model, seed), expected):
+            raise CaptureError(
+                f"The result of {type(model).__name__} in {mode} mode depends on numbers that its code draws from "
+                "Python's `random` or from NumPy. A graph would keep one outcome: draw them with torch.rand and choose "
+                "with torch.where, or switch that part of the model off."
+            )
     try:
         found = outputs(gm, lambda: gm(*_copied(inputs)))
     except CaptureError:
@@ -62,7 +77,7 @@ def check_against_model(
         if not _agree(again, expected):
             return  # its own generators, or other threads that draw
         found = outputs(gm, lambda: gm(*_copied(inputs)))
-    mode, place = "train" if model.training else "eval", _first_difference(model, gm, run_model, inputs)
+    place = _first_difference(model, gm, run_model, inputs)
     raise CaptureError(
         f"The graph of {type(model).__name__} computes something else than the model does in {mode} mode, first at "
         f"{place}. Its code depends on something that a graph does not see, such as the type of a tensor or a "
@@ -95,14 +110,22 @@ def _remove_hooks_of_leaves(gm: fx.GraphModule) -> None:
         layer._forward_hooks, layer._forward_pre_hooks = OrderedDict(), OrderedDict()
 
 
+def _positions() -> tuple[Any, ...]:
+    """How far the generators of Python and NumPy are: a draw moves them."""
+    numpy: Any = sys.modules.get("numpy")
+    return random.getstate()[1][-1], None if numpy is None else numpy.random.get_state()[2]
+
+
 @torch.no_grad()
-def _outputs(parameters: list[nn.Parameter], module: nn.Module, run: Callable[[], Any]) -> list[Tensor]:
+def _outputs(
+    parameters: list[nn.Parameter], module: nn.Module, run: Callable[[], Any], seed: int = 0
+) -> list[Tensor]:
     """Tensors of a seeded run; buffers, and parameters that the code writes into, are as before."""
     with lent_buffers(module, parameters), random_state_kept():
         torch.manual_seed(0)
-        random.seed(0)
+        random.seed(seed)
         if "numpy" in sys.modules:
-            sys.modules["numpy"].random.seed(0)
+            sys.modules["numpy"].random.seed(seed)
         return [t.detach().clone() for t in tensors_in(run())]
 
 

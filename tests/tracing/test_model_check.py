@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import random
+from collections.abc import Callable
+
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 import fxgrow
+from fxgrow import CaptureError
 
 
 class ByType(nn.Module):
@@ -95,3 +100,27 @@ def test_parameters_that_forward_writes_into_are_left_as_they_are(training: bool
 
 def _chosen(net: Codebook, x: Tensor, codes: Tensor) -> Tensor:
     return (net.a(x).unsqueeze(1) - codes).square().sum(-1).argmin(1)
+
+
+class DropsLayers(nn.Module):
+    """Leaves out a layer, in training, where a number is small; with `chance` 0 never."""
+
+    def __init__(self, draw: Callable[[], float], chance: float) -> None:
+        super().__init__()
+        self.draw, self.chance, self.a, self.b = draw, chance, nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if not self.training or self.draw() >= self.chance:
+            h = h.relu()
+        return self.b(h)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize("draw", [random.random, np.random.rand, lambda: random.uniform(0, 1), np.random.uniform])
+def test_numbers_of_other_generators_are_never_kept(draw: Callable[[], float], training: bool) -> None:
+    x = torch.randn(3, 4)
+    with pytest.raises(CaptureError, match="draws from Python's `random` or from NumPy"):
+        fxgrow.capture(DropsLayers(draw, 0.05).train(training), (x,))
+    net = DropsLayers(draw, 0.0).train(training)
+    assert torch.equal(fxgrow.capture(net, (x,)).train()(x), net.train()(x))
