@@ -13,10 +13,11 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import fx
+from torch.nn import functional as F
 
-from fxgrow.axes.axes import Dims, length
+from fxgrow.axes.axes import Dims, dims_in, length
 from fxgrow.axes.structure import Factor, Invariant, Path, Projection, Structure
-from fxgrow.graph.graph import lookup, operator_name
+from fxgrow.graph.graph import operator_name
 
 MEAN, ZERO, SPLIT, COPY, ANY = "mean", "zero", "split", "copy", "any"
 #: products of two splits, whose sum is that of the old units; a parameter whose new entries are not chosen yet
@@ -47,7 +48,11 @@ _LIMITS = frozenset("clamp clip clamp_min clamp_max clamp_ clamp_min_".split())
 
 
 class Refused(Exception):
-    """The function cannot be kept, for the reason in the message."""
+    """The function cannot be kept, for the reason in the message, at `node` where it is not the current one."""
+
+    def __init__(self, message: str, node: fx.Node | None = None) -> None:
+        super().__init__(message)
+        self.node = node
 
 
 def times(*factors: tuple[Factor, float]) -> Factor:
@@ -88,9 +93,7 @@ class AxisStatistics:
         #: results: parameters with their factor and what is added to them, and numbers in arguments
         self.rescaled: dict[str, tuple[Factor, float]] = {}
         self.numbers: list[tuple[fx.Node, Path, Factor]] = []
-        self._parameter_uses = Counter(
-            dims.parameter for n, dims in structure.outputs.items() if n.op == "get_attr" and isinstance(dims, Dims)
-        )
+        self._uses: dict[fx.Node, set[fx.Node]] = {}  # of parameters that are rescaled
 
     def is_mean_of(self, units: fx.Node, mean: Any) -> bool:
         """Whether a value is the mean over the units of a node."""
@@ -115,14 +118,14 @@ class AxisStatistics:
             self.meets_units |= any(n in self.factors for n in inputs if n not in self.states)
         if any(n in self.factors for n in inputs):
             self.factors.setdefault(node, {})
-        if scaled and isinstance(self.structure.outputs[node], (Dims, tuple, list)):
+        if scaled and next(dims_in(self.structure.outputs[node]), None) is not None:
             self.factors[node] = self._factor(node, name, scaled)
 
     def finish(self) -> None:
         """Checks that a parameter that was rescaled is so for all of its uses."""
-        for name, (factor, _) in self.rescaled.items():
-            if factor and self._parameter_uses[name] > 1:
-                raise Refused(f"{name}, which would have to be rescaled, is used in several places")
+        for node, users in self._uses.items():
+            if any(user not in users and isinstance(self.structure.outputs[user], Dims) for user in node.users):
+                raise Refused(f"{node.target}, which would have to be rescaled, is used elsewhere too", node)
 
     def _name(self, node: Any) -> str:
         return operator_name(self.gm, node)
@@ -155,7 +158,12 @@ class AxisStatistics:
             signs = (1, -1 if name in QUOTIENT else 1)
             parts = [(self.factors.get(a, {}), s) for a, s in zip(node.args, signs, strict=False)]  # type: ignore[arg-type]
             factor = times(*parts)
-            return {} if factor and self._takes_back(node, factor) else factor
+            return {} if factor and self._takes_back(node, times((factor, -1))) else factor
+        if name == "addcmul" and not node.kwargs:
+            factor = times(*((self.factors.get(a, {}), 1) for a in node.args[1:3]))  # type: ignore[arg-type]
+            factor = {} if factor and self._takes_back(node, times((factor, -1))) else factor
+            if self.factors.get(node.args[0], {}) == factor:  # type: ignore[arg-type]
+                return factor
         if name in _DEGREES or name in ("pow", "pow_"):
             degree = _DEGREES.get(name, node.args[1] if len(node.args) > 1 else node.kwargs.get("exponent"))
             if isinstance(degree, (int, float)) and scaled == [node.args[0]]:
@@ -185,53 +193,46 @@ class AxisStatistics:
             if isinstance(term, fx.Node):
                 if self.factors.get(term) == factor:
                     continue
-                dims = self.structure.outputs[term]
-                single = term.op == "get_attr" and term.meta["val"].numel() == 1 and isinstance(dims, Dims)
-                if not single or len(term.users) > 1 or dims.parameter is None:
+                single = term.op == "get_attr" and term.meta["val"].numel() == 1
+                if not single or not self._rescale(term, node, factor):
                     raise Refused("normalised over the whole axis without a weight that could be rescaled")
-                self.rescaled[dims.parameter] = factor, 0.0
             elif isinstance(term, (int, float)) and key != "alpha":
                 self.numbers.append((node, (key,), factor))
         return factor
 
     def _takes_back(self, node: fx.Node, factor: Factor) -> bool:
-        """Whether a weight among the factors of a product, with no other use, is rescaled instead."""
-        seconds = -1 if self._name(node) in QUOTIENT else 1
-        arguments = [n for n in node.args[:2] if isinstance(n, fx.Node)]
-        return len(set(arguments)) == len(arguments) and any(
-            self._search(n, times((factor, -sign)))
-            for n, sign in zip(node.args[:2], (1, seconds), strict=False)
-            if isinstance(n, fx.Node)
-        )
+        """Whether a weight among the factors of a product can be multiplied by something in place of the product."""
+        first, second = node.args[1:3] if self._name(node) == "addcmul" else node.args[:2]
+        inverse = times((factor, -1)) if self._name(node) in QUOTIENT else factor
+        operands = [(n, f) for n, f in ((first, factor), (second, inverse)) if isinstance(n, fx.Node)]
+        return first is not second and any(self._search(n, node, f) for n, f in operands)
 
-    def _search(self, node: fx.Node, factor: Factor, offset: float = 0.0) -> bool:
+    def _search(self, node: fx.Node, user: fx.Node, factor: Factor) -> bool:
+        name = self._name(node)
+        if node.op == "get_attr":
+            return self._rescale(node, user, factor)
         if len(node.users) != 1:
             return False
-        if node.op == "get_attr":
-            dims = self.structure.outputs[node]
-            if not isinstance(dims, Dims) or dims.parameter is None:
-                return False
-            if not lookup(self.gm, dims.parameter).is_floating_point():
-                return False
-            known = self.rescaled.setdefault(dims.parameter, (factor, offset))
-            return known == (factor, offset)
-        name = self._name(node)
-        if name in PRODUCT and not offset:
-            return self._takes_back(node, times((factor, -1)))
-        if name in LINEAR - MIXING and node.args:
-            source = node.args[0]
-            return (
-                isinstance(source, fx.Node) and source.meta["val"] is not None and self._search(source, factor, offset)
-            )
-        if name in SUM - {"sub", "isub", "subtract", "sub_", "__sub__", "rsub"} and not offset and not node.kwargs:
-            number = next((a for a in node.args if isinstance(a, (int, float))), None)
-            inner = next((a for a in node.args if isinstance(a, fx.Node)), None)
-            # `1 + weight`: the offset has a meaning where nothing but views lies between it and the weight
-            while inner is not None and number is not None and len(inner.users) == 1:
-                if inner.op == "get_attr":
-                    return self._search(inner, factor, float(number))
-                inner = inner.all_input_nodes[0] if self._name(inner) in LINEAR - MIXING else None
-        return False
+        if name in PRODUCT:
+            return self._takes_back(node, factor)
+        if name in LINEAR - MIXING and isinstance(node.args[0], fx.Node):
+            return self._search(node.args[0], node, factor)
+        numbers = [a for a in node.args if isinstance(a, (int, float))]
+        if name != "add" or len(numbers) != 1 or node.kwargs:
+            return False
+        # `1 + weight`, with nothing but views between
+        (inner,) = node.all_input_nodes
+        while inner.op != "get_attr" and self._name(inner) in LINEAR - MIXING and len(inner.users) == 1:
+            inner, node = inner.all_input_nodes[0], inner
+        return inner.op == "get_attr" and self._rescale(inner, node, factor, float(numbers[0]))
+
+    def _rescale(self, node: fx.Node, user: fx.Node, factor: Factor, offset: float = 0.0) -> bool:
+        """Enters a parameter for a factor, which all of its uses must have."""
+        dims = self.structure.outputs[node]
+        if not isinstance(dims, Dims) or dims.parameter is None or not node.meta["val"].is_floating_point():
+            return False
+        self._uses.setdefault(node, set()).add(user)
+        return self.rescaled.setdefault(dims.parameter, (factor, offset)) == (factor, offset)
 
 
 def _correction(node: fx.Node) -> int:
@@ -244,6 +245,19 @@ def _order(node: fx.Node) -> float:
     """The p of a p-norm."""
     p = node.args[1] if len(node.args) > 1 else node.kwargs.get("p", node.kwargs.get("ord", 2))
     return p if isinstance(p, (int, float)) else 2
+
+
+def number_filled_in(node: fx.Node, name: str, carriers: Collection[fx.Node]) -> float | None:
+    """The number that takes the place of entries, with all units of a position alike; 0 for other paddings."""
+    if node.target is F.pad:
+        mode, value = (*node.args[2:], *(None,) * 4)[:2]
+        constant = node.kwargs.get("mode", mode) in (None, "constant")
+        return (node.kwargs.get("value", value) or 0) if constant else 0  # type: ignore[return-value]
+    if name not in ("masked_fill", "masked_fill_", "where") or node.kwargs:
+        return None
+    mask = node.args[0 if name == "where" else 1]
+    values = [a for a in node.args if not isinstance(a, fx.Node)]
+    return None if mask in carriers or len(values) != 1 else values[0]  # type: ignore[return-value]
 
 
 def parameter_behind(gm: fx.GraphModule, node: fx.Node) -> fx.Node:

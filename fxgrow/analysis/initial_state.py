@@ -9,6 +9,7 @@ unit of both is rotated into a plane. States are propagated from writers to inva
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -29,6 +30,7 @@ from fxgrow.analysis.axis_statistics import (
     ZERO,
     AxisStatistics,
     Refused,
+    number_filled_in,
     parameter_behind,
 )
 from fxgrow.axes.axes import Dims, UnitVar, axes_in, resolve, single_variable, variables
@@ -143,7 +145,7 @@ class _StatePropagation:
         kinds = {i.kind for i in self.invariants}
         if "layer" in kinds:
             return [MEAN] if kinds <= {"layer", "statistic"} else []
-        if kinds & {"rms", "response"} or kinds == {"product"}:
+        if "rms" in kinds or kinds == {"product"}:
             return [ZERO]
         if "product" in kinds:
             return [SPLIT, ZERO]
@@ -169,6 +171,7 @@ class _StatePropagation:
                     self.statistics.visit(node)
             self.statistics.finish()
         except Refused as refusal:
+            node = refusal.node or node
             return Reason("reduce" if node in self.statistics.reductions else "norm", node.name, str(refusal))
         if len(reductions) == len(self.invariants) and not self.statistics.meets_units:
             return Reason("reduce", reductions[0].node.name, "summed or compared over the whole axis")
@@ -176,6 +179,10 @@ class _StatePropagation:
             operands = [product.source] if self.kind == ZERO else self._inputs(product.node)
             if any(self._settled(n, self.kind) not in (self.kind, PARTS) for n in operands):
                 return Reason("reduce", product.node.name, "summed over in a product, and neither side can stay zero")
+        readers = [p for p in self.structure.projections if self.var in variables(p.input_axis)]
+        if self.products and not products and not readers:
+            node = self.products[0].node
+            return Reason("reduce", node.name, "summed over in a product of norms: new units that are zero never learn")
         if products and self.kind == ZERO:
             self.result.writers = self._zero_writers()
         self.result.rescaled |= self.statistics.rescaled
@@ -242,10 +249,15 @@ class _StatePropagation:
         inputs = self._inputs(node)
         name = self._name(node)
         if name in PRODUCT:
-            return self._product(node, inputs, {self.state[n] for n in inputs})
+            return self._product(list(node.args), name in QUOTIENT)
+        if name == "addcmul" and not node.kwargs:
+            product = self._product(list(node.args[1:]), False)
+            return _joint({product, self._settled(node.args[0], ZERO if product == ZERO else self.kind)})
         linear = name in LINEAR or self._is_identity_dropout(node)
         if linear and len(inputs) == 1:
             return self.state[inputs[0]]
+        if name in SUM and len(inputs) == 1 and self.state[inputs[0]] == PENDING:
+            return ANY  # `1 + weight`
         others = {self.state[n] for n in inputs} - {PENDING}
         states = {self._settled(n, ZERO if others == {ZERO} and name in SUM else self.kind) for n in inputs}
         if node in self.norms:
@@ -254,7 +266,7 @@ class _StatePropagation:
             return _joint(states)
         if name in SUM:
             return self._sum(node, inputs, states)
-        if (filled := self._filled(node, name)) is not None:
+        if (filled := number_filled_in(node, name, self.carriers)) is not None:
             return _joint(states) if filled == 0 else MEAN if states <= {MEAN, BOTH} else ANY
         if states == {SPLIT} and (name == "square" or (name == "pow" and node.args[1:] == (2,))):
             return PARTS
@@ -273,18 +285,6 @@ class _StatePropagation:
             return BOTH
         return MEAN if states <= {MEAN, BOTH} else ANY
 
-    def _filled(self, node: fx.Node, name: str) -> float | None:
-        """The number that takes the place of entries, with all units of a position alike; 0 for other paddings."""
-        if node.target is F.pad:
-            mode, value = (*node.args[2:], *(None,) * 4)[:2]
-            constant = node.kwargs.get("mode", mode) in (None, "constant")
-            return (node.kwargs.get("value", value) or 0) if constant else 0  # type: ignore[return-value]
-        if name not in ("masked_fill", "masked_fill_", "where") or node.kwargs:
-            return None
-        mask = node.args[0 if name == "where" else 1]
-        values = [a for a in node.args if not isinstance(a, fx.Node)]
-        return None if mask in self.carriers or len(values) != 1 else values[0]  # type: ignore[return-value]
-
     def _parameter(self, node: fx.Node) -> str:
         """A parameter that is added to the stream, such as positions, or to what comes out of a norm."""
         value = self.structure.outputs[node]
@@ -297,7 +297,7 @@ class _StatePropagation:
         only_weight = all(u in self.norms or u in weights for u in node.users)
         return PENDING if known and not only_weight else ANY
 
-    def _settled(self, node: fx.Node, state: str) -> str:
+    def _settled(self, node: Any, state: str) -> str:
         """The state of a node; new entries of a parameter are chosen for what it is added to."""
         if self.state.get(node) != PENDING:
             return self.state.get(node, ANY)
@@ -329,7 +329,7 @@ class _StatePropagation:
         if self.kind == SPLIT:
             return SPLIT
         if norm.weight is not None:
-            self.result.rescaled[norm.weight] = {0: 1.0 if norm.kind == "response" else 0.5}, norm.offset
+            self.result.rescaled[norm.weight] = {0: 0.5}, 0.0
         elif norm.kind != "length":
             self.statistics.factors[norm.node] = {0: -0.5}
         if self.mean_after_norm and self._is_uniform(norm):
@@ -337,10 +337,12 @@ class _StatePropagation:
             return MEAN if norm.bias is not None and bool(lookup(self.gm, norm.bias).any()) else BOTH
         return ZERO
 
-    def _product(self, node: fx.Node, inputs: list[fx.Node], states: set[str]) -> str:
-        if self._name(node) in QUOTIENT and inputs != [node.args[0]]:
+    def _product(self, factors: list[Any], quotient: bool) -> str:
+        inputs = list(dict.fromkeys(n for n in factors if n in self.carriers))
+        states = {self.state[n] for n in inputs}
+        if quotient and inputs != [factors[0]]:
             return ANY  # divided by the units
-        squares = node.args[0] is node.args[1]
+        squares = factors[0] is factors[1]
         if ZERO in states or (BOTH in states and (squares or len(inputs) > 1)):
             return ZERO
         if states == {SPLIT} and (squares or len(inputs) > 1):

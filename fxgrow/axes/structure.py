@@ -97,7 +97,7 @@ class KeptNumber(NamedTuple):
 class Invariant:
     """A function-preserving constraint: the node keeps its function only if new units of an axis start in some state.
 
-    `kind` is "layer" or "rms" for a norm over the axis, "response" for global response normalisation, "length" for
+    `kind` is "layer" or "rms" for a norm over the axis, "length" for
     division by the L2 norm, "product" for a product summed over the axis, "statistic" for a mean, variance or length
     over it, from which code may make a norm of its own.
     """
@@ -109,8 +109,6 @@ class Invariant:
     weight: str | None = None  # names of the norm's parameters
     bias: str | None = None
     eps: float = 0.0
-    eps_name: str = "eps"  # the module's attribute
-    offset: float = 0.0  # the norm multiplies by `weight + offset`
 
 
 @dataclass

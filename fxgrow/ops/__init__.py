@@ -2,7 +2,6 @@
 
 from fxgrow.ops import (  # noqa: F401  (each file enters its rules)
     conv,
-    custom_norm_modules,
     elementwise,
     indexing,
     linear,

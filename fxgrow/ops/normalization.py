@@ -68,24 +68,6 @@ def group_norm(
     return input
 
 
-def norm_over_last(
-    ctx: Context, x: Dims, n: int, kind: str, weight: Dims | None, bias: Dims | None, eps: float | None, **form: Any
-) -> Dims:
-    """A norm over the last `n` axes; a single one may grow where its new units keep the statistics (`Invariant`)."""
-    affine = [p for p in (weight, bias) if p is not None]
-    if n != 1 or any(p.parameter is None for p in affine):
-        _pin_normalised(ctx, *x[len(x) - n :])
-        for p in affine:
-            ctx.fix(p)
-        return x
-    _follow(ctx, x[-1], {"weight": weight, "bias": bias})
-    if not is_fixed(x[-1]):
-        form["eps"] = float(eps if eps is not None else torch.finfo(ctx.value.dtype).eps)
-        names = {"weight": weight and weight.parameter, "bias": bias and bias.parameter}
-        ctx.require_state(kind, ctx.argument(0, "input"), x[-1], **names, **form)
-    return x
-
-
 @op(F.layer_norm, nn.LayerNorm)
 def layer_norm(
     ctx: Context, input: Dims, normalized_shape: Any = (), weight: Any = None, bias: Any = None, eps: float = 1e-5
@@ -99,6 +81,7 @@ def rms_norm(ctx: Context, input: Dims, normalized_shape: Any = (), weight: Any 
 
 
 def _norm_of_shape(ctx: Context, kind: str, x: Dims, shape: Any, weight: Any, bias: Any, eps: float | None) -> Dims:
+    """A norm over the last axes; a single one may grow where its new units keep the statistics (`Invariant`)."""
     if (m := ctx.module) is not None:
         shape, eps, weight, bias = m.normalized_shape, m.eps, ctx.parameter("weight"), ctx.parameter("bias")
         if len(shape) == 1:
@@ -106,7 +89,18 @@ def _norm_of_shape(ctx: Context, kind: str, x: Dims, shape: Any, weight: Any, bi
     else:
         for i, (size, axis) in enumerate(zip(shape, x[len(x) - len(shape) :], strict=True)):
             ctx.size_argument(size, axis, "normalized_shape" if "normalized_shape" in ctx.node.kwargs else 1, i)
-    return norm_over_last(ctx, x, len(shape), kind, weight, bias, eps)
+    affine = [p for p in (weight, bias) if p is not None]
+    if len(shape) != 1 or any(p.parameter is None for p in affine):
+        _pin_normalised(ctx, *x[len(x) - len(shape) :])
+        for p in affine:
+            ctx.fix(p)
+        return x
+    _follow(ctx, x[-1], {"weight": weight, "bias": bias})
+    if not is_fixed(x[-1]):
+        names = {"weight": weight and weight.parameter, "bias": bias and bias.parameter}
+        eps = float(eps if eps is not None else torch.finfo(ctx.value.dtype).eps)
+        ctx.require_state(kind, ctx.argument(0, "input"), x[-1], eps=eps, **names)
+    return x
 
 
 @op(nn.LocalResponseNorm, nn.CrossMapLRN2d, F.local_response_norm)

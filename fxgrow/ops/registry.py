@@ -19,8 +19,6 @@ R = TypeVar("R", bound=Rule)
 #: rules that make axes of their own from literal sizes: called also where no input has a width
 MAKES_AXES: set[Rule] = set()
 _RULES: dict[Any, Rule] = {}
-#: rules for modules of any class that a test recognises by what they compute; such a module is one node of the graph
-RECOGNISED: list[tuple[Callable[[nn.Module], bool], Rule]] = []
 
 
 def op(*targets: Any) -> Callable[[R], R]:
@@ -40,11 +38,6 @@ def op(*targets: Any) -> Callable[[R], R]:
     return enter
 
 
-def recognised(module: nn.Module) -> Rule | None:
-    """The rule of a module that a recogniser knows by what it computes."""
-    return next((rule for test, rule in RECOGNISED if test(module)), None)
-
-
 def is_described(target: Any) -> bool:
     """Whether `target` itself has a rule; a layer class entered with `@op` is one node of the graph."""
     return target in _RULES
@@ -61,7 +54,7 @@ def find_rule(node: fx.Node, module: nn.Module | None) -> Rule | None:
         # a subclass with the same forward has the rule of its parent
         cls: Any = type(module)
         rule = next((_RULES[c] for c in cls.__mro__ if c in _RULES and c.forward is cls.forward), None)
-        return rule or _RULES.get(f"{cls.__module__}.{cls.__qualname__}") or recognised(module)
+        return rule or _RULES.get(f"{cls.__module__}.{cls.__qualname__}")
     if node.op == "call_method" or isinstance(node.target, MethodDescriptorType):
         # `new_zeros` of a parameter that is no proxy is recorded as torch.Tensor.new_zeros
         return _RULES.get(getattr(node.target, "__name__", node.target))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -86,7 +87,8 @@ def write_norm_eps(gm: fx.GraphModule, change: SizeChange, node_map: NodeMap) ->
                 continue
             node, eps = node_map[invariant.node], invariant.eps * var.size / change.units(var)
             if node.op == "call_module":
-                setattr(gm.get_submodule(str(node.target)), invariant.eps_name, eps)
+                module: Any = gm.get_submodule(str(node.target))
+                module.eps = eps
             else:
                 at = _EPS[node.target]  # type: ignore[index]
                 set_argument(node, (at if len(node.args) > at else "eps",), eps)

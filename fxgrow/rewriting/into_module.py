@@ -30,14 +30,14 @@ _ADVICE = 'Take the graph (into="graph")'
 class _Literal(NamedTuple):
     #: a number in the graph that growth has changed
     node: fx.Node
-    old: int
-    new: int
+    old: float
+    new: float
 
 
 class _Attribute(NamedTuple):
     module: str
     name: str
-    value: int
+    value: float
 
 
 def check_into(into: str, model: nn.Module) -> None:
@@ -98,15 +98,15 @@ def _filled_copy(model: nn.Module, gm: fx.GraphModule, grown: fx.GraphModule) ->
 
 
 def _changed_literals(gm: fx.GraphModule, grown: fx.GraphModule) -> Iterator[_Literal]:
-    """Yields the sizes among arguments that growth changed."""
+    """Yields the sizes, and epsilons of norms, among arguments that growth changed."""
     grown_nodes = {node.name: node for node in grown.graph.nodes}
     for node in gm.graph.nodes:
         wider = grown_nodes.get(node.name)
         if wider is None:
             continue
         for i, (before, after) in enumerate(zip(argument_list(node), argument_list(wider), strict=False)):
-            old = before.meta.get("val") if isinstance(before, fx.Node) else before
-            if type(old) is not int or type(after) is not int:
+            old: Any = before.meta.get("val") if isinstance(before, fx.Node) else before
+            if not isinstance(after, (int, float)) or type(after) is not type(old):
                 continue
             # growth writes -1 for a size that code computed from another one
             new = wider.meta["val"].shape[i - 1] if after == -1 and is_view(node) else after
@@ -125,7 +125,7 @@ def _attribute_choices(module: nn.Module, literals: list[_Literal]) -> Iterator[
         path = caller(literal.node)
         owner = module.get_submodule(path)
         for name, value in vars(owner).items():
-            if type(value) is int and value == literal.old and not name.startswith("_"):
+            if type(value) is type(literal.old) and value == literal.old and not name.startswith("_"):
                 by_name = choices.setdefault((type(owner), literal.old), {})
                 by_name.setdefault(name, []).append(_Attribute(path, name, literal.new))
     options = []
@@ -142,13 +142,15 @@ def _refusal(literals: list[_Literal], problem: str, tried: str) -> str:
     if not literals:
         return f'into="module" is not possible: {problem}. {_ADVICE}.'
     node, old, new = literals[0]
-    more = f" (and {len(literals) - 1} more sizes)" if len(literals) > 1 else ""
+    more = f" (and {len(literals) - 1} more numbers)" if len(literals) > 1 else ""
+    number = "size" if isinstance(old, int) else "number"
     path = caller(node)
     owner = f"module {path!r}" if path else "the model"
     why = tried or f"{owner} has no attribute that its code reads it from"
     return (
-        f'into="module" is not possible: node {node.name!r}{location(node)} takes the size {old}, which growth makes '
-        f"{new}{more}; {why}. {_ADVICE}, or write the size as what it measures (x.shape[1], self.layer.out_features)."
+        f'into="module" is not possible: node {node.name!r}{location(node)} takes the {number} {old}, which growth '
+        f"makes {new}{more}; {why}. {_ADVICE}, or write a size as what it measures (x.shape[1], "
+        "self.layer.out_features)."
     )
 
 

@@ -20,7 +20,6 @@ from fxgrow.graph.graph import lint, release_generated_source
 from fxgrow.graph.node_meta import EXAMPLE_INPUTS, KEYWORDS, NON_PERSISTENT, is_captured
 from fxgrow.graph.parametrizations import weight_hook
 from fxgrow.graph.purity import is_pure
-from fxgrow.ops.registry import recognised
 from fxgrow.storage.recipe import Recipe, keep_recipe
 from fxgrow.tracing.bind_inputs import bind_inputs
 from fxgrow.tracing.input_sizes import keep_input_sizes
@@ -81,8 +80,6 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
     if lazy:
         raise CaptureError(f"{lazy[0]} has no shape yet. Run the model once on a batch, then capture it.")
     inputs, call = bind_inputs(model, example_inputs)
-    for module in model.modules():
-        recognised(module)  # runs it on test inputs, which tracing would record
     keywords = list(inputs) if isinstance(example_inputs, Mapping) else None
 
     def traced(otherwise: Mapping[Decision, Otherwise]) -> tuple[ValueTracer, fx.GraphModule]:

@@ -19,7 +19,6 @@ from fxgrow.errors import CaptureError
 from fxgrow.graph.graph import submodule
 from fxgrow.graph.node_functions import guard, set_grad_enabled
 from fxgrow.graph.node_meta import CHECK, CHECKPOINT, OPAQUE, set_value
-from fxgrow.ops.registry import recognised
 from fxgrow.tracing.checks import raises_otherwise, unused_answer
 from fxgrow.tracing.dependence import Dependence
 from fxgrow.tracing.fake_values import FakeRunner, arithmetic_key
@@ -248,7 +247,7 @@ class ValueTracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Layers of torch.nn, subclasses that change nothing about them, ``leaves`` and what is opaque."""
-        one_node = m in self.leaves or m in self.opaque or is_layer(type(m)) or recognised(m) is not None
+        one_node = m in self.leaves or m in self.opaque or is_layer(type(m))
         return one_node and m not in self._traced_attention
 
     def call_module(

@@ -146,7 +146,7 @@ def test_norms_over_channels_first(formula: str) -> None:
     [
         (lambda s, x: (x - x.mean(**K)) / (x.std(**K) + 0.1) + s.b, "norm", "without a weight that could be rescaled"),
         (lambda s, x: F.gelu(x / (x.std(**K) + 0.1)) * s.w, "norm", "without a weight that could be rescaled"),
-        (lambda s, x: (x / (x.std(**K) + 0.1) * s.w + s.b) * s.w, "norm", "without a weight that could be rescaled"),
+        (lambda s, x: (x / (x.std(**K) + 0.1) * s.w + s.b) * s.w, "norm", "norm1.w, which would have to be rescaled"),
         # a unit at the mean of each position is not at the mean of all
         (lambda s, x: x / (x.var((1, 2), keepdim=True) + 0.1) * s.w, "reduce", "summed or compared"),
         (lambda s, x: x.abs() - x.abs().mean(**K), "reduce", "summed or compared"),

@@ -15,16 +15,24 @@ from fxgrow.rewriting.transplant import changed_attributes
 from fxgrow.training.in_place import GrowerInPlace
 
 
-class RMSNorm(nn.Module):
+class RMSNorm(nn.RMSNorm):
     """Keeps its shape as people write it: a list, a tuple, a `torch.Size`."""
 
     def __init__(self, shape: Any) -> None:
+        super().__init__(8, eps=1e-3)
+        self.normalized_shape = shape
+        nn.init.uniform_(self.weight, 0.5, 1.5)
+
+
+class OwnNorm(nn.Module):
+    """Reads its epsilon from an attribute."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.normalized_shape, self.eps = shape, 1e-3
-        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 8))
+        self.weight, self.epsilon = nn.Parameter(torch.linspace(0.5, 1.5, 8)), 1e-3
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps) * self.weight
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.epsilon) * self.weight
 
 
 class Tied(nn.Module):
@@ -66,6 +74,13 @@ def test_shape_of_a_norm(shape: Any, into: Any) -> None:
 def test_shape_of_a_norm_in_place(shape: Any) -> None:
     norm: Any = grown_in_place(net(lambda: RMSNorm(shape)), torch.randn(5, 4), "0").get_submodule("1")
     assert norm.weight.shape == (12,) and list(norm.normalized_shape) == [12]
+
+
+def test_epsilon_of_an_own_norm() -> None:
+    model, x = net(OwnNorm), torch.randn(5, 4)
+    grown: Any = fxgrow.widen(model, (x,), {"0": 4}, into="module")
+    assert grown[1].epsilon == pytest.approx(1e-3 * 8 / 12) and model.get_submodule("1").epsilon == 1e-3
+    torch.testing.assert_close(grown(x), model(x))
 
 
 @pytest.mark.parametrize("into", ["graph", "module"])
