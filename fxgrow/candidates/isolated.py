@@ -21,6 +21,7 @@ from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.axes.axes import Dims, resolve, variables
 from fxgrow.axes.structure import Projection
 from fxgrow.candidates.widened import put_rows
+from fxgrow.graph.conditional import runs_in_eval_mode
 from fxgrow.graph.graph import lookup
 from fxgrow.initialisers.registry import Proposal
 from fxgrow.ops.elementwise import elementwise
@@ -133,6 +134,8 @@ def isolated_paths(
 def _can_be_isolated(analysed: AnalysedGraph, width: GrowableWidth, consumers: Mapping[str, ConsumerMoments]) -> bool:
     """Whether the producers and consumers of a width are plain matrices or kernels, whatever lies between them."""
     gm, reads = analysed.gm, width.consumers
+    if not all(runs_in_eval_mode(p.node) for p in width.producers):
+        return False
     if not reads or any(p.weight not in consumers or consumers[p.weight].uses[0].experts for p in reads):
         return False
     if any(len(resolve(p.input_axis)) != 1 or p.transposed for p in reads):

@@ -108,6 +108,8 @@ class _ActivationRecorder:
     def tap(self, i: int, value: Tensor) -> Tensor:
         """Records the output of the i-th of `nodes`, and returns the value with which the graph continues."""
         node = self.nodes[i]
+        if value is None:  # of a node that runs in train mode only
+            return value
         if node in self.sources:
             kept = value.detach().clone() if node in self.copied else value.detach()
             # the routing of rows may be computed after the rows

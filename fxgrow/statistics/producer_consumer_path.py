@@ -20,6 +20,7 @@ from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.axes.axes import Axis, Dims, UnitVar, axes_in, multiplicity, resolve
 from fxgrow.axes.structure import Projection, Structure
+from fxgrow.graph.conditional import runs_in_eval_mode
 from fxgrow.graph.unrolled_rnn import rnn_cell, rnn_scan
 from fxgrow.statistics.batch_dimension import Samples, as_maps, find_samples
 from fxgrow.statistics.conv_geometry import Window
@@ -60,7 +61,7 @@ def find_paths(width: GrowableWidth, analysed: AnalysedGraph) -> list[ConvPath] 
     """The path from every producer to every consumer behind it; None where one of them has no normal form."""
     paths: list[ConvPath] = []
     structure, samples = analysed.structure, find_samples(analysed.gm.graph)
-    for producer in width.producers:
+    for producer in (p for p in width.producers if runs_in_eval_mode(p.node)):
         reachable = _downstream(producer.node, width.var, structure)
         for consumer in width.consumers:
             nodes = reachable.get(consumer.source)

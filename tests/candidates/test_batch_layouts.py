@@ -130,3 +130,29 @@ def test_one_weight_with_several_biases(method: str) -> None:
     grown = fxgrow.grow(net, batches, neurons=names, method=method, progress=False)
     before, after = grown.meta["fxgrow"].losses["eval"]
     assert grown.meta["fxgrow"].plan.units == names and after <= before * 1.0001
+
+
+class NoisyInTraining(nn.Module):
+    """A layer reads noise, and runs, in train mode only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.noise, self.b, self.c = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        if self.training:
+            h = h + self.noise(torch.randn_like(x))
+        return self.c(self.b(h.relu()).relu())
+
+
+@pytest.mark.parametrize("method", ["default", "tiny"])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_that_runs_in_train_mode_only_grows_with_the_others(training: bool, method: str) -> None:
+    torch.manual_seed(0)
+    net, teacher = NoisyInTraining().train(training), NoisyInTraining().eval()
+    batches = [(x, teacher(x).detach()) for x in torch.randn(8, 16, 4)]
+    grown = fxgrow.grow(net, batches, neurons=2, method=method, progress=False)
+    before, after = grown.meta["fxgrow"].losses["eval"]
+    assert grown.noise.out_features == grown.a.out_features == 8 and after <= before
+    assert torch.isfinite(grown.train()(batches[0][0])).all()
