@@ -98,8 +98,11 @@ def _contract(ctx: Context, a: Axis, b: Axis, source: Any) -> None:
 
 def matmul_of_activations(ctx: Context, a: Dims, b: Dims) -> Dims:
     """Part of the rule for `matmul` in `ops/linear.py`: neither factor is a parameter."""
-    if len(a) < 2 or len(b) < 2:
+    if len(a) < 2:
         raise Unsupported("product with a vector")
+    if len(b) == 1:
+        _contract(ctx, a[-1], b[0], ctx.argument(1, "other", "mat2"))
+        return Dims(a[:-1])
     _contract(ctx, a[-1], b[-2], ctx.argument(1, "other", "mat2"))
     batch = broadcast(ctx, Dims(a[:-2]), Dims(b[:-2])) if len(ctx.shape) > 2 else ()
     return Dims((*batch, a[-2], b[-1]))

@@ -117,9 +117,7 @@ def _positions() -> tuple[Any, ...]:
 
 
 @torch.no_grad()
-def _outputs(
-    parameters: list[nn.Parameter], module: nn.Module, run: Callable[[], Any], seed: int = 0
-) -> list[Tensor]:
+def _outputs(parameters: list[nn.Parameter], module: nn.Module, run: Callable[[], Any], seed: int = 0) -> list[Tensor]:
     """Tensors of a seeded run; buffers, and parameters that the code writes into, are as before."""
     with lent_buffers(module, parameters), random_state_kept():
         torch.manual_seed(0)

@@ -256,6 +256,14 @@ for _name, _over in {
         f"over-width-{_name}", lambda f=_over: {"f": f} if isinstance(f, nn.Module) else {},
         lambda m, x, f=_over: m.out(f(m.a(x))), a="operator" if _name in ("gumbel", "topk") else "reduce",
     )  # fmt: skip
+T.tokens(
+    "pooled-by-a-vector", lambda: {"w": nn.Parameter(torch.randn(8))},
+    lambda m, x: m.out(((h := m.a(x)) * torch.softmax(h.tanh() @ m.w, 1)[..., None]).sum(1)), a=F8,
+)  # fmt: skip
+T.tokens(
+    "pooled-by-a-sum-of-products", lambda: {"w": nn.Parameter(torch.randn(8))},
+    lambda m, x: m.out(((h := m.a(x)) * torch.softmax((h.tanh() * m.w).sum(-1), 1)[..., None]).sum(1)), a=F8,
+)  # fmt: skip
 T.vector("mean-of-width", lambda: {"out": nn.Linear(1, 3)}, lambda m, x: m.out(m.a(x).mean(1, True)), a="reduce")
 T.tokens("gumbel-positional", nothing, lambda m, x: m.out(F.gumbel_softmax(m.a(x), 1) * 0 + m.a(x)), a="operator")
 T.vector(
