@@ -75,7 +75,7 @@ def random_state_kept() -> Iterator[None]:
 
 def state_of(thing: Any) -> Any:
     """What an object with a state is saved as: that of a generator, its `state_dict()`, or itself."""
-    if isinstance(thing, torch.Generator):
+    if isinstance(thing, torch.Generator) or type(thing).__name__ == "RandomState":
         return thing.get_state()
     if isinstance(thing, random.Random):
         return thing.getstate()
@@ -86,7 +86,7 @@ def state_of(thing: Any) -> Any:
 
 def set_state_of(thing: Any, state: Any, name: str) -> None:
     """Puts a state back where it came from."""
-    if isinstance(thing, torch.Generator):
+    if isinstance(thing, torch.Generator) or type(thing).__name__ == "RandomState":
         thing.set_state(state)
     elif isinstance(thing, random.Random):
         thing.setstate(state)

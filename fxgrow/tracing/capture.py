@@ -90,7 +90,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
                 raise CaptureError("The other way gives another result.")
         for other_mode in (False, True) if tracer.branches else (False,):
             with unchanged(model):
-                check_against_model(model, gm, call, other_mode)
+                check_against_model(model, gm, call, other_mode, list(namespaces.asked))
         gm.training = model.training
         return tracer, gm
 
@@ -132,8 +132,9 @@ def _trace(
 
     def attempt(values: dict[str, Any], flipped: frozenset[str]) -> tuple[ValueTracer, CaptureError | None]:
         tracer = ValueTracer(values, call, leaves, flipped, fallback.reasons, otherwise)
+        tracer.runner.asked = namespaces.asked
         try:
-            with unchanged(model), fallback.applied():
+            with unchanged(model, namespaces.asked), fallback.applied():
                 tracer.record(model)
         except CaptureError as error:
             return tracer, error

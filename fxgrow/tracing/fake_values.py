@@ -20,6 +20,7 @@ from fxgrow.graph.graph import submodule
 from fxgrow.graph.node_functions import guard
 from fxgrow.tracing.result_cache import cached_result, is_ordinary, keep_result, result_key
 from fxgrow.tracing.source_location import looks_at_data
+from fxgrow.tracing.surroundings import Question
 
 #: of zeros they find nothing, and an empty result says that its size depends on data
 _FIND_ENTRIES = {"nonzero", "argwhere", "where", "masked_select"}
@@ -37,6 +38,8 @@ class FakeRunner:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         #: true during an evaluation, which a tracer must not record
         self.silent = False
+        #: what the model's code has looked at besides its inputs and state
+        self.asked: set[Question] = set()
         #: whether the sizes of the last node depend on data, and are those for random data
         self.guessed = False
 

@@ -26,6 +26,8 @@ from torch.utils.checkpoint import checkpoint
 from fxgrow.graph.node_functions import function_call, scripted_call
 from fxgrow.tracing.multihead_attention import multi_head_attention_forward
 from fxgrow.tracing.proxy import KNOWS_CALLS, STATIC_METHODS, RecordingTracer, ValueProxy, has_proxy, is_instance
+from fxgrow.tracing.source_location import is_user_code
+from fxgrow.tracing.surroundings import ASKED_BY
 
 _FACTORY_NAMES = (
     "zeros ones full empty rand randn randint randperm normal arange linspace logspace eye tril_indices "
@@ -245,7 +247,22 @@ class _Tracing:
         return is_tracing()
 
 
+def _noted(name: str) -> Any:
+    """Returns a question of torch about its own state, which notes that the model's code asks it."""
+    original: Any = getattr(torch, name)
+
+    def ask() -> Any:
+        tracer = recording_tracer()
+        if tracer is not None and is_user_code(sys._getframe(1)):
+            tracer.runner.asked.add(ASKED_BY[name])
+        return original()
+
+    return ask
+
+
 def _questions() -> Iterator[Patch]:
+    for name in ("is_grad_enabled", "is_inference_mode_enabled"):
+        yield torch, name, _noted(name)
     yield _symbolic_trace, "_is_fx_tracing_flag", _Tracing()
     if not KNOWS_CALLS:
         yield builtins, "isinstance", is_instance

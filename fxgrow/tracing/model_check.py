@@ -5,8 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import random
-import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -20,31 +18,23 @@ from fxgrow.errors import CaptureError
 from fxgrow.graph.conditional import ConditionalInterpreter
 from fxgrow.graph.evaluate import difference, lent_buffers, tensors_in
 from fxgrow.graph.purity import written_parameters
+from fxgrow.tracing.surroundings import Change, Question, as_it_is, changes, generators_of, seed_all
 
 _TRIES = 3
 log = logging.getLogger("fxgrow")
-#: of Python and of NumPy: the first number between 0 and 1 is below 0.02, and above 0.98
-_EXTREME_SEEDS = 1751, 1470
 
 
 def check_against_model(
-    model: nn.Module, gm: fx.GraphModule, call: Callable[[list[Any]], Any], other_mode: bool
+    model: nn.Module, gm: fx.GraphModule, call: Callable[[list[Any]], Any], other_mode: bool, asked: Sequence[Question]
 ) -> None:
     """Raises a CaptureError where outputs of a model and its graph differ by more than rounding.
+
+    They are compared again with other answers to what the model's code has `asked` of its surroundings.
 
     A model on `meta`, or one that does not run on the values of the example, is not compared. Buffers and random states
     are as before; modes and hooks are left changed, and `capture` restores them.
     """
     inputs = list(gm.meta["example_inputs"])
-
-    drawn: list[bool] = []
-
-    def run_model() -> Any:
-        before = _positions()
-        out = call(_copied(inputs))
-        drawn.extend([True] if _positions() != before else [])
-        return out
-
     _remove_hooks_of_leaves(gm)
     state = [*model.parameters(), *model.buffers(), *tensors_in(inputs)]
     if any(t.device.type == "meta" or type(t) not in (Tensor, nn.Parameter, nn.Buffer) for t in state):
@@ -53,36 +43,36 @@ def check_against_model(
     if other_mode:
         model.train(not model.training)
         gm.training = model.training
-    try:
-        expected = outputs(model, run_model)
-    except Exception as error:
-        log.debug("the model does not run on its example inputs: %s", error)
-        return
+
+    def differ(change: Change = as_it_is) -> bool:
+        try:
+            expected = outputs(model, call, inputs, change)
+        except Exception as error:
+            log.debug("the model does not run on its example inputs: %s", error)
+            return False
+        for _ in range(_TRIES):
+            try:
+                found = outputs(gm, lambda values: gm(*values), inputs, change)
+            except CaptureError:
+                return False  # it refuses this mode, or these inputs
+            if _agree(found, expected) or not _agree(outputs(model, call, inputs, change), expected):
+                return False  # the same, or another thread draws random numbers
+        return True
+
     mode = "train" if model.training else "eval"
-    for seed in _EXTREME_SEEDS if drawn else ():
-        if not _agree(outputs(model, run_model, seed), expected):
+    differs = differ()
+    for question in asked:
+        if differs or any(map(differ, changes(model, question))):
             raise CaptureError(
-                f"The result of {type(model).__name__} in {mode} mode depends on numbers that its code draws from "
-                "Python's `random` or from NumPy. A graph would keep one outcome: draw them with torch.rand and choose "
-                "with torch.where, or switch that part of the model off."
+                f"In {mode} mode, what {type(model).__name__} computes depends on {question.what}. A graph does not "
+                f"see that. {question.advice}."
             )
-    try:
-        found = outputs(gm, lambda: gm(*_copied(inputs)))
-    except CaptureError:
-        return  # it refuses this mode, or these inputs
-    for _ in range(_TRIES):
-        if _agree(found, expected):
-            return
-        again = outputs(model, run_model)
-        if not _agree(again, expected):
-            return  # its own generators, or other threads that draw
-        found = outputs(gm, lambda: gm(*_copied(inputs)))
-    place = _first_difference(model, gm, run_model, inputs)
-    raise CaptureError(
-        f"The graph of {type(model).__name__} computes something else than the model does in {mode} mode, first at "
-        f"{place}. Its code depends on something that a graph does not see, such as the type of a tensor or a "
-        "counter of its own."
-    )
+    if differs:
+        raise CaptureError(
+            f"The graph of {type(model).__name__} computes something else than the model does in {mode} mode, first at "
+            f"{_first_difference(model, gm, call, inputs)}. Its code depends on something that a graph does not see, "
+            "such as the type of a tensor."
+        )
 
 
 def is_right_with_other_weights(model: nn.Module, gm: fx.GraphModule, call: Callable[[list[Any]], Any]) -> bool:
@@ -95,8 +85,8 @@ def is_right_with_other_weights(model: nn.Module, gm: fx.GraphModule, call: Call
     _remove_hooks_of_leaves(gm)
     try:
         with _perturbed_parameters(model):
-            expected = outputs(model, lambda: call(_copied(inputs)))
-            found = outputs(gm, lambda: gm(*_copied(inputs)))
+            expected = outputs(model, call, inputs)
+            found = outputs(gm, lambda values: gm(*values), inputs)
     except Exception as error:
         log.debug("cannot run the model or its graph: %s", error)
         return False
@@ -110,21 +100,20 @@ def _remove_hooks_of_leaves(gm: fx.GraphModule) -> None:
         layer._forward_hooks, layer._forward_pre_hooks = OrderedDict(), OrderedDict()
 
 
-def _positions() -> tuple[Any, ...]:
-    """How far the generators of Python and NumPy are: a draw moves them."""
-    numpy: Any = sys.modules.get("numpy")
-    return random.getstate()[1][-1], None if numpy is None else numpy.random.get_state()[2]
-
-
 @torch.no_grad()
-def _outputs(parameters: list[nn.Parameter], module: nn.Module, run: Callable[[], Any], seed: int = 0) -> list[Tensor]:
+def _outputs(
+    parameters: list[nn.Parameter],
+    module: nn.Module,
+    run: Callable[[list[Any]], Any],
+    inputs: list[Any],
+    change: Change = as_it_is,
+) -> list[Tensor]:
     """Tensors of a seeded run; buffers, and parameters that the code writes into, are as before."""
     with lent_buffers(module, parameters), random_state_kept():
         torch.manual_seed(0)
-        random.seed(seed)
-        if "numpy" in sys.modules:
-            sys.modules["numpy"].random.seed(seed)
-        return [t.detach().clone() for t in tensors_in(run())]
+        seed_all(generators_of(module), 0)
+        with change(_copied(inputs), run) as values:
+            return [t.detach().clone() for t in tensors_in(run(values))]
 
 
 @contextlib.contextmanager
@@ -159,7 +148,7 @@ def _agree(found: Sequence[Tensor], expected: Sequence[Tensor]) -> bool:
     )
 
 
-def _first_difference(model: nn.Module, gm: fx.GraphModule, run_model: Callable[[], Any], inputs: list[Any]) -> str:
+def _first_difference(model: nn.Module, gm: fx.GraphModule, call: Callable[[list[Any]], Any], inputs: list[Any]) -> str:
     """The first module whose output is another one in the graph, with the line that calls it; else the output."""
     seen: dict[str, list[list[Tensor]]] = {}
     outputs = functools.partial(_outputs, written_parameters(gm))
@@ -171,7 +160,7 @@ def _first_difference(model: nn.Module, gm: fx.GraphModule, run_model: Callable[
     with contextlib.ExitStack() as hooks:
         for name in targets & dict(model.named_modules()).keys():
             hooks.enter_context(model.get_submodule(name).register_forward_hook(hook(name)))
-        outputs(model, run_model)
+        outputs(model, call, inputs)
     different: list[fx.Node] = []
 
     class Compare(ConditionalInterpreter):
@@ -182,7 +171,7 @@ def _first_difference(model: nn.Module, gm: fx.GraphModule, run_model: Callable[
                     different.append(n)
             return out
 
-    outputs(gm, lambda: Compare(gm).run(*_copied(inputs), enable_io_processing=False))
+    outputs(gm, lambda values: Compare(gm).run(*values, enable_io_processing=False), inputs)
     node = different[0] if different else next(iter(gm.graph.find_nodes(op="output")))
     where = (node.stack_trace or "").strip().replace("\n", ":")
     return f"module {node.target!r} ({where})" if different else "the output"

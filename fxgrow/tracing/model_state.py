@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import operator
+import pickle
 import random
 import sys
 import threading
@@ -14,8 +16,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fxgrow.data.random_state import set_state_of, state_of
 from fxgrow.tracing.intercept import MISSING, patched, put_entry
 from fxgrow.tracing.proxy import ValueProxy
+from fxgrow.tracing.surroundings import KEPT, RANDOM, Question, counter, generators_of
 
 
 @contextlib.contextmanager
@@ -81,18 +85,24 @@ def _drop_caches(model: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Restores the attributes of every module, and the state of Python's random generator."""
-    saved = [(vars(module), dict(vars(module))) for module in model.modules()]
-    containers = [v for attributes, _ in saved for v in attributes.values() if isinstance(v, (dict, list, set))]
+def unchanged(model: nn.Module, asked: set[Question] | None = None) -> Iterator[None]:
+    """Restores attributes of modules and states of random generators; enters those that have changed into `asked`."""
+    saved = [(module, vars(module), dict(vars(module))) for module in model.modules()]
+    containers = [v for _, attributes, _ in saved for v in attributes.values() if isinstance(v, (dict, list, set))]
     contents = [(container, _items(container)) for container in containers]
-    state = random.getstate()
+    generators = [*_global_generators(), *generators_of(model)]
+    states = list(map(state_of, generators))
     try:
         _drop_caches(model)
         yield
     finally:
-        random.setstate(state)
-        for attributes, before in saved:
+        for generator, state in zip(generators, states, strict=True):
+            if pickle.dumps(state_of(generator)) != pickle.dumps(state):
+                set_state_of(generator, state, "a generator")
+                (set() if asked is None or isinstance(generator, torch.Generator) else asked).add(RANDOM)
+        for module, attributes, before in saved:
+            if asked is not None:
+                asked.update(_changed(module, attributes, before))
             attributes.clear()
             attributes.update(before)
         for container, content in contents:
@@ -104,6 +114,19 @@ def unchanged(model: nn.Module) -> Iterator[None]:
                     container.update(zip(content[:half], content[half:], strict=True))
                 else:
                     (container.extend if isinstance(container, list) else container.update)(content)
+
+
+def _global_generators() -> list[Any]:
+    numpy: Any = sys.modules.get("numpy")
+    return [random._inst, *([] if numpy is None else [numpy.random.mtrand._rand])]
+
+
+def _changed(module: nn.Module, attributes: dict[str, Any], before: dict[str, Any]) -> Iterator[Question]:
+    for name, value in attributes.items():
+        old = before.get(name)
+        if value is not old and value != old if type(old) in (int, float) else value is not old:
+            if name[0] != "_" and name != "training":
+                yield counter(module, name) if type(old) in (int, float) else KEPT
 
 
 def _items(container: Any) -> list[Any]:
@@ -119,31 +142,33 @@ def without_leftovers(containers: Sequence[Any]) -> Iterator[None]:
         yield
     finally:
         for owner, before in saved:
+            new = _copied(owner)
+            if len(new) == len(before) and all(map(operator.is_, _values(new), _values(before))):
+                continue
             if isinstance(owner, (list, set)):
-                if any(map(_is_leftover, owner)):
+                if any(map(_is_leftover, new)):
                     owner.clear()
                     (owner.extend if isinstance(owner, list) else owner.update)(before)
-                continue
-            new = _items_of(owner)
-            if any(_is_leftover(name) for name, _ in new):
+            elif any(map(_is_leftover, new)):  # among the keys
                 # without a question for the hash of a proxy, which would be recorded
-                kept = {name: value for name, value in new if not (_is_leftover(name) or _is_leftover(value))}
+                kept = {name: value for name, value in new.items() if not (_is_leftover(name) or _is_leftover(value))}
                 owner.clear()
                 owner.update(before | kept)
-                continue
-            for name, value in new:
-                if _is_leftover(value):
-                    put_entry(owner, name, before.get(name, MISSING))
+            else:
+                for name, value in new.items():
+                    if _is_leftover(value):
+                        put_entry(owner, name, before.get(name, MISSING))
 
 
 def _copied(owner: Any) -> Any:
     if isinstance(owner, (list, set)):
         return list(owner)
-    return dict(_items_of(owner))
+    # not by the methods of a subclass, which may make what it has not yet
+    return dict(dict.items(owner) if isinstance(owner, dict) else vars(owner).items())
 
 
-def _items_of(owner: Any) -> list[tuple[Any, Any]]:
-    return list(dict.items(owner) if isinstance(owner, dict) else vars(owner).items())
+def _values(content: Any) -> Any:
+    return content.values() if isinstance(content, dict) else content
 
 
 def _is_leftover(value: Any, depth: int = 4) -> bool:

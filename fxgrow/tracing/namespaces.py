@@ -23,9 +23,10 @@ from fxgrow.tracing.intercept import FACTORIES, MATH, Patch, is_tracing, patched
 from fxgrow.tracing.leaf_modules import has_rule
 from fxgrow.tracing.model_state import without_leftovers
 from fxgrow.tracing.proxy import ValueProxy, is_instance, python_type
+from fxgrow.tracing.surroundings import Question
 
 _LIBRARIES = {"torch", "fxgrow", "numpy", "builtins", *sys.stdlib_module_names}
-_PLAIN = {bool, int, float, str, type(None), bytes}
+_PLAIN = {bool, int, float, str, bytes, tuple, type, type(None), ModuleType, type(len)}
 _LARGE, _DEPTH = 1000, 3  # of what is searched for containers
 _CACHED = type(functools.lru_cache(int))
 
@@ -37,6 +38,8 @@ class Namespaces:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        #: what the code has looked at besides its inputs and state
+        self.asked: set[Question] = set()
         self._classes = {cls for module in model.modules() for cls in type(module).__mro__ if _is_followed(cls)}
         self._packages = {_package(cls.__module__) for cls in self._classes}
         self._scopes = self._find_scopes()
@@ -84,8 +87,8 @@ class Namespaces:
                     yield scope, name, _uncached(value)
                 elif _is_apply(value):
                     yield scope, name, _looked_up(value)
-                elif isinstance(value, type) and value.__module__ == scope.get("__name__"):
-                    yield from ((value, n, _uncached(v)) for n, v in vars(value).items() if type(v) is _CACHED)
+        for cls in self._classes:
+            yield from ((cls, n, _uncached(v)) for n, v in vars(cls).items() if type(v) is _CACHED)
         for (_, name), scope in list(_symbolic_trace._wrapped_fns_to_patch.items()):
             function = scope.get(name, getattr(builtins, name, None))
             # functions marked with torch.fx.wrap are traced like other code, unless compiled or with a rule
@@ -96,7 +99,7 @@ class Namespaces:
         """Scopes, classes, dicts, lists, sets and attributes of objects."""
         own = [scope for scope in self._scopes if _package(scope.get("__name__", "__main__")) in self._packages]
         found: dict[int, Any] = {id(owner): owner for owner in (*own, *self._classes)}
-        values = [value for names in (*own, *map(vars, self._classes)) for value in names.values()]
+        values = [v for names in (*own, *map(vars, self._classes)) for v in names.values() if type(v) not in _PLAIN]
         for module in self._model.modules():
             values += [value for name, value in vars(module).items() if name[0] != "_"]
         for _ in range(_DEPTH):

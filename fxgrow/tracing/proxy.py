@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fxgrow.tracing.checks import catches
 from fxgrow.tracing.fake_values import FakeRunner
+from fxgrow.tracing.surroundings import ASKED_BY
 
 #: methods whose results do not depend on the sizes of the tensor
 STATIC_METHODS = {
@@ -155,6 +156,8 @@ class ValueProxy(fx.Proxy):
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __getattr__(self, name: str) -> Any:
+        if name in ASKED_BY:
+            self.tracer.runner.asked.add(ASKED_BY[name])
         with self.tracer.runner.quiet():
             value = getattr(self.carried, name)
         if callable(value) and not isinstance(value, torch.Tensor):

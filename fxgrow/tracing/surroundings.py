@@ -1,0 +1,124 @@
+"""What a model's code may look at besides its inputs, parameters, buffers and mode: a graph does not see it.
+
+A trace notes that the code has looked. Then its result may not depend on it: the model and its graph run again with
+other random numbers, with gradients and so on, and must agree.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+#: a change for one run; takes the inputs and what runs a model on them, and gives the inputs that are run
+Change = Callable[[list[Any], Callable[[list[Any]], Any]], AbstractContextManager[list[Any]]]
+
+
+class Question(NamedTuple):
+    """Something that the code has looked at."""
+
+    what: str
+    advice: str
+    where: tuple[nn.Module, str] | None = None  # of an attribute: its module and name
+
+
+RANDOM = Question(
+    "numbers that its code draws from Python's `random` or from NumPy",
+    "Draw them with torch.rand and choose with torch.where, or switch that part of the model off",
+)
+GRADIENTS = Question("whether gradients are recorded (requires_grad, grad_fn)", "Compute the same in both cases")
+INFERENCE = Question("whether inference mode is on", "Compute the same in both cases")
+STRIDES = Question("whether its inputs are contiguous", "Compute the same in both cases")
+KEPT = Question("what it keeps from one call to the next", "Make that a buffer, or an input")
+#: attributes of a tensor, and methods, that say so
+ASKED_BY = {name: GRADIENTS for name in ("requires_grad", "grad_fn", "is_leaf", "is_grad_enabled")}
+ASKED_BY |= {"is_inference": INFERENCE, "is_inference_mode_enabled": INFERENCE, "is_contiguous": STRIDES}
+_GENERATORS = {"Random", "Generator", "RandomState"}  # of Python, PyTorch and NumPy
+# the first numbers of these seeds lie at the ends of (0, 1), of both generators; then any
+_SEEDS = (3719, 5473, 1751, 1470, 1, 2, 3, 4)
+
+
+def counter(module: nn.Module, name: str) -> Question:
+    """A number among the attributes of a module that a call of the model changes."""
+    return Question(f"{type(module).__name__}.{name}, which each call changes", "Make that a buffer", (module, name))
+
+
+def generators_of(model: nn.Module) -> list[Any]:
+    """Random generators among the attributes of modules."""
+    kept = [value for module in model.modules() for value in vars(module).values()]
+    return [value for value in kept if type(value).__name__ in _GENERATORS]
+
+
+def seed_all(generators: Sequence[Any], seed: int) -> None:
+    """Seeds Python's and NumPy's generators, and those of a model."""
+    numpy: Any = sys.modules.get("numpy")
+    random.seed(seed)
+    if numpy is not None:
+        numpy.random.seed(seed)
+    for generator in generators:
+        if hasattr(generator, "bit_generator"):
+            generator.bit_generator.state = type(generator.bit_generator)(seed).state
+        elif isinstance(generator, torch.Generator):
+            generator.manual_seed(seed)
+        else:
+            generator.seed(seed)
+
+
+def changes(model: nn.Module, question: Question) -> Iterator[Change]:
+    """Runs of the model in which it would get other answers."""
+    if question is RANDOM:
+        yield from (_during(partial(seed_all, generators_of(model), seed)) for seed in _SEEDS)
+    elif question is GRADIENTS:
+        yield _inside(torch.enable_grad)
+    elif question is INFERENCE:
+        yield _inside(torch.inference_mode)
+    elif question is STRIDES:
+        yield _not_contiguous
+    elif question is KEPT:
+        yield _second_call
+    elif question.where is not None:
+        attributes, name = vars(question.where[0]), question.where[1]
+        for value in (attributes[name] + 1, attributes[name] + 2, 10**6):
+            yield _during(partial(attributes.__setitem__, name, type(attributes[name])(value)))
+
+
+def _during(before: Callable[[], None]) -> Change:
+    @contextmanager
+    def change(inputs: list[Any], run: Callable[[list[Any]], Any]) -> Iterator[list[Any]]:
+        before()
+        yield inputs
+
+    return change
+
+
+def _inside(mode: Callable[[], AbstractContextManager[Any]]) -> Change:
+    @contextmanager
+    def change(inputs: list[Any], run: Callable[[list[Any]], Any]) -> Iterator[list[Any]]:
+        with mode():
+            yield inputs
+
+    return change
+
+
+as_it_is: Change = _during(lambda: None)
+
+
+@contextmanager
+def _not_contiguous(inputs: list[Any], run: Callable[[list[Any]], Any]) -> Iterator[list[Any]]:
+    def spread(x: Tensor) -> Tensor:
+        return x.mT.contiguous().mT if x.dim() > 1 else x
+
+    yield list(pytree.tree_map_only(Tensor, spread, inputs))
+
+
+@contextmanager
+def _second_call(inputs: list[Any], run: Callable[[list[Any]], Any]) -> Iterator[list[Any]]:
+    run(pytree.tree_map_only(Tensor, torch.clone, inputs))
+    yield inputs
