@@ -85,11 +85,11 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
     def traced(otherwise: Mapping[Decision, Otherwise]) -> tuple[ValueTracer, fx.GraphModule]:
         tracer = _trace(model, inputs, call, otherwise, namespaces)
         gm = _assemble(model, tracer, tuple(inputs.values()), keywords)
-        with unchanged(model):
+        with unchanged(model), namespaces.unchanged():
             if otherwise and not is_right_with_other_weights(model, gm, call):
                 raise CaptureError("The other way gives another result.")
         for other_mode in (False, True) if tracer.branches else (False,):
-            with unchanged(model):
+            with unchanged(model), namespaces.unchanged():
                 check_against_model(model, gm, call, other_mode, list(namespaces.asked))
         gm.training = model.training
         return tracer, gm

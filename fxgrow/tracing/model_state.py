@@ -135,40 +135,39 @@ def _items(container: Any) -> list[Any]:
 
 
 @contextlib.contextmanager
-def without_leftovers(containers: Sequence[Any]) -> Iterator[None]:
-    """Takes what a trace put into dicts, lists and sets, or into classes, out again: caches of the model's code."""
-    saved = [(owner, _copied(owner)) for owner in containers]
+def without_leftovers(containers: Sequence[Any], of_trace: bool = True) -> Iterator[None]:
+    """Takes what a trace, or else any run, put into dicts, lists, sets and classes out again: caches of the model."""
+    saved = [(owner, contents(owner)) for owner in containers]
     try:
         yield
     finally:
         for owner, before in saved:
-            new = _copied(owner)
-            if len(new) == len(before) and all(map(operator.is_, _values(new), _values(before))):
+            new = contents(owner)
+            if len(new) == len(before) and all(map(operator.is_, new, before)):
                 continue
             if isinstance(owner, (list, set)):
-                if any(map(_is_leftover, new)):
+                if not of_trace or any(map(_is_leftover, new)):
                     owner.clear()
                     (owner.extend if isinstance(owner, list) else owner.update)(before)
-            elif any(map(_is_leftover, new)):  # among the keys
+                continue
+            old, pairs = dict(zip(before[::2], before[1::2], strict=True)), list(zip(new[::2], new[1::2], strict=True))
+            if any(_is_leftover(name) for name, _ in pairs):
                 # without a question for the hash of a proxy, which would be recorded
-                kept = {name: value for name, value in new.items() if not (_is_leftover(name) or _is_leftover(value))}
                 owner.clear()
-                owner.update(before | kept)
-            else:
-                for name, value in new.items():
-                    if _is_leftover(value):
-                        put_entry(owner, name, before.get(name, MISSING))
+                owner.update(old | {k: value for k, value in pairs if not (_is_leftover(k) or _is_leftover(value))})
+                continue
+            for name, value in pairs:
+                if value is not old.get(name, MISSING) and (not of_trace or _is_leftover(value)):
+                    put_entry(owner, name, old.get(name, MISSING))
 
 
-def _copied(owner: Any) -> Any:
+def contents(owner: Any) -> list[Any]:
+    """What a list or set holds; of a dict, or of the attributes of a class, each key and its value."""
     if isinstance(owner, (list, set)):
         return list(owner)
     # not by the methods of a subclass, which may make what it has not yet
-    return dict(dict.items(owner) if isinstance(owner, dict) else vars(owner).items())
-
-
-def _values(content: Any) -> Any:
-    return content.values() if isinstance(content, dict) else content
+    pairs = dict.items(owner) if isinstance(owner, dict) else vars(owner).items()
+    return [part for pair in pairs for part in pair]
 
 
 def _is_leftover(value: Any, depth: int = 4) -> bool:

@@ -10,7 +10,7 @@ import builtins
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType, GenericAlias, MethodType, ModuleType
 from typing import Any
 
@@ -21,13 +21,13 @@ from torch.fx import _symbolic_trace
 from fxgrow.ops.registry import described_functions
 from fxgrow.tracing.intercept import FACTORIES, MATH, Patch, is_tracing, patched, recorded
 from fxgrow.tracing.leaf_modules import has_rule
-from fxgrow.tracing.model_state import without_leftovers
+from fxgrow.tracing.model_state import contents, without_leftovers
 from fxgrow.tracing.proxy import ValueProxy, is_instance, python_type
 from fxgrow.tracing.surroundings import Question
 
 _LIBRARIES = {"torch", "fxgrow", "numpy", "builtins", *sys.stdlib_module_names}
 _PLAIN = {bool, int, float, str, bytes, tuple, type, type(None), ModuleType, type(len)}
-_LARGE, _DEPTH = 1000, 3  # of what is searched for containers
+_LARGE, _DEPTH = 2000, 3  # of what is searched for containers
 _CACHED = type(functools.lru_cache(int))
 
 Scope = dict[str, Any]
@@ -50,6 +50,10 @@ class Namespaces:
         """While open, the names stand for what a trace needs; what it puts into caches is taken out again."""
         with without_leftovers(self._containers), patched(self._patches):
             yield
+
+    def unchanged(self) -> AbstractContextManager[None]:
+        """While open, the model may run; what its code keeps outside of it is as before afterwards."""
+        return without_leftovers(self._containers, of_trace=False)
 
     def _find_scopes(self) -> list[Scope]:
         # of generated code too, which is in no file
@@ -99,15 +103,15 @@ class Namespaces:
         """Scopes, classes, dicts, lists, sets and attributes of objects."""
         own = [scope for scope in self._scopes if _package(scope.get("__name__", "__main__")) in self._packages]
         found: dict[int, Any] = {id(owner): owner for owner in (*own, *self._classes)}
-        values = [v for names in (*own, *map(vars, self._classes)) for v in names.values() if type(v) not in _PLAIN]
+        values = [value for owner in (*own, *self._classes) for value in contents(owner)]
         for module in self._model.modules():
             values += [value for name, value in vars(module).items() if name[0] != "_"]
         for _ in range(_DEPTH):
             new = {id(kept): kept for value in values if type(value) not in _PLAIN for kept in _containers(value)}
-            new = {key: kept for key, kept in new.items() if key not in found and len(kept) < _LARGE}
-            found.update(new)
-            # not by the methods of a subclass, which may import what it has not yet
-            values = [v for kept in new.values() for v in (dict.values(kept) if isinstance(kept, dict) else kept)]
+            inside = {key: contents(kept) for key, kept in new.items() if key not in found}
+            inside = {key: content for key, content in inside.items() if len(content) < _LARGE}
+            found.update({key: new[key] for key in inside})
+            values = [value for content in inside.values() for value in content]
         return list(found.values())
 
 
@@ -138,7 +142,7 @@ def _containers(value: Any) -> tuple[Any, ...]:
     if isinstance(value, (type, nn.Module, ModuleType)) or not _is_followed(type(value)):
         return ()
     attributes = getattr(value, "__dict__", None)
-    return (attributes,) if type(attributes) is dict else ()
+    return (attributes, type(value)) if type(attributes) is dict else ()
 
 
 def _is_callable(value: Any) -> bool:

@@ -147,9 +147,9 @@ def contents() -> Iterator[Any]:
 
 def test_caches_outside_of_the_model_keep_nothing_of_a_trace() -> None:
     net, x = Caches(), torch.randn(2, 4, 4)
-    for _ in range(2):
+    for turn in range(2):
         mask.cache_clear()
         gm = fxgrow.capture(net, (x,))
         assert {type(value) for value in contents()} <= {int, Tensor, type(None)}
-        assert {type(t) for t in net.tables.tables["all"]} <= {Tensor}
+        assert len(net.tables.tables["all"]) == 2 * turn and {type(t) for t in net.tables.tables["all"]} <= {Tensor}
         assert torch.equal(gm(x), net(x)) and type(net(x)) is Tensor
