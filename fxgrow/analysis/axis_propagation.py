@@ -283,11 +283,14 @@ def _separate_biases(structure: Structure) -> None:
     biases: dict[str, set[str | None]] = {}
     for p in structure.projections:
         biases.setdefault(p.weight, set()).add(p.bias)
+    columns = {(p.weight, p.in_dim) for p in structure.projections}
     for i, p in enumerate(structure.projections):
         if len(biases[p.weight]) > 1:
             structure.projections[i] = replace(p, bias=None)
             if p.bias is not None:
-                structure.fills.setdefault(p.bias, 0.0)
+                # where the row of a unit is also the column that reads it, as in a tied autoencoder, both are zero at
+                # first: behind a ReLU such a unit learns by its bias alone
+                structure.fills.setdefault(p.bias, 0.1 if (p.weight, p.out_dim) in columns else 0.0)
 
 
 def _fixed(value: Any, why: Reason | None = None) -> Any:

@@ -142,6 +142,8 @@ class Plan:
 
 
 def _encode(t: Tensor) -> dict[str, Any]:
+    if t.is_complex():
+        return {"complex": _encode(torch.view_as_real(t.detach()))}
     dtype = "float64" if t.dtype == torch.float64 else "float32"
     data = array.array(_CODES[dtype], t.detach().cpu().double().flatten().tolist())
     if sys.byteorder == "big":
@@ -150,6 +152,8 @@ def _encode(t: Tensor) -> dict[str, Any]:
 
 
 def _decode(raw: Mapping[str, Any]) -> Tensor:
+    if "complex" in raw:
+        return torch.view_as_complex(_decode(raw["complex"]))
     data = array.array(_CODES[raw["dtype"]], base64.b64decode(raw["data"]))
     if sys.byteorder == "big":
         data.byteswap()

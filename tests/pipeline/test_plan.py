@@ -230,3 +230,29 @@ def test_shares_lean_towards_worth_for_the_size_within_bounds() -> None:
     assert [tilts(w) for w in (1.0, 4.0)] == pytest.approx([1.0, 2.0])
     assert tilts(1e9) == pytest.approx(1 / SHARE_CLAMP[0])  # the larger of two is the median
     assert _tilts(replace(profile, bottlenecks={first: replace(a, worth=0.0)}), [first]) == {first: 1.0}
+
+
+class Frequencies(nn.Module):
+    """Mixes channels at every frequency by complex weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv1d(2, 4, 1), nn.Conv1d(5, 2, 1)
+        self.w = nn.Parameter(0.3 * torch.randn(4, 5, 3, dtype=torch.cfloat))
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = torch.einsum("bix,iox->box", torch.fft.rfft(self.first(x))[..., :3], self.w)
+        return self.last(torch.fft.irfft(mixed, n=x.shape[-1]).relu())
+
+
+def test_complex_entries_in_json() -> None:
+    torch.manual_seed(0)
+    model = Frequencies()
+    batches = [(torch.randn(8, 2, 8), torch.randn(8, 2, 8)) for _ in range(4)]
+    plan = fxgrow.plan(fxgrow.profile(model, batches, units=2, progress=False), neurons=2)
+    again = fxgrow.Plan.from_json(plan.to_json())
+    entries = plan.values.new["w"]
+    assert entries and all(torch.equal(t, again.values.new["w"][key]) for key, t in entries.items())
+    x = batches[0][0]
+    one, two = (fxgrow.apply(model, p, (x,)) for p in (plan, again))
+    assert one.get_parameter("w").is_complex() and torch.equal(one(x), two(x))

@@ -319,3 +319,23 @@ def test_new_units_are_masked_as_old_ones() -> None:
             p.normal_()
     jacobian = torch.autograd.functional.jacobian(lambda v: wide(v[None])[0], x[0])
     assert jacobian.triu().abs().max() == 0 and jacobian.tril(-1).ne(0).sum() == 10
+
+
+def test_new_units_of_a_tied_autoencoder_learn() -> None:
+    """Their only weights start at zero, as the function must stay: a bias of zero would leave them dead."""
+    torch.manual_seed(0)
+
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.bias = nn.Linear(6, 4), nn.Parameter(torch.zeros(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.linear(self.encoder(x).relu(), self.encoder.weight.t(), self.bias)
+
+    model, x = Tied().double(), torch.randn(5, 6, dtype=torch.float64)
+    wide = fxgrow.widen(model, (x,), {"encoder[0]": 3})
+    torch.testing.assert_close(wide(x), model(x), rtol=1e-10, atol=1e-10)
+    (wide(x) - x).square().sum().backward()
+    weight = wide.get_parameter("encoder.weight")
+    assert weight.grad is not None and weight.shape == (7, 6) and weight.grad[4:].abs().amin() > 0
