@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import io
 import random
 import statistics
@@ -137,7 +138,8 @@ def _warm_up() -> None:
 def _baseline(model: nn.Module, example: Inputs) -> Findings:
     """`torch.fx.symbolic_trace` and one forward on images of the network's own size, in CPU seconds."""
     try:
-        traced, _ = _median(lambda: fx.symbolic_trace(model))
+        copied = copy.deepcopy(model)  # a trace leaves proxies in the attributes that forward assigns
+        traced, _ = _median(lambda: fx.symbolic_trace(copied))
     except Exception as error:  # what it raises on code it cannot trace is anything
         return {"symbolic_trace": None, "symbolic_trace_error": f"{type(error).__name__}: {error}"[:200]}
     with torch.no_grad():

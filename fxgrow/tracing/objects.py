@@ -8,7 +8,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import fx, nn
 
 from fxgrow.graph.node_functions import make_object
 
@@ -32,7 +32,7 @@ def made_object(value: Any) -> Made | None:
         return Made(cls, (), {name: item for name, item in fields.items() if item is not None})
     if isinstance(value, dict) and cls is not dict:
         return Made(cls, (dict(value),), {})
-    if inspect.isroutine(value) or isinstance(value, (type, functools.partial, nn.Module)):
+    if inspect.isroutine(value) or isinstance(value, (type, functools.partial, nn.Module, fx.Node, fx.Proxy)):
         return None
     state = getattr(value, "__getstate__", None)  # of every object from Python 3.11 on
     attributes = getattr(value, "__dict__", None) if state is None else state()

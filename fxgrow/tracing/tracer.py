@@ -217,9 +217,9 @@ class ValueTracer(fx.Tracer):
             return a
         if type(a) is tuple or type(a) is list:
             return type(a)(map(self.create_arg, a))
-        if type(a) is ValueProxy:
+        if isinstance(a, fx.Proxy):
             if a.tracer is not self:
-                raise CaptureError(f"{a!r} was kept by the model from an earlier capture.")
+                raise CaptureError(f"The model has kept {a!r} from an earlier trace. Set that attribute anew.")
             return a.node
         if isinstance(a, torch.Tensor):
             return self._tensor(a).node

@@ -105,3 +105,21 @@ def test_a_graph_that_returns_an_object_can_be_pickled() -> None:
     file.seek(0)
     q, divergence = torch.load(file, weights_only=False)(x)
     torch.testing.assert_close((q.mean, divergence), (m(x)[0].mean, m(x)[1]))
+
+
+class Remembers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.mean = nn.Linear(6, 3), torch.zeros(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.mean = self.mean.type_as(x)
+        return self.a(x - self.mean)
+
+
+def test_a_proxy_that_another_trace_left_on_the_model_is_named() -> None:
+    m = Remembers()
+    fxgrow.capture(m, (torch.randn(2, 6),))
+    torch.fx.symbolic_trace(m)
+    with pytest.raises(fxgrow.CaptureError, match="from an earlier trace. Set that attribute anew"):
+        fxgrow.capture(m, (torch.randn(2, 6),))
