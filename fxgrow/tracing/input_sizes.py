@@ -74,11 +74,15 @@ def keep_input_sizes(tracer: ValueTracer, retrace: Retrace) -> None:
         return
     bound: dict[fx.Node, list[SizeGroup]] = {node: [] for node in numbers}
     steps: set[fx.Node] = set()
+    replacements: dict[tuple[fx.Node, Path], LinearNumber] = {}
     for group in _groups(tracer.inputs):
-        changing, in_steps = _keep_group(tracer, retrace, group, numbers)
+        changing, in_steps = _keep_group(tracer, retrace, group, numbers, replacements)
         steps |= in_steps
         for node in changing:
             bound[node].append(group)
+    # not before the last trace is compared with the graph
+    for (node, path), number in replacements.items():
+        set_argument(node, path, _as_nodes(tracer.graph, number))
     for number_guard, groups in bound.items():
         if not any(group.batch for group in groups) and (groups or number_guard not in steps):
             for group in groups:
@@ -107,9 +111,13 @@ def _groups(inputs: Mapping[str, Any]) -> list[SizeGroup]:
 
 
 def _keep_group(
-    tracer: ValueTracer, retrace: Retrace, group: SizeGroup, numbers: Mapping[fx.Node, Callable[[Any], Any]]
+    tracer: ValueTracer,
+    retrace: Retrace,
+    group: SizeGroup,
+    numbers: Mapping[fx.Node, Callable[[Any], Any]],
+    replacements: dict[tuple[fx.Node, Path], LinearNumber],
 ) -> tuple[list[fx.Node], set[fx.Node]]:
-    """Replaces the literals that change with a group of dimensions; returns the guards that must stay.
+    """Enters replacements of the literals that change with a group of dimensions; returns the guards that must stay.
 
     The second ones are on numbers that did not change though sizes did from which they are computed: they may change
     in steps, as a length rounded up to a multiple does.
@@ -124,11 +132,10 @@ def _keep_group(
     changing = [n for n, convert in numbers.items() if any(_differs(n, convert, pairs) for pairs in traces)]
     others = numbers.keys() - set(changing)
     in_steps = {n for n in others if any(_sources_differ(n, pairs) for pairs in traces)}
-    replacements = _replacements(tracer, traces, numbers) if changing and complete else None
-    if replacements is None:
+    new = _replacements(tracer, traces, numbers) if changing and complete else None
+    if new is None or not new.keys().isdisjoint(replacements):  # a literal that two groups change
         return changing, in_steps
-    for (node, path), number in replacements.items():
-        set_argument(node, path, _as_nodes(tracer.graph, number))
+    replacements.update(new)
     return [], in_steps
 
 

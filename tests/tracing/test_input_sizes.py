@@ -205,3 +205,25 @@ def test_numbers_that_change_in_steps() -> None:
     for n in (16, 40):
         with pytest.raises(fxgrow.CaptureError, match=r"int\(math.ceil"):
             gm(torch.randn(3, 3, n, dtype=torch.float64))
+
+
+class BatchAndLength(nn.Module):
+    """Numbers of the batch size and of a length, each of which the code asks for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 6), nn.Linear(6, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.a(x)
+        windows = h.unflatten(1, (-1, 2)).flatten(0, 1)
+        batch = int(windows.shape[0] / (h.shape[1] / 2))
+        return self.b(windows.reshape(batch, -1, 6) + torch.arange(float(x.shape[1])).to(h).unsqueeze(1))
+
+
+def test_two_numbers_of_different_dimensions() -> None:
+    net = BatchAndLength().double()
+    gm = fxgrow.capture(net, (torch.randn(2, 8, 3, dtype=torch.float64),))
+    for batch, n in [(3, 8), (2, 10), (5, 6)]:
+        x = torch.randn(batch, n, 3, dtype=torch.float64)
+        torch.testing.assert_close(gm(x), net(x), rtol=0, atol=1e-12)
