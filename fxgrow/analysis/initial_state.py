@@ -175,8 +175,9 @@ class _StatePropagation:
             return Reason("reduce" if node in self.statistics.reductions else "norm", node.name, str(refusal))
         if len(reductions) == len(self.invariants) and not self.statistics.meets_units:
             return Reason("reduce", reductions[0].node.name, "summed or compared over the whole axis")
-        for product in products:
-            operands = [product.source] if self.kind == ZERO else self._inputs(product.node)
+        for product in self.products:
+            one_sided = products and self.kind == ZERO
+            operands = [product.source] if one_sided else self._inputs(product.node)
             if any(self._settled(n, self.kind) not in (self.kind, PARTS) for n in operands):
                 return Reason("reduce", product.node.name, "summed over in a product, and neither side can stay zero")
         readers = [p for p in self.structure.projections if self.var in variables(p.input_axis)]

@@ -133,6 +133,16 @@ def einsum_of_activations(ctx: Context, equation: str, tensors: list[Dims]) -> D
     return Dims(axes[letter] for letter in out)
 
 
+@op(F.cosine_similarity, torch.cosine_similarity, nn.CosineSimilarity)
+def cosine_similarity(ctx: Context, x1: Dims, x2: Dims, dim: int = 1, eps: float = 1e-8) -> Dims:
+    out = list(broadcast(ctx, x1, x2))
+    axis = out.pop((dim if ctx.module is None else ctx.module.dim) % len(out))
+    if not is_fixed(axis):
+        ctx.require_state("length", ctx.argument(0, "x1", "input1"), axis)
+        ctx.require_state("product", ctx.argument(1, "x2", "input2"), axis)
+    return Dims(out)
+
+
 @op(F.scaled_dot_product_attention)
 def scaled_dot_product(
     ctx: Context, query: Dims, key: Dims, value: Dims, attn_mask: Any = None, *args: Any, **kwargs: Any

@@ -264,6 +264,10 @@ T.tokens(
     "pooled-by-a-sum-of-products", lambda: {"w": nn.Parameter(torch.randn(8))},
     lambda m, x: m.out(((h := m.a(x)) * torch.softmax((h.tanh() * m.w).sum(-1), 1)[..., None]).sum(1)), a=F8,
 )  # fmt: skip
+T.tokens(
+    "cosine-similarity", lambda: {"b": nn.Linear(6, 8), "out": nn.Linear(4, 3)},
+    lambda m, x: m.out(F.cosine_similarity(m.a(x), m.b(x), dim=-1)[:, :4]), a=F8,
+)  # fmt: skip
 T.vector("mean-of-width", lambda: {"out": nn.Linear(1, 3)}, lambda m, x: m.out(m.a(x).mean(1, True)), a="reduce")
 T.tokens("gumbel-positional", nothing, lambda m, x: m.out(F.gumbel_softmax(m.a(x), 1) * 0 + m.a(x)), a="operator")
 T.vector(
