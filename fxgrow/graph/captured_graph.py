@@ -19,11 +19,18 @@ from torch.utils import _pytree as pytree
 
 from fxgrow.graph.conditional import ConditionalCodeGen
 from fxgrow.graph.node_functions import function_call
-from fxgrow.graph.node_meta import RECORD, set_value
+from fxgrow.graph.node_meta import OTHER_MODE, RECORD, set_value
 
 
 class CapturedGraph(fx.GraphModule):
     """A graph module that is pickled as a list of its nodes."""
+
+    def train(self, mode: bool = True) -> CapturedGraph:
+        """Sets the modes as the model's own `train` does, which may leave its norms in eval mode."""
+        super().train(mode)
+        for name in self.meta.get(OTHER_MODE, {}).get(mode, ()):
+            self.get_submodule(name).training = not mode
+        return self
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {name: value for name, value in vars(self).items() if name not in ("_graph", "_code", "_lineno_map")}

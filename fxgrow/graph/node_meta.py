@@ -16,6 +16,8 @@ RECORD = "fxgrow"
 EXAMPLE_INPUTS = "example_inputs"
 #: names of the inputs that were given by keyword, or None
 KEYWORDS = "fxgrow.keywords"
+#: by mode, the modules that `train(mode)` of the model leaves in the other one
+OTHER_MODE = "fxgrow.other_mode"
 #: names of buffers that are no part of the state
 NON_PERSISTENT = "fxgrow.non_persistent"
 #: the growths that the model has been through; of another module than a graph, an attribute

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from fxgrow.errors import CaptureError
 from fxgrow.graph.captured_graph import CapturedGraph
 from fxgrow.graph.graph import lint, release_generated_source
-from fxgrow.graph.node_meta import EXAMPLE_INPUTS, KEYWORDS, NON_PERSISTENT, is_captured
+from fxgrow.graph.node_meta import EXAMPLE_INPUTS, KEYWORDS, NON_PERSISTENT, OTHER_MODE, is_captured
 from fxgrow.graph.parametrizations import weight_hook
 from fxgrow.graph.purity import is_pure
 from fxgrow.storage.recipe import Recipe, keep_recipe
@@ -92,6 +92,7 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
             with unchanged(model), namespaces.unchanged():
                 check_against_model(model, gm, call, other_mode, list(namespaces.asked))
         gm.training = model.training
+        gm.meta[OTHER_MODE] = _in_other_mode(model)
         return tracer, gm
 
     with CAPTURE_LOCK, without_caches(model), without_fast_path(), without_compilation():
@@ -235,6 +236,16 @@ def _with_own_hooked_layers(gm: fx.GraphModule) -> fx.GraphModule:
                 child._modules = dict(child._modules)
             parent._modules[name] = parent = own[id(theirs)]
     return gm
+
+
+def _in_other_mode(model: nn.Module) -> dict[bool, list[str]]:
+    """Names of the modules that a model's own `train(mode)` leaves in the other mode, by mode."""
+    found: dict[bool, list[str]] = {}
+    with unchanged(model), contextlib.suppress(Exception):  # some refuse one of the modes
+        for mode in (True, False) if type(model).train is not nn.Module.train else ():
+            model.train(mode)
+            found[mode] = [name for name, m in model.named_modules() if name and m.training is not mode]
+    return found
 
 
 def _compact(x: torch.Tensor) -> torch.Tensor:

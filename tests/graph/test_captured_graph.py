@@ -72,3 +72,25 @@ def test_a_graph_comes_back_as_it_was(send: Callable[[nn.Module], Any], tmp_path
     assert [w.name for w in fxgrow.widths(back) if w.pinned is None] == ["a"]
     wider = fxgrow.widen(back, (), {"a": 1})
     torch.testing.assert_close(wider.eval()(x), grown.eval()(x))
+
+
+class FrozenNorm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm, self.b = nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 3)
+
+    def train(self, mode: bool = True) -> FrozenNorm:
+        super().train(mode)
+        self.norm.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.norm(self.a(x)).relu())
+
+
+@pytest.mark.parametrize("send", [lambda gm: gm, pickled])
+def test_a_graph_follows_the_models_own_train(send: Callable[[nn.Module], Any]) -> None:
+    net, x = FrozenNorm().double(), torch.randn(5, 4, dtype=torch.float64)
+    grown = send(fxgrow.widen(net, (x,), {"a": 2})).eval().train()
+    assert grown.training and not grown.norm.training
+    torch.testing.assert_close(grown(x), net.train()(x))
