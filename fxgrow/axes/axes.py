@@ -29,12 +29,15 @@ LIMIT = 4096
 
 
 class UnitVar:
-    """A number of units that may change; `pinned` says why it cannot, `bound` is the axis to which it is unified."""
+    """A number of units that may change; `pinned` says why it cannot, `bound` is the axis to which it is unified.
 
-    __slots__ = ("bound", "pinned", "size")
+    `literal`: it is known from a number in the code alone, and from no other axis yet.
+    """
 
-    def __init__(self, size: int, pinned: Reason | None = None) -> None:
-        self.size, self.pinned = size, pinned
+    __slots__ = ("bound", "literal", "pinned", "size")
+
+    def __init__(self, size: int, pinned: Reason | None = None, literal: bool = False) -> None:
+        self.size, self.pinned, self.literal = size, pinned, literal
         self.bound: Axis | None = None
 
     def __repr__(self) -> str:
@@ -170,6 +173,8 @@ def pin(axis: Axis, why: Reason) -> None:
 def _bind(var: UnitVar, axis: Axis) -> None:
     if var.pinned:
         pin(axis, var.pinned)
+    for other in () if var.literal else variables(axis):
+        other.literal = False
     var.bound = axis
 
 
@@ -273,6 +278,10 @@ def _rigid(axis: Axis) -> Axis:
 def product(outer: Axis, inner: Axis, why: Reason) -> Axis:
     """The axis of `flatten(outer, inner)`; where both have units, both are pinned."""
     n_outer, n_inner = length(outer), length(inner)
+    if not is_fixed(outer) and not is_fixed(inner):
+        for axis in (outer, inner):
+            if all(var.literal for var in variables(axis)):
+                pin(axis, why)  # a number of repetitions, not a width
     outer, inner = _rigid(outer), _rigid(inner)
     if n_inner == 1 and is_fixed(inner):
         return outer

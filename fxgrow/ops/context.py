@@ -218,7 +218,7 @@ class Context:
         where = self._place(path)
         if n < 2 or where is None or isinstance(get_argument(*where), fx.Node):
             return fixed(n)
-        axis = axis_of(UnitVar(n))
+        axis = axis_of(UnitVar(n, literal=True))
         self.size_argument(size, axis, *path)
         return axis
 

@@ -79,6 +79,12 @@ T.image(
     a=F8,
 )
 T.vector("none-index", nothing, lambda m, x: m.out(m.a(x)[:, None, :][:, 0]), a=F8)
+T.vector(
+    "expanded-and-flattened",
+    lambda: {"out": nn.Linear(16, 3)},
+    lambda m, x: m.out(m.a(x)[:, :, None].expand(-1, 8, 2).flatten(1)),
+    a=F8,
+)
 T.vector("expand", nothing, lambda m, x: m.out(m.a(x)[:, None].expand(-1, 4, -1)).sum(1), a=F8)
 T.vector("expand-literal", nothing, lambda m, x: m.out(m.a(x)[:, None].expand(-1, 4, 8)), a=F8)
 T.vector(
