@@ -18,6 +18,8 @@ EXAMPLE_INPUTS = "example_inputs"
 KEYWORDS = "fxgrow.keywords"
 #: by mode, the modules that `train(mode)` of the model leaves in the other one
 OTHER_MODE = "fxgrow.other_mode"
+#: keys of the hooks whose changes of values are nodes of the graph, by the name of their module
+FOLLOWED_HOOKS = "fxgrow.followed_hooks"
 #: names of buffers that are no part of the state
 NON_PERSISTENT = "fxgrow.non_persistent"
 #: the growths that the model has been through; of another module than a graph, an attribute

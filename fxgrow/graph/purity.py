@@ -18,7 +18,7 @@ def is_pure(node: fx.Node) -> bool:
     """Whether a node only computes its value: no random numbers, no state, nothing in place."""
     if node.op == "get_attr":
         return True
-    if node.op == "call_module" or node.is_impure() or "out" in node.kwargs or _is_in_place(node):
+    if node.op == "call_module" or node.is_impure() or "out" in node.kwargs or is_in_place(node):
         return False
     if node.op not in ("call_function", "call_method"):
         return False
@@ -32,7 +32,7 @@ def overwrites(node: fx.Node, root: nn.Module) -> list[fx.Node]:
     """Returns the inputs that a node writes into: in-place operators, `inplace=True`, `out=`."""
     written: list[Any] = [node.kwargs.get("out")]
     module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if getattr(module, "inplace", False) or _is_in_place(node):
+    if getattr(module, "inplace", False) or is_in_place(node):
         written.append(node.args[0] if node.args else node.kwargs.get("input"))
     return [n for n in node.all_input_nodes if any(n is w or (isinstance(w, tuple) and n in w) for w in written)]
 
@@ -49,7 +49,8 @@ def written_parameters(gm: fx.GraphModule) -> list[nn.Parameter]:
     return [parameters[name] for name in dict.fromkeys(written) if name in parameters]
 
 
-def _is_in_place(node: fx.Node) -> bool:
+def is_in_place(node: fx.Node) -> bool:
+    """Whether a node calls a function or a method that writes into its first argument."""
     if node.op not in ("call_function", "call_method"):
         return False
     name, home = _name(node)

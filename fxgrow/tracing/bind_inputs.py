@@ -44,8 +44,8 @@ def bind_inputs(model: nn.Module, example_inputs: Any) -> tuple[dict[str, Any], 
             by_position = len(inputs)
 
     def call(values: list[Any]) -> Any:
-        return forward(
-            *values[:by_position], **dict(zip(list(inputs)[by_position:], values[by_position:], strict=True))
-        )
+        # with the model's hooks, but `__call__` itself would make a model that is one layer one node
+        run: Any = model._call_impl if model._forward_pre_hooks or model._forward_hooks else forward
+        return run(*values[:by_position], **dict(zip(list(inputs)[by_position:], values[by_position:], strict=True)))
 
     return inputs, call

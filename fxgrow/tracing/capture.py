@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -17,14 +16,15 @@ from torch.utils import _pytree as pytree
 from fxgrow.errors import CaptureError
 from fxgrow.graph.captured_graph import CapturedGraph
 from fxgrow.graph.graph import lint, release_generated_source
+from fxgrow.graph.kept_values import collections_kept
 from fxgrow.graph.node_meta import EXAMPLE_INPUTS, KEYWORDS, NON_PERSISTENT, OTHER_MODE, is_captured
-from fxgrow.graph.parametrizations import weight_hook
 from fxgrow.graph.purity import is_pure
 from fxgrow.storage.recipe import Recipe, keep_recipe
 from fxgrow.tracing.bind_inputs import bind_inputs
+from fxgrow.tracing.forward_hooks import ForwardHooks
 from fxgrow.tracing.input_sizes import keep_input_sizes
 from fxgrow.tracing.intercept import CAPTURE_LOCK
-from fxgrow.tracing.model_check import check_against_model, is_right_with_other_weights
+from fxgrow.tracing.model_check import check_against_model, is_right_with_other_weights, set_modes_as_in
 from fxgrow.tracing.model_state import (
     unchanged,
     without_caches,
@@ -83,21 +83,24 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
     keywords = list(inputs) if isinstance(example_inputs, Mapping) else None
 
     def traced(otherwise: Mapping[Decision, Otherwise]) -> tuple[ValueTracer, fx.GraphModule]:
-        tracer = _trace(model, inputs, call, otherwise, namespaces)
+        tracer = _trace(model, inputs, call, otherwise, namespaces, hooks)
         gm = _assemble(model, tracer, tuple(inputs.values()), keywords)
+        hooks.own_layers(gm)
         with unchanged(model), namespaces.unchanged():
             if otherwise and not is_right_with_other_weights(model, gm, call):
                 raise CaptureError("The other way gives another result.")
         for other_mode in (False, True) if tracer.branches else (False,):
-            with unchanged(model), namespaces.unchanged():
+            with unchanged(model), namespaces.unchanged(), hooks.named_in_errors():
                 check_against_model(model, gm, call, other_mode, list(namespaces.asked))
-        gm.training = model.training
+        set_modes_as_in(model, gm)
         gm.meta[OTHER_MODE] = _in_other_mode(model)
         return tracer, gm
 
-    with CAPTURE_LOCK, without_caches(model), without_fast_path(), without_compilation():
+    hooks = ForwardHooks(model)
+    kept = collections_kept(model) if hooks.hooked else contextlib.nullcontext()
+    with CAPTURE_LOCK, without_caches(model), without_fast_path(), without_compilation(), kept:
         namespaces = Namespaces(model)
-        return _with_own_hooked_layers(_at_all_sizes(traced))
+        return _at_all_sizes(traced)
 
 
 def _at_all_sizes(
@@ -126,6 +129,7 @@ def _trace(
     call: Callable[[list[Any]], Any],
     otherwise: Mapping[Decision, Otherwise],
     namespaces: Namespaces,
+    hooks: ForwardHooks,
 ) -> ValueTracer:
     """Traces until both train and eval mode are described, or the other one is refused."""
     leaves = frozenset(module for module in model.modules() if _is_drop_path(module))
@@ -135,7 +139,7 @@ def _trace(
         tracer = ValueTracer(values, call, leaves, flipped, fallback.reasons, otherwise)
         tracer.runner.asked = namespaces.asked
         try:
-            with unchanged(model, namespaces.asked), fallback.applied():
+            with unchanged(model, namespaces.asked), fallback.applied(), hooks.traced(tracer):
                 tracer.record(model)
         except CaptureError as error:
             return tracer, error
@@ -143,10 +147,12 @@ def _trace(
 
     def trace_around_obstacles(flipped: frozenset[str] = frozenset()) -> ValueTracer:
         while True:
+            left = len(hooks.left)
             tracer, error = attempt(inputs, flipped)
             if error is None:
                 return tracer
-            fallback.add(tracer.failed_in, error, tracer.failed_calls)
+            if len(hooks.left) == left:
+                fallback.add(tracer.failed_in, error, tracer.failed_calls)
 
     def finish(tracer: ValueTracer) -> None:
         with without_failure_log():
@@ -219,22 +225,6 @@ def _assemble(
         keep_recipe(gm, replace(Recipe.of(model), into="graph"))
     gm.meta[NON_PERSISTENT] = sorted(gm._non_persistent_buffers_set)
     gm._register_deepcopy_hook(_keep_buffer_flags)
-    return gm
-
-
-def _with_own_hooked_layers(gm: fx.GraphModule) -> fx.GraphModule:
-    """Gives a graph layers of its own, with the same parameters, where a hook sets the weight before each call."""
-    modules = dict(gm.named_modules(remove_duplicate=False))
-    own: dict[int, nn.Module] = {}  # by the user's: layers with two names stay one
-    for path in [path for path, module in modules.items() if weight_hook(module, "weight") is not None]:
-        parent: nn.Module = gm
-        names = path.split(".")
-        for i, name in enumerate(names, 1):
-            theirs = modules[".".join(names[:i])]
-            if id(theirs) not in own:
-                own[id(theirs)] = child = copy.copy(theirs)
-                child._modules = dict(child._modules)
-            parent._modules[name] = parent = own[id(theirs)]
     return gm
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -32,17 +31,16 @@ def check_against_model(
     They are compared again with other answers to what the model's code has `asked` of its surroundings.
 
     A model on `meta`, or one that does not run on the values of the example, is not compared. Buffers and random states
-    are as before; modes and hooks are left changed, and `capture` restores them.
+    are as before; modes are left changed, and `capture` restores them.
     """
     inputs = list(gm.meta["example_inputs"])
-    _remove_hooks_of_leaves(gm)
     state = [*model.parameters(), *model.buffers(), *tensors_in(inputs)]
     if any(t.device.type == "meta" or type(t) not in (Tensor, nn.Parameter, nn.Buffer) for t in state):
         return
     outputs = functools.partial(_outputs, written_parameters(gm))
     if other_mode:
         model.train(not model.training)
-        gm.training = model.training
+        set_modes_as_in(model, gm)
 
     def differ(change: Change = as_it_is) -> bool:
         try:
@@ -82,7 +80,6 @@ def is_right_with_other_weights(model: nn.Module, gm: fx.GraphModule, call: Call
     """
     inputs = list(gm.meta["example_inputs"])
     outputs = functools.partial(_outputs, written_parameters(gm))
-    _remove_hooks_of_leaves(gm)
     try:
         with _perturbed_parameters(model):
             expected = outputs(model, call, inputs)
@@ -93,11 +90,12 @@ def is_right_with_other_weights(model: nn.Module, gm: fx.GraphModule, call: Call
     return _agree(found, expected) and all(bool(t.isfinite().all()) for t in expected)
 
 
-def _remove_hooks_of_leaves(gm: fx.GraphModule) -> None:
-    """Both a model and its graph run the hooks of leaves, which may collect what they see."""
-    for node in gm.graph.find_nodes(op="call_module"):
-        layer = gm.get_submodule(str(node.target))
-        layer._forward_hooks, layer._forward_pre_hooks = OrderedDict(), OrderedDict()
+def set_modes_as_in(model: nn.Module, gm: fx.GraphModule) -> None:
+    """Gives a graph, and the layers that are its own, the modes of its model."""
+    modules = dict(gm.named_modules(remove_duplicate=False))
+    for name, module in model.named_modules(remove_duplicate=False):
+        if modules.get(name, module) is not module:
+            modules[name].training = module.training
 
 
 @torch.no_grad()

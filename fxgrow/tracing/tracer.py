@@ -22,6 +22,7 @@ from fxgrow.graph.node_meta import CHECK, CHECKPOINT, OPAQUE, set_value
 from fxgrow.tracing.checks import raises_otherwise, unused_answer
 from fxgrow.tracing.dependence import Dependence
 from fxgrow.tracing.fake_values import FakeRunner, arithmetic_key
+from fxgrow.tracing.forward_hooks import call_with_hooks, has_forward_hooks
 from fxgrow.tracing.intercept import intercept
 from fxgrow.tracing.leaf_modules import is_layer
 from fxgrow.tracing.multihead_attention import multihead_attention
@@ -259,10 +260,14 @@ class ValueTracer(fx.Tracer):
         path = self._path(m)
         if path is None:
             return forward(*args, **kwargs)
+        call = functools.partial(forward, *args, **kwargs)
         if type(m) is nn.MultiheadAttention and m.bias_k is None and not m.add_zero_attn:
             self._traced_attention.add(m)
             forward = functools.partial(multihead_attention, m)
-        return super().call_module(m, forward, args, kwargs)
+        record = functools.partial(super().call_module, m, forward)
+        if (m in self._traced_attention or self.is_leaf_module(m, path)) and has_forward_hooks(m):
+            return call_with_hooks(m, call, record)
+        return record(args, kwargs)
 
     def _path(self, m: nn.Module) -> str | None:
         functions: dict[str, nn.Module] = getattr(self.root._modules, "functions", {})

@@ -1,17 +1,19 @@
 """Hooks that users registered on modules: kept where the module is still called, else reported.
 
 Copying a module copies its hooks too, and the objects whose methods they are. The user's objects must still be called,
-so the original hooks are put back. Only a hook that is a method of one of the model's modules stays the copy's.
+so the original hooks are put back. Only a hook that is a method of one of the model's modules stays the copy's. What a
+hook does to values is in the nodes of a captured graph: it is not put back there.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Collection
 from typing import Any
 
 from torch import nn
 
-from fxgrow.graph.node_meta import is_captured
+from fxgrow.graph.node_meta import FOLLOWED_HOOKS, is_captured
 from fxgrow.transfer.parameter_change import Assign, ParameterChange
 
 log = logging.getLogger("fxgrow")
@@ -29,6 +31,7 @@ def prepare_module_hooks(change: ParameterChange) -> Assign:
     """Prepares the user's hooks on the modules of the old names."""
     after, before = called(change.new), called(change.old)
     modules = {id(module) for module in change.old.modules()}
+    followed = change.new.meta.get(FOLLOWED_HOOKS, {}) if is_captured(change.new) else {}
     hooked = [
         (name, old, change.new.get_submodule(name))
         for name, old in change.old.named_modules()
@@ -38,7 +41,7 @@ def prepare_module_hooks(change: ParameterChange) -> Assign:
     def assign() -> None:
         for name, old, new in hooked:
             if name in after:
-                _keep(old, new, modules)
+                _keep(old, new, modules, followed.get(name, ()))
             else:
                 if name in before:
                     _report(name, old)
@@ -56,20 +59,21 @@ def called(model: nn.Module) -> set[str]:
     return {"", *(name for t in targets for name, _ in model.get_submodule(t).named_modules(prefix=t))}
 
 
-def _keep(old: nn.Module, new: nn.Module, modules: set[int]) -> None:
-    """Puts the original hooks on a new module; `modules` are ids of the old model's."""
+def _keep(old: nn.Module, new: nn.Module, modules: set[int], followed: Collection[int]) -> None:
+    """Puts the original hooks on a new module; `modules` are ids of the old model's, `followed` keys of hooks."""
     for kind in _KINDS:
         hooks: dict[int, Any] = getattr(old, kind)
         if not hooks:
             continue
-        if not any(id(getattr(hook, "__self__", None)) in modules for hook in hooks.values()):
+        own = {k for k, hook in hooks.items() if id(getattr(hook, "__self__", None)) in modules}
+        if not own and not hooks.keys() & set(followed):
             # the dict itself, so that the user's handles still remove what is in it
             setattr(new, kind, hooks)
             continue
         copies = getattr(new, kind)
-        kept = {k: copies.get(k, h) if id(getattr(h, "__self__", None)) in modules else h for k, h in hooks.items()}
+        kept = {k: copies.get(k) if k in own else h for k, h in hooks.items() if k not in followed}
         copies.clear()
-        copies.update(kept)
+        copies.update((k, hook) for k, hook in kept.items() if hook is not None)
     for flag in _FLAGS:
         getattr(new, flag).update(getattr(old, flag))
     # a full backward hook is called in another way than the deprecated kind

@@ -1,0 +1,161 @@
+"""Forward hooks of a model: what they do to values becomes part of the graph, on layers too.
+
+ensures: hooks that only collect run in a trace, so that the code can read what they collect; the graph does not call
+         them. Hooks that set the weight of their own layer stay on it. One that cannot be traced is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from torch import fx, nn
+from torch.utils import _pytree as pytree
+
+from fxgrow.errors import CaptureError
+from fxgrow.graph.node_meta import FOLLOWED_HOOKS
+from fxgrow.graph.parametrizations import weight_hook
+from fxgrow.graph.purity import is_in_place
+
+_KINDS = {"_forward_pre_hooks": "forward pre-hook", "_forward_hooks": "forward hook"}
+_BACKWARD = "_backward_pre_hooks", "_backward_hooks"
+#: name of the module, kind, and key in its dict of hooks
+Place = tuple[str, str, int]
+
+
+class Left(NamedTuple):
+    """A hook that a trace leaves out."""
+
+    hook: Any
+    error: Exception | None  # why it cannot be traced; None of one that sets the weight of its own layer
+
+
+class ForwardHooks:
+    """The hooks of one model, and what its traces have found out about them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        kinds = (*_KINDS, *_BACKWARD)
+        self.hooked = [(n, m) for n, m in model.named_modules() if any(vars(m).get(kind) for kind in kinds)]
+        self.left: dict[Place, Left] = {}
+        #: hooks that change a value
+        self.followed: set[Place] = set()
+        for name, module in self.hooked:
+            for kind in _KINDS:
+                for key, hook in vars(module)[kind].items():
+                    home = type(hook).__module__
+                    if hasattr(hook, "compute_weight") or home.startswith("torch.nn.utils"):
+                        self.left[name, kind, key] = Left(hook, None)
+
+    @contextlib.contextmanager
+    def traced(self, tracer: fx.Tracer) -> Iterator[None]:
+        """While open, hooks run as `tracer` needs them; the caller restores attributes of modules."""
+        for name, module in self.hooked:
+            layer = tracer.is_leaf_module(module, name)
+            for kind in _KINDS:
+                hooks = OrderedDict[int, Any]()
+                for key, hook in vars(module)[kind].items():
+                    place, left = (name, kind, key), self.left.get((name, kind, key))
+                    if left is None:
+                        hooks[key] = self._traced(place, hook, tracer, vars(module) if layer else {})
+                    elif left.error is None and not layer:
+                        hooks[key] = hook
+                vars(module)[kind] = hooks
+            vars(module).update({kind: OrderedDict() for kind in _BACKWARD})
+        yield
+
+    def _traced(self, place: Place, hook: Any, tracer: fx.Tracer, attributes: Mapping[str, Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            last, before = next(reversed(tracer.graph.nodes), None), dict(attributes)
+            try:
+                result = hook(*args, **kwargs)
+            except Exception as error:
+                self.left[place] = Left(hook, error)
+                raise
+            if any(value is not before.get(name) for name, value in attributes.items()):
+                self.left[place] = Left(hook, None)
+                raise CaptureError("A hook sets the weight of its layer.")
+            found = [id(leaf) for leaf in pytree.tree_leaves(result)]
+            given = [[id(leaf) for leaf in pytree.tree_leaves(value)] for value in args[1:]]
+            new = [] if last is None else _after(last)
+            if (result is not None and found not in given) or any(map(is_in_place, new)):
+                self.followed.add(place)
+            return result
+
+        return run
+
+    def own_layers(self, gm: fx.GraphModule) -> None:
+        """Gives a graph layers of its own, with the same parameters, without the hooks that its nodes stand for."""
+        if not self.hooked:
+            return
+        names, modules = {id(m): n for n, m in self.hooked}, dict(gm.named_modules(remove_duplicate=False))
+        called = {str(node.target) for node in gm.graph.find_nodes(op="call_module")}
+        own: dict[int, nn.Module] = {}  # by the user's: layers with two names stay one
+        for path, module in modules.items():
+            if id(module) not in names or not (path in called or weight_hook(module, "weight")):
+                continue
+            parent: nn.Module = gm
+            parts = path.split(".")
+            for i, part in enumerate(parts, 1):
+                theirs = modules[".".join(parts[:i])]
+                if id(theirs) not in own:
+                    own[id(theirs)] = child = copy.copy(theirs)
+                    child._modules = dict(child._modules)
+                parent._modules[part] = parent = own[id(theirs)]
+            for kind in _KINDS:
+                places = [(names[id(module)], kind, key) for key in vars(module)[kind]]
+                kept = [place[2] for place in places if place in self.left and self.left[place].error is None]
+                setattr(parent, kind, OrderedDict((key, vars(module)[kind][key]) for key in kept))
+        followed: dict[str, list[int]] = {}
+        for name, _, key in self.followed:
+            followed.setdefault(name, []).append(key)
+        gm.meta[FOLLOWED_HOOKS] = followed
+
+    @contextlib.contextmanager
+    def named_in_errors(self) -> Iterator[None]:
+        """An error inside the block says which hook the graph lacks, if there is one."""
+        try:
+            yield
+        except CaptureError as error:
+            for (name, kind, _), left in self.left.items():
+                if left.error is not None:
+                    hook = getattr(left.hook, "__qualname__", type(left.hook).__name__)
+                    raise CaptureError(
+                        f"The {_KINDS[kind]} {hook} on {name or 'the model'!r} changes what the model computes, and "
+                        f"its code cannot be traced: {left.error}"
+                    ) from error
+            raise
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether a module has any; a scripted one keeps its own."""
+    return any(vars(module).get(kind) for kind in _KINDS)
+
+
+def call_with_hooks(
+    module: nn.Module, call: Callable[[], Any], record: Callable[[tuple[Any, ...], dict[str, Any]], Any]
+) -> Any:
+    """Calls a module with its hooks, where `record` takes the place of its `forward`."""
+    attributes = vars(module)
+    own = {name: attributes[name] for name in ("forward",) if name in attributes}
+
+    def restore() -> None:
+        attributes.pop("forward", None)
+        attributes.update(own)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        restore()
+        return record(args, kwargs)
+
+    attributes["forward"] = forward
+    try:
+        return call()
+    finally:
+        restore()
+
+
+def _after(node: fx.Node) -> Iterator[fx.Node]:
+    while (node := node.next).op != "root":
+        yield node
