@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
 from dataclasses import replace
 from fractions import Fraction
 from typing import Any
@@ -73,11 +74,20 @@ def _mark_weight(node: fx.Node, env: dict[fx.Node, Any], gm: fx.GraphModule) -> 
     if node.op == "get_attr" and isinstance(value, Dims) and value.parameter is not None:
         value.is_weight = isinstance(lookup(gm, value.parameter), torch.nn.Parameter) or None
     elif node.op.startswith("call_") and any(isinstance(part, Dims) for part in parts):
-        inputs = [v[0] if type(v) is tuple and v else v for v in map(env.__getitem__, node.all_input_nodes)]
-        kinds = {v.is_weight for v in inputs if isinstance(v, Dims)}
+        kinds = {v.is_weight for v in _tensors_read(node.all_input_nodes, env)}
+        # what is made as large as an activation, such as a first state, is one
+        for source in [] if kinds or len(value) < 2 else (sizes := list(node.all_input_nodes)):
+            read = _tensors_read(source.all_input_nodes, env)
+            kinds |= {v.is_weight for v in read}
+            sizes += [n for n in source.all_input_nodes if not read and n not in sizes]
         for part in parts if False not in kinds else ():
             if isinstance(part, Dims):
                 part.is_weight = True in kinds or None
+
+
+def _tensors_read(nodes: Iterable[fx.Node], env: dict[fx.Node, Any]) -> list[Dims]:
+    values = (v[0] if type(v) is tuple and v else v for v in map(env.__getitem__, nodes))
+    return [v for v in values if isinstance(v, Dims)]
 
 
 def _evaluate(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -280,8 +280,8 @@ def product(outer: Axis, inner: Axis, why: Reason) -> Axis:
     n_outer, n_inner = length(outer), length(inner)
     if not is_fixed(outer) and not is_fixed(inner):
         for axis in (outer, inner):
-            if all(var.literal for var in variables(axis)):
-                pin(axis, why)  # a number of repetitions, not a width
+            if length(axis) == 1 or all(var.literal for var in variables(axis)):
+                pin(axis, why)  # one entry or a number of repetitions, not a width
     outer, inner = _rigid(outer), _rigid(inner)
     if n_inner == 1 and is_fixed(inner):
         return outer

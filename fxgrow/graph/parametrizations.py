@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 
 def norm_of(module: nn.Module) -> Any:
@@ -15,7 +17,7 @@ def norm_of(module: nn.Module) -> Any:
     """
     lists = getattr(module, "parametrizations", None)
     hook = weight_hook(module, "weight")
-    if hook is not None and lists is None:
+    if type(hook) in (WeightNorm, SpectralNorm) and lists is None:
         vectors = {"_u": module.weight_u, "_v": module.weight_v} if hasattr(hook, "n_power_iterations") else {}
         return SimpleNamespace(hook=hook, **vars(hook), **vectors)
     if not isinstance(lists, nn.ModuleDict) or list(lists) != ["weight"]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx, nn, norm_except_dim
 from torch.nn.utils import parametrizations, remove_spectral_norm, remove_weight_norm
 
 from fxgrow.graph.graph import copy_graph, lookup
@@ -47,6 +47,8 @@ def remove_parametrizations(gm: fx.GraphModule) -> fx.GraphModule:
             matrix = parts["original"].detach().movedim(norm.dim, 0)
             norm.columns = tuple(matrix.shape[1:])
             norm.sigma = float(norm._u.double() @ matrix.flatten(1).double() @ norm._v.double())
+        else:
+            norm.length, norm.direction = (parts[part].detach().clone() for part in ("original0", "original1"))
         weight = lookup(layer, "weight").detach().clone()
         layer.train(gm.get_submodule(name).training)
         if hasattr(norm, "hook"):
@@ -99,12 +101,20 @@ def _enter(layer: nn.Module, norm: Any) -> None:
 
 
 def _restore_weight_norm(parts: dict[str, Tensor], norm: Any, moved: tuple[Tensor | None, ...] | None) -> Index:
-    # zero rows need a direction
-    parts["original1"].data.masked_fill_(parts["original0"].detach() == 0, 1.0)
+    """Directions of old rows keep their length, on which their gradients depend, and their sign."""
+    length, direction = parts["original0"].data, parts["original1"].data
+    where = moved or (None,) * direction.dim()
+    rows = tuple(at if d == norm.dim else None for d, at in enumerate(where))
+    scale = norm_except_dim(norm.direction, 2, norm.dim) / norm.length
+    scale = _padded(scale, rows[: length.dim()], length.shape)
+    scale.masked_fill_((scale == 0) | ~scale.isfinite(), 1.0)
+    old = _padded(norm.direction, where, direction.shape)
+    old += norm_except_dim(old, 2, norm.dim) == 0  # zero rows need a direction
+    direction.copy_(torch.where(length == 0, old, direction * scale))
+    length.mul_(scale.sign())
     if moved is None:
         return {}
-    lengths = tuple(at if d == norm.dim else None for d, at in enumerate(moved))
-    return {"original1": moved, **({"original0": lengths} if any(at is not None for at in lengths) else {})}
+    return {"original1": moved, **({"original0": rows} if any(at is not None for at in rows) else {})}
 
 
 def _restore_spectral_norm(parts: dict[str, Tensor], norm: Any, moved: tuple[Tensor | None, ...] | None) -> Index:
@@ -119,10 +129,12 @@ def _restore_spectral_norm(parts: dict[str, Tensor], norm: Any, moved: tuple[Ten
 
 
 def _padded(old: Tensor, where: Sequence[Tensor | None], shape: Sequence[int]) -> Tensor:
-    """Old entries at their new positions, zeros elsewhere."""
+    """Old entries that stay at their new positions, zeros elsewhere."""
     for d, (at, n) in enumerate(zip(where, shape, strict=True)):
         if at is not None:
-            old = old.new_zeros(*old.shape[:d], n, *old.shape[d + 1 :]).index_copy_(d, at.to(old.device), old)
+            stay, at = (at >= 0).nonzero().flatten().to(old.device), at[at >= 0].to(old.device)
+            zeros = old.new_zeros(*old.shape[:d], n, *old.shape[d + 1 :])
+            old = zeros.index_copy_(d, at, old.index_select(d, stay))
     return old
 
 

@@ -139,6 +139,8 @@ def _functions() -> Iterator[Patch]:
         yield math, function.__name__, recorded(function)
     for name in _SIZE_METHODS:
         yield torch.Tensor, name, recorded(getattr(torch.Tensor, name))
+    check: Any = torch._check
+    yield torch, "_check", lambda holds, message=None: check(bool(holds) if has_proxy(holds) else holds, message)
     apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
 
     def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -287,7 +289,7 @@ class _Recorder(TorchFunctionMode):
 
 def _record(tracer: RecordingTracer, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Returns a proxy for a call of a torch function or a tensor method; a plain value where no size can change it."""
-    if function in _CHECKS and isinstance(getattr(args[0], "carried", None), torch.Tensor):
+    if function in _CHECKS and type(args[0]) is ValueProxy:
         return function(bool(args[0]), *args[1:], **kwargs)  # guarded like the `assert` of Python
     if function is F.multi_head_attention_forward and (parts := multi_head_attention_forward(*args, **kwargs)):
         return parts

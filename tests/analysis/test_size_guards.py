@@ -32,6 +32,12 @@ def of_a_layer(m: nn.Module, h: Tensor) -> Tensor:
     return h
 
 
+def by_function(m: nn.Module, h: Tensor) -> Tensor:
+    torch._assert(h.size(2) == h.size(3) and h.size(1) == m.channels, "sizes")
+    torch._check(h.shape[1] == m.channels)
+    return h
+
+
 def divisible(m: nn.Module, h: Tensor) -> Tensor:
     if h.shape[1] % 4 or h.shape[1] % 2:
         raise ValueError(h.shape[1])
@@ -52,7 +58,10 @@ def this_size(m: nn.Module, h: Tensor) -> Tensor:
     return h * 2 if h.shape[1] == 8 else h
 
 
-FREE = {"stored": (stored, 1), "of-a-layer": (of_a_layer, 1), "divisible": (divisible, 4), "unpacked": (unpacked, 2)}
+FREE = {
+    "stored": (stored, 1), "of-a-layer": (of_a_layer, 1), "by-function": (by_function, 1),
+    "divisible": (divisible, 4), "unpacked": (unpacked, 2),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("look", "step"), FREE.values(), ids=FREE)

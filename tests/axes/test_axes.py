@@ -48,6 +48,16 @@ def test_a_pinned_variable_pins_what_it_is_made_of() -> None:
     assert a.pinned == b.pinned == WHY
 
 
+def test_product_pins_one_entry_or_a_literal_alone() -> None:
+    for one in (UnitVar(1), UnitVar(4, literal=True)):
+        a = UnitVar(3)
+        assert product(axis_of(a), axis_of(one), WHY) == (Segment(a, one.size),)
+        assert a.pinned is None and one.pinned == WHY
+    a, b, literal = UnitVar(3), UnitVar(4), UnitVar(4, literal=True)
+    unify(axis_of(literal), axis_of(b), WHY)
+    assert is_fixed(product(axis_of(literal), axis_of(a), WHY))
+
+
 def test_equal_blocks_tie_the_parts_of_a_sum() -> None:
     """[3 | 5] seen as two equal blocks of 4: 3 + 1 and 4, so 1 is shared out and nothing is lost."""
     a, b, block = UnitVar(3), UnitVar(5), UnitVar(4)

@@ -135,6 +135,20 @@ def test_spectral_norm_grows_from_data() -> None:
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+def test_old_directions_keep_lengths_and_gradients() -> None:
+    torch.manual_seed(0)
+    net: Any = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), parametrizations.weight_norm(nn.Linear(6, 3))).double()
+    net[2].parametrizations.weight.original0.data = torch.tensor([[-2.0], [0.0], [0.5]]).double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    grown: Any = fxgrow.widen(net, (x,), {"0": 2}, into="module")
+    for m in (net, grown):
+        m(x).sin().sum().backward()
+    for name in ("original0", "original1"):
+        old, new = (getattr(m[2].parametrizations.weight, name) for m in (net, grown))
+        for a, b in ((old, new), (old.grad, new.grad)):
+            torch.testing.assert_close(b[:, : a.shape[1]], a, rtol=1e-12, atol=1e-14)
+
+
 @pytest.mark.parametrize(
     ("hooked", "parametrized", "names"),
     [
@@ -236,3 +250,25 @@ def test_frozen() -> None:
     grown: Any = fxgrow.widen(model, (x,), {"3": 1})
     trained: dict[str, Tensor] = {n: p for n, p in grown.named_parameters() if p.requires_grad}
     assert not any(n.startswith("0.") for n in trained) and "3.parametrizations.weight.original0" in trained
+
+
+def test_a_hook_of_ones_own_that_computes_a_weight_is_no_norm() -> None:
+    class Scaled:
+        name = "weight"
+
+        def compute_weight(self, layer: Any) -> Tensor:
+            return layer.weight_orig * 0.5  # type: ignore[no-any-return]
+
+        def __call__(self, layer: Any, inputs: Any) -> None:
+            layer.weight = self.compute_weight(layer)
+
+    torch.manual_seed(0)
+    net: Any = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    weight = net[0]._parameters.pop("weight")
+    net[0].weight_orig = weight
+    net[0].weight = weight.detach().clone()
+    net[0].register_forward_pre_hook(Scaled())
+    x = torch.randn(3, 4, dtype=torch.float64)
+    found = {w.name: w.pinned for w in fxgrow.widths(fxgrow.capture(net, (x,)))}
+    assert found["2"] is None and "Scaled" in str(found["0"])
+    torch.testing.assert_close(fxgrow.widen(net, (x,), {"2": 2})(x), net(x), rtol=1e-12, atol=1e-12)
