@@ -6,6 +6,7 @@ from itertools import product
 from typing import Any
 
 from torch import nn
+from torch.nn.utils.rnn import PackedSequence, PackedSequence_, pack_padded_sequence, pad_packed_sequence
 
 from fxgrow.axes.axes import Dims, UnitVar, axis_of, dims_in, fixed, length
 from fxgrow.graph.unrolled_rnn import (
@@ -19,6 +20,8 @@ from fxgrow.graph.unrolled_rnn import (
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.registry import op
 
+#: the axes of a packed sequence
+_Packed: Any = PackedSequence_
 _GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
 _CELLS = {nn.LSTMCell: 4, nn.GRUCell: 3, nn.RNNCell: 1}
 
@@ -65,6 +68,23 @@ def cell(ctx: Context, x: Dims, state: Any = None) -> Any:
     ctx.attribute("hidden_size", hidden)
     new = Dims((*x[:-1], hidden))
     return (new, new) if isinstance(ctx.module, nn.LSTMCell) else new
+
+
+@op(pack_padded_sequence)
+def pack(ctx: Context, x: Dims, *options: Any, **named: Any) -> Any:
+    made: list[Any] = [t if t is None else Dims(map(fixed, t.shape)) for t in ctx.value]
+    return _Packed(Dims((made[0][0], *x[2:])), *made[1:])
+
+
+@op(pad_packed_sequence)
+def pad(ctx: Context, sequence: Any, *options: Any, **named: Any) -> tuple[Dims, Dims]:
+    padded, lengths = (Dims(map(fixed, t.shape)) for t in ctx.value)
+    return Dims((*padded[:2], *sequence[0][1:])), lengths
+
+
+@op(PackedSequence)
+def packed(ctx: Context, *tensors: Dims | None) -> Any:
+    return _Packed(*tensors)
 
 
 @op(rnn_zero_state)

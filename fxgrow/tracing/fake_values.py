@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.utils.rnn import PackedSequence, PackedSequence_, pack_padded_sequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
 from fxgrow.graph.graph import submodule
@@ -72,11 +73,14 @@ class FakeRunner:
         target: Any = node.target
         try:
             with self.quiet(module):
+                if isinstance(module, nn.RNNBase) and isinstance(args[0], PackedSequence_):
+                    return _packed_outputs(module, args[0])
                 if module is not None:
                     # not __call__: the user's hooks must not see fake tensors
                     return module.forward(*args, **kwargs)
                 if node.op == "call_method":
                     return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+                self.guessed = target in _OF_LENGTHS
                 return _KERNELS.get(target, target)(*args, **kwargs)
         except Exception as error:
             home = str(getattr(node.target, "__module__", None) or "torch")
@@ -113,7 +117,8 @@ class FakeRunner:
             known = isinstance(value, FakeTensor) and value.fake_mode is self.mode
             return value if known else fake_tensor(value, self.mode)
         if isinstance(value, tuple) and hasattr(value, "_fields"):
-            return kind(*(self.fake(item) for item in value))
+            # a packed sequence as a tuple: it can hold nothing else than tensors
+            return (PackedSequence_ if kind is PackedSequence else kind)(*(self.fake(item) for item in value))
         if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
             return kind([self.fake(item) for item in value])
         if isinstance(value, dict):
@@ -162,10 +167,42 @@ def _guard(value: Any, expected: Any, message: str) -> None:
         guard(value, expected, message)
 
 
+def _packed(
+    input: torch.Tensor, lengths: Any, batch_first: bool = False, enforce_sorted: bool = True
+) -> PackedSequence_:
+    """Packs sequences that have the full length, as theirs are data."""
+    n, steps = input.shape[:2] if batch_first else input.shape[1::-1]
+    order = None if enforce_sorted else torch.empty(n, dtype=torch.int64, device=input.device)
+    return PackedSequence_(
+        input.new_empty(n * steps, *input.shape[2:]), torch.empty(steps, dtype=torch.int64, device="cpu"), order, order
+    )
+
+
+def _padded(
+    sequence: PackedSequence_, batch_first: bool = False, padding_value: float = 0.0, total_length: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    n, steps = len(sequence.data) // len(sequence.batch_sizes), total_length or len(sequence.batch_sizes)
+    out = sequence.data.new_empty(*((n, steps) if batch_first else (steps, n)), *sequence.data.shape[1:])
+    return out, sequence.batch_sizes.new_empty(n)
+
+
+def _packed_outputs(m: nn.RNNBase, x: PackedSequence_) -> Any:
+    """What a recurrent layer returns for a packed sequence; its own code looks at the batch sizes."""
+    n, directions = len(x.data) // len(x.batch_sizes), 1 + m.bidirectional
+    h, c = (x.data.new_empty(m.num_layers * directions, n, k) for k in (m.proj_size or m.hidden_size, m.hidden_size))
+    packed = x._replace(data=x.data.new_empty(len(x.data), directions * h.shape[-1]))
+    return packed, (h, c) if isinstance(m, nn.LSTM) else h
+
+
 #: what makes numbers from the values of a tensor
 _OF_DATA = {"item", "tolist", "numpy", "equal", "allclose", "is_nonzero"}
-_KERNELS = {
+#: sizes of their results depend on the lengths of sequences
+_OF_LENGTHS = {pack_padded_sequence, pad_packed_sequence}
+_KERNELS: dict[Any, Any] = {
     guard: _guard,
+    pack_padded_sequence: _packed,
+    pad_packed_sequence: _padded,
+    PackedSequence: PackedSequence_,
     getattr(F, "grouped_mm", None): _grouped_mm,
     getattr(torch, "_grouped_mm", None): _grouped_mm,
 }

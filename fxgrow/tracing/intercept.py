@@ -45,6 +45,8 @@ _OPERATORS = (
     "getitem setitem add sub mul truediv floordiv matmul mod pow eq ne lt le gt ge and or xor iadd isub imul itruediv"
 ).split()
 _CHECKPOINT_OPTIONS = {*inspect.signature(checkpoint).parameters, "preserve_rng_state"} - {"function", "args", "kwargs"}
+#: look at the lengths of sequences inside of torch
+PACKING = [getattr(nn.utils.rnn, name) for name in ("pack_padded_sequence", "pad_packed_sequence")]
 _CHECKS = {torch._assert}
 _STATIC_FUNCTIONS = {torch.is_floating_point, torch.is_complex, torch.is_conj, torch.is_neg, torch.is_signed}
 
@@ -137,6 +139,8 @@ def _functions() -> Iterator[Patch]:
     yield torch, "broadcast_shapes", recorded(torch.broadcast_shapes)
     for function in MATH:
         yield math, function.__name__, recorded(function)
+    for function in PACKING:
+        yield nn.utils.rnn, function.__name__, recorded(function)
     for name in _SIZE_METHODS:
         yield torch.Tensor, name, recorded(getattr(torch.Tensor, name))
     check: Any = torch._check

@@ -19,7 +19,7 @@ from torch import nn
 from torch.fx import _symbolic_trace
 
 from fxgrow.ops.registry import described_functions
-from fxgrow.tracing.intercept import FACTORIES, MATH, Patch, is_tracing, patched, recorded
+from fxgrow.tracing.intercept import FACTORIES, MATH, PACKING, Patch, is_tracing, patched, recorded
 from fxgrow.tracing.leaf_modules import has_rule
 from fxgrow.tracing.model_state import contents, without_leftovers
 from fxgrow.tracing.proxy import ValueProxy, is_instance, python_type
@@ -79,7 +79,7 @@ class Namespaces:
             # a function with a cache as an attribute
             yield from ((vars(module), n, _uncached(v)) for n, v in vars(module).items() if type(v) is _CACHED)
             yield from ((vars(module), n, _looked_up(v)) for n, v in vars(module).items() if _is_apply(v))
-        functions = {id(function) for function in (*FACTORIES, *MATH, *described_functions())}
+        functions = {id(function) for function in (*FACTORIES, *MATH, *PACKING, *described_functions())}
         for scope in self._scopes:
             yield scope, "type", _Type
             yield scope, "isinstance", is_instance

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import fx, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from fxgrow.graph.node_functions import make_object
 
@@ -22,11 +23,14 @@ class Made(NamedTuple):
 
 
 def made_object(value: Any) -> Made | None:
-    """Returns how to make a dataclass, a dict of another class, or an object with attributes; None of anything else.
+    """Returns how to make a dataclass, a packed sequence, a dict of another class, or an object with attributes.
 
-    An object gets its attributes as they are (a distribution its mean and its scale), without a call of `__init__`.
+    None of anything else. An object gets its attributes as they are (a distribution its mean and its scale), without a
+    call of `__init__`.
     """
     cls = type(value)
+    if cls is PackedSequence:
+        return Made(cls, tuple(value), {})
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
         return Made(cls, (), {name: item for name, item in fields.items() if item is not None})

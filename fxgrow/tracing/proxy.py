@@ -234,7 +234,7 @@ def has_proxy(value: Any) -> bool:
     kind = type(value)
     if kind is ValueProxy:
         return True
-    if kind is tuple or kind is list:
+    if issubclass(kind, (tuple, list)):
         return any(has_proxy(item) for item in value)
     if kind is dict:
         return any(has_proxy(item) for item in value.values())

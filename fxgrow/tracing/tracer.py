@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
+from torch.nn.utils.rnn import PackedSequence, PackedSequence_
 
 from fxgrow.errors import CaptureError
 from fxgrow.graph.graph import submodule
@@ -200,12 +201,12 @@ class ValueTracer(fx.Tracer):
         """Returns what the model's code gets: of a container its items, so that `type(x) is tuple` and `**x` work."""
         if isinstance(value, _PLAIN):
             return value
-        proxy = ValueProxy(node, self, value)
+        proxy = ValueProxy(node, self, PackedSequence(*value) if type(value) is PackedSequence_ else value)
         if not unpack:
             return proxy
         if type(value) is dict:
             return {name: proxy[name] for name in value}  # type: ignore[index]
-        if isinstance(value, (tuple, list)) and not isinstance(value, torch.Size):
+        if isinstance(value, (tuple, list)) and not isinstance(value, (torch.Size, PackedSequence_)):
             items = [proxy[i] for i in range(len(value))]  # type: ignore[index]
             if node.op == "placeholder" or node.op == "call_module":
                 items = [self._present(i.node, i.carried, True) if type(i) is ValueProxy else i for i in items]
@@ -255,11 +256,9 @@ class ValueTracer(fx.Tracer):
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
         """Records a leaf as a node, and traces other modules, also those that are no part of the model."""
-        if self.runner.silent:
-            return m.forward(*args, **kwargs)
-        path = self._path(m)
+        path = None if self.runner.silent else self._path(m)
         if path is None:
-            return forward(*args, **kwargs)
+            return (m.forward if self.runner.silent else forward)(*args, **kwargs)
         call = functools.partial(forward, *args, **kwargs)
         if type(m) is nn.MultiheadAttention and m.bias_k is None and not m.add_zero_attn:
             self._traced_attention.add(m)

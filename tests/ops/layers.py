@@ -691,6 +691,13 @@ def _gates_by_hand(m: Any, x: Tensor) -> Tensor:
     return h
 
 
+def _packed_and_padded(x: Tensor) -> Tensor:
+    p = nn.utils.rnn.pack_padded_sequence(x, torch.full((len(x),), 4), batch_first=True, enforce_sorted=False)
+    p = nn.utils.rnn.PackedSequence(p.data.tanh(), *p[1:])
+    return nn.utils.rnn.pad_packed_sequence(p, batch_first=True, total_length=x.shape[1])[0]
+
+
+T.tokens("packed-and-padded", nothing, lambda m, x: m.out(_packed_and_padded(m.a(x))), a=F8)
 T.tokens("lstm-cell", lambda: {"r": nn.LSTMCell(8, 8)}, lambda m, x: m.out(_steps(m, m.a(x))), a=F8, r=F8)
 T.tokens("gru-cell", lambda: {"r": nn.GRUCell(8, 8, bias=False)}, lambda m, x: m.out(_steps(m, m.a(x))), a=F8, r=F8)
 T.tokens("rnn-cell", lambda: {"r": nn.RNNCell(8, 8)}, lambda m, x: m.out(_steps(m, m.a(x))), a=F8, r=F8)
