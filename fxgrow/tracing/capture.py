@@ -86,11 +86,10 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
         tracer = _trace(model, inputs, call, otherwise, namespaces, hooks)
         gm = _assemble(model, tracer, tuple(inputs.values()), keywords)
         hooks.own_layers(gm)
-        with unchanged(model), namespaces.unchanged():
+        with unchanged(model), namespaces.unchanged(), hooks.named_in_errors():
             if otherwise and not is_right_with_other_weights(model, gm, call):
                 raise CaptureError("The other way gives another result.")
-        for other_mode in (False, True) if tracer.branches else (False,):
-            with unchanged(model), namespaces.unchanged(), hooks.named_in_errors():
+            for other_mode in (False, True) if tracer.branches else (False,):
                 check_against_model(model, gm, call, other_mode, list(namespaces.asked))
         set_modes_as_in(model, gm)
         gm.meta[OTHER_MODE] = _in_other_mode(model)
@@ -231,8 +230,10 @@ def _assemble(
 def _in_other_mode(model: nn.Module) -> dict[bool, list[str]]:
     """Names of the modules that a model's own `train(mode)` leaves in the other mode, by mode."""
     found: dict[bool, list[str]] = {}
+    if type(model).train is nn.Module.train:
+        return found
     with unchanged(model), contextlib.suppress(Exception):  # some refuse one of the modes
-        for mode in (True, False) if type(model).train is not nn.Module.train else ():
+        for mode in (True, False):
             model.train(mode)
             found[mode] = [name for name, m in model.named_modules() if name and m.training is not mode]
     return found

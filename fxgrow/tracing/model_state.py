@@ -89,7 +89,7 @@ def unchanged(model: nn.Module, asked: set[Question] | None = None) -> Iterator[
     """Restores attributes of modules and states of random generators; enters those that have changed into `asked`."""
     saved = [(module, vars(module), dict(vars(module))) for module in model.modules()]
     containers = [v for _, attributes, _ in saved for v in attributes.values() if isinstance(v, (dict, list, set))]
-    contents = [(container, _items(container)) for container in containers]
+    contents = [(container, _items(container) if container else []) for container in containers]
     generators = [*_global_generators(), *generators_of(model)]
     states = list(map(state_of, generators))
     try:
@@ -106,8 +106,8 @@ def unchanged(model: nn.Module, asked: set[Question] | None = None) -> Iterator[
             attributes.clear()
             attributes.update(before)
         for container, content in contents:
-            # one that is frozen has not changed
-            if list(map(id, _items(container))) != list(map(id, content)):
+            # one that is frozen has not changed; most are empty
+            if (container or content) and list(map(id, _items(container))) != list(map(id, content)):
                 container.clear()
                 half = len(content) // 2
                 if isinstance(container, dict):
