@@ -1,12 +1,13 @@
 """Makes plain numbers that were computed from sizes of the inputs nodes of the graph again.
 
 A number that `len(x)`, `int(x.shape[0])`, `math` or NumPy made has no history. The model is traced again on inputs of
-other sizes: a literal that differs was computed from a size that differs. It becomes a linear function of a number that
-the code looked at, where one fits in every trace, and the guard on that number goes; other numbers keep their guard.
+other sizes: a literal that differs was computed from a size that differs. It becomes a formula of a number that the
+code looked at, where one fits in every trace, and the guard on that number goes; other numbers keep their guard.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,12 @@ from fxgrow.tracing.tracer import ValueTracer
 #: added to a size in the further traces, times the smallest power of 2 that the model accepts; no common divisor
 STEPS = (1, 3, 8)
 LARGEST_POWER = 128
+#: a function and its arguments after the first
+Function = tuple[Callable[..., Any], tuple[float, ...]]
+#: of a size, besides itself, in formulas of floats
+FUNCTIONS: tuple[Function, ...] = (
+    (operator.pow, (-1,)), (operator.pow, (0.5,)), (operator.pow, (-0.5,)), (operator.pow, (2,)), (math.log, ()),
+)  # fmt: skip
 #: traces the model on other inputs; with the error if the trace was not completed
 Retrace = Callable[[dict[str, Any]], tuple[ValueTracer, CaptureError | None]]
 #: from the nodes of one trace to those of another
@@ -41,29 +48,32 @@ class SizeGroup:
     batch: bool
     size: int
 
-    def changed(self, inputs: Mapping[str, Any], step: int) -> dict[str, Any]:
-        """Returns inputs with `step` more entries in these dimensions."""
-        return {k: pytree.tree_map_only(Tensor, lambda t: self._longer(t, step), v) for k, v in inputs.items()}
+    def changed(self, inputs: Mapping[str, Any], step: int, more: int = 0) -> dict[str, Any]:
+        """Returns inputs with `step` more entries in the first of these dimensions, and `more` others in each next."""
+        steps = itertools.count(step, more)
+        return {k: pytree.tree_map_only(Tensor, lambda t: self._longer(t, steps), v) for k, v in inputs.items()}
 
-    def dims(self, x: Tensor) -> list[int]:
-        """Returns the dimensions of one tensor."""
-        return [d for d, n in enumerate(x.shape) if n == self.size and (d == 0) == self.batch]
+    def dims(self, x: Any) -> list[int]:
+        """Returns the dimensions of one tensor; none of anything else."""
+        shape = x.shape if isinstance(x, Tensor) else ()
+        return [d for d, n in enumerate(shape) if n == self.size and (d == 0) == self.batch]
 
-    def _longer(self, x: Tensor, step: int) -> Tensor:
+    def _longer(self, x: Tensor, steps: Iterator[int]) -> Tensor:
         dims = self.dims(x)
         if not dims or x.layout is not torch.strided:
             return x
-        shape = [n + step if d in dims else n for d, n in enumerate(x.shape)]
+        shape = [n + next(steps) if d in dims else n for d, n in enumerate(x.shape)]
         return torch.zeros((), dtype=x.dtype, device=x.device).expand(shape)
 
 
-class LinearNumber(NamedTuple):
-    """`factor * convert(source) + offset`, of a node that the code turned into a number."""
+class Formula(NamedTuple):
+    """`factor * f(convert(source)) + offset`, of a node that the code turned into a number."""
 
     source: fx.Node
     convert: Callable[[Any], Any]
-    factor: int
-    offset: int
+    functions: tuple[Function, ...]
+    factor: float
+    offset: float
 
 
 def keep_input_sizes(tracer: ValueTracer, retrace: Retrace) -> None:
@@ -74,7 +84,7 @@ def keep_input_sizes(tracer: ValueTracer, retrace: Retrace) -> None:
         return
     bound: dict[fx.Node, list[SizeGroup]] = {node: [] for node in numbers}
     steps: set[fx.Node] = set()
-    replacements: dict[tuple[fx.Node, Path], LinearNumber] = {}
+    replacements: dict[tuple[fx.Node, Path], Formula] = {}
     for group in _groups(tracer.inputs):
         changing, in_steps = _keep_group(tracer, retrace, group, numbers, replacements)
         steps |= in_steps
@@ -94,13 +104,27 @@ def _guard_inputs(graph: fx.Graph, group: SizeGroup, number_guard: fx.Node) -> N
     """Guards the dimensions of a group on the inputs themselves, before the guard on a number."""
     for node in graph.find_nodes(op="placeholder"):
         value = node.meta["val"]
-        for d in group.dims(value) if isinstance(value, Tensor) else ():
+        for d in group.dims(value):
             message = f"the size from which {number_guard.args[2]}"
             with graph.inserting_before(number_guard):
                 size = graph.call_method("size", (node, d))
                 size_guard = graph.call_function(guard, (size, group.size, message))
             set_value(size, group.size)
             set_value(size_guard, None)
+
+
+def _guard_equal_sizes(graph: fx.Graph, group: SizeGroup, number_guard: fx.Node, count: int) -> bool:
+    """Guards that these dimensions are equal, where the code takes no others; not if some are in nested inputs."""
+    at = [(node, d) for node in graph.find_nodes(op="placeholder") for d in group.dims(node.meta["val"])]
+    for other in at[1:] if len(at) == count else ():
+        with graph.inserting_before(number_guard):
+            sizes = [graph.call_method("size", place) for place in (at[0], other)]
+            equal = graph.call_function(operator.eq, tuple(sizes))
+            message = f"the equality of two sizes from which {number_guard.args[2]}"
+            nodes = (*sizes, equal, graph.call_function(guard, (equal, True, message)))
+        for new, result in zip(nodes, (group.size, group.size, True, None), strict=True):
+            set_value(new, result)
+    return len(at) == count
 
 
 def _groups(inputs: Mapping[str, Any]) -> list[SizeGroup]:
@@ -115,7 +139,7 @@ def _keep_group(
     retrace: Retrace,
     group: SizeGroup,
     numbers: Mapping[fx.Node, Callable[[Any], Any]],
-    replacements: dict[tuple[fx.Node, Path], LinearNumber],
+    replacements: dict[tuple[fx.Node, Path], Formula],
 ) -> tuple[list[fx.Node], set[fx.Node]]:
     """Enters replacements of the literals that change with a group of dimensions; returns the guards that must stay.
 
@@ -123,17 +147,26 @@ def _keep_group(
     in steps, as a length rounded up to a multiple does.
     """
     traces: list[NodeMap] = []
-    for other, error in _traces(tracer, retrace, group):
+    for step, other, error in _traces(tracer, retrace, group):  # noqa: B007  (the last is used below)
         traces.append(pairs := _aligned(tracer.graph, other.graph))
-        complete = error is None and len(pairs) == len(tracer.graph.nodes) == len(other.graph.nodes)
-        complete = complete and _same_constants(tracer.constants, other.constants)
+        complete = error is None and _same_code(tracer, other, pairs)
         if not complete or not any(_differs(n, convert, pairs) for n, convert in numbers.items()):
             break
     changing = [n for n, convert in numbers.items() if any(_differs(n, convert, pairs) for pairs in traces)]
     others = numbers.keys() - set(changing)
     in_steps = {n for n in others if any(_sources_differ(n, pairs) for pairs in traces)}
+    dims = sum(len(group.dims(t)) for t in pytree.tree_leaves(list(tracer.inputs.values())))
+    equal = bool(changing) and complete and dims > 1 and not group.batch
+    if equal:  # height and width, say, of a square
+        other, error = retrace(group.changed(tracer.inputs, step, step))
+        pairs = _aligned(tracer.graph, other.graph)
+        if error is None and _same_code(tracer, other, pairs):
+            traces.append(pairs)
+            equal = False
     new = _replacements(tracer, traces, numbers) if changing and complete else None
     if new is None or not new.keys().isdisjoint(replacements):  # a literal that two groups change
+        return changing, in_steps
+    if equal and not _guard_equal_sizes(tracer.graph, group, changing[0], dims):
         return changing, in_steps
     replacements.update(new)
     return [], in_steps
@@ -141,8 +174,8 @@ def _keep_group(
 
 def _traces(
     tracer: ValueTracer, retrace: Retrace, group: SizeGroup
-) -> Iterator[tuple[ValueTracer, CaptureError | None]]:
-    """Yields traces at other sizes; one that failed only if the model accepts none of the first ones."""
+) -> Iterator[tuple[int, ValueTracer, CaptureError | None]]:
+    """Yields steps and traces at other sizes; one that failed only if the model accepts none of the first ones."""
     power, nodes = 1, 0
     first = retrace(group.changed(tracer.inputs, 1))
     while first[1] is not None and not group.batch and 2 * power <= min(group.size, LARGEST_POWER):
@@ -151,9 +184,9 @@ def _traces(
             break  # each fails late: enough time spent
         power *= 2
         first = retrace(group.changed(tracer.inputs, power))
-    yield first
+    yield power, *first
     for step in STEPS[1:]:
-        yield retrace(group.changed(tracer.inputs, step * power))
+        yield step * power, *retrace(group.changed(tracer.inputs, step * power))
 
 
 def _aligned(graph: fx.Graph, other: fx.Graph) -> NodeMap:
@@ -164,6 +197,12 @@ def _aligned(graph: fx.Graph, other: fx.Graph) -> NodeMap:
             break
         pairs[mine] = yours
     return pairs
+
+
+def _same_code(tracer: ValueTracer, other: ValueTracer, pairs: NodeMap) -> bool:
+    """Whether two traces have the same calls and the same constants."""
+    same_calls = len(pairs) == len(tracer.graph.nodes) == len(other.graph.nodes)
+    return same_calls and _same_constants(tracer.constants, other.constants)
 
 
 def _same_constants(mine: Mapping[str, Tensor], yours: Mapping[str, Tensor]) -> bool:
@@ -190,7 +229,7 @@ def _sources_differ(number_guard: fx.Node, pairs: NodeMap) -> bool:
 
 def _replacements(
     tracer: ValueTracer, traces: Sequence[NodeMap], numbers: Mapping[fx.Node, Callable[[Any], Any]]
-) -> dict[tuple[fx.Node, Path], LinearNumber] | None:
+) -> dict[tuple[fx.Node, Path], Formula] | None:
     """Returns a formula for each literal that differs, by node and path; None if the traces differ in anything else."""
     order = {node: i for i, node in enumerate(tracer.graph.nodes)}
     sources: dict[tuple[Any, ...], tuple[fx.Node, Callable[[Any], Any]]] = {}
@@ -198,13 +237,13 @@ def _replacements(
         node: Any = number_guard.args[0]
         values = (convert(node.meta["val"]), *(convert(pairs[node].meta["val"]) for pairs in traces))
         sources.setdefault(values, (node, convert))
-    replacements: dict[tuple[fx.Node, Path], LinearNumber] = {}
+    replacements: dict[tuple[fx.Node, Path], Formula] = {}
     for node in order:
         if node in numbers:
             continue
         for path, literals in _literals(node, traces):
             earlier = [(values, s) for values, s in sources.items() if literals and order[s[0]] < order[node]]
-            fits = (LinearNumber(*s, *line) for values, s in earlier if (line := _line(values, literals)))
+            fits = (Formula(s[0], s[1], *line) for values, s in earlier if (line := _fit(values, literals)))
             if (number := next(fits, None)) is None:
                 return None
             replacements[node, path] = number
@@ -228,23 +267,39 @@ def _literals(node: fx.Node, traces: Sequence[NodeMap]) -> Iterator[tuple[Path, 
             yield path, (value, *values) if type(value) in (int, float) else ()
 
 
-def _line(known: tuple[Any, ...], values: tuple[Any, ...]) -> tuple[int, int] | None:
-    """Returns integers with `values = factor * known + offset` in every trace, of a known number that differs."""
+def _fit(known: tuple[Any, ...], values: tuple[Any, ...]) -> tuple[tuple[Function, ...], float, float] | None:
+    """Returns functions, factor and offset of a formula that is right in every trace."""
     if any(not isinstance(v, (int, float)) or not math.isfinite(v) for v in (*known, *values)) or known[0] == known[1]:
         return None
-    x, y = [Fraction(v) for v in known], [Fraction(v) for v in values]
-    factor = (y[1] - y[0]) / (x[1] - x[0])
-    offset = y[0] - factor * x[0]
-    if any(b != factor * a + offset for a, b in zip(x, y, strict=True)):
-        return None
+    line = _line([Fraction(v) for v in known], [Fraction(v) for v in values])
     # other fractions, such as a quarter of the batch, do not exist at every size
-    return (int(factor), int(offset)) if factor.denominator == 1 and offset.denominator == 1 else None
+    if line and line[0].denominator == 1 and line[1].denominator == 1:
+        return (), int(line[0]), int(line[1])
+    if type(values[0]) is not float or min(known) <= 0:
+        return None
+    for functions in ((), *((f,) for f in FUNCTIONS)):
+        x = [function(k, *rest) for k in known for function, rest in functions] or [float(k) for k in known]
+        if line := _line(x, values, 1e-12):
+            return functions, *line
+    return None
 
 
-def _as_nodes(graph: fx.Graph, number: LinearNumber) -> fx.Node:
+def _line(x: Sequence[Any], y: Sequence[Any], error: float = 0) -> tuple[Any, Any] | None:
+    """Returns factor and offset with `y = factor * x + offset`, up to a relative error."""
+    factor = (y[1] - y[0]) / (x[1] - x[0])
+    if error and abs(factor - round(factor)) <= 1e3 * error * abs(factor):
+        factor = round(factor)
+    offset, largest = y[0] - factor * x[0], max(map(abs, y))
+    if abs(offset) <= error * largest:
+        offset = type(offset)(0)
+    fits = all(abs(b - (factor * a + offset)) <= error * largest for a, b in zip(x, y, strict=True))
+    return (factor, offset) if fits else None
+
+
+def _as_nodes(graph: fx.Graph, number: Formula) -> fx.Node:
     """Returns a node with the number, behind its source; existing ones are used again."""
 
-    def apply(function: Callable[..., Any], node: fx.Node, *args: int) -> fx.Node:
+    def apply(function: Callable[..., Any], node: fx.Node, *args: float) -> fx.Node:
         for user in node.users:
             if user.target is function and user.args == (node, *args) and not user.kwargs:
                 return user
@@ -256,6 +311,8 @@ def _as_nodes(graph: fx.Graph, number: LinearNumber) -> fx.Node:
     out = number.source
     if not isinstance(out.meta["val"], int) and number.convert is int:
         out = apply(int, out)
+    for function, rest in number.functions:
+        out = apply(function, out, *rest)
     if number.factor != 1:
         out = apply(operator.mul, out, number.factor)
     if number.offset:

@@ -227,3 +227,50 @@ def test_two_numbers_of_different_dimensions() -> None:
     for batch, n in [(3, 8), (2, 10), (5, 6)]:
         x = torch.randn(batch, n, 3, dtype=torch.float64)
         torch.testing.assert_close(gm(x), net(x), rtol=0, atol=1e-12)
+
+
+def square(h: Tensor) -> Tensor:
+    assert h.shape[2] == h.shape[3]
+    return nn.functional.avg_pool2d(h, int(h.shape[3]))
+
+
+OF_TWO_SIZES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "twice": (lambda h: nn.functional.interpolate(h, [int(s * 2) for s in h.shape[2:]]), "both"),
+    "scaled": (lambda h: h * float(h.shape[3]) ** -0.5 + 0.25 * float(h.shape[2]) + 1 / len(h), "both"),
+    "logarithm": (lambda h: h / (2.5 * math.log(float(h.shape[3]))) - float(h.shape[2]) ** 2, "both"),
+    "square": (square, "equal"),
+    "remainder": (lambda h: nn.functional.pad(h, (0, int(h.shape[3]) % 3, 0, int(h.shape[2]) % 3)), "example"),
+    "sum": (lambda h: h * (1 / float(h.shape[2]) + 1 / float(h.shape[3])), "example"),
+}
+
+
+@pytest.mark.parametrize(("part", "right"), OF_TWO_SIZES.values(), ids=OF_TWO_SIZES)
+def test_two_sizes_that_are_equal_in_the_example(part: Callable[[Tensor], Tensor], right: str) -> None:
+    def join(h: Tensor, x: Tensor) -> Tensor:
+        return part(h).mean((2, 3), keepdim=True).expand(-1, -1, 6, 6).flatten(1)
+
+    net = Net(join).double()
+    gm = fxgrow.capture(net, (torch.randn(4, 3, 8, 8, dtype=torch.float64),))
+    for n, height, width in [(3, 8, 8), (4, 9, 9), (4, 6, 10), (2, 10, 7)]:
+        x = torch.randn(n, 3, height, width, dtype=torch.float64)
+        if right == "both" or (height == width and (right == "equal" or height == 8)):
+            torch.testing.assert_close(gm(x), net(x), rtol=1e-12, atol=1e-12)
+        else:
+            with pytest.raises(fxgrow.CaptureError, match="was captured for inputs where"):
+                gm(x)
+
+
+class TwoLengths(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 2), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.a(x).sum(1) / float(x.shape[1]) + self.b(y).sum(1) * int(y.shape[1])
+
+
+def test_lengths_of_two_inputs_that_are_equal_in_the_example() -> None:
+    net = TwoLengths().double()
+    gm = fxgrow.capture(net, (torch.randn(2, 5, 3).double(), torch.randn(2, 5, 4).double()))
+    x, y = torch.randn(2, 7, 3).double(), torch.randn(2, 6, 4).double()
+    torch.testing.assert_close(gm(x, y), net(x, y), rtol=1e-12, atol=1e-12)
