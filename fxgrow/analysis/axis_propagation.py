@@ -59,7 +59,7 @@ def propagate_axes(gm: fx.GraphModule) -> Structure:
         _mark_weight(node, env, gm)
     for check in structure.checks:
         _check(structure, check)
-    settle_guards(structure, [node for node in gm.graph.nodes if node.target is guard])
+    settle_guards(structure, [node for node in gm.graph.nodes if node.target in (guard, torch._assert)])
     _pin_frozen(gm, structure)
     find_initial_states(gm, structure)
     _separate_biases(structure)

@@ -44,10 +44,10 @@ class _Unknown(Exception):
 
 
 def settle_guards(structure: Structure, guards: list[fx.Node]) -> None:
-    """Pins, or coarsens to a step, the widths whose size a `fxgrow.graph.node_functions.guard` looks at."""
+    """Pins, or coarsens to a step, the widths whose size a `guard`, or an assertion, looks at."""
     for node in guards:
-        if isinstance(node.args[0], fx.Node):
-            _settle(structure, node, node.args[0], node.args[1])
+        if node.args and isinstance(node.args[0], fx.Node):
+            _settle(structure, node, node.args[0], True if node.target is torch._assert else node.args[1])
 
 
 def _settle(structure: Structure, node: fx.Node, number: fx.Node, expected: Any) -> None:
@@ -58,7 +58,8 @@ def _settle(structure: Structure, node: fx.Node, number: fx.Node, expected: Any)
             return None
         return bool(value) if type(expected) is bool else value
 
-    why = Reason("branch", node.name, f"the model's code branches on this size ({node.args[2]})")
+    asked = (*node.args, *node.kwargs.values())[-1]
+    why = Reason("branch", node.name, f"the model's code branches on this size ({asked})")
     now = outcome({})
     if now is None:
         for axis in _measured_axes(structure, number):
@@ -73,7 +74,7 @@ def _settle(structure: Structure, node: fx.Node, number: fx.Node, expected: Any)
         step = same[0] if same else 0
         if step and same == list(range(step, SIZES + 1, step)) and var.size % step == 0:
             unify(axis_of(var), axis_of(UnitVar(var.size // step), step), why)
-        elif not (node.meta.get(CHECK) and _follow(structure, number, var)):
+        elif not ((node.meta.get(CHECK) or node.target is torch._assert) and _follow(structure, number, var)):
             pin(axis_of(var), why)
 
 

@@ -293,7 +293,7 @@ class _Recorder(TorchFunctionMode):
 
 def _record(tracer: RecordingTracer, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Returns a proxy for a call of a torch function or a tensor method; a plain value where no size can change it."""
-    if function in _CHECKS and type(args[0]) is ValueProxy:
+    if function in _CHECKS and args and isinstance(getattr(args[0], "carried", None), torch.Tensor):
         return function(bool(args[0]), *args[1:], **kwargs)  # guarded like the `assert` of Python
     if function is F.multi_head_attention_forward and (parts := multi_head_attention_forward(*args, **kwargs)):
         return parts
