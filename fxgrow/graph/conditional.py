@@ -20,14 +20,16 @@ every pass sees them; in the generated code they are a function of its own, whic
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Sequence
 from itertools import count
+from keyword import iskeyword
 from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.graph import CodeGen
+from torch.fx.graph import CodeGen, _format_target
 from torch.utils.checkpoint import checkpoint
 
 from fxgrow.graph.node_meta import CHECKPOINT, CONDITIONS
@@ -39,7 +41,10 @@ part_numbers = count(1)
 
 
 class ConditionalCodeGen(CodeGen):
-    """Generates `if condition:` in front of conditional nodes, and a function for each checkpointed part."""
+    """Generates `if condition:` in front of conditional nodes, and a function for each checkpointed part.
+
+    Names of attributes may be keywords, and have quotes in them.
+    """
 
     def _gen_python_code(self, nodes: Any, root_module: str, namespace: Any, **kwargs: Any) -> Any:
         caller = namespace.create_name(run_checkpointed.__name__, run_checkpointed)
@@ -52,8 +57,18 @@ class ConditionalCodeGen(CodeGen):
         asked = {names[name] for of in conditions.values() for name, _ in of}
         before = self._body_transformer
 
+        unreadable = {
+            str(n.target) for n in nodes if n.op in ("call_module", "get_attr") and not is_code(str(n.target))
+        }
+
         def transform(body: list[str]) -> list[str]:
             body = before(body) if before is not None else body
+            for target in sorted(unreadable, key=len, reverse=True):
+                written = re.escape(_format_target(root_module, target)) + r"(?!\w)"
+                code = functools.reduce(
+                    lambda owner, name: f"getattr({owner}, {name!r})", target.split("."), root_module
+                )
+                body = [re.sub(written, lambda _, code=code: code, part) for part in body]
             body = [_free(part, asked) if part.startswith(";") else _conditional(part, tests) for part in body]
             return _write_parts(body, list(nodes), lambda name: namespace.create_name(name, None), caller)
 
@@ -64,6 +79,11 @@ class ConditionalCodeGen(CodeGen):
             return code
         finally:
             self._body_transformer = before
+
+
+def is_code(target: str) -> bool:
+    """Whether torch.fx writes valid code for a target."""
+    return not any(iskeyword(name) or '"' in name or "\\" in name for name in target.split("."))
 
 
 def _free(part: str, asked: set[str]) -> str:

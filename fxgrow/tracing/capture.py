@@ -15,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from fxgrow.errors import CaptureError
 from fxgrow.graph.captured_graph import CapturedGraph
+from fxgrow.graph.conditional import ConditionalCodeGen, is_code
 from fxgrow.graph.graph import lint, release_generated_source
 from fxgrow.graph.kept_values import collections_kept
 from fxgrow.graph.node_meta import EXAMPLE_INPUTS, KEYWORDS, NON_PERSISTENT, OTHER_MODE, is_captured
@@ -214,6 +215,8 @@ def _assemble(
     tracer.graph._tracer_cls = None  # ValueTracer needs inputs; any tracer can read the graph again
     for node in tracer.graph.nodes:
         node.meta.pop("is_wrapped", None)  # the code of such a node would enter its function into fx's global table
+    if not all(is_code(str(node.target)) for node in tracer.graph.nodes if node.op in ("call_module", "get_attr")):
+        tracer.graph.set_codegen(ConditionalCodeGen())
     gm.graph = tracer.graph
     lint(gm)
     release_generated_source(gm)
