@@ -20,7 +20,6 @@ every pass sees them; in the generated code they are a function of its own, whic
 
 from __future__ import annotations
 
-import functools
 import re
 from collections.abc import Callable, Sequence
 from itertools import count
@@ -65,10 +64,10 @@ class ConditionalCodeGen(CodeGen):
             body = before(body) if before is not None else body
             for target in sorted(unreadable, key=len, reverse=True):
                 written = re.escape(_format_target(root_module, target)) + r"(?!\w)"
-                code = functools.reduce(
-                    lambda owner, name: f"getattr({owner}, {name!r})", target.split("."), root_module
-                )
-                body = [re.sub(written, lambda _, code=code: code, part) for part in body]
+                code = root_module
+                for name in target.split("."):
+                    code = f"getattr({code}, {name!r})"
+                body = [re.sub(written, code.replace("\\", r"\\"), part) for part in body]
             body = [_free(part, asked) if part.startswith(";") else _conditional(part, tests) for part in body]
             return _write_parts(body, list(nodes), lambda name: namespace.create_name(name, None), caller)
 

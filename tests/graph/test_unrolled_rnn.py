@@ -270,7 +270,7 @@ class Packed(nn.Module):
 def test_packed_sequences_and_projections_stay_pinned() -> None:
     x = data()[0][0].float()
     projected = nn.LSTM(5, 4, proj_size=UNITS, batch_first=True)
-    for layer, reason in ((projected, "proj_size"), (Packed(), "pack_padded_sequence")):
+    for layer, reason in ((projected, "proj_size"), (Packed(), "a packed sequence")):
         gm = fxgrow.capture(nn.Sequential(nn.Linear(IN, 5), layer), (x,))
         assert unroll_recurrent_layers(gm) is gm
         width = fxgrow.widths(gm)[0]
