@@ -38,7 +38,7 @@ UNARY_NAMES = (
     "logit logsigmoid mish nan_to_num neg negative positive rad2deg reciprocal relu relu6 round rrelu "
     "rsqrt selu sigmoid sign silu sin sinc sinh softplus softshrink softsign sqrt square tan tanh tanhshrink threshold "
     "trunc dropout alpha_dropout feature_dropout zero_ empty_like "
-    "zeros_like ones_like full_like rand_like randn_like"
+    "zeros_like ones_like full_like rand_like randn_like normal_ uniform_ exponential_"
 ).split()
 BINARY_NAMES = (
     "add sub subtract mul multiply div divide true_divide floor_divide remainder fmod pow maximum minimum "

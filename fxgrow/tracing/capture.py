@@ -209,9 +209,11 @@ def _assemble(
     attributes = {
         str(node.target): vars(model).get(str(node.target)) for node in tracer.graph.find_nodes(op="get_attr")
     }
-    plain_tensors = {name: value for name, value in attributes.items() if isinstance(value, torch.Tensor)}
-    for name, tensor in (tracer.constants | plain_tensors).items():
-        gm.register_buffer(name, tensor, persistent=False)
+    for name, value in (attributes | tracer.constants).items():
+        if isinstance(value, torch.Tensor):
+            gm.register_buffer(name, value, persistent=False)
+        elif isinstance(value, torch.Generator):
+            setattr(gm, name, value)
     tracer.graph._tracer_cls = None  # ValueTracer needs inputs; any tracer can read the graph again
     for node in tracer.graph.nodes:
         node.meta.pop("is_wrapped", None)  # the code of such a node would enter its function into fx's global table

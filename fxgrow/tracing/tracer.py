@@ -107,10 +107,10 @@ class ValueTracer(fx.Tracer):
         self.root, self.root_module_name, self.graph = root, type(root).__name__, fx.Graph(tracer_cls=type(self))
         self.submodule_paths = {module: name for name, module in root.named_modules()}
         self.tensor_attrs = {
-            value: f"{path}.{name}" if path else name
+            value: f"{path}.{name}" if path else name  # type: ignore[misc]
             for module, path in self.submodule_paths.items()
             for name, value in vars(module).items()
-            if isinstance(value, (torch.Tensor, torch.ScriptObject))
+            if isinstance(value, (torch.Tensor, torch.ScriptObject, torch.Generator))
         }
         self._names = {**{id(tensor): name for tensor, name in self.tensor_attrs.items()}, **self._names}
         with intercept(self):
@@ -223,7 +223,7 @@ class ValueTracer(fx.Tracer):
             if a.tracer is not self:
                 raise CaptureError(f"The model has kept {a!r} from an earlier trace. Set that attribute anew.")
             return a.node
-        if isinstance(a, torch.Tensor):
+        if isinstance(a, (torch.Tensor, torch.Generator)):
             return self._tensor(a).node
         if type(a).__module__ == "numpy" and getattr(a, "shape", None) == ():
             return a.item()
@@ -233,8 +233,8 @@ class ValueTracer(fx.Tracer):
             return self.create_node("call_function", made.function, *map(self.create_arg, made[1:]))
         return super().create_arg(a)
 
-    def _tensor(self, tensor: torch.Tensor) -> ValueProxy:
-        """Returns the one ``get_attr`` node of a parameter, a buffer, or a constant of the graph."""
+    def _tensor(self, tensor: Any) -> ValueProxy:
+        """Returns the one ``get_attr`` node of a parameter, a buffer, a generator, or a constant of the graph."""
         name: str | None = self._names.get(id(tensor))
         if name is None:
             if isinstance(tensor, FakeTensor):

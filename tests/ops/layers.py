@@ -697,6 +697,7 @@ def _packed_and_padded(x: Tensor) -> Tensor:
     return nn.utils.rnn.pad_packed_sequence(p, batch_first=True, total_length=x.shape[1])[0]
 
 
+T.tokens("noise-in-place", nothing, lambda m, x: m.out(0 * torch.empty_like(h := m.a(x)).normal_() + h), a=F8)
 T.tokens("packed-and-padded", nothing, lambda m, x: m.out(_packed_and_padded(m.a(x))), a=F8)
 T.tokens("lstm-cell", lambda: {"r": nn.LSTMCell(8, 8)}, lambda m, x: m.out(_steps(m, m.a(x))), a=F8, r=F8)
 T.tokens("gru-cell", lambda: {"r": nn.GRUCell(8, 8, bias=False)}, lambda m, x: m.out(_steps(m, m.a(x))), a=F8, r=F8)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -75,3 +77,36 @@ def test_what_makes_no_difference_is_captured() -> None:
     assert torch.equal(gm(x), net(x))
     with torch.no_grad():
         assert torch.equal(gm(x), net(x))
+
+
+class OwnGenerator(nn.Module):
+    def __init__(self, owner: str) -> None:
+        super().__init__()
+        self.a, self.out, self.noise = nn.Linear(6, 8), nn.Linear(8, 3), nn.Identity()
+        self.owner = owner
+        self.holder().generator = torch.Generator().manual_seed(3)
+
+    def holder(self) -> Any:
+        return self if self.owner == "model" else self.noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).relu()
+        if self.training:
+            h = h * torch.rand(len(x), 1, generator=self.holder().generator)
+            h = h + torch.empty_like(h).normal_(generator=self.holder().generator) * 0.1
+        return self.out(h)
+
+
+@pytest.mark.parametrize("owner", ["model", "submodule"])
+def test_a_generator_of_the_model_is_that_of_the_graph(owner: str) -> None:
+    m, x = OwnGenerator(owner).train(), torch.randn(8, 6)
+    generator = m.holder().generator
+    state = generator.get_state()
+    gm = fxgrow.capture(m, (x,))
+    grown = fxgrow.grow(m, [(x, torch.randn(8, 3)) for _ in range(4)], neurons=1, progress=False)
+    copied = copy.deepcopy(grown)
+    for net in (grown, copied):  # has a generator of its own
+        assert net.train()(x).isfinite().all() and torch.equal(generator.get_state(), state)
+    expected = m(x)
+    generator.set_state(state)
+    assert torch.allclose(gm.train()(x), expected, atol=1e-6) and not torch.equal(gm(x), expected)
