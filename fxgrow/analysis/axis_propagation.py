@@ -21,7 +21,6 @@ from fxgrow.analysis.expert_copies import copy_experts
 from fxgrow.analysis.initial_state import find_initial_states
 from fxgrow.analysis.size_guards import follows_from_widths, settle_guards
 from fxgrow.axes.axes import (
-    Axis,
     Dims,
     UnitVar,
     axes_in,
@@ -207,7 +206,7 @@ def _number(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         sources = [(Fraction(1), a) for a in tensors if not is_fixed(a)]
     if known or not sources:
         return out
-    if isinstance(out, float) and _of_widths_alone(node, sources):
+    if isinstance(out, float) and follows_from_widths(ctx.structure, node):
         # such as 1/sqrt(d): the function stays if it does
         ctx.keep(out, [axis for _, axis in sources])
         return out
@@ -216,12 +215,6 @@ def _number(ctx: Context, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         for _, axis in sources:
             pin(axis, ctx.reason("size", "its size is used as a number"))
     return pytree.tree_map_only(int, lambda n: SizeExpr.make(int(n), Fraction(0), sources, opaque=True), out)
-
-
-def _of_widths_alone(node: fx.Node, sources: list[tuple[Fraction, Axis]]) -> bool:
-    """Whether a number comes from one size that only a width gives: other sizes may change from call to call."""
-    only_units = len(sources) == 1 and all(s.var is not None for s in resolve(sources[0][1]))
-    return only_units and len(node.all_input_nodes) == 1
 
 
 #: their results do not depend on sizes

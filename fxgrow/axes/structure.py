@@ -84,11 +84,11 @@ class SizeReplacement(NamedTuple):
 class KeptNumber(NamedTuple):
     """A number computed from sizes (`1 / sqrt(d)`) that keeps its value when one of `axes` grows.
 
-    It is the node's result, or its argument `keyword`.
+    It is the node's result, or its argument at `path`.
     """
 
     node: fx.Node
-    keyword: str | None
+    path: Path
     value: float
     axes: tuple[Axis, ...]
 

@@ -117,9 +117,9 @@ class Context:
         """Says that new units of `axis` must come from `source` in the state that this node needs; see `Invariant`."""
         self.structure.invariants.append(Invariant(self.node, source, axis, kind, **norm))
 
-    def keep(self, value: float, axes: Sequence[Axis], keyword: str | None = None) -> None:
-        """Keeps a number computed from the sizes of `axes`: this node's result, or one of its keyword arguments."""
-        self.structure.kept_numbers.append(KeptNumber(self.node, keyword, value, tuple(axes)))
+    def keep(self, value: float, axes: Sequence[Axis], *path: Any) -> None:
+        """Keeps a number computed from the sizes of `axes`: this node's result, or its argument at `path`."""
+        self.structure.kept_numbers.append(KeptNumber(self.node, path, value, tuple(axes)))
 
     def project(
         self, weight: Dims, bias: Dims | None, out: Axis, *, out_dim: int = 0, in_dim: int = 1, **fields: Any

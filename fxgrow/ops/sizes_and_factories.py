@@ -6,10 +6,12 @@ import math
 from typing import Any
 
 import torch
+from torch import fx
 
-from fxgrow.axes.axes import Dims
+from fxgrow.axes.axes import Dims, fixed, single_variable
 from fxgrow.axes.size_expressions import SizeExpr
 from fxgrow.axes.structure import Path
+from fxgrow.graph.arguments import argument_leaves
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.registry import MAKES_AXES, op
 
@@ -53,6 +55,19 @@ def factory(ctx: Context, *sizes: Any, **kwargs: Any) -> Dims:
 
 
 MAKES_AXES.update((new, factory))
+
+
+@op(torch.tensor, torch.as_tensor, torch.scalar_tensor)
+def constant(ctx: Context, data: Any, *args: Any, **kwargs: Any) -> Dims:
+    """Numbers as a tensor: sizes that only a width gives keep their values, as in `x / torch.tensor(d).sqrt()`."""
+    if isinstance(data, Dims):
+        return data
+    for path, leaf in argument_leaves(ctx.node):
+        number = ctx.structure.outputs.get(leaf) if isinstance(leaf, fx.Node) else None
+        if isinstance(number, SizeExpr) and number.measures_one and single_variable(number.axes[0]) is not None:
+            ctx.followed.append(number)
+            ctx.keep(int(number), number.axes, *path)
+    return Dims(map(fixed, ctx.shape))
 
 
 def _filled(ctx: Context, sizes: tuple[Any, ...], kwargs: dict[str, Any], first: int) -> Dims:

@@ -96,16 +96,16 @@ def write_norm_eps(gm: fx.GraphModule, change: SizeChange, node_map: NodeMap) ->
 
 def write_kept_numbers(change: SizeChange, node_map: NodeMap) -> None:
     """Numbers that were computed from a size that changes keep their old value."""
-    for node, keyword, value, axes in change.structure.kept_numbers:
+    for node, path, value, axes in change.structure.kept_numbers:
         copy = node_map[node]
         if not change.changes(axes):
             continue
-        if keyword is not None:
-            set_argument(copy, (keyword,), value)
+        if path:
+            set_argument(copy, path, value)
             continue
         for user in list(copy.users):
-            for path in [path for path, leaf in argument_leaves(user) if leaf is copy]:
-                set_argument(user, path, value)
+            for at in [at for at, leaf in argument_leaves(user) if leaf is copy]:
+                set_argument(user, at, value)
         copy.graph.erase_node(copy)
 
 

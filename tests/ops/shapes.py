@@ -492,6 +492,15 @@ for _name, _pick in {
     "apart": lambda h: h[torch.arange(h.size(0))[:, None], None, torch.tensor([[0, 1]])].sum((1, 2)),
 }.items():
     T.tokens(f"picked-by-{_name}", nothing, lambda m, x, f=_pick: m.out(f(m.a(x))), a=F8)
+T.vector(
+    "picked-where", nothing,
+    lambda m, x: m.out(
+        (h := m.a(x)).new_zeros(h.shape).index_add(
+            0, i := torch.where(x[:, 0] > 0)[0], h[None, i].reshape(-1, h.size(1))
+        )
+    ),
+    a=F8,
+)  # fmt: skip
 T.vector("put-under-a-mask", nothing, lambda m, x: m.out(_put(x, m.a(x))), a=F8)
 T.vector("put-by-index", nothing, lambda m, x: m.out(_set_in_turn(m.a(x))), a=F8)
 T.vector("index-put", nothing, lambda m, x: m.out(_added_at(m.a(x))), a=F8)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -304,6 +305,17 @@ T.vector("branch-on-equal-sizes", nothing, lambda m, x: m.out(h if (h := m.a(x))
 T.vector("size-returned", nothing, lambda m, x: (m.out(h := m.a(x)), h.size(1)), a="output")
 T.vector("hidden-returned", nothing, lambda m, x: (m.out(h := m.a(x)), h), a="output")
 T.vector("frozen", lambda: {"a": nn.Linear(6, 8).requires_grad_(False)}, lambda m, x: m.out(m.a(x)), a="frozen")
+_TENSORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "root": lambda h: h / torch.sqrt(torch.tensor(h.size(-1))),
+    "float": lambda h: h * torch.as_tensor(float(h.shape[1]), dtype=h.dtype).rsqrt(),
+    "list": lambda h: h / torch.tensor([len(h), h.size(-1), 2.0]).to(h).sum(),
+    "scalar": lambda h: h - torch.scalar_tensor(h.size(1)),
+}
+for _name, _scaled in _TENSORS.items():
+    T.vector(f"size-as-a-tensor-{_name}", nothing, lambda m, x, f=_scaled: m.out(f(m.a(x))), a=F8)
+for _name, _root in {"numel": lambda h: h.numel() ** 0.5, "product": lambda h: math.sqrt(len(h) * h.size(1))}.items():
+    T.vector(f"root-of-the-{_name}", nothing, lambda m, x, f=_root: m.out((h := m.a(x)) / f(h)), a="size")
+T.vector("numel-as-a-tensor", nothing, lambda m, x: m.out((h := m.a(x)) / torch.tensor(h.numel())), a="size")
 T.vector("new-zeros", nothing, lambda m, x: m.out((h := m.a(x)) + h.new_zeros(h.size(0), h.size(1))), a=F8)
 T.vector(
     "zeros-of-other-size",
