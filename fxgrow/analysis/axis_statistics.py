@@ -253,6 +253,8 @@ def number_filled_in(node: fx.Node, name: str, carriers: Collection[fx.Node]) ->
         mode, value = (*node.args[2:], *(None,) * 4)[:2]
         constant = node.kwargs.get("mode", mode) in (None, "constant")
         return (node.kwargs.get("value", value) or 0) if constant else 0  # type: ignore[return-value]
+    if name[:-2] in ("ZeroPad", "ReflectionPad", "ReplicationPad", "CircularPad"):
+        return 0
     if name not in ("masked_fill", "masked_fill_", "where") or node.kwargs:
         return None
     mask = node.args[0 if name == "where" else 1]

@@ -14,9 +14,10 @@ from fxgrow.ops.context import Context
 from fxgrow.ops.registry import op
 
 _NAMES = (
-    "MaxPool AvgPool AdaptiveMaxPool AdaptiveAvgPool LPPool ZeroPad ReflectionPad ReplicationPad ConstantPad "
-    "CircularPad max_pool avg_pool adaptive_max_pool adaptive_avg_pool lp_pool"
+    "MaxPool AvgPool AdaptiveMaxPool AdaptiveAvgPool LPPool max_pool avg_pool adaptive_max_pool adaptive_avg_pool "
+    "lp_pool"
 ).split()
+_PADS = ("Zero", "Constant", "Reflection", "Replication", "Circular")
 #: number of spatial dimensions of modules and functions
 POOLS: dict[Any, int] = {
     getattr(space, name): nd
@@ -48,8 +49,10 @@ def interpolate(ctx: Context, input: Dims, *args: Any, **kwargs: Any) -> Any:
     return _change_positions(ctx, input, len(input) - 2)
 
 
-@op(F.pad)
-def pad(ctx: Context, input: Dims, pad: Any, *args: Any, **kwargs: Any) -> Dims:
+@op(F.pad, *(getattr(nn, f"{kind}Pad{nd}d") for kind in _PADS for nd in (1, 2, 3)))
+def pad(ctx: Context, input: Dims, pad: Any = None, *args: Any, **kwargs: Any) -> Dims:
+    if ctx.module is not None:
+        pad = ctx.module.padding
     out = list(input)
     why = "padded with a fixed number of entries"
     for i in range(len(pad) // 2):

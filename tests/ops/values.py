@@ -206,8 +206,13 @@ T.tokens(
     "pad-module-over-channels",
     lambda: {"p": nn.ConstantPad1d(1, 0.0), "out": nn.Linear(10, 3)},
     lambda m, x: m.out(m.p(m.a(x))),
-    a="reduce",
+    a="size",
 )
+for _name, _shift in {"zeros": nn.ZeroPad2d, "reflection": nn.ReflectionPad2d}.items():
+    T.tokens(
+        f"pad-module-over-tokens-{_name}", lambda f=_shift: {"p": f((0, 0, 1, -1)), "norm": nn.LayerNorm(8)},
+        lambda m, x: m.out(m.norm((h := m.a(x)) + m.p(h))), a=F8,
+    )  # fmt: skip
 T.tokens(
     "interpolate-over-channels",
     lambda: {"out": nn.Linear(16, 3)},
