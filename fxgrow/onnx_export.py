@@ -27,6 +27,7 @@ ExampleInputs: TypeAlias = tuple[Any, ...] | Mapping[str, Any]
 #: loggers that are silenced while a module is exported
 _LOGGERS = ("torch.onnx", "torch.export", "torch.fx", "torch._dynamo", "onnxscript", "onnx_ir", "onnx")
 _AXIS = "batch"
+_NOT_FREE = "the batch size cannot stay free"
 
 
 def export_onnx(
@@ -51,7 +52,8 @@ def export_onnx(
         example_inputs: tuple of positional inputs or dict of keyword inputs, on the module's device. Tensors of any
             shape `[batch, ...]` and any dtype that NumPy has (not bfloat16).
         dynamic_batch: leaves dimension 0 free (named `batch`) in every input tensor whose dimension 0 has the size of
-            the first one's. Otherwise all sizes of the example are fixed in the file.
+            the first one's; dimension 1 where dimension 0 is that of the steps of a recurrent layer, whose number
+            the exporter fixes. Otherwise all sizes of the example are fixed in the file.
         check: runs the file in onnxruntime (CPU) on the example and, with `dynamic_batch`, on the example with one
             more sample, and compares with the module.
         tolerance: largest `max|file - module| / max|module|` that is accepted, per output.
@@ -78,10 +80,10 @@ def export_onnx(
         raise ExportError(f"cannot write {path}: the folder {path.parent} does not exist; create it first")
     inputs = _Inputs.of(example_inputs, dynamic_batch)
     frozen = _eval_copy(module)
-    compared = [inputs] if inputs.batch is None else [inputs, inputs.at(inputs.batch + 1)]
-    # with the guards still in place: an input that the captured graph refuses is refused here too
-    cases = [(case, _expected(frozen, case)) for case in compared] if check else []
-    program = _to_onnx(_without_guards(frozen), inputs, opset)
+    cases = _cases(frozen, inputs) if check else []
+    program, exported = _with_free_batch(frozen, inputs, opset)
+    if check and exported is not inputs:
+        cases = _cases(frozen, exported)
     try:
         # A folder beside the target keeps the final rename on one file system. The file has its final name in it,
         # which is how it refers to a file of external weights.
@@ -104,8 +106,9 @@ class _Inputs:
 
     leaves: list[Any]
     spec: pytree.TreeSpec
-    #: size of dimension 0 of the tensors that hold the batch; None where it is fixed
+    #: size of the tensors that hold the batch, along `dim`; None where it is fixed
     batch: int | None
+    dim: int = 0
     #: whether the batch is that of the user's example
     is_example: bool = True
 
@@ -130,16 +133,25 @@ class _Inputs:
         return cls(leaves, spec, size if dynamic_batch else None)
 
     def holds_batch(self, leaf: Any) -> bool:
-        """Returns whether dimension 0 of an input is the batch."""
-        return self.batch is not None and isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == self.batch
+        """Returns whether the dimension of an input is the batch."""
+        known = self.batch is not None and isinstance(leaf, Tensor) and leaf.dim() > self.dim
+        return known and leaf.shape[self.dim] == self.batch
 
     def at(self, size: int) -> _Inputs:
         """Returns the inputs with samples repeated to another batch size."""
         leaves = [
-            leaf[torch.arange(size, device=leaf.device) % leaf.shape[0]] if self.holds_batch(leaf) else leaf
+            leaf.index_select(self.dim, torch.arange(size, device=leaf.device) % leaf.shape[self.dim])
+            if self.holds_batch(leaf)
+            else leaf
             for leaf in self.leaves
         ]
         return replace(self, leaves=leaves, batch=size, is_example=False)
+
+    def sequence_first(self) -> _Inputs | None:
+        """Returns the inputs with the batch in dimension 1, if the first one has samples there."""
+        first = next(leaf for leaf in self.leaves if isinstance(leaf, Tensor))
+        sequences = self.batch is not None and first.dim() > 1 and first.shape[1] > 0
+        return replace(self, batch=first.shape[1], dim=1) if sequences else None
 
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns the inputs as positional and keyword arguments."""
@@ -175,6 +187,12 @@ def _without_guards(module: nn.Module) -> nn.Module:
     return module
 
 
+def _cases(module: nn.Module, inputs: _Inputs) -> list[tuple[_Inputs, list[Tensor]]]:
+    """Returns the inputs to compare on, and the module's outputs: a captured graph refuses what it always refuses."""
+    compared = [inputs] if inputs.batch is None else [inputs, inputs.at(inputs.batch + 1)]
+    return [(case, _expected(module, case)) for case in compared]
+
+
 def _expected(module: nn.Module, inputs: _Inputs) -> list[Tensor]:
     """Returns the module's output tensors on the CPU."""
     args, kwargs = inputs.call()
@@ -191,6 +209,20 @@ def _expected(module: nn.Module, inputs: _Inputs) -> list[Tensor]:
         raise ExportError(f"the module itself fails {inputs}: {_first_lines(error)}{advice}") from error
 
 
+def _with_free_batch(module: nn.Module, inputs: _Inputs, opset: int | None) -> tuple[torch.onnx.ONNXProgram, _Inputs]:
+    """Exports with dimension 0 free, or else dimension 1; returns the inputs with the one that is."""
+    bare = _without_guards(_eval_copy(module))
+    try:
+        return _to_onnx(bare, inputs, opset), inputs
+    except ExportError as error:
+        steps_first = any(isinstance(m, nn.RNNBase) and not m.batch_first for m in module.modules())
+        other = inputs.sequence_first() if steps_first and str(error).startswith(_NOT_FREE) else None
+        if other is not None:
+            with contextlib.suppress(ExportError):
+                return _to_onnx(bare, other, opset), other
+        raise
+
+
 def _to_onnx(module: nn.Module, inputs: _Inputs, opset: int | None) -> torch.onnx.ONNXProgram:
     """Exports with torch.export, then translates; two steps, so that the reason of a failure of the first is kept."""
     # torch.export takes a dimension of size 1 for a constant, so the trace needs two samples
@@ -200,11 +232,13 @@ def _to_onnx(module: nn.Module, inputs: _Inputs, opset: int | None) -> torch.onn
     batch = torch.export.Dim(_AXIS)
     for leaf, original in zip(traced.leaves, inputs.leaves, strict=True):
         if inputs.holds_batch(original):
-            shapes[leaf] = {0: batch}
+            shapes[leaf] = {inputs.dim: batch}
     dynamic_shapes = axis_names = None
     if inputs.batch is not None:
         dynamic_shapes = shapes.dynamic_shapes(module, args, kwargs)
-        axis_names = [{0: _AXIS} if inputs.holds_batch(t) else {} for t in inputs.leaves if isinstance(t, Tensor)]
+        axis_names = [
+            {inputs.dim: _AXIS} if inputs.holds_batch(t) else {} for t in inputs.leaves if isinstance(t, Tensor)
+        ]
     try:
         with torch.no_grad(), _quiet():
             exported = torch.export.export(module, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
@@ -232,7 +266,7 @@ def _why_not(error: Exception, dynamic: bool) -> str:
         reasons = [line.strip(" -") for line in str(error).splitlines() if line.strip().startswith("- ")]
         reason = reasons[0].split(" If you're using")[0].rstrip(".") if reasons else _first_lines(error)
         return (
-            f"the batch size cannot stay free: {reason}; pass dynamic_batch=False, or an example whose batch "
+            f"{_NOT_FREE}: {reason}; pass dynamic_batch=False, or an example whose batch "
             "size differs from its other sizes"
         )
     return f"torch.export cannot follow this module: {_first_lines(error)}"

@@ -20,6 +20,7 @@ from fxgrow.errors import CaptureError, ExportError, MissingExtraError  # noqa: 
 from fxgrow.graph.evaluate import difference  # noqa: E402
 from fxgrow.graph.node_functions import guard  # noqa: E402
 from fxgrow.onnx_export import export_onnx  # noqa: E402
+from fxgrow.pipeline.widen import widen  # noqa: E402
 
 
 class ConvNet(nn.Module):
@@ -100,6 +101,26 @@ def test_dict_inputs_and_outputs(tmp_path: Path) -> None:
     want = module(ids, mask, scale, times=2)
     for got, expected in zip(run(path, mask, ids, scale), [want["logits"], *want["states"]], strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-6)
+
+
+class StepsFirst(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.emb, self.rnn, self.out = nn.Embedding(20, 5), nn.GRU(5, 6), nn.Linear(6, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.out(self.rnn(self.emb(ids))[1][-1])
+
+
+def test_the_batch_of_a_recurrent_layer_may_be_dimension_1(tmp_path: Path) -> None:
+    net, ids = StepsFirst(), torch.arange(12).reshape(4, 3)
+    path = export_onnx(widen(net, (ids,), {"rnn": 2}), tmp_path / "net.onnx", (ids,))
+    session = onnxruntime.InferenceSession(str(path))
+    (entry,) = session.get_inputs()
+    assert entry.shape == [4, "batch"]
+    many = torch.arange(20).reshape(4, 5)
+    (out,) = session.run(None, {entry.name: many.numpy()})
+    torch.testing.assert_close(torch.as_tensor(out), net.eval()(many).detach(), rtol=1e-5, atol=1e-5)
 
 
 def test_a_fixed_batch_stays_fixed(tmp_path: Path) -> None:

@@ -83,19 +83,24 @@ def _check_at(frame: FrameType) -> Answer | None:
 
 
 def _only_shows(frame: FrameType) -> bool:
-    """Whether the number that a frame asks for goes into a text, or into an attribute that its file does not read."""
+    """Whether the number that a frame asks for goes into a text, a log, or an attribute that its file does not read."""
+    if frame.f_globals.get("__name__") == "logging":
+        return True
     nodes = _nodes(frame.f_code.co_filename)
     for node in nodes:
-        if not isinstance(node, (ast.BinOp, ast.Assign)) or not _spans(node, frame.f_lineno):
+        if not isinstance(node, (ast.BinOp, ast.Assign, ast.Expr)) or not _spans(node, frame.f_lineno):
             continue
+        if isinstance(node, ast.Expr) and _words(node) & _REPORTS:
+            return True
         if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Mod) and isinstance(node.left, ast.Constant):
             return isinstance(node.left.value, str)
-        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call):
+        if isinstance(node, ast.Assign) and isinstance(node.value, (ast.Call, ast.Dict, ast.List, ast.Tuple)):
             names = {t.attr if isinstance(t, ast.Attribute) else None for t in node.targets}
             called = {n.func for n in nodes if isinstance(n, ast.Call)}
             attributes = (n for n in nodes if isinstance(n, ast.Attribute) and n not in called)
             read = {n.attr for n in attributes if isinstance(n.ctx, ast.Load)}
-            return getattr(node.value.func, "id", "") in ("float", "int") and not names & {None, *read}
+            number = not isinstance(node.value, ast.Call) or getattr(node.value.func, "id", "") in ("float", "int")
+            return number and not names & {None, *read}
     return False
 
 

@@ -67,6 +67,8 @@ def logs(m: Net, x: Tensor, h: Tensor) -> None:
     m.last, m.largest = h.abs().mean().item(), [h.max().item()]
     m.mean = float(h.mean())
     m.note = f"{tuple(h.shape)} {h.mean():.3f} {h.min()}" + "%.2f %d" % (h.mean(), h.sum())  # noqa: UP031
+    m.figures = {"mean": h.mean().item(), "dead": float((h == 0).double().mean())}
+    log.error("mean %.3f, std %.3f", h.mean().item(), float(h.std()))
     m.values, m.numbers = h.detach().cpu().numpy(), h[0].tolist()
 
 
@@ -111,6 +113,11 @@ def reads_what_it_logged(m: Net, x: Tensor, h: Tensor) -> Tensor:
     return h * m.scale
 
 
+def reads_one_of_the_figures(m: Net, x: Tensor, h: Tensor) -> Tensor:
+    m.largest_of = {"x": float(x.abs().max())}
+    return h * m.largest_of["x"]
+
+
 def prints_and_goes_another_way(m: Net, x: Tensor, h: Tensor) -> Tensor:
     if h.mean() > 1:
         print("large")
@@ -118,7 +125,10 @@ def prints_and_goes_another_way(m: Net, x: Tensor, h: Tensor) -> Tensor:
     return h
 
 
-@pytest.mark.parametrize("look", [takes_another_way, reads_what_it_logged, prints_and_goes_another_way])
+WAYS = [takes_another_way, reads_what_it_logged, reads_one_of_the_figures, prints_and_goes_another_way]
+
+
+@pytest.mark.parametrize("look", WAYS)
 def test_what_a_result_depends_on_is_not_left_out(look: Callable[..., Any]) -> None:
     with pytest.raises(CaptureError, match="looks at the values of a tensor"):
         fxgrow.capture(Net(look), (torch.randn(4, 6),))
