@@ -27,7 +27,7 @@ from keyword import iskeyword
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.graph import CodeGen, _format_target
 from torch.utils.checkpoint import checkpoint
 
@@ -197,6 +197,12 @@ def runs_in_eval_mode(node: fx.Node) -> bool:
 
 class ConditionalInterpreter(fx.Interpreter):
     """An interpreter that leaves out the nodes whose conditions do not hold; their value is None."""
+
+    def __init__(self, module: nn.Module, garbage_collect_values: bool = True) -> None:
+        super().__init__(module, garbage_collect_values)
+        asked = {name for node in self.graph.nodes for name, _ in node.meta.get(CONDITIONS, ())}
+        for freed in self.user_to_last_uses.values() if garbage_collect_values else ():
+            freed[:] = [node for node in freed if node.name not in asked]
 
     def run_node(self, n: fx.Node) -> Any:
         conditions = n.meta.get(CONDITIONS, ())

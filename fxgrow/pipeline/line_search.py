@@ -13,7 +13,7 @@ from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.data.batches import Batch, Data, take
 from fxgrow.data.loss import LossFn, loss_of
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
-from fxgrow.graph.evaluate import eval_mode
+from fxgrow.graph.evaluate import eval_mode, lent_buffers
 from fxgrow.graph.graph import copy_graph, lookup
 from fxgrow.rewriting.batch_norm import Moments, RunningStatistics
 from fxgrow.rewriting.plan import Plan
@@ -73,9 +73,10 @@ class HeldOut:
 
     @torch.no_grad()
     def mean_loss(self, graph: fx.GraphModule) -> float:
-        """Mean loss over the samples of all processes, in the graph's mode."""
-        losses = (float(loss_of(forward(graph, graph, b), b, self.loss_fn)) * b.size for b in self.batches)
-        total, size = self.process_group.sum_numbers(sum(losses), sum(b.size for b in self.batches))
+        """Mean loss over the samples of all processes, in the graph's mode; buffers are as before."""
+        with lent_buffers(graph):
+            loss = sum(float(loss_of(forward(graph, graph, b), b, self.loss_fn)) * b.size for b in self.batches)
+        total, size = self.process_group.sum_numbers(loss, sum(b.size for b in self.batches))
         return total / max(1, size)
 
     def losses(self, gm: fx.GraphModule) -> dict[str, float]:

@@ -12,6 +12,7 @@ import math
 import operator
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from fxgrow.graph.node_functions import function_call, scripted_call
 from fxgrow.tracing.multihead_attention import multi_head_attention_forward
 from fxgrow.tracing.proxy import KNOWS_CALLS, STATIC_METHODS, RecordingTracer, ValueProxy, has_proxy, is_instance
 from fxgrow.tracing.source_location import is_user_code
-from fxgrow.tracing.surroundings import ASKED_BY
+from fxgrow.tracing.surroundings import ASKED_BY, CLOCKS
 
 _FACTORY_NAMES = (
     "zeros ones full empty rand randn randint randperm normal arange linspace logspace eye tril_indices "
@@ -253,9 +254,9 @@ class _Tracing:
         return is_tracing()
 
 
-def _noted(name: str) -> Any:
-    """Returns a question of torch about its own state, which notes that the model's code asks it."""
-    original: Any = getattr(torch, name)
+def _noted(home: Any, name: str) -> Any:
+    """Returns a question about the state of torch, or the time, which notes that the model's code asks it."""
+    original: Any = getattr(home, name)
 
     def ask() -> Any:
         tracer = recording_tracer()
@@ -268,7 +269,8 @@ def _noted(name: str) -> Any:
 
 def _questions() -> Iterator[Patch]:
     for name in ("is_grad_enabled", "is_inference_mode_enabled"):
-        yield torch, name, _noted(name)
+        yield torch, name, _noted(torch, name)
+    yield from ((time, name, _noted(time, name)) for name in CLOCKS)
     yield _symbolic_trace, "_is_fx_tracing_flag", _Tracing()
     if not KNOWS_CALLS:
         yield builtins, "isinstance", is_instance

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
@@ -37,9 +39,12 @@ GRADIENTS = Question("whether gradients are recorded (requires_grad, grad_fn)", 
 INFERENCE = Question("whether inference mode is on", "Compute the same in both cases")
 STRIDES = Question("whether its inputs are contiguous", "Compute the same in both cases")
 KEPT = Question("what it keeps from one call to the next", "Make that a buffer, or an input")
+CLOCK = Question("the time", "Make that an input")
 #: attributes of a tensor, and methods, that say so
 ASKED_BY = {name: GRADIENTS for name in ("requires_grad", "grad_fn", "is_leaf", "is_grad_enabled")}
 ASKED_BY |= {"is_inference": INFERENCE, "is_inference_mode_enabled": INFERENCE, "is_contiguous": STRIDES}
+CLOCKS = ("time", "perf_counter", "monotonic")
+ASKED_BY |= dict.fromkeys(CLOCKS, CLOCK)
 _GENERATORS = {"Random", "Generator", "RandomState"}  # of Python, PyTorch and NumPy
 # the first numbers of these seeds lie at the ends of (0, 1), of both generators; then any
 _SEEDS = (3719, 5473, 1751, 1470, 1, 2, 3, 4)
@@ -81,6 +86,8 @@ def changes(model: nn.Module, question: Question) -> Iterator[Change]:
         yield _inside(torch.inference_mode)
     elif question is STRIDES:
         yield _not_contiguous
+    elif question is CLOCK:
+        yield _later
     elif question is KEPT:
         yield _second_call
     elif question.where is not None:
@@ -122,3 +129,14 @@ def _not_contiguous(inputs: list[Any], run: Callable[[list[Any]], Any]) -> Itera
 def _second_call(inputs: list[Any], run: Callable[[list[Any]], Any]) -> Iterator[list[Any]]:
     run(pytree.tree_map_only(Tensor, torch.clone, inputs))
     yield inputs
+
+
+@contextmanager
+def _later(inputs: list[Any], run: Callable[[list[Any]], Any]) -> Iterator[list[Any]]:
+    thread, clocks = threading.get_ident(), {name: getattr(time, name) for name in CLOCKS}
+    try:
+        for name, clock in clocks.items():
+            setattr(time, name, lambda clock=clock: clock() + 1e7 * (threading.get_ident() == thread))
+        yield inputs
+    finally:
+        vars(time).update(clocks)

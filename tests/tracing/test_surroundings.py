@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import random
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +38,7 @@ def kept(m: Looks, x: Tensor, h: Tensor) -> Tensor:
     return h if before is None else h + before
 
 
+NUMBERS = itertools.count(1)
 REFUSED = {
     "python": (lambda m, x, h: h * random.uniform(1, 2), "draws from Python"),
     "rarely": (lambda m, x, h: h if random.random() > 0.05 else h * 0, "draws from Python"),
@@ -47,6 +50,9 @@ REFUSED = {
     "grad_fn": (lambda m, x, h: h * 2 if h.grad_fn is not None else h, "gradients are recorded"),
     "is_grad_enabled": (lambda m, x, h: h * 2 if torch.is_grad_enabled() else h, "gradients are recorded"),
     "inference": (lambda m, x, h: h * 2 if torch.is_inference_mode_enabled() else h, "inference mode"),
+    "time": (lambda m, x, h: h * time.time(), "the time"),
+    "clock": (lambda m, x, h: h if time.perf_counter() % 2e7 < 1e7 else -h, "the time"),
+    "anything else": (lambda m, x, h: h * next(NUMBERS), "another result each time"),
     "contiguous": (lambda m, x, h: h * 2 if x.is_contiguous() else h, "contiguous"),
 }
 
@@ -65,6 +71,7 @@ def test_what_would_be_frozen_is_refused_by_name(name: str, only_in_training: bo
 
 def logged(m: Looks, x: Tensor, h: Tensor) -> Tensor:
     m.calls += 1
+    time.perf_counter()
     m.before = h  # type: ignore[assignment]
     if m.calls % 3 == 0 or random.random() > 0.5:
         str(m.calls)
