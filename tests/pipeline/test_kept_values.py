@@ -86,3 +86,22 @@ def test_profiles_and_growth_move_no_counter_of_the_model() -> None:
     fxgrow.profile(gm, batches, progress=False)
     fxgrow.grow(m, batches, neurons=2, progress=False)
     assert int(m.steps) == 1
+
+
+class Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 6), nn.Linear(6, 3)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.b(self.a(x).relu() * (1 + self.calls))
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_counter_is_as_before_in_the_grown_model_too(training: bool) -> None:
+    net, data = Counts().train(training), [(torch.randn(16, 5), torch.randn(16, 3))] * 4
+    net(data[0][0])
+    grown = fxgrow.grow(net, data, neurons={"a": 1}, progress=False)
+    assert int(net.calls) == int(grown.get_buffer("calls")) == 1
