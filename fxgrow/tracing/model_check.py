@@ -112,10 +112,7 @@ def _outputs(
     change: Change = as_it_is,
     quiet: list[bool] | None = None,
 ) -> list[Tensor]:
-    """Tensors of a seeded run; buffers, and parameters that the code writes into, are as before.
-
-    `quiet` gets whether nothing has drawn random numbers meanwhile.
-    """
+    """Tensors of a seeded run, and whether it is `quiet`: draws no numbers; buffers and parameters are as before."""
     with lent_buffers(module, parameters), random_state_kept():
         torch.manual_seed(0)
         seed_all(generators_of(module), 0)
