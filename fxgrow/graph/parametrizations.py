@@ -6,17 +6,20 @@ from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 
 def norm_of(module: nn.Module) -> Any:
-    """Returns the weight or spectral normalisation of a weight, if nothing else computes it: its `dim`, `_u` and `_v`.
+    """Returns the norm or pruning of a weight, if nothing else computes it: its `dim`, `_u` and `_v`, or its `mask`.
 
     Of the form that is a hook (`torch.nn.utils.weight_norm`) it is a record with the `hook`.
     """
     lists = getattr(module, "parametrizations", None)
     hook = weight_hook(module, "weight")
+    if isinstance(hook, BasePruningMethod):
+        return SimpleNamespace(hook=hook, mask=module.weight_mask)
     if type(hook) in (WeightNorm, SpectralNorm) and lists is None:
         vectors = {"_u": module.weight_u, "_v": module.weight_v} if hasattr(hook, "n_power_iterations") else {}
         return SimpleNamespace(hook=hook, **vars(hook), **vectors)
@@ -30,14 +33,20 @@ def norm_of(module: nn.Module) -> Any:
 
 def weight_hook(module: nn.Module, name: str) -> Any:
     """Returns the hook that computes a weight before each call, if it is the only one."""
-    hooks: list[Any] = [hook for hook in module._forward_pre_hooks.values() if hasattr(hook, "compute_weight")]
-    return hooks[0] if len(hooks) == 1 and hooks[0].name == name and name not in module._parameters else None
+    hooks: list[Any] = [hook for hook in module._forward_pre_hooks.values() if _computes_weight(hook)]
+    if len(hooks) != 1 or name in module._parameters:
+        return None
+    return hooks[0] if getattr(hooks[0], "name", getattr(hooks[0], "_tensor_name", None)) == name else None
+
+
+def _computes_weight(hook: Any) -> bool:
+    return hasattr(hook, "compute_weight") or isinstance(hook, BasePruningMethod)
 
 
 def hooked_weight(module: nn.Module, hook: Any) -> Tensor:
     """Returns the weight that a hook would compute, without a power iteration."""
-    spectral = hasattr(hook, "n_power_iterations")
-    out: Tensor = hook.compute_weight(module, False) if spectral else hook.compute_weight(module)
+    compute: Any = hook.apply_mask if isinstance(hook, BasePruningMethod) else hook.compute_weight
+    out: Tensor = compute(module, False) if hasattr(hook, "n_power_iterations") else compute(module)
     return out
 
 
@@ -47,5 +56,5 @@ def computed_by(module: nn.Module, name: str) -> str:
     kinds = set()
     if isinstance(lists, nn.ModuleDict) and name in lists:
         kinds = {type(p).__name__.strip("_") for p in lists[name].children()}
-    kinds |= {type(hook).__name__ for hook in module._forward_pre_hooks.values() if hasattr(hook, "compute_weight")}
+    kinds |= {type(hook).__name__ for hook in module._forward_pre_hooks.values() if _computes_weight(hook)}
     return ", ".join(sorted(kinds))

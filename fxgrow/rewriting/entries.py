@@ -16,7 +16,7 @@ from fxgrow.axes.structure import Projection
 from fxgrow.errors import PlanError
 from fxgrow.graph.graph import lookup, put
 from fxgrow.rewriting.initial_state import rescaled, write_initial_entries
-from fxgrow.rewriting.parametrizations import keep_singular_value, orthogonalise_new_rows
+from fxgrow.rewriting.parametrizations import keep_norm, orthogonalise_new_rows
 from fxgrow.rewriting.size_change import SizeChange
 from fxgrow.rewriting.values import Values
 
@@ -44,7 +44,7 @@ class _ResizedParameter:
         self.uses = [p for p in change.structure.projections if p.weight == name]
         self.new = _empty_like([axis.size for axis in self.axes], self.old)
         delta = values.delta.get(name)
-        self.delta = None if delta is None else keep_singular_value(change.gm, name, delta.to(self.old))
+        self.delta = None if delta is None else keep_norm(change.gm, name, delta.to(self.old))
 
     def filled(self) -> Tensor:
         if any(axis.new for axis in self.axes):

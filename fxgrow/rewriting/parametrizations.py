@@ -1,4 +1,4 @@
-"""Layers with weight or spectral normalisation, as parametrizations or by hooks, grow as plain layers.
+"""Layers with weight or spectral normalisation, as parametrizations or by hooks, and pruned ones grow as plain layers.
 
 Any weight has a length and a direction (Salimans and Kingma 2016, eq. 2). Under spectral normalisation the largest
 singular value must stay, through later power iterations too (Miyato et al. 2018, algorithm 1): new rows are orthogonal.
@@ -17,15 +17,15 @@ from torch.nn.utils import parametrizations, remove_spectral_norm, remove_weight
 
 from fxgrow.graph.graph import copy_graph, lookup
 from fxgrow.graph.node_meta import PARAMETRIZATIONS
-from fxgrow.graph.parametrizations import norm_of
+from fxgrow.graph.parametrizations import hooked_weight, norm_of, weight_hook
 
 #: per parameter and dimension, the new positions of old entries (None: unchanged)
 Index = dict[str, tuple[Tensor | None, ...]]
 #: the names of what a hook makes of a weight, by those of its parametrization
 HOOKED = dict(
     zip(
-        "original0 original1 original _u _v".split(),
-        "weight_g weight_v weight_orig weight_u weight_v".split(),
+        "original0 original1 original _u _v mask".split(),
+        "weight_g weight_v weight_orig weight_u weight_v weight_mask".split(),
         strict=True,
     )
 )
@@ -47,11 +47,17 @@ def remove_parametrizations(gm: fx.GraphModule) -> fx.GraphModule:
             matrix = parts["original"].detach().movedim(norm.dim, 0)
             norm.columns = tuple(matrix.shape[1:])
             norm.sigma = float(norm._u.double() @ matrix.flatten(1).double() @ norm._v.double())
+        elif hasattr(norm, "mask"):
+            norm.original, norm.mask = parts["original"].detach().clone(), parts["mask"].clone()
         else:
             norm.length, norm.direction = (parts[part].detach().clone() for part in ("original0", "original1"))
         weight = lookup(layer, "weight").detach().clone()
         layer.train(gm.get_submodule(name).training)
-        if hasattr(norm, "hook"):
+        if hasattr(norm, "mask"):
+            hooks = layer._forward_pre_hooks
+            hooks.pop(next(key for key, hook in hooks.items() if hook is weight_hook(layer, "weight")))
+            del layer.weight, layer.weight_orig, layer.weight_mask
+        elif hasattr(norm, "hook"):
             (remove_spectral_norm if hasattr(norm, "_u") else remove_weight_norm)(layer)
             del layer.weight
         else:
@@ -82,11 +88,14 @@ def restore_parametrizations(
             warnings.simplefilter("ignore", FutureWarning)
             _enter(layer, norm)
         restore = _restore_spectral_norm if hasattr(norm, "_u") else _restore_weight_norm
+        restore = _restore_pruning if hasattr(norm, "mask") else restore
         parts = _parts(layer, norm)
         moved = restore(parts, norm, index.pop(f"{name}.weight", None))
         for part, trained in norm.trained.items():
             parts[part].requires_grad_(trained)
         layer.train(layer.training)
+        if hasattr(norm, "mask"):
+            layer.weight = hooked_weight(layer, norm.hook).detach()
         for part, at in moved.items():
             index[f"{name}." + (HOOKED[part] if hasattr(norm, "hook") else f"parametrizations.weight.{part}")] = at
     return grown, index
@@ -94,7 +103,12 @@ def restore_parametrizations(
 
 def _enter(layer: nn.Module, norm: Any) -> None:
     space: Any = torch.nn.utils if hasattr(norm, "hook") else parametrizations
-    if hasattr(norm, "_u"):
+    if hasattr(norm, "mask"):
+        weight: Any = layer._parameters.pop("weight")
+        layer.register_parameter("weight_orig", weight)
+        layer.register_buffer("weight_mask", torch.ones_like(weight.data))
+        layer.register_forward_pre_hook(norm.hook)
+    elif hasattr(norm, "_u"):
         space.spectral_norm(layer, "weight", norm.n_power_iterations, norm.eps, norm.dim)
     else:
         space.weight_norm(layer, "weight", norm.dim)
@@ -115,6 +129,15 @@ def _restore_weight_norm(parts: dict[str, Tensor], norm: Any, moved: tuple[Tenso
     if moved is None:
         return {}
     return {"original1": moved, **({"original0": rows} if any(at is not None for at in rows) else {})}
+
+
+def _restore_pruning(parts: dict[str, Tensor], norm: Any, moved: tuple[Tensor | None, ...] | None) -> Index:
+    """Pruned entries stay pruned, with the values behind the mask; new ones are not."""
+    weight, mask = parts["original"].data, parts["mask"]
+    where = moved or (None,) * weight.dim()
+    mask -= _padded(1 - norm.mask, where, weight.shape)
+    weight += _padded(norm.original * (1 - norm.mask), where, weight.shape) * (1 - mask)
+    return {} if moved is None else {"original": moved, "mask": moved}
 
 
 def _restore_spectral_norm(parts: dict[str, Tensor], norm: Any, moved: tuple[Tensor | None, ...] | None) -> Index:
@@ -143,8 +166,11 @@ def spectral(gm: fx.GraphModule, name: str) -> bool:
     return hasattr(gm.meta.get(PARAMETRIZATIONS, {}).get(name.removesuffix(".weight")), "_u")
 
 
-def keep_singular_value(gm: fx.GraphModule, name: str, delta: Tensor) -> Tensor:
-    """The part of a change of old entries that leaves the largest singular value, as it is estimated, what it is."""
+def keep_norm(gm: fx.GraphModule, name: str, delta: Tensor) -> Tensor:
+    """The part of a change of old entries that leaves the largest singular value, by its estimate, and pruned ones."""
+    mask: Tensor | None = getattr(gm.meta.get(PARAMETRIZATIONS, {}).get(name.removesuffix(".weight")), "mask", None)
+    if mask is not None:
+        return delta * mask.to(delta)
     if not spectral(gm, name):
         return delta
     norm = gm.meta[PARAMETRIZATIONS][name.removesuffix(".weight")]

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import utils
-from torch.nn.utils import parametrizations
+from torch.nn.utils import parametrizations, prune
 
 import fxgrow
 from fxgrow.analysis.analyse import analyse
@@ -272,3 +272,37 @@ def test_a_hook_of_ones_own_that_computes_a_weight_is_no_norm() -> None:
     found = {w.name: w.pinned for w in fxgrow.widths(fxgrow.capture(net, (x,)))}
     assert found["2"] is None and "Scaled" in str(found["0"])
     torch.testing.assert_close(fxgrow.widen(net, (x,), {"2": 2})(x), net(x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("into", ["graph", "module"])
+def test_pruned_layers_grow_and_stay_pruned(into: Any) -> None:
+    torch.manual_seed(0)
+    net: Any = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 2)).double()
+    for amount in (0.3, 0.2):  # in turn
+        prune.l1_unstructured(net[0], "weight", amount)
+    prune.ln_structured(net[2], "weight", 0.4, 2, dim=1)
+    data = [(x, x[:, :2].sin()) for x in torch.randn(6, 32, 4, dtype=torch.float64)]
+    x, state = data[0][0], copy.deepcopy(net.state_dict())
+    wide: Any = fxgrow.widen(net, (x,), {"0": 2, "2": 3}, into=into)
+    grown: Any = fxgrow.grow(wide, data, loss_fn=F.mse_loss, neurons=2, into=into, progress=False)
+    assert grown.meta["fxgrow"].losses["eval"][1] < grown.meta["fxgrow"].losses["eval"][0]
+    torch.testing.assert_close(wide(x), net(x), rtol=1e-12, atol=1e-12)
+    for m in (net, wide):
+        m(x).sin().sum().backward()
+    for i, (rows, columns) in {"0": (6, 4), "2": (5, 6)}.items():
+        layers = [m.get_submodule(i) for m in (net, wide, grown)]
+        for layer in layers:
+            layer(x if i == "0" else x.new_ones(1, layer.in_features))  # computes the weight
+            kept, mask = layer.weight_mask[:rows, :columns], layer.weight_mask.clone()
+            assert torch.equal(kept, state[f"{i}.weight_mask"])
+            mask[:rows, :columns] = 1
+            assert bool((mask == 1).all()) and bool((layer.weight[layer.weight_mask == 0] == 0).all())
+        old, new = (layer.weight_orig for layer in layers[:2])
+        for a, b in ((old, new), (old.grad, new.grad)):
+            torch.testing.assert_close(b[:rows, :columns], a, rtol=1e-12, atol=1e-12)
+    assert grown.state_dict().keys() == state.keys()
+    expected = grown(x)
+    for i in ("0", "2"):
+        prune.remove(grown.get_submodule(i), "weight")
+    torch.testing.assert_close(grown(x), expected)
+    assert all(torch.equal(v, state[k]) for k, v in net.state_dict().items())
