@@ -155,6 +155,15 @@ class ValueProxy(fx.Proxy):
     def __setitem__(self, index: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
+    @property
+    def data(self) -> Any:
+        return self.__getattr__("data")
+
+    @data.setter
+    def data(self, value: Any) -> None:
+        # of a parameter or buffer too, which the graph must write as the model does
+        self.data.copy_(value)
+
     def __getattr__(self, name: str) -> Any:
         if name in ASKED_BY:
             self.tracer.runner.asked.add(ASKED_BY[name])

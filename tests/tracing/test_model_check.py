@@ -124,3 +124,35 @@ def test_numbers_of_other_generators_are_never_kept(draw: Callable[[], float], t
         fxgrow.capture(DropsLayers(draw, 0.05).train(training), (x,))
     net = DropsLayers(draw, 0.0).train(training)
     assert torch.equal(fxgrow.capture(net, (x,)).train()(x), net.train()(x))
+
+
+class Merged(nn.Module):
+    """Two branches in training, whose sum is written into the data of a layer of its own in eval mode."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.conv, self.skip, self.merged = (nn.Linear(inputs, outputs) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return self.conv(x) + self.skip(x)
+        self.merged.weight.data = self.conv.weight.data.clone() + self.skip.weight.data.clone()
+        self.merged.bias.data = self.conv.bias.data.clone() + self.skip.bias.data.clone()
+        return self.merged(x)
+
+
+def test_a_write_to_the_data_of_a_parameter_is_part_of_the_graph() -> None:
+    torch.manual_seed(0)
+    m, x = nn.Sequential(Merged(6, 8), nn.SiLU(), Merged(8, 7), nn.SiLU(), nn.Linear(7, 3)), torch.randn(4, 6)
+    before = m[0].merged.weight.clone()
+    gm = fxgrow.capture(m.eval(), (x,))
+    assert torch.equal(m[0].merged.weight, before)
+    free = {w.name: 1 for w in fxgrow.widths(gm) if w.pinned is None}
+    assert len(free) == 2
+    for wider in (gm, fxgrow.widen(gm, (x,), free)):
+        with torch.no_grad():
+            for p in wider.get_submodule("0.conv").parameters():
+                p.mul_(2)
+        torch.testing.assert_close(wider.eval()(x), wider.train()(x), rtol=1e-5, atol=1e-5)
+    m[0].conv.requires_grad_(False).bias.zero_()
+    torch.testing.assert_close(gm.eval()(x), m.eval()(x), rtol=1e-5, atol=1e-5)
