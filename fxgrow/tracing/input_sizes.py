@@ -58,6 +58,10 @@ class SizeGroup:
         shape = x.shape if isinstance(x, Tensor) else ()
         return [d for d, n in enumerate(shape) if n == self.size and (d == 0) == self.batch]
 
+    def in_graph(self, graph: fx.Graph) -> list[tuple[fx.Node, int]]:
+        """Returns the placeholders and dimensions."""
+        return [(node, d) for node in graph.find_nodes(op="placeholder") for d in self.dims(node.meta["val"])]
+
     def _longer(self, x: Tensor, steps: Iterator[int]) -> Tensor:
         dims = self.dims(x)
         if not dims or x.layout is not torch.strided:
@@ -96,35 +100,24 @@ def keep_input_sizes(tracer: ValueTracer, retrace: Retrace) -> None:
     for number_guard, groups in bound.items():
         if not any(group.batch for group in groups) and (groups or number_guard not in steps):
             for group in groups:
-                _guard_inputs(tracer.graph, group, number_guard)
+                _guard_inputs(tracer.graph, group.in_graph(tracer.graph), group.size, number_guard)
             tracer.graph.erase_node(number_guard)
 
 
-def _guard_inputs(graph: fx.Graph, group: SizeGroup, number_guard: fx.Node) -> None:
-    """Guards the dimensions of a group on the inputs themselves, before the guard on a number."""
-    for node in graph.find_nodes(op="placeholder"):
-        value = node.meta["val"]
-        for d in group.dims(value):
-            message = f"the size from which {number_guard.args[2]}"
-            with graph.inserting_before(number_guard):
-                size = graph.call_method("size", (node, d))
-                size_guard = graph.call_function(guard, (size, group.size, message))
-            set_value(size, group.size)
-            set_value(size_guard, None)
-
-
-def _guard_equal_sizes(graph: fx.Graph, group: SizeGroup, number_guard: fx.Node, count: int) -> bool:
-    """Guards that these dimensions are equal, where the code takes no others; not if some are in nested inputs."""
-    at = [(node, d) for node in graph.find_nodes(op="placeholder") for d in group.dims(node.meta["val"])]
-    for other in at[1:] if len(at) == count else ():
+def _guard_inputs(
+    graph: fx.Graph, dims: Sequence[tuple[fx.Node, int]], expected: tuple[fx.Node, int] | int, number_guard: fx.Node
+) -> None:
+    """Guards the sizes of dimensions of the inputs themselves, before the guard on a number."""
+    what = "the size from which" if isinstance(expected, int) else "the equality of two sizes from which"
+    for place in dims:
         with graph.inserting_before(number_guard):
-            sizes = [graph.call_method("size", place) for place in (at[0], other)]
-            equal = graph.call_function(operator.eq, tuple(sizes))
-            message = f"the equality of two sizes from which {number_guard.args[2]}"
-            nodes = (*sizes, equal, graph.call_function(guard, (equal, True, message)))
-        for new, result in zip(nodes, (group.size, group.size, True, None), strict=True):
-            set_value(new, result)
-    return len(at) == count
+            size: Any = graph.call_method("size", place)
+            value = size.meta["val"] = place[0].meta["val"].shape[place[1]]
+            if not isinstance(expected, int):
+                other = graph.call_method("size", expected)
+                other.meta["val"], size = value, graph.call_function(operator.eq, (size, other))
+                value = size.meta["val"] = True
+            set_value(graph.call_function(guard, (size, value, f"{what} {number_guard.args[2]}")), None)
 
 
 def _groups(inputs: Mapping[str, Any]) -> list[SizeGroup]:
@@ -155,6 +148,7 @@ def _keep_group(
     changing = [n for n, convert in numbers.items() if any(_differs(n, convert, pairs) for pairs in traces)]
     others = numbers.keys() - set(changing)
     in_steps = {n for n in others if any(_sources_differ(n, pairs) for pairs in traces)}
+    at = group.in_graph(tracer.graph)
     dims = sum(len(group.dims(t)) for t in pytree.tree_leaves(list(tracer.inputs.values())))
     equal = bool(changing) and complete and dims > 1 and not group.batch
     if equal:  # height and width, say, of a square
@@ -163,11 +157,12 @@ def _keep_group(
         if error is None and _same_code(tracer, other, pairs):
             traces.append(pairs)
             equal = False
+        complete = not equal or len(at) == dims  # sizes of nested inputs have no guards
     new = _replacements(tracer, traces, numbers) if changing and complete else None
     if new is None or not new.keys().isdisjoint(replacements):  # a literal that two groups change
         return changing, in_steps
-    if equal and not _guard_equal_sizes(tracer.graph, group, changing[0], dims):
-        return changing, in_steps
+    if equal:
+        _guard_inputs(tracer.graph, at[1:], at[0], changing[0])
     replacements.update(new)
     return [], in_steps
 
@@ -200,14 +195,10 @@ def _aligned(graph: fx.Graph, other: fx.Graph) -> NodeMap:
 
 
 def _same_code(tracer: ValueTracer, other: ValueTracer, pairs: NodeMap) -> bool:
-    """Whether two traces have the same calls and the same constants."""
+    """Whether two traces have the same calls, and the same tensors that were made without torch, by NumPy say."""
+    mine, yours = tracer.constants, other.constants
     same_calls = len(pairs) == len(tracer.graph.nodes) == len(other.graph.nodes)
-    return same_calls and _same_constants(tracer.constants, other.constants)
-
-
-def _same_constants(mine: Mapping[str, Tensor], yours: Mapping[str, Tensor]) -> bool:
-    """Whether tensors that were made without torch functions, by NumPy say, are the same at both sizes."""
-    return mine.keys() == yours.keys() and all(equal_constants(mine[name], yours[name]) for name in mine)
+    return same_calls and mine.keys() == yours.keys() and all(equal_constants(mine[name], yours[name]) for name in mine)
 
 
 def _differs(number_guard: fx.Node, convert: Callable[[Any], Any], pairs: NodeMap) -> bool:
@@ -309,12 +300,9 @@ def _as_nodes(graph: fx.Graph, number: Formula) -> fx.Node:
         return new
 
     out = number.source
-    if not isinstance(out.meta["val"], int) and number.convert is int:
-        out = apply(int, out)
-    for function, rest in number.functions:
-        out = apply(function, out, *rest)
-    if number.factor != 1:
-        out = apply(operator.mul, out, number.factor)
-    if number.offset:
-        out = apply(operator.add, out, number.offset)
+    to_int = not isinstance(out.meta["val"], int) and number.convert is int
+    scaled = (operator.mul, (number.factor,)), (operator.add, (number.offset,))
+    for function, rest in (*(((int, ()),) if to_int else ()), *number.functions, *scaled):
+        if (function, *rest) not in ((operator.mul, 1), (operator.add, 0)):
+            out = apply(function, out, *rest)
     return out
