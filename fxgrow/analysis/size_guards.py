@@ -16,18 +16,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from fxgrow.axes.axes import (
-    Axis,
-    Dims,
-    UnitVar,
-    axis_of,
-    fixed,
-    grown_length,
-    pin,
-    resolve,
-    unify,
-    variables,
-)
+from fxgrow.axes.axes import Axis, Dims, UnitVar, axis_of, fixed, grown_length, pin, resolve, unify, variables
 from fxgrow.axes.records import Reason
 from fxgrow.axes.size_expressions import SizeExpr
 from fxgrow.axes.structure import SizeReplacement, Structure

@@ -82,10 +82,7 @@ class SizeReplacement(NamedTuple):
 
 
 class KeptNumber(NamedTuple):
-    """A number computed from sizes (`1 / sqrt(d)`) that keeps its value when one of `axes` grows.
-
-    It is the node's result, or its argument at `path`.
-    """
+    """A number computed from sizes (`1 / sqrt(d)`), a node's result or its argument at `path`, that keeps its value."""
 
     node: fx.Node
     path: Path

@@ -34,9 +34,8 @@ def norm_of(module: nn.Module) -> Any:
 def weight_hook(module: nn.Module, name: str) -> Any:
     """Returns the hook that computes a weight before each call, if it is the only one."""
     hooks: list[Any] = [hook for hook in module._forward_pre_hooks.values() if _computes_weight(hook)]
-    if len(hooks) != 1 or name in module._parameters:
-        return None
-    return hooks[0] if getattr(hooks[0], "name", getattr(hooks[0], "_tensor_name", None)) == name else None
+    names = [getattr(hook, "name", getattr(hook, "_tensor_name", None)) for hook in hooks]
+    return hooks[0] if names == [name] and name not in module._parameters else None
 
 
 def _computes_weight(hook: Any) -> bool:

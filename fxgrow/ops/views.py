@@ -67,7 +67,6 @@ def regroup(ctx: Context, x: Dims, shape: Sequence[int], sizes: Sequence[Any]) -
         left = length(x[i]) if i < len(x) else 1
         right = shape[j] if j < len(shape) else 1
         while left != right:
-            # of no entries, as where positions were looked for, the product is zero on both sides
             if (right == 0 or 0 < left < right) and a < len(x):
                 left, a = left * length(x[a]), a + 1
             elif b < len(shape):

@@ -22,13 +22,10 @@ from fxgrow.graph.parametrizations import hooked_weight, norm_of, weight_hook
 #: per parameter and dimension, the new positions of old entries (None: unchanged)
 Index = dict[str, tuple[Tensor | None, ...]]
 #: the names of what a hook makes of a weight, by those of its parametrization
-HOOKED = dict(
-    zip(
-        "original0 original1 original _u _v mask".split(),
-        "weight_g weight_v weight_orig weight_u weight_v weight_mask".split(),
-        strict=True,
-    )
-)
+HOOKED = {
+    "original0": "weight_g", "original1": "weight_v", "original": "weight_orig",
+    "_u": "weight_u", "_v": "weight_v", "mask": "weight_mask",
+}  # fmt: skip
 
 
 def remove_parametrizations(gm: fx.GraphModule) -> fx.GraphModule:
@@ -119,8 +116,7 @@ def _restore_weight_norm(parts: dict[str, Tensor], norm: Any, moved: tuple[Tenso
     length, direction = parts["original0"].data, parts["original1"].data
     where = moved or (None,) * direction.dim()
     rows = tuple(at if d == norm.dim else None for d, at in enumerate(where))
-    scale = norm_except_dim(norm.direction, 2, norm.dim) / norm.length
-    scale = _padded(scale, rows[: length.dim()], length.shape)
+    scale = _padded(norm_except_dim(norm.direction, 2, norm.dim) / norm.length, rows[: length.dim()], length.shape)
     scale.masked_fill_((scale == 0) | ~scale.isfinite(), 1.0)
     old = _padded(norm.direction, where, direction.shape)
     old += norm_except_dim(old, 2, norm.dim) == 0  # zero rows need a direction

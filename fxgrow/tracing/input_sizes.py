@@ -32,9 +32,7 @@ LARGEST_POWER = 128
 #: a function and its arguments after the first
 Function = tuple[Callable[..., Any], tuple[float, ...]]
 #: of a size, besides itself, in formulas of floats
-FUNCTIONS: tuple[Function, ...] = (
-    (operator.pow, (-1,)), (operator.pow, (0.5,)), (operator.pow, (-0.5,)), (operator.pow, (2,)), (math.log, ()),
-)  # fmt: skip
+FUNCTIONS: tuple[Function, ...] = (*((operator.pow, (p,)) for p in (-1, 0.5, -0.5, 2)), (math.log, ()))
 #: traces the model on other inputs; with the error if the trace was not completed
 Retrace = Callable[[dict[str, Any]], tuple[ValueTracer, CaptureError | None]]
 #: from the nodes of one trace to those of another

@@ -48,7 +48,6 @@ _OPERATORS = (
 _CHECKPOINT_OPTIONS = {*inspect.signature(checkpoint).parameters, "preserve_rng_state"} - {"function", "args", "kwargs"}
 #: look at the lengths of sequences inside of torch
 PACKING = [getattr(nn.utils.rnn, name) for name in ("pack_padded_sequence", "pad_packed_sequence")]
-_CHECKS = {torch._assert}
 _STATIC_FUNCTIONS = {torch.is_floating_point, torch.is_complex, torch.is_conj, torch.is_neg, torch.is_signed}
 
 #: a class, module or dict of names, the name, and what is there for the time being
@@ -295,7 +294,7 @@ class _Recorder(TorchFunctionMode):
 
 def _record(tracer: RecordingTracer, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Returns a proxy for a call of a torch function or a tensor method; a plain value where no size can change it."""
-    if function in _CHECKS and args and isinstance(getattr(args[0], "carried", None), torch.Tensor):
+    if function is torch._assert and args and isinstance(getattr(args[0], "carried", None), torch.Tensor):
         return function(bool(args[0]), *args[1:], **kwargs)  # guarded like the `assert` of Python
     if function is F.multi_head_attention_forward and (parts := multi_head_attention_forward(*args, **kwargs)):
         return parts
