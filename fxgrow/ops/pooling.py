@@ -14,8 +14,8 @@ from fxgrow.ops.context import Context
 from fxgrow.ops.registry import op
 
 _NAMES = (
-    "MaxPool AvgPool AdaptiveMaxPool AdaptiveAvgPool LPPool max_pool avg_pool adaptive_max_pool adaptive_avg_pool "
-    "lp_pool"
+    "MaxPool AvgPool AdaptiveMaxPool AdaptiveAvgPool LPPool "
+    "max_pool avg_pool adaptive_max_pool adaptive_avg_pool lp_pool"
 ).split()
 _PADS = ("Zero", "Constant", "Reflection", "Replication", "Circular")
 #: number of spatial dimensions of modules and functions

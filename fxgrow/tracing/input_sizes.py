@@ -13,7 +13,7 @@ import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -33,6 +33,8 @@ LARGEST_POWER = 128
 Function = tuple[Callable[..., Any], tuple[float, ...]]
 #: of a size, besides itself, in formulas of floats
 FUNCTIONS: tuple[Function, ...] = (*((operator.pow, (p,)) for p in (-1, 0.5, -0.5, 2)), (math.log, ()))
+#: `factor * f(convert(node)) + offset`: node, conversion, functions, factor and offset
+Formula = tuple[fx.Node, Callable[[Any], Any], tuple[Function, ...], float, float]
 #: traces the model on other inputs; with the error if the trace was not completed
 Retrace = Callable[[dict[str, Any]], tuple[ValueTracer, CaptureError | None]]
 #: from the nodes of one trace to those of another
@@ -66,16 +68,6 @@ class SizeGroup:
             return x
         shape = [n + next(steps) if d in dims else n for d, n in enumerate(x.shape)]
         return torch.zeros((), dtype=x.dtype, device=x.device).expand(shape)
-
-
-class Formula(NamedTuple):
-    """`factor * f(convert(source)) + offset`, of a node that the code turned into a number."""
-
-    source: fx.Node
-    convert: Callable[[Any], Any]
-    functions: tuple[Function, ...]
-    factor: float
-    offset: float
 
 
 def keep_input_sizes(tracer: ValueTracer, retrace: Retrace) -> None:
@@ -232,7 +224,7 @@ def _replacements(
             continue
         for path, literals in _literals(node, traces):
             earlier = [(values, s) for values, s in sources.items() if literals and order[s[0]] < order[node]]
-            fits = (Formula(s[0], s[1], *line) for values, s in earlier if (line := _fit(values, literals)))
+            fits = ((s[0], s[1], *line) for values, s in earlier if (line := _fit(values, literals)))
             if (number := next(fits, None)) is None:
                 return None
             replacements[node, path] = number
@@ -297,10 +289,10 @@ def _as_nodes(graph: fx.Graph, number: Formula) -> fx.Node:
         set_value(new, function(node.meta["val"], *args))
         return new
 
-    out = number.source
-    to_int = not isinstance(out.meta["val"], int) and number.convert is int
-    scaled = (operator.mul, (number.factor,)), (operator.add, (number.offset,))
-    for function, rest in (*(((int, ()),) if to_int else ()), *number.functions, *scaled):
+    out, convert, functions, factor, offset = number
+    to_int = not isinstance(out.meta["val"], int) and convert is int
+    scaled = (operator.mul, (factor,)), (operator.add, (offset,))
+    for function, rest in (*(((int, ()),) if to_int else ()), *functions, *scaled):
         if (function, *rest) not in ((operator.mul, 1), (operator.add, 0)):
             out = apply(function, out, *rest)
     return out

@@ -48,6 +48,7 @@ _OPERATORS = (
 _CHECKPOINT_OPTIONS = {*inspect.signature(checkpoint).parameters, "preserve_rng_state"} - {"function", "args", "kwargs"}
 #: look at the lengths of sequences inside of torch
 PACKING = [getattr(nn.utils.rnn, name) for name in ("pack_padded_sequence", "pad_packed_sequence")]
+_ASSERT: Any = torch._assert
 _STATIC_FUNCTIONS = {torch.is_floating_point, torch.is_complex, torch.is_conj, torch.is_neg, torch.is_signed}
 
 #: a class, module or dict of names, the name, and what is there for the time being
@@ -143,8 +144,7 @@ def _functions() -> Iterator[Patch]:
         yield nn.utils.rnn, function.__name__, recorded(function)
     for name in _SIZE_METHODS:
         yield torch.Tensor, name, recorded(getattr(torch.Tensor, name))
-    check: Any = torch._check
-    yield torch, "_check", lambda holds, message=None: check(bool(holds) if has_proxy(holds) else holds, message)
+    yield torch, "_check", lambda ok, text=None, run=torch._check: run(bool(ok) if has_proxy(ok) else ok, text)
     apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
 
     def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:
@@ -294,8 +294,8 @@ class _Recorder(TorchFunctionMode):
 
 def _record(tracer: RecordingTracer, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     """Returns a proxy for a call of a torch function or a tensor method; a plain value where no size can change it."""
-    if function is torch._assert and args and isinstance(getattr(args[0], "carried", None), torch.Tensor):
-        return function(bool(args[0]), *args[1:], **kwargs)  # guarded like the `assert` of Python
+    if function is _ASSERT and args and isinstance(getattr(args[0], "carried", None), torch.Tensor):
+        return _ASSERT(bool(args[0]), *args[1:], **kwargs)  # guarded like the `assert` of Python
     if function is F.multi_head_attention_forward and (parts := multi_head_attention_forward(*args, **kwargs)):
         return parts
     name = getattr(function, "__name__", "")
