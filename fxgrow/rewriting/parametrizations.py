@@ -129,8 +129,7 @@ def _restore_weight_norm(parts: dict[str, Tensor], norm: Any, moved: tuple[Tenso
 
 def _restore_pruning(parts: dict[str, Tensor], norm: Any, moved: tuple[Tensor | None, ...] | None) -> Index:
     """Pruned entries stay pruned, with the values behind the mask; new ones are not."""
-    weight, mask = parts["original"].data, parts["mask"]
-    where = moved or (None,) * weight.dim()
+    weight, mask, where = parts["original"].data, parts["mask"], moved or (None,) * parts["mask"].dim()
     mask -= _padded(1 - norm.mask, where, weight.shape)
     weight += _padded(norm.original * (1 - norm.mask), where, weight.shape) * (1 - mask)
     return {} if moved is None else {"original": moved, "mask": moved}

@@ -144,7 +144,8 @@ def _functions() -> Iterator[Patch]:
         yield nn.utils.rnn, function.__name__, recorded(function)
     for name in _SIZE_METHODS:
         yield torch.Tensor, name, recorded(getattr(torch.Tensor, name))
-    yield torch, "_check", lambda ok, text=None, run=torch._check: run(bool(ok) if has_proxy(ok) else ok, text)
+    check: Any = torch._check
+    yield torch, "_check", lambda cond, message=None: check(bool(cond) if has_proxy(cond) else cond, message)
     apply = torch.autograd.Function.apply.__func__  # type: ignore[attr-defined]
 
     def apply_function(cls: Any, *args: Any, **kwargs: Any) -> Any:

@@ -34,7 +34,7 @@ def of_a_layer(m: nn.Module, h: Tensor) -> Tensor:
 
 def by_function(m: nn.Module, h: Tensor) -> Tensor:
     torch._assert(h.size(2) == h.size(3) and h.size(1) == m.channels, "sizes")
-    torch._check(h.shape[1] == m.channels)
+    torch._check(h.shape[1] == m.channels, message=lambda: "channels")
     return h
 
 
