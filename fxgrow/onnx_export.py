@@ -139,12 +139,11 @@ class _Inputs:
 
     def at(self, size: int) -> _Inputs:
         """Returns the inputs with samples repeated to another batch size."""
-        leaves = [
-            leaf.index_select(self.dim, torch.arange(size, device=leaf.device) % leaf.shape[self.dim])
-            if self.holds_batch(leaf)
-            else leaf
-            for leaf in self.leaves
-        ]
+
+        def repeated(x: Tensor) -> Tensor:
+            return x.index_select(self.dim, torch.arange(size, device=x.device) % x.shape[self.dim])
+
+        leaves = [repeated(leaf) if self.holds_batch(leaf) else leaf for leaf in self.leaves]
         return replace(self, leaves=leaves, batch=size, is_example=False)
 
     def sequence_first(self) -> _Inputs | None:

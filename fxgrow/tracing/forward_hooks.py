@@ -19,6 +19,7 @@ from fxgrow.errors import CaptureError
 from fxgrow.graph.node_meta import FOLLOWED_HOOKS
 from fxgrow.graph.parametrizations import weight_hook
 from fxgrow.graph.purity import is_in_place
+from fxgrow.tracing.intercept import MISSING, patched
 
 _KINDS = {"_forward_pre_hooks": "forward pre-hook", "_forward_hooks": "forward hook"}
 _BACKWARD = "_backward_pre_hooks", "_backward_hooks"
@@ -42,12 +43,10 @@ class ForwardHooks:
         self.left: dict[Place, Left] = {}
         #: hooks that change a value
         self.followed: set[Place] = set()
-        for name, module in self.hooked:
-            for kind in _KINDS:
-                for key, hook in vars(module)[kind].items():
-                    home = type(hook).__module__
-                    if hasattr(hook, "compute_weight") or home.startswith("torch.nn.utils"):
-                        self.left[name, kind, key] = Left(hook, None)
+        every = [(n, kind, *item) for n, m in self.hooked for kind in _KINDS for item in vars(m)[kind].items()]
+        for *place, hook in every:
+            if hasattr(hook, "compute_weight") or type(hook).__module__.startswith("torch.nn.utils"):
+                self.left[tuple(place)] = Left(hook, None)
 
     @contextlib.contextmanager
     def traced(self, tracer: fx.Tracer) -> Iterator[None]:
@@ -68,7 +67,7 @@ class ForwardHooks:
 
     def _traced(self, place: Place, hook: Any, tracer: fx.Tracer, attributes: Mapping[str, Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            last, before = next(reversed(tracer.graph.nodes), None), dict(attributes)
+            count, before = len(tracer.graph.nodes), dict(attributes)
             try:
                 result = hook(*args, **kwargs)
             except Exception as error:
@@ -79,8 +78,7 @@ class ForwardHooks:
                 raise CaptureError("A hook sets the weight of its layer.")
             found = [id(leaf) for leaf in pytree.tree_leaves(result)]
             given = [[id(leaf) for leaf in pytree.tree_leaves(value)] for value in args[1:]]
-            new = [] if last is None else _after(last)
-            if (result is not None and found not in given) or any(map(is_in_place, new)):
+            if (result is not None and found not in given) or any(map(is_in_place, [*tracer.graph.nodes][count:])):
                 self.followed.add(place)
             return result
 
@@ -108,10 +106,9 @@ class ForwardHooks:
                 places = [(names[id(module)], kind, key) for key in vars(module)[kind]]
                 kept = [place[2] for place in places if place in self.left and self.left[place].error is None]
                 setattr(parent, kind, OrderedDict((key, vars(module)[kind][key]) for key in kept))
-        followed: dict[str, list[int]] = {}
-        for name, _, key in self.followed:
-            followed.setdefault(name, []).append(key)
-        gm.meta[FOLLOWED_HOOKS] = followed
+        gm.meta[FOLLOWED_HOOKS] = {
+            name: [key for n, _, key in self.followed if n == name] for name, *_ in self.followed
+        }
 
     @contextlib.contextmanager
     def named_in_errors(self) -> Iterator[None]:
@@ -138,24 +135,11 @@ def call_with_hooks(
     module: nn.Module, call: Callable[[], Any], record: Callable[[tuple[Any, ...], dict[str, Any]], Any]
 ) -> Any:
     """Calls a module with its hooks, where `record` takes the place of its `forward`."""
-    attributes = vars(module)
-    own = {name: attributes[name] for name in ("forward",) if name in attributes}
-
-    def restore() -> None:
-        attributes.pop("forward", None)
-        attributes.update(own)
+    own = vars(module).get("forward", MISSING)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        restore()
-        return record(args, kwargs)
+        with patched([(vars(module), "forward", own)]):
+            return record(args, kwargs)
 
-    attributes["forward"] = forward
-    try:
+    with patched([(vars(module), "forward", forward)]):
         return call()
-    finally:
-        restore()
-
-
-def _after(node: fx.Node) -> Iterator[fx.Node]:
-    while (node := node.next).op != "root":
-        yield node
