@@ -146,12 +146,6 @@ class _Inputs:
         leaves = [repeated(leaf) if self.holds_batch(leaf) else leaf for leaf in self.leaves]
         return replace(self, leaves=leaves, batch=size, is_example=False)
 
-    def sequence_first(self) -> _Inputs | None:
-        """Returns the inputs with the batch in dimension 1, if the first one has samples there."""
-        first = next(leaf for leaf in self.leaves if isinstance(leaf, Tensor))
-        sequences = self.batch is not None and first.dim() > 1 and first.shape[1] > 0
-        return replace(self, batch=first.shape[1], dim=1) if sequences else None
-
     def call(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Returns the inputs as positional and keyword arguments."""
         args, kwargs = pytree.tree_unflatten(self.leaves, self.spec)
@@ -215,11 +209,11 @@ def _with_free_batch(module: nn.Module, inputs: _Inputs, opset: int | None) -> t
         return _to_onnx(bare, inputs, opset), inputs
     except ExportError as error:
         steps_first = any(isinstance(m, nn.RNNBase) and not m.batch_first for m in module.modules())
-        other = inputs.sequence_first() if steps_first and str(error).startswith(_NOT_FREE) else None
-        if other is not None:
-            with contextlib.suppress(ExportError):
-                return _to_onnx(bare, other, opset), other
-        raise
+        first = next(leaf for leaf in inputs.leaves if isinstance(leaf, Tensor))
+        if not steps_first or not str(error).startswith(_NOT_FREE) or first.dim() < 2:
+            raise
+    inputs = replace(inputs, batch=first.shape[1], dim=1)
+    return _to_onnx(bare, inputs, opset), inputs
 
 
 def _to_onnx(module: nn.Module, inputs: _Inputs, opset: int | None) -> torch.onnx.ONNXProgram:

@@ -40,10 +40,7 @@ part_numbers = count(1)
 
 
 class ConditionalCodeGen(CodeGen):
-    """Generates `if condition:` in front of conditional nodes, and a function for each checkpointed part.
-
-    Names of attributes may be keywords, and have quotes in them.
-    """
+    """Generates `if condition:` in front of conditional nodes, functions for checkpointed parts, and names like `in`."""
 
     def _gen_python_code(self, nodes: Any, root_module: str, namespace: Any, **kwargs: Any) -> Any:
         caller = namespace.create_name(run_checkpointed.__name__, run_checkpointed)

@@ -88,9 +88,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
 
 def equal_constants(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors are one, or have the same dtype, device, shape and entries."""
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return a is b  # generators
-    return a is b or ((a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape) and torch.equal(a, b))
+    known = isinstance(a, Tensor) and isinstance(b, Tensor)  # and no generators
+    return a is b or (known and (a.dtype, a.device, a.shape) == (b.dtype, b.device, b.shape) and torch.equal(a, b))
 
 
 class Difference(NamedTuple):

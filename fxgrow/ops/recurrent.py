@@ -20,8 +20,7 @@ from fxgrow.graph.unrolled_rnn import (
 from fxgrow.ops.context import Context, Unsupported
 from fxgrow.ops.registry import op
 
-#: the axes of a packed sequence
-_Packed: Any = PackedSequence_
+_Packed: Any = PackedSequence_  # of axes
 _GATES = {nn.LSTM: 4, nn.GRU: 3, nn.RNN: 1}
 _CELLS = {nn.LSTMCell: 4, nn.GRUCell: 3, nn.RNNCell: 1}
 

@@ -10,7 +10,7 @@ import contextlib
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import fx, nn
 from torch.utils import _pytree as pytree
@@ -27,26 +27,20 @@ _BACKWARD = "_backward_pre_hooks", "_backward_hooks"
 Place = tuple[str, str, int]
 
 
-class Left(NamedTuple):
-    """A hook that a trace leaves out."""
-
-    hook: Any
-    error: Exception | None  # why it cannot be traced; None of one that sets the weight of its own layer
-
-
 class ForwardHooks:
     """The hooks of one model, and what its traces have found out about them."""
 
     def __init__(self, model: nn.Module) -> None:
         kinds = (*_KINDS, *_BACKWARD)
         self.hooked = [(n, m) for n, m in model.named_modules() if any(vars(m).get(kind) for kind in kinds)]
-        self.left: dict[Place, Left] = {}
+        #: hooks that a trace leaves out, with the error of one that cannot be traced
+        self.left: dict[Place, tuple[Any, Exception | None]] = {}
         #: hooks that change a value
         self.followed: set[Place] = set()
         every = [(n, kind, *item) for n, m in self.hooked for kind in _KINDS for item in vars(m)[kind].items()]
         for *place, hook in every:
             if hasattr(hook, "compute_weight") or type(hook).__module__.startswith("torch.nn.utils"):
-                self.left[tuple(place)] = Left(hook, None)
+                self.left[tuple(place)] = hook, None
 
     @contextlib.contextmanager
     def traced(self, tracer: fx.Tracer) -> Iterator[None]:
@@ -59,7 +53,7 @@ class ForwardHooks:
                     place, left = (name, kind, key), self.left.get((name, kind, key))
                     if left is None:
                         hooks[key] = self._traced(place, hook, tracer, vars(module) if layer else {})
-                    elif left.error is None and not layer:
+                    elif left[1] is None and not layer:
                         hooks[key] = hook
                 vars(module)[kind] = hooks
             vars(module).update({kind: OrderedDict() for kind in _BACKWARD})
@@ -71,10 +65,10 @@ class ForwardHooks:
             try:
                 result = hook(*args, **kwargs)
             except Exception as error:
-                self.left[place] = Left(hook, error)
+                self.left[place] = hook, error
                 raise
             if any(value is not before.get(name) for name, value in attributes.items()):
-                self.left[place] = Left(hook, None)
+                self.left[place] = hook, None
                 raise CaptureError("A hook sets the weight of its layer.")
             found = [id(leaf) for leaf in pytree.tree_leaves(result)]
             given = [[id(leaf) for leaf in pytree.tree_leaves(value)] for value in args[1:]]
@@ -104,11 +98,9 @@ class ForwardHooks:
                 parent._modules[part] = parent = own[id(theirs)]
             for kind in _KINDS:
                 places = [(names[id(module)], kind, key) for key in vars(module)[kind]]
-                kept = [place[2] for place in places if place in self.left and self.left[place].error is None]
+                kept = [place[2] for place in places if place in self.left and self.left[place][1] is None]
                 setattr(parent, kind, OrderedDict((key, vars(module)[kind][key]) for key in kept))
-        gm.meta[FOLLOWED_HOOKS] = {
-            name: [key for n, _, key in self.followed if n == name] for name, *_ in self.followed
-        }
+        gm.meta[FOLLOWED_HOOKS] = {n: [k for other, _, k in self.followed if other == n] for n, *_ in self.followed}
 
     @contextlib.contextmanager
     def named_in_errors(self) -> Iterator[None]:
@@ -117,23 +109,16 @@ class ForwardHooks:
             yield
         except CaptureError as error:
             for (name, kind, _), left in self.left.items():
-                if left.error is not None:
-                    hook = getattr(left.hook, "__qualname__", type(left.hook).__name__)
+                if left[1] is not None:
+                    what = f"{_KINDS[kind]} {getattr(left[0], '__qualname__', type(left[0]).__name__)}"
                     raise CaptureError(
-                        f"The {_KINDS[kind]} {hook} on {name or 'the model'!r} changes what the model computes, and "
-                        f"its code cannot be traced: {left.error}"
+                        f"The {what} on {name or 'the model'!r} changes what the model computes, and "
+                        f"its code cannot be traced: {left[1]}"
                     ) from error
             raise
 
 
-def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether a module has any; a scripted one keeps its own."""
-    return any(vars(module).get(kind) for kind in _KINDS)
-
-
-def call_with_hooks(
-    module: nn.Module, call: Callable[[], Any], record: Callable[[tuple[Any, ...], dict[str, Any]], Any]
-) -> Any:
+def call_with_hooks(module: nn.Module, call: Callable[[], Any], record: Callable[..., Any]) -> Any:
     """Calls a module with its hooks, where `record` takes the place of its `forward`."""
     own = vars(module).get("forward", MISSING)
 

@@ -161,8 +161,7 @@ class ValueProxy(fx.Proxy):
 
     @data.setter
     def data(self, value: Any) -> None:
-        # of a parameter or buffer too, which the graph must write as the model does
-        self.data.copy_(value)
+        self.data.copy_(value)  # of a parameter or buffer too
 
     def __getattr__(self, name: str) -> Any:
         if name in ASKED_BY:

@@ -23,7 +23,7 @@ from fxgrow.graph.node_meta import CHECK, CHECKPOINT, OPAQUE, set_value
 from fxgrow.tracing.checks import raises_otherwise, unused_answer
 from fxgrow.tracing.dependence import Dependence
 from fxgrow.tracing.fake_values import FakeRunner, arithmetic_key
-from fxgrow.tracing.forward_hooks import call_with_hooks, has_forward_hooks
+from fxgrow.tracing.forward_hooks import call_with_hooks
 from fxgrow.tracing.intercept import intercept
 from fxgrow.tracing.leaf_modules import is_layer
 from fxgrow.tracing.multihead_attention import multihead_attention
@@ -264,7 +264,8 @@ class ValueTracer(fx.Tracer):
             self._traced_attention.add(m)
             forward = functools.partial(multihead_attention, m)
         record = functools.partial(super().call_module, m, forward)
-        if (m in self._traced_attention or self.is_leaf_module(m, path)) and has_forward_hooks(m):
+        hooked = vars(m).get("_forward_hooks") or vars(m).get("_forward_pre_hooks")
+        if hooked and (m in self._traced_attention or self.is_leaf_module(m, path)):
             return call_with_hooks(m, call, record)
         return record(args, kwargs)
 
