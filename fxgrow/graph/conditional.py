@@ -40,7 +40,7 @@ part_numbers = count(1)
 
 
 class ConditionalCodeGen(CodeGen):
-    """Generates `if condition:` in front of conditional nodes, functions for checkpointed parts, and names like `in`."""
+    """Generates `if condition:` before conditional nodes, functions for checkpointed parts, and names like `in`."""
 
     def _gen_python_code(self, nodes: Any, root_module: str, namespace: Any, **kwargs: Any) -> Any:
         caller = namespace.create_name(run_checkpointed.__name__, run_checkpointed)
