@@ -55,8 +55,22 @@ def guard_mode(training: bool, expected: bool, message: str) -> None:
 
 @_traceable
 def in_mode(training: bool, if_training: Any, if_eval: Any) -> Any:
-    """Returns the value that belongs to the mode of the module."""
+    """Returns the value that belongs to the mode of the module, or to the outcome of a draw."""
     return if_training if training else if_eval
+
+
+@has_side_effect
+def draw(module: str, name: str, *args: Any, **kwargs: Any) -> Any:
+    """Returns a number of a generator of the process, such as `random.random()`."""
+    function: Any = functools.reduce(getattr, name.split("."), sys.modules[module])
+    return function(*args, **kwargs)
+
+
+@has_side_effect
+@_traceable
+def holds(value: Any) -> bool:
+    """Returns the truth value of something random, on which the model's code branches."""
+    return bool(value)
 
 
 @has_side_effect

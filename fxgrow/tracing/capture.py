@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,6 +19,7 @@ from fxgrow.graph.captured_graph import CapturedGraph
 from fxgrow.graph.conditional import ConditionalCodeGen, is_code
 from fxgrow.graph.graph import lint, release_generated_source
 from fxgrow.graph.kept_values import collections_kept
+from fxgrow.graph.node_functions import holds
 from fxgrow.graph.node_meta import EXAMPLE_INPUTS, KEYWORDS, NON_PERSISTENT, OTHER_MODE, is_captured
 from fxgrow.graph.purity import is_pure
 from fxgrow.storage.recipe import Recipe, keep_recipe
@@ -35,9 +37,11 @@ from fxgrow.tracing.model_state import (
 )
 from fxgrow.tracing.namespaces import Namespaces
 from fxgrow.tracing.opaque import OpaqueFallback
+from fxgrow.tracing.outcomes import Outcomes
 from fxgrow.tracing.size_decisions import Decision, Otherwise
+from fxgrow.tracing.surroundings import OUTCOMES
 from fxgrow.tracing.tracer import ValueTracer
-from fxgrow.tracing.train_eval import guard_modes, merge_modes
+from fxgrow.tracing.train_eval import alternatives_of, guard_modes, merge_modes, nearest_outcomes, share_constants
 
 
 def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] | torch.Tensor) -> fx.GraphModule:
@@ -130,13 +134,20 @@ def _trace(
     otherwise: Mapping[Decision, Otherwise],
     namespaces: Namespaces,
     hooks: ForwardHooks,
+    followed: bool = True,
 ) -> ValueTracer:
-    """Traces until both train and eval mode are described, or the other one is refused."""
+    """Traces until both train and eval mode are described, or the other one is refused.
+
+    Branches on random numbers are `followed` if eval mode has none.
+    """
     leaves = frozenset(module for module in model.modules() if _is_drop_path(module))
     fallback = OpaqueFallback(model, namespaces)
 
-    def attempt(values: dict[str, Any], flipped: frozenset[str]) -> tuple[ValueTracer, CaptureError | None]:
+    def attempt(
+        values: dict[str, Any], flipped: frozenset[str], outcomes: Outcomes
+    ) -> tuple[ValueTracer, CaptureError | None]:
         tracer = ValueTracer(values, call, leaves, flipped, fallback.reasons, otherwise)
+        tracer.outcomes = outcomes.again()
         tracer.runner.asked = namespaces.asked
         try:
             with unchanged(model, namespaces.asked), fallback.applied(), hooks.traced(tracer):
@@ -145,33 +156,64 @@ def _trace(
             return tracer, error
         return tracer, None
 
-    def trace_around_obstacles(flipped: frozenset[str] = frozenset()) -> ValueTracer:
+    def trace_around_obstacles(flipped: frozenset[str] = frozenset(), outcomes: Outcomes | None = None) -> ValueTracer:
         while True:
             left = len(hooks.left)
-            tracer, error = attempt(inputs, flipped)
+            tracer, error = attempt(inputs, flipped, outcomes or Outcomes(followed))
             if error is None:
                 return tracer
             if len(hooks.left) == left:
                 fallback.add(tracer.failed_in, error, tracer.failed_calls)
 
-    def finish(tracer: ValueTracer) -> None:
+    def finish(tracer: ValueTracer) -> ValueTracer:
         with without_failure_log():
-            keep_input_sizes(tracer, lambda values: attempt(values, tracer.flipped))
+            keep_input_sizes(tracer, lambda values: attempt(values, tracer.flipped, tracer.outcomes))
         _prune(tracer.graph)
+        return tracer
 
     tracer = trace_around_obstacles()
     while small := _small_modules(model, tracer.branches) - leaves:
         leaves |= small
         tracer = trace_around_obstacles()
     finish(tracer)
-    if tracer.branches:
-        try:
-            finish(other := trace_around_obstacles(frozenset(tracer.branches)))
-            merge_modes(tracer, other)
-        except CaptureError:
-            guard_modes(tracer)
+    other = tracer
+    try:
+        for place in dict.fromkeys(tracer.outcomes.places):
+            other = trace_around_obstacles(outcomes=Outcomes(true_at=frozenset((place,))))
+            tracer.branches = {**other.branches, **tracer.branches}
+        other = tracer
+        if tracer.branches:
+            other = finish(trace_around_obstacles(frozenset(tracer.branches)))
+        tracer = _merge(tracer, other, lambda flipped, outcomes: finish(trace_around_obstacles(flipped, outcomes)))
+    except CaptureError:
+        if tracer.outcomes.asked or other.outcomes.asked:
+            return _trace(model, inputs, call, otherwise, namespaces, hooks, followed=False)
+        guard_modes(tracer)
+    namespaces.asked |= {OUTCOMES} if tracer.graph.find_nodes(op="call_function", target=holds) else set()
     tracer.opaque_functions.update({name: function for name, (_, function) in fallback.functions.items()})
     return tracer
+
+
+def _merge(
+    tracer: ValueTracer, other: ValueTracer, retrace: Callable[[frozenset[str], Outcomes], ValueTracer]
+) -> ValueTracer:
+    """Returns one trace for both modes and all outcomes of random decisions; eval mode may not depend on these."""
+    both = [tracer] if tracer is other else [tracer, other]
+    trained = 0 if any(now for _, now, _ in tracer.branches.values()) else -1
+    if len(both) == 2:
+        trace, like = both[trained], both[-1 - trained]
+        both[trained] = nearest_outcomes(trace, like, functools.partial(retrace, trace.flipped))
+        both[0].branches = {**both[0].branches, **tracer.branches}
+        share_constants(both[0], both[1])
+    found = [alternatives_of(t, both[0], functools.partial(retrace, t.flipped)) for t in both]
+    if found[-1 - trained if len(both) == 2 else 0]:
+        raise CaptureError("A random number decides what the model computes in eval mode.")
+    if len(both) == 2:
+        merge_modes(both[0], both[1], found[trained])
+    for node in both[0].graph.find_nodes(op="call_function", target=holds):
+        if not node.users:
+            both[0].graph.erase_node(node)
+    return both[0]
 
 
 def _small_modules(model: nn.Module, branches: Mapping[str, tuple[str, bool, str]]) -> frozenset[nn.Module]:

@@ -6,6 +6,10 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from fxgrow.graph.node_functions import draw
+
+_RANDOM = ("rand", "normal", "uniform", "bernoulli", "multinomial", "exponential")
+
 
 class Dependence:
     """Facts about the nodes of a trace, found while they are recorded."""
@@ -17,6 +21,8 @@ class Dependence:
         self.hidden: set[fx.Node] = set()
         #: nodes that depend on the values of tensors: empty tensors, and all that is not a tensor
         self.data: set[fx.Node] = set()
+        #: nodes that depend on random numbers, and on no values of inputs, parameters or buffers
+        self.drawn: set[fx.Node] = set()
         #: per number that depends on them, the paths of `training` flags
         self.flags: dict[fx.Node, frozenset[str]] = {}
 
@@ -32,6 +38,11 @@ class Dependence:
             guessed = False  # the items of a list may depend on data, their number rarely does
         if guessed and (not isinstance(value, Tensor) or value.numel() == 0):
             self.data.add(node)
+        values = [s for s in sources if isinstance(s.meta["val"], Tensor) or s in self.data]
+        if node.op in ("call_function", "call_method") and all(s in self.drawn or s in self.constant for s in values):
+            name = str(getattr(node.target, "__name__", node.target))
+            if node.target is draw or any(word in name for word in _RANDOM) or not self.drawn.isdisjoint(sources):
+                self.drawn.add(node)
         flags = frozenset().union(*(self.flags.get(source, frozenset()) for source in sources))
         if flags and not isinstance(value, Tensor):
             self.flags[node] = flags

@@ -17,8 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.utils.rnn import PackedSequence, PackedSequence_, pack_padded_sequence, pad_packed_sequence
 from torch.utils import _pytree as pytree
 
+from fxgrow.data.random_state import random_state_kept
 from fxgrow.graph.graph import submodule
-from fxgrow.graph.node_functions import guard
+from fxgrow.graph.node_functions import draw, guard
 from fxgrow.tracing.result_cache import cached_result, is_ordinary, keep_result, result_key
 from fxgrow.tracing.source_location import looks_at_data
 from fxgrow.tracing.surroundings import Question
@@ -71,6 +72,9 @@ class FakeRunner:
 
     def _evaluate(self, node: fx.Node, module: nn.Module | None, args: Any, kwargs: Any) -> Any:
         target: Any = node.target
+        if target is draw:
+            with random_state_kept():
+                return self.guess(draw, args, kwargs)
         try:
             with self.quiet(module):
                 if isinstance(module, nn.RNNBase) and isinstance(args[0], PackedSequence_):

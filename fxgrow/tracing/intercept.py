@@ -24,11 +24,12 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode, is_tensor_method_or_property
 from torch.utils.checkpoint import checkpoint
 
-from fxgrow.graph.node_functions import function_call, scripted_call
+from fxgrow.data.random_state import random_state_kept
+from fxgrow.graph.node_functions import draw, function_call, scripted_call
 from fxgrow.tracing.multihead_attention import multi_head_attention_forward
 from fxgrow.tracing.proxy import KNOWS_CALLS, STATIC_METHODS, RecordingTracer, ValueProxy, has_proxy, is_instance
 from fxgrow.tracing.source_location import is_user_code
-from fxgrow.tracing.surroundings import ASKED_BY, CLOCKS
+from fxgrow.tracing.surroundings import ASKED_BY, CLOCKS, NUMBERS
 
 _FACTORY_NAMES = (
     "zeros ones full empty rand randn randint randperm normal arange linspace logspace eye tril_indices "
@@ -122,7 +123,7 @@ def put_entry(owner: Any, name: Any, value: Any) -> None:
 
 def recorded(function: Any) -> Callable[..., Any]:
     """Returns a function that becomes a node where it is called with a proxy, and of a factory in any case."""
-    always = function in FACTORIES
+    always = function in FACTORIES or function in NUMBERS
 
     def wrapper(*args: Any, **kwargs: Any) -> Any:
         tracer = recording_tracer()
@@ -137,6 +138,8 @@ def _functions() -> Iterator[Patch]:
     """Functions and methods that would not reach a proxy by themselves."""
     for function, name in FACTORIES.items():
         yield torch, name, recorded(function)
+    for function, (home, name) in NUMBERS.items():
+        yield sys.modules[home], name, recorded(function)
     yield torch, "broadcast_shapes", recorded(torch.broadcast_shapes)
     for function in MATH:
         yield math, function.__name__, recorded(function)
@@ -299,6 +302,8 @@ def _record(tracer: RecordingTracer, function: Any, args: tuple[Any, ...], kwarg
         return _ASSERT(bool(args[0]), *args[1:], **kwargs)  # guarded like the `assert` of Python
     if function is F.multi_head_attention_forward and (parts := multi_head_attention_forward(*args, **kwargs)):
         return parts
+    if function in NUMBERS:
+        return _draw(tracer, function, args, kwargs)
     name = getattr(function, "__name__", "")
     if name == "__get__":  # an attribute of a parameter
         return getattr(tracer.read(args[0]), function.__self__.__name__)
@@ -313,3 +318,13 @@ def _record(tracer: RecordingTracer, function: Any, args: tuple[Any, ...], kwarg
         target = getattr(operator, bare, None) or getattr(operator, bare + "_")
         return tracer.create_proxy("call_function", target, args, kwargs)
     return tracer.create_proxy("call_method", name, args, kwargs)
+
+
+def _draw(tracer: RecordingTracer, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """Returns a proxy for a number that is drawn in train mode; another one is drawn once, which is noted."""
+    if tracer.outcomes.followed and any(training for _, training, _ in tracer.branches.values()):
+        with random_state_kept():
+            number = has_proxy(args) or isinstance(function(*args, **kwargs), float)
+        if number:
+            return tracer.create_proxy("call_function", draw, (*NUMBERS[function], *args), kwargs)
+    return function(*args, **kwargs)

@@ -23,7 +23,7 @@ from fxgrow.tracing.intercept import FACTORIES, MATH, PACKING, Patch, is_tracing
 from fxgrow.tracing.leaf_modules import has_rule
 from fxgrow.tracing.model_state import contents, without_leftovers
 from fxgrow.tracing.proxy import ValueProxy, is_instance, python_type
-from fxgrow.tracing.surroundings import Question
+from fxgrow.tracing.surroundings import NUMBERS, Question
 
 _LIBRARIES = {"torch", "fxgrow", "numpy", "builtins", *sys.stdlib_module_names}
 _PLAIN = {bool, int, float, str, bytes, tuple, type, type(None), ModuleType, type(len)}
@@ -79,7 +79,7 @@ class Namespaces:
             # a function with a cache as an attribute
             yield from ((vars(module), n, _uncached(v)) for n, v in vars(module).items() if type(v) is _CACHED)
             yield from ((vars(module), n, _looked_up(v)) for n, v in vars(module).items() if _is_apply(v))
-        functions = {id(function) for function in (*FACTORIES, *MATH, *PACKING, *described_functions())}
+        functions = {id(f) for f in (*FACTORIES, *MATH, *NUMBERS, *PACKING, *described_functions())}
         for scope in self._scopes:
             yield scope, "type", _Type
             yield scope, "isinstance", is_instance

@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from fxgrow.tracing.checks import catches
 from fxgrow.tracing.fake_values import FakeRunner
+from fxgrow.tracing.outcomes import Outcomes
 from fxgrow.tracing.surroundings import ASKED_BY
 
 #: methods whose results do not depend on the sizes of the tensor
@@ -42,6 +43,8 @@ class RecordingTracer(Protocol):
     """What proxies and intercepted calls need of the tracer that records them; `ValueTracer` describes it."""
 
     runner: FakeRunner
+    outcomes: Outcomes
+    branches: dict[str, tuple[str, bool, str]]
 
     def create_proxy(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
     def concrete(self, proxy: ValueProxy, convert: Callable[[Any], Any], asked_by: FrameType | None = None) -> Any: ...

@@ -6,12 +6,13 @@ other random numbers, with gradients and so on, and must agree.
 
 from __future__ import annotations
 
+import importlib
 import random
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ RANDOM = Question(
 )
 GRADIENTS = Question("whether gradients are recorded (requires_grad, grad_fn)", "Compute the same in both cases")
 INFERENCE = Question("whether inference mode is on", "Compute the same in both cases")
+OUTCOMES = Question("random decisions that come together", "Choose with torch.where")
 STRIDES = Question("whether its inputs are contiguous", "Compute the same in both cases")
 KEPT = Question("what it keeps from one call to the next", "Make that a buffer, or an input")
 CLOCK = Question("the time", "Make that an input")
@@ -48,6 +50,18 @@ ASKED_BY |= dict.fromkeys(CLOCKS, CLOCK)
 _GENERATORS = {"Random", "Generator", "RandomState"}  # of Python, PyTorch and NumPy
 # the first numbers of these seeds lie at the ends of (0, 1), of both generators; then any
 _SEEDS = (3719, 5473, 1751, 1470, 1, 2, 3, 4)
+
+
+def _numbers() -> dict[Any, tuple[str, str]]:
+    names = {"random": "random uniform gauss normalvariate betavariate"}
+    with suppress(ImportError):
+        names[importlib.import_module("numpy.random").__name__] = "rand random random_sample uniform randn normal beta"
+    found = ((home, name) for home in names for name in names[home].split())
+    return {getattr(sys.modules[home], name): (home, name) for home, name in found}
+
+
+#: functions of a number from the generators of Python and NumPy: their modules and names
+NUMBERS = _numbers()
 
 
 def counter(module: nn.Module, name: str) -> Question:
@@ -80,6 +94,9 @@ def changes(model: nn.Module, question: Question) -> Iterator[Change]:
     """Runs of the model in which it would get other answers."""
     if question is RANDOM:
         yield from (_during(partial(seed_all, generators_of(model), seed)) for seed in _SEEDS)
+    elif question is OUTCOMES:
+        generators = [*generators_of(model), torch.default_generator]
+        yield from (_during(partial(seed_all, generators, seed)) for seed in _SEEDS)
     elif question is GRADIENTS:
         yield _inside(torch.enable_grad)
     elif question is INFERENCE:

@@ -30,6 +30,7 @@ from fxgrow.tracing.multihead_attention import multihead_attention
 from fxgrow.tracing.objects import made_object
 from fxgrow.tracing.opaque import opaque_value
 from fxgrow.tracing.opaque_functions import Call, OpaqueFunction, calls_in
+from fxgrow.tracing.outcomes import Outcomes
 from fxgrow.tracing.proxy import INPLACE, ValueProxy
 from fxgrow.tracing.scopes import Scopes
 from fxgrow.tracing.size_decisions import Decision, Otherwise, SizeDecisions
@@ -72,7 +73,7 @@ class ValueTracer(fx.Tracer):
         self.constants: dict[str, torch.Tensor] = {}
         #: per `training` flag that the code branched on: path of the innermost module, the flag, module and line
         self.branches: dict[str, tuple[str, bool, str]] = {}
-        self.decisions = SizeDecisions(otherwise)
+        self.decisions, self.outcomes = SizeDecisions(otherwise), Outcomes()
         #: attributes that the code set, and the modules
         self.written: set[tuple[str | None, str]] = set()
         #: guards on numbers that the code asked for, and the conversion of each
@@ -87,8 +88,7 @@ class ValueTracer(fx.Tracer):
 
     def record(self, model: nn.Module) -> fx.Graph:
         """Traces the model; a CaptureError says that its code failed, or looked at data."""
-        for name, tensor in (*model.named_buffers(), *model.named_parameters()):
-            self._names[id(tensor)] = name
+        self._names |= {id(tensor): name for name, tensor in (*model.named_buffers(), *model.named_parameters())}
         grad = torch.is_grad_enabled()
         devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
         try:
@@ -121,8 +121,7 @@ class ValueTracer(fx.Tracer):
     def _input(self, name: str, value: Any) -> Any:
         proxy = self.create_proxy("placeholder", name, (), {})
         node = next(reversed(self.graph.find_nodes(op="placeholder")))
-        if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):
-            # the model's code gets the items one by one
+        if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):  # the code gets the items
             length = self.create_node("call_function", len, (node,), {})
             self.create_node("call_function", guard, (length, len(value), f"the length of the input {name!r}"), {})
         if isinstance(value, _PLAIN):  # strings, None, dtypes: the model's code sees them as they are
@@ -315,6 +314,9 @@ class ValueTracer(fx.Tracer):
     def concrete(self, proxy: ValueProxy, convert: Callable[[Any], Any], asked_by: FrameType | None = None) -> Any:
         """Returns the plain value that the model's code asks for, with a guard if an input can change it."""
         node = proxy.node
+        if convert is bool and self.outcomes.followed and node in self._dependence.drawn and not self.runner.silent:
+            known = self._unused_answer(node, convert)
+            return known if known is not None else self.outcomes.take(node, last_place(sys._getframe(1)))
         try:
             with self.runner.quiet():
                 value = convert(proxy.carried)
@@ -347,8 +349,8 @@ class ValueTracer(fx.Tracer):
         key = (node.name, repr(expected))
         if key not in self._guards:
             self._guards[key] = self._guard(node, expected)
-            frames = asking_frames(sys._getframe(1))
-            if any(raises_otherwise(f.f_code.co_filename, f.f_lineno, bool(expected)) for f in frames):
+            places = [(f.f_code.co_filename, f.f_lineno) for f in asking_frames(sys._getframe(1))]
+            if any(raises_otherwise(*place, bool(expected)) for place in places):
                 self._guards[key].meta[CHECK] = True
             if convert is not bool:
                 self.numbers[self._guards[key]] = convert if convert is not hash else lambda number: number
@@ -386,10 +388,9 @@ class ValueTracer(fx.Tracer):
         self._scopes.record_grad_mode(self.create_node, enabled)
 
     def _innermost(self) -> tuple[str, str]:
-        for path, kind in reversed(self.module_stack.values()):
-            if kind is not OpaqueFunction:
-                return path, getattr(kind, "__name__", str(kind))
-        return "", type(self.root).__name__
+        stack = [(path, kind) for path, kind in self.module_stack.values() if kind is not OpaqueFunction]
+        path, kind = stack[-1] if stack else ("", type(self.root))
+        return path, getattr(kind, "__name__", str(kind))
 
     def _module(self) -> str:
         path, kind = self._innermost()
