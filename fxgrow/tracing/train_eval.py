@@ -122,7 +122,7 @@ class _RandomBranches:
     def __init__(self, tracer: ValueTracer, merged: Mapping[fx.Node, fx.Node]) -> None:
         self._tracer, self._merged = tracer, merged
         self._conditions: dict[str, fx.Node] = {}
-        self._chosen: dict[tuple[str, fx.Node], fx.Node] = {}
+        self._chosen: dict[tuple[str, Any], fx.Node] = {}
         self._read: list[tuple[fx.Node, fx.Node]] = []  # by what is of one outcome alone, with the condition
 
     def merge(self, alternatives: Sequence[Alternative]) -> None:
@@ -149,10 +149,8 @@ class _RandomBranches:
         """Makes the outcome of a decision: a random one in train mode, the traced one in eval mode."""
         tracer, asked = self._tracer, self._merged[a.asked]
         flags = {_flag_node(tracer, flag).name: flag for flag in tracer.branches}
-        modes = [(name, runs) for name, runs in asked.meta.get(CONDITIONS, ()) if name in flags]
-        if not all(runs for _, runs in modes):
-            raise CaptureError("A random decision is taken in eval mode alone.")
-        flag = _flag_node(tracer, flags[modes[0][0]] if modes else _flag_of(tracer, asked))
+        modes = [name for name, runs in asked.meta.get(CONDITIONS, ()) if name in flags and runs]
+        flag = _flag_node(tracer, flags[modes[0]] if modes else _flag_of(tracer, asked))
         if not modes:
             run_only_if(asked, flag, True)
         with tracer.graph.inserting_after(asked):
@@ -189,9 +187,6 @@ class _RandomBranches:
         """Returns what has the value of the outcome: an argument of a node as it is, or another one."""
         graph, (node, path, value) = self._tracer.graph, change
         mine = get_argument(node, path)
-        known = self._chosen.get((condition.name, mine))
-        if known is not None and value in known.args:
-            return known
         order = {n: i for i, n in enumerate(graph.nodes)}
         last = max((n for n in (condition, mine, value) if isinstance(n, fx.Node)), key=order.__getitem__)
         with graph.inserting_after(last):
@@ -199,18 +194,15 @@ class _RandomBranches:
             chosen = graph.call_function(in_mode, (condition, *values))
         set_value(chosen, fx.node.map_arg(mine, lambda n: n.meta["val"]))
         chosen.meta |= {key: node.meta[key] for key in ("nn_module_stack", "stack_trace") if key in node.meta}
-        if outer:
-            chosen.meta[CONDITIONS] = outer
-        if isinstance(mine, fx.Node):
-            self._chosen[condition.name, mine] = chosen
+        chosen.meta[CONDITIONS] = outer
+        self._chosen.setdefault((condition.name, mine), chosen)
         return chosen
 
     def _read_chosen(self, node: fx.Node) -> None:
         """Lets a node read what another decision has chosen, where it runs for both of its outcomes."""
         runs = {*node.meta.get(CONDITIONS, ())}
         for path, source in argument_leaves(node):
-            choice = node.target is in_mode and isinstance(source, fx.Node) and path[-1] != 0
-            known = runs | ({(str(node.args[0]), path[-1] == 1)} if choice else set())
+            known = runs | ({(str(node.args[0]), path[-1] == 1)} if node.target is in_mode else set())
             while isinstance(source, fx.Node):
                 of = source.meta.get(CONDITIONS, ())
                 missing = next((c for c in of if c[0] in self._conditions and c not in known), None)
