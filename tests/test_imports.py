@@ -29,8 +29,8 @@ PACKAGES = (
 LINES_OF_A_FILE = 400
 LINES_OF_A_FUNCTION = 60
 PARAMETERS = 7
-# 22,000 for what the house held when it was built, and 3,000 for the idioms that capture and the rules read since.
-LINES = 25_000
+# 22,000 for what the house held when it was built, and 4,000 for the idioms that capture and the rules read since.
+LINES = 26_000
 
 
 def module_name(path: Path) -> str:
