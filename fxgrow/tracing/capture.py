@@ -181,9 +181,7 @@ def _trace(
         for place in dict.fromkeys(tracer.outcomes.places):
             other = trace_around_obstacles(outcomes=Outcomes(true_at=frozenset((place,))))
             tracer.branches = {**other.branches, **tracer.branches}
-        other = tracer
-        if tracer.branches:
-            other = finish(trace_around_obstacles(frozenset(tracer.branches)))
+        other = finish(trace_around_obstacles(frozenset(tracer.branches))) if tracer.branches else tracer
         tracer = _merge(tracer, other, lambda flipped, outcomes: finish(trace_around_obstacles(flipped, outcomes)))
     except CaptureError:
         if tracer.outcomes.asked or other.outcomes.asked:

@@ -84,7 +84,10 @@ def intercept(tracer: RecordingTracer) -> Iterator[None]:
     # torch keeps its tables of overridable functions for good: made now, they hold no patches
     is_tensor_method_or_property(torch.relu)
     outer = _thread.tracer
-    with CAPTURE_LOCK, patched([*_functions(), *_module_methods(), *_distribution_checks(), *_questions()]):
+    with (
+        CAPTURE_LOCK,
+        patched([*_functions(), *_checkpointing(), *_module_methods(), *_distribution_checks(), *_questions()]),
+    ):
         _thread.tracer = tracer
         try:
             with _Recorder(tracer):
@@ -177,6 +180,16 @@ def _functions() -> Iterator[Patch]:
         return tracer.create_proxy("call_function", scripted_call(function), args, kwargs)
 
     yield torch.jit.ScriptFunction, "__call__", call_scripted
+
+    def variable(cls: Any, data: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return data.detach() if type(data) is ValueProxy else type.__call__(cls, data, *args, **kwargs)
+
+    # not the class: code asks `isinstance(x, Variable)`
+    yield type(torch.autograd.Variable), "__call__", variable
+
+
+def _checkpointing() -> Iterator[Patch]:
+    """Checkpointed functions are followed."""
     called = inspect.unwrap(checkpoint)
     run = getattr(called, "__dynamo_disable", None)
 
@@ -187,12 +200,6 @@ def _functions() -> Iterator[Patch]:
         given = {name: value for name, value in kwargs.items() if name not in _CHECKPOINT_OPTIONS}
         with contextlib.nullcontext() if tracer is None else tracer.checkpointed():
             return function(*args, **given)
-
-    def variable(cls: Any, data: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return data.detach() if type(data) is ValueProxy else type.__call__(cls, data, *args, **kwargs)
-
-    # not the class: code asks `isinstance(x, Variable)`
-    yield type(torch.autograd.Variable), "__call__", variable
 
     # what `checkpoint` calls, however the model's code has imported it
     yield called, "__dynamo_disable", follow
