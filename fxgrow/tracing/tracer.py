@@ -359,11 +359,9 @@ class ValueTracer(fx.Tracer):
         return value
 
     def _unused_answer(self, node: fx.Node, convert: Callable[[Any], Any]) -> Any:
-        """Returns an answer to a question about data on which no result depends; None where one does.
-
-        A graph checks its inputs as the model does; a check of hidden activations is left out, as it would bind widths.
-        """
+        """Returns an answer to a question about data on which no result depends; None where one does."""
         found = next(filter(None, (unused_answer(f, convert) for f in asking_frames(sys._getframe(1)))), None)
+        # a graph checks its inputs as the model does; a check of hidden activations would bind widths
         if found and found.raises and node not in self._dependence.hidden:
             self._guard(node, found.value)
         return found and found.value
