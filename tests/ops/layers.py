@@ -100,8 +100,8 @@ T.vector(
     "pruned",
     lambda: {"b": prune.random_unstructured(nn.Linear(8, 5), "weight", 0.5), "out": nn.Linear(5, 3)},
     lambda m, x: m.out(m.b(m.a(x))),
-    a="operator",
-    b="operator",
+    a=F8,
+    b=(5, 1),
 )
 T.rows.append(
     Case(

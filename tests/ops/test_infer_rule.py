@@ -182,7 +182,6 @@ REFUSED: dict[str, tuple[Use, str]] = {
     "user-maximum": (lambda m, a, b: clipped_by_the_largest(a), "mixes the units of dimension 1"),
     "user-when-wide": (lambda m, a, b: centred_when_wide(a), "mixes the units of dimension 1"),
     "user-in-place": (lambda m, a, b: in_place(a * 1), "writes into its input"),
-    "user-state": (lambda m, a, b: counting(a), "keeps a state"),
     "user-literal-size": (lambda m, a, b: of_eight(a), "does not run with another number of entries in dimension 1"),
     "user-size-of-data": (lambda m, a, b: a * nonzero_entries(a).mean(), "size"),
 }  # fmt: skip
@@ -220,6 +219,11 @@ def test_widths_pass_and_widening_is_exact(name: str) -> None:
             expected = model.train(training)(batch)
             torch.manual_seed(1)
             assert torch.allclose(wide.train(training)(batch), expected, rtol=1e-10, atol=1e-12)
+
+
+def test_a_function_that_keeps_a_state_is_refused() -> None:
+    with pytest.raises(fxgrow.CaptureError, match="another result each time"):
+        fxgrow.capture(network(lambda m, a, b: counting(a)), (torch.randn(2, 3, 6, 6, dtype=torch.float64),))
 
 
 @pytest.mark.parametrize("name", REFUSED)
