@@ -262,9 +262,9 @@ def number_filled_in(node: fx.Node, name: str, carriers: Collection[fx.Node]) ->
     return None if mask in carriers or len(values) != 1 else values[0]  # type: ignore[return-value]
 
 
-def parameter_behind(gm: fx.GraphModule, node: fx.Node) -> fx.Node:
-    """The parameter of which a node is a view."""
-    while node.op != "get_attr":
+def parameter_behind(node: fx.Node) -> fx.Node:
+    """The parameter of which a node is a view; another node without inputs where it is not one."""
+    while node.op != "get_attr" and node.all_input_nodes:
         node = node.all_input_nodes[0]
     return node
 

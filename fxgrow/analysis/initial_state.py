@@ -302,9 +302,10 @@ class _StatePropagation:
         """The state of a node; new entries of a parameter are chosen for what it is added to."""
         if self.state.get(node) != PENDING:
             return self.state.get(node, ANY)
-        parameter = parameter_behind(self.gm, node)
+        parameter = parameter_behind(node)
         dims = self.structure.outputs[parameter]
-        at = [d for d, axis in enumerate(dims) if self.var in variables(axis)]
+        known = isinstance(dims, Dims) and dims.parameter is not None
+        at = [d for d, axis in enumerate(dims) if known and self.var in variables(axis)]
         if len(at) == 1 and state == self.kind and dims.parameter not in self.result.fills:
             return self._written(parameter, [(dims.parameter, at[0])])
         if len(at) != 1 or state == self.kind or parameter in self.written:
@@ -355,7 +356,7 @@ class _StatePropagation:
         others = [n for n in inputs if n is not scale]
         if self.kind != MEAN or scale is None or len(others) != 1 or self.state[others[0]] != MEAN:
             return ANY
-        scale = parameter_behind(self.gm, scale)
+        scale = parameter_behind(scale)
         writer, dims = self._single_writer(others[0]), self.structure.outputs[scale]
         if writer is None or not isinstance(dims, Dims) or dims.parameter is None or len(scale.users) > 1:
             return ANY

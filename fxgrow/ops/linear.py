@@ -142,8 +142,16 @@ def einsum(ctx: Context, equation: str, *operands: Any) -> Dims:
     nodes: list[Any] = []
     fx.map_arg(ctx.node.args, nodes.append)
     if at is None or len(nodes) != len(terms) or not _is_linear_map(terms, at, out):
-        return einsum_of_activations(ctx, equation, tensors)
+        return einsum_of_activations(ctx, *_spelled_out(terms, out, tensors), tensors)
     return linear_map(ctx, terms, out, tensors, nodes, at)
+
+
+def _spelled_out(terms: list[str], out: str, tensors: list[Dims]) -> tuple[list[str], str]:
+    """Terms and output with one letter, from the last on, for each axis that a dot stands for."""
+    spare = [len(tensor) - len(term) + 1 if "." in term else 0 for term, tensor in zip(terms, tensors, strict=True)]
+    letters = "".join(map(chr, range(ord("α"), ord("α") + max(spare))))
+    dots = [letters[len(letters) - n :] for n in spare]
+    return [term.replace(".", dot) for term, dot in zip(terms, dots, strict=True)], out.replace(".", letters)
 
 
 def _is_linear_map(terms: list[str], at: int, out: str) -> bool:

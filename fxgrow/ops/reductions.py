@@ -115,21 +115,18 @@ def baddbmm_of_activations(ctx: Context, input: Dims, batch1: Dims, batch2: Dims
     return broadcast(ctx, input, Dims((batch1[0], batch1[1], batch2[2])))
 
 
-def einsum_of_activations(ctx: Context, equation: str, tensors: list[Dims]) -> Dims:
+def einsum_of_activations(ctx: Context, terms: list[str], out: str, tensors: list[Dims]) -> Dims:
     """Part of the rule for `einsum` in `ops/linear.py`: no operand is a weight."""
-    if "." in equation or "->" not in equation:
-        raise Unsupported(f"einsum {equation!r}: only explicit letters and an arrow are described")
-    terms, out = equation.replace(" ", "").split("->")
     axes: dict[str, Axis] = {}
-    for term, t in zip(terms.split(","), tensors, strict=True):
+    for term, t in zip(terms, tensors, strict=True):
         for letter, axis in zip(term, t, strict=True):
             ctx.same(axes.setdefault(letter, axis), axis)
     for letter in axes.keys() - set(out):
-        if [term.count(letter) for term in terms.split(",")] == [1, 1]:
+        if [term.count(letter) for term in terms] == [1, 1]:
             sources = ctx.node.args[1:] if len(ctx.node.args) > 2 else ctx.node.args[1]
             _contract(ctx, axes[letter], axes[letter], sources[1])  # type: ignore[index]
         else:
-            ctx.pin(axes[letter], "reduce", f"summed over ({letter!r} in {equation!r})")
+            ctx.pin(axes[letter], "reduce", f"summed over ({letter!r} in {','.join(terms)}->{out})")
     return Dims(axes[letter] for letter in out)
 
 

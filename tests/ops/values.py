@@ -299,6 +299,21 @@ T.tokens(
     v=F8,
 )
 T.tokens(
+    "einsum-ellipsis",
+    lambda: {"k": nn.Linear(6, 8), "v": nn.Linear(6, 8)},
+    lambda m, x: m.out(torch.einsum("...qk,...kd->...qd", torch.einsum("...qd,...kd", m.a(x), m.k(x)), m.v(x))),
+    a=F8,
+    k=None,
+    v=F8,
+)
+T.tokens(
+    "einsum-inner-ellipsis",
+    lambda: {"v": nn.Linear(6, 8)},
+    lambda m, x: m.out(torch.einsum("n...d,n...d->n...d", m.a(x), m.v(x))),
+    a=F8,
+    v=None,
+)
+T.tokens(
     "attention", lambda: {"k": nn.Linear(6, 8), "v": nn.Linear(6, 8)},
     lambda m, x: m.out(F.scaled_dot_product_attention(m.a(x), m.k(x), m.v(x))), a=F8, k=None, v=F8,
 )  # fmt: skip
