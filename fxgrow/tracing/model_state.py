@@ -10,6 +10,7 @@ import random
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -173,8 +174,10 @@ def contents(owner: Any) -> list[Any]:
 def _is_leftover(value: Any, depth: int = 4) -> bool:
     """Whether a value holds proxies or fake tensors; what it shares with others may contain itself."""
     kind = type(value)
-    if kind is dict and depth:
+    if kind is ValueProxy or kind is FakeTensor:
+        return True
+    if kind is not dict and kind is not tuple and kind is not list:  # an object, such as a distribution
+        value = {} if isinstance(value, (type, ModuleType, nn.Module)) else getattr(value, "__dict__", {})
+    if isinstance(value, dict):
         value = (*value, *value.values())
-    elif kind is not tuple and kind is not list:
-        return kind is ValueProxy or kind is FakeTensor
     return depth > 0 and any(_is_leftover(item, depth - 1) for item in value)

@@ -123,3 +123,31 @@ def test_a_proxy_that_another_trace_left_on_the_model_is_named() -> None:
     torch.fx.symbolic_trace(m)
     with pytest.raises(fxgrow.CaptureError, match="from an earlier trace. Set that attribute anew"):
         fxgrow.capture(m, (torch.randn(2, 6),))
+
+
+class GaussianHead:
+    """Keeps its last distribution, as libraries for reinforcement learning do."""
+
+    last: distributions.Normal | None = None
+
+    def sample_mean(self, mean: Tensor) -> Tensor:
+        self.last = distributions.Normal(mean, torch.ones_like(mean))
+        return self.last.mean
+
+
+class KeepingPolicy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.action, self.head = nn.Linear(4, 8), nn.Linear(8, 2), GaussianHead()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head.sample_mean(self.action(self.hidden(x).tanh()))
+
+
+def test_an_object_of_the_model_keeps_no_proxy_inside_a_distribution() -> None:
+    model, x = KeepingPolicy(), torch.randn(3, 4)
+    fxgrow.capture(model, (x,))
+    assert model.head.last is None
+    wide = fxgrow.widen(model, (x,), {"hidden": 2})
+    assert model.head.last is None
+    assert torch.allclose(wide(x), model(x), atol=1e-6)
