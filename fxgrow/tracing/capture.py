@@ -23,6 +23,7 @@ from fxgrow.graph.node_functions import holds
 from fxgrow.graph.node_meta import EXAMPLE_INPUTS, KEYWORDS, NON_PERSISTENT, OTHER_MODE, is_captured
 from fxgrow.graph.purity import is_pure
 from fxgrow.storage.recipe import Recipe, keep_recipe
+from fxgrow.tracing.alignment import share_constants
 from fxgrow.tracing.bind_inputs import bind_inputs
 from fxgrow.tracing.forward_hooks import ForwardHooks
 from fxgrow.tracing.input_sizes import keep_input_sizes
@@ -38,10 +39,11 @@ from fxgrow.tracing.model_state import (
 from fxgrow.tracing.namespaces import Namespaces
 from fxgrow.tracing.opaque import OpaqueFallback
 from fxgrow.tracing.outcomes import Outcomes
+from fxgrow.tracing.random_branches import alternatives_of, nearest_outcomes
 from fxgrow.tracing.size_decisions import Decision, Otherwise
 from fxgrow.tracing.surroundings import OUTCOMES
 from fxgrow.tracing.tracer import ValueTracer
-from fxgrow.tracing.train_eval import alternatives_of, guard_modes, merge_modes, nearest_outcomes, share_constants
+from fxgrow.tracing.train_eval import guard_modes, merge_modes
 
 
 def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] | torch.Tensor) -> fx.GraphModule:
