@@ -103,13 +103,7 @@ CHANNELS_FIRST: dict[str, tuple[Formula, int]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _double() -> Any:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def assert_widens(net: nn.Module, x: Tensor, name: str) -> None:

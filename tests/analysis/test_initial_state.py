@@ -121,13 +121,7 @@ def pinned(net: nn.Module, x: Any) -> dict[str, fxgrow.Reason]:
     return {w.name: w.pinned for w in fxgrow.widths(fxgrow.capture(net, (x,))) if w.pinned is not None}
 
 
-@pytest.fixture(autouse=True)
-def _double() -> Any:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 IDS = torch.randint(11, (3, 7), generator=torch.Generator().manual_seed(0))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,12 +20,7 @@ from tests.initialisers.test_initialisers import IMAGES, VECTORS, settled
 METHODS = ["splitting", "firefly"]
 
 
-@pytest.fixture(autouse=True)
-def _double() -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 def mlp(act: type[nn.Module] = nn.Tanh) -> nn.Sequential:
