@@ -10,8 +10,10 @@ import contextlib
 import ctypes
 import io
 import logging
+import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any, TypeVar, cast
 
 import torch
@@ -35,7 +37,7 @@ class ProcessGroup:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[None]:
-        """An error inside the block is raised by every process before the block ends."""
+        """An error inside the block is raised by every process before the block ends, always as an `FxgrowError`."""
         yield
 
     def sum_(self, tensors: Iterable[Tensor]) -> None:
@@ -55,6 +57,9 @@ class ProcessGroup:
 
     def assert_same(self, what: str) -> None:
         """Raises an `FxgrowError` where processes are about to do different things."""
+
+    def check_same(self, settings: Mapping[str, str]) -> None:
+        """Raises an `FxgrowError` that names the first setting whose description differs between processes."""
 
     def mean(self, values: Sequence[float]) -> list[float]:
         """Returns the mean of each number over the processes."""
@@ -119,9 +124,12 @@ class DistributedGroup(ProcessGroup):
             yield
             self._sync_status("the end")
         except Exception as error:
-            if not self._over:
-                self._sync_status("an error", error)
-            raise
+            if self._over:
+                raise
+            self._sync_status("an error", error)
+            if isinstance(error, FxgrowError):
+                raise
+            raise FxgrowError(f"Process {self.rank} of {self.size} failed: {_message(error)}") from error
         finally:
             self._in_session = False
 
@@ -139,7 +147,7 @@ class DistributedGroup(ProcessGroup):
         self._over = True
         reports: list[Any] = [None] * self.size
         name = None if error is None else type(error).__name__
-        dist.all_gather_object(reports, (name, str(error), what), group=self.group)
+        dist.all_gather_object(reports, (name, error and _message(error), what), group=self.group)
         if error is not None:
             return
         if failed:
@@ -217,6 +225,23 @@ class DistributedGroup(ProcessGroup):
     def assert_same(self, what: str) -> None:
         self._sync_status(what)
 
+    def check_same(self, settings: Mapping[str, str]) -> None:
+        self._sync_status("a check of the settings")
+        own = torch.tensor([zlib.crc32(repr(sorted(settings.items())).encode())], device=self.device)
+        if all(torch.equal(other, own) for other in self._all_gather(own)):
+            return
+        reports: list[Any] = [None] * self.size
+        dist.all_gather_object(reports, dict(settings), group=self.group)
+        for name in sorted({name for report in reports for name in report}):
+            values = [report.get(name, "nothing") for report in reports]
+            other = next((rank for rank, value in enumerate(values) if value != values[0]), None)
+            if other is not None:
+                here, there = _where_they_differ(values[0], values[other])
+                raise FxgrowError(
+                    f"Processes 0 and {other} of {self.size} have different settings: {name} is {here} and {there}. "
+                    "Every process needs the same model and the same settings."
+                )
+
     def check_equal(self, tensors: Mapping[str, Tensor], when: str) -> None:
         checksums = torch.tensor([checksum(t) for t in tensors.values()], dtype=torch.long, device=self.device)
         self._sync_status(f"a check of {', '.join(tensors)}")
@@ -250,6 +275,18 @@ class DistributedGroup(ProcessGroup):
             with torch.no_grad():
                 for name, t in buffers.items():
                     t.copy_(before[name])
+
+
+def _message(error: Exception) -> str:
+    return str(error) if isinstance(error, FxgrowError) else f"{type(error).__name__}: {error}"
+
+
+def _where_they_differ(first: str, second: str) -> tuple[str, str]:
+    """Returns the first lines of two texts that differ, shortened."""
+    pairs = zip_longest(first.splitlines(), second.splitlines(), fillvalue="nothing")
+    here, there = next(pair for pair in pairs if pair[0] != pair[1])
+    start = max(0, len(os.path.commonprefix([here, there])) - 40)
+    return here[start:][:120].strip(), there[start:][:120].strip()
 
 
 def _to_this_device(storage: Any, location: str) -> Any:

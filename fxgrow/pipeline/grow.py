@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from fxgrow.data.batches import Data, Fitting, check_device
 from fxgrow.data.random_state import random_state_kept
+from fxgrow.data.settings import check_same_settings
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup, process_group_of
 from fxgrow.errors import PlanError
 from fxgrow.graph.evaluate import own_modes
@@ -102,10 +103,12 @@ def grow(model: nn.Module, dataloader: Iterable[Any], **options: Unpack[GrowOpti
         >>> grown.state_dict()["0.weight"].shape
         torch.Size([5, 6])
     """
-    settings = with_defaults(options)
-    done = grown_copy(model, dataloader, settings, process_group_of(settings["process_group"]))
-    if settings["optimizer"] is not None:
-        repoint(settings["optimizer"], model, done.model, done.index)
+    process_group = process_group_of(options.get("process_group"))
+    with process_group.session():
+        settings = with_defaults(options)
+        done = grown_copy(model, dataloader, settings, process_group)
+        if settings["optimizer"] is not None:
+            repoint(settings["optimizer"], model, done.model, done.index)
     keep_record(done.model, done.record)
     log.info("%s", done.record.declined or done.record.plan)
     return done.model
@@ -117,10 +120,12 @@ def grown_copy(
     model: nn.Module, dataloader: Iterable[Any], settings: GrowOptions, process_group: ProcessGroup = SINGLE_PROCESS
 ) -> GrowthResult[nn.Module]:
     """The stages of `grow`, on a copy, which is the same in every process: the model is as before."""
-    with process_group.session(), process_group.sync_buffers(model), collections_kept(model):
-        grown = _run(model, Data(dataloader, settings["samples"], process_group), settings)
-        process_group.check_equal(named_tensors(grown.model), "after growth")
-        return grown
+    with process_group.session():
+        check_same_settings(process_group, {**settings, "the model": model})
+        with process_group.sync_buffers(model), collections_kept(model):
+            grown = _run(model, Data(dataloader, settings["samples"], process_group), settings)
+            process_group.check_equal(named_tensors(grown.model), "after growth")
+            return grown
 
 
 def _run(model: nn.Module, data: Data, options: GrowOptions) -> GrowthResult[nn.Module]:

@@ -28,6 +28,7 @@ from fxgrow.candidates.widened_refit import WidenedRefit
 from fxgrow.data.batches import Data, check_device, take
 from fxgrow.data.loss import LossFn
 from fxgrow.data.random_state import random_state_kept
+from fxgrow.data.settings import check_same_settings
 from fxgrow.distributed import process_group_of
 from fxgrow.errors import PlanError, ProfileError
 from fxgrow.graph.evaluate import own_modes
@@ -114,12 +115,14 @@ def profile(
         >>> 0 <= profile["0"].bottleneck <= profile["0"].desired
         True
     """
-    if positions not in ("sampled", "all"):
-        raise ProfileError(f"positions={positions!r}: choose 'sampled' or 'all'.")
     request = ProfileRequest(loss_fn, method, positions, memory_limit, widths, units, progress, seed, keep_moments)
     process_group = process_group_of(process_group)
-    with process_group.session(), process_group.sync_buffers(gm), collections_kept(gm):
-        return with_suggestion(profiled(gm, Data(dataloader, samples, process_group), request))
+    with process_group.session():
+        if positions not in ("sampled", "all"):
+            raise ProfileError(f"positions={positions!r}: choose 'sampled' or 'all'.")
+        check_same_settings(process_group, vars(request) | {"samples": samples, "the model": gm})
+        with process_group.sync_buffers(gm), collections_kept(gm):
+            return with_suggestion(profiled(gm, Data(dataloader, samples, process_group), request))
 
 
 @own_modes()
@@ -169,6 +172,7 @@ def profiled(gm: nn.Module, data: Data, request: ProfileRequest) -> Profile:
         first = data.first()
         check_device(first, gm)
         gm = capture(gm, first.inputs)
+    check_same_settings(data.process_group, {"the model's graph": gm.graph})
     if not request.parts:
         data.leave_out_refused(gm)
     return _Profiler(gm, data, request, method).run()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fxgrow.data.settings import check_same_settings
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup, process_group_of
 from fxgrow.errors import FxgrowError, PlanError, ScheduleError, SmallBudgetError
 from fxgrow.pipeline.growth_record import Growth
@@ -66,7 +67,7 @@ class Grower:
         on_error: `raise`, or `skip` to log an error of fxgrow and train on.
         process_group: the processes that train copies of the model, each with its own part of the data; None for those
             of DistributedDataParallel or FSDP2 (`fully_shard`) where the model is in one. Every process makes the same
-            calls; growth then uses the data of all of them and is the same on each.
+            calls, this one too; growth then uses the data of all of them and is the same on each.
         options: see `fxgrow.grow`: `loss_fn`, `example_inputs`, `budget`, `neurons`, `method`, `cost`, `multiple`,
             `samples`, `memory_limit`, `update_existing`, `progress` and `seed` (growth number n uses `seed + n`).
 
@@ -121,28 +122,34 @@ class Grower:
         self.steps = self.epochs = 0
         self.history = History()
         self.growth: Growth | None = None
-        all_options = with_defaults({"progress": False, **options, "into": into})
-        inside, _ = unwrapped(model)
-        self._training_state = TrainingState(optimizers_of(optimizer), ema, lists_of(parameters))
-        self._process_group = process_group_of(group_of(model) if process_group is None else process_group)
-        self._metrics = ModelMetrics(inside, dataloader, all_options, self._process_group)
-        if ema is not None and sharded_modules(inside):
-            raise FxgrowError("ema= is not supported for a sharded model (FSDP2): leave it out.")
         self._on_error = on_error
         self._callbacks: list[Callback] = []
         self._schedule_state: ScheduleState = {}
         self._readings: list[float] = []
         self._losses: deque[Any] = deque(maxlen=MAX_LOSSES)
-        if not isinstance(schedule, Schedule):
-            raise ScheduleError(f"schedule is a {type(schedule).__name__}: give one such as fxgrow.Every(epochs=2).")
-        if on_error not in ("raise", "skip"):
-            raise FxgrowError(f"on_error={on_error!r}: choose 'raise' or 'skip'.")
-        if all_options["budget"] is not None and all_options["neurons"] is not None:
-            raise PlanError("Give a budget or a number of neurons, not both.")
-        check_into(into, inside)
-        check_compiled_in_place(inside)
-        check_source(dataloader)
-        self._training_state.check(inside, lr_scheduler)
+        self._process_group = process_group_of(group_of(model) if process_group is None else process_group)
+        inside, _ = unwrapped(model)
+        # processes with different schedules would wait for each other at different steps
+        with self._process_group.session():
+            all_options = with_defaults({"progress": False, **options, "into": into})
+            settings = {**all_options, "schedule": schedule, "on_error": on_error, "the model": inside}
+            check_same_settings(self._process_group, settings)
+            self._training_state = TrainingState(optimizers_of(optimizer), ema, lists_of(parameters))
+            self._metrics = ModelMetrics(inside, dataloader, all_options, self._process_group)
+            if ema is not None and sharded_modules(inside):
+                raise FxgrowError("ema= is not supported for a sharded model (FSDP2): leave it out.")
+            if not isinstance(schedule, Schedule):
+                raise ScheduleError(
+                    f"schedule is a {type(schedule).__name__}: give one such as fxgrow.Every(epochs=2)."
+                )
+            if on_error not in ("raise", "skip"):
+                raise FxgrowError(f"on_error={on_error!r}: choose 'raise' or 'skip'.")
+            if all_options["budget"] is not None and all_options["neurons"] is not None:
+                raise PlanError("Give a budget or a number of neurons, not both.")
+            check_into(into, inside)
+            check_compiled_in_place(inside)
+            check_source(dataloader)
+            self._training_state.check(inside, lr_scheduler)
         self._ask_at = self._next_step()
 
     @property
@@ -230,21 +237,25 @@ class Grower:
         """Restores what `state_dict` returned.
 
         If the schedule differs from the saved one, counters and history are restored and the schedule starts afresh.
+        With several processes each one loads a state, of the same step.
 
         Raises:
             FxgrowError: this is no state of a Grower; nothing has changed then.
         """
-        try:
-            if state["version"] != 1:
-                raise FxgrowError(f"This state of a Grower has version {state['version']!r}; this fxgrow reads 1.")
-            history, saved = History.from_list(state["history"]), Schedule.from_json(state["schedule"])
-            same = saved == self.schedule
-            memory = copy.deepcopy(dict(state["memory"])) if same else {}
-            start = {str(k): float(v) for k, v in state["start"].items()}
-            steps, epochs = int(state["steps"]), int(state["epochs"])
-            readings, losses = [float(v) for v in state["readings"]], [float(v) for v in state["losses"]]
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FxgrowError(f"This is no state of a Grower: {error!r}.") from error
+        with self._process_group.session():
+            try:
+                if state["version"] != 1:
+                    raise FxgrowError(f"This state of a Grower has version {state['version']!r}; this fxgrow reads 1.")
+                history, saved = History.from_list(state["history"]), Schedule.from_json(state["schedule"])
+                same = saved == self.schedule
+                memory = copy.deepcopy(dict(state["memory"])) if same else {}
+                start = {str(k): float(v) for k, v in state["start"].items()}
+                steps, epochs = int(state["steps"]), int(state["epochs"])
+                readings, losses = [float(v) for v in state["readings"]], [float(v) for v in state["losses"]]
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise FxgrowError(f"This is no state of a Grower: {error!r}.") from error
+            counters = {"steps": steps, "epochs": epochs, "the schedule's state": memory, "start": start}
+            check_same_settings(self._process_group, counters)
         if not same:
             log.warning("The saved schedule was %s: %s starts afresh.", saved, self.schedule)
         self.steps, self.epochs, self.history, self._schedule_state = steps, epochs, history, memory
@@ -253,7 +264,7 @@ class Grower:
         self._ask_at = self._next_step()
 
     def _ask(self, epoch_end: bool) -> bool:
-        before = copy.deepcopy(self._schedule_state)
+        before = copy.deepcopy(self._schedule_state), self._readings, self._losses
         try:
             with self._process_group.session(), self._unsharded_metrics():
                 status = self._status(epoch_end, self._process_group)
@@ -268,7 +279,7 @@ class Grower:
                 return False
             return self._grow(options, request.reason)
         except BaseException as error:
-            self._schedule_state = before
+            self._schedule_state, self._readings, self._losses = before
             if isinstance(error, FxgrowError) and self._on_error == "skip":
                 return self._skipped(error)
             raise
