@@ -26,6 +26,8 @@ from fxgrow.tracing.surroundings import Question
 
 #: of zeros they find nothing, and an empty result says that its size depends on data
 _FIND_ENTRIES = {"nonzero", "argwhere", "where", "masked_select"}
+#: their argument for a number may be a tensor, which says nothing about the shape of the result
+_FILL = {"full", "full_like", "new_full"}
 
 
 def argument_values(node: fx.Node) -> Any:
@@ -89,7 +91,7 @@ class FakeRunner:
         except Exception as error:
             home = str(getattr(node.target, "__module__", None) or "torch")
             name = getattr(node.target, "__name__", node.target)
-            finds = node.op != "call_module" and name in _FIND_ENTRIES and looks_at_data(error)
+            finds = node.op != "call_module" and name in _FIND_ENTRIES | _FILL and looks_at_data(error)
             of_data = node.op != "call_module" and home.startswith("torch") and name in _OF_DATA
             foreign = node.op == "call_function" and not home.startswith("torch")
             if not (of_data or finds) and not (foreign and looks_at_data(error)):

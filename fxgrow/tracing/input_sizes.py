@@ -29,6 +29,8 @@ from fxgrow.tracing.tracer import ValueTracer
 #: added to a size in the further traces, times the smallest power of 2 that the model accepts; no common divisor
 STEPS = (1, 3, 8)
 LARGEST_POWER = 128
+#: and far away, where a remainder starts again and a condition is met: the first one that the model accepts
+FAR_STEPS = (1009, 61)
 #: a function and its arguments after the first
 Function = tuple[Callable[..., Any], tuple[float, ...]]
 #: of a size, besides itself, in formulas of floats
@@ -130,7 +132,9 @@ def _keep_group(
     in steps, as a length rounded up to a multiple does.
     """
     traces: list[NodeMap] = []
-    for step, other, error in _traces(tracer, retrace, group):  # noqa: B007  (the last is used below)
+    steps: list[int] = []
+    for step, other, error in _traces(tracer, retrace, group):
+        steps.append(step)
         traces.append(pairs := _aligned(tracer.graph, other.graph))
         complete = error is None and _same_code(tracer, other, pairs)
         if not complete or not any(_differs(n, convert, pairs) for n, convert in numbers.items()):
@@ -142,7 +146,7 @@ def _keep_group(
     dims = sum(len(group.dims(t)) for t in pytree.tree_leaves(list(tracer.inputs.values())))
     equal = bool(changing) and complete and dims > 1 and not group.batch
     if equal:  # height and width, say, of a square
-        other, error = retrace(group.changed(tracer.inputs, step, step))
+        other, error = retrace(group.changed(tracer.inputs, steps[0], steps[0]))
         pairs = _aligned(tracer.graph, other.graph)
         if error is None and _same_code(tracer, other, pairs):
             traces.append(pairs)
@@ -172,6 +176,10 @@ def _traces(
     yield power, *first
     for step in STEPS[1:]:
         yield step * power, *retrace(group.changed(tracer.inputs, step * power))
+    for choices in (-(group.size // 2 // power),), FAR_STEPS:
+        tried = ((step * power, *retrace(group.changed(tracer.inputs, step * power))) for step in choices if step)
+        if accepted := next((trace for trace in tried if trace[2] is None), None):
+            yield accepted
 
 
 def _aligned(graph: fx.Graph, other: fx.Graph) -> NodeMap:

@@ -260,6 +260,31 @@ def test_two_sizes_that_are_equal_in_the_example(part: Callable[[Tensor], Tensor
                 gm(x)
 
 
+#: equal to a line in one size near that of the example
+FAR_FROM_A_LINE: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "remainder": lambda h, x: h * (int(x.shape[2]) % 80),
+    "up to a multiple": lambda h, x: nn.functional.pad(h, (0, 0, 0, -int(x.shape[2]) % 64)),
+    "condition": lambda h, x: h * (2 if int(x.shape[2]) > 40 else 1),
+    "condition on a smaller size": lambda h, x: h * (2 if int(x.shape[2]) < 5 else 1),
+    "smaller of two": lambda h, x: h * min(len(x), 16),
+    "condition on the batch": lambda h, x: h * (2 if len(x) > 16 else 1),
+}
+
+
+@pytest.mark.parametrize("join", FAR_FROM_A_LINE.values(), ids=FAR_FROM_A_LINE)
+def test_a_number_is_right_far_from_the_example_or_refused(join: Callable[[Tensor, Tensor], Any]) -> None:
+    net = Net(lambda h, x: join(h, x).mean((2, 3), keepdim=True).expand(-1, -1, 6, 6).flatten(1)).double()
+    gm = fxgrow.capture(net, (torch.randn(4, 3, 8, 8, dtype=torch.float64),))
+    for shape in [(4, 3, 8, 8), (4, 3, 100, 8), (40, 3, 8, 8), (4, 3, 4, 8)]:
+        x = torch.randn(shape, dtype=torch.float64)
+        try:
+            found = gm(x)
+        except fxgrow.CaptureError:
+            assert shape != (4, 3, 8, 8)
+        else:
+            torch.testing.assert_close(found, net(x), rtol=1e-12, atol=1e-12)
+
+
 class TwoLengths(nn.Module):
     def __init__(self) -> None:
         super().__init__()
