@@ -14,21 +14,25 @@ from torch import Tensor, fx, nn
 
 from fxgrow.errors import FileError
 from fxgrow.graph.kept_values import copies_of_activations
-from fxgrow.graph.node_meta import RECORD
+from fxgrow.graph.node_meta import RECIPE, RECORD
 from fxgrow.graph.parametrizations import hooked_weight, weight_hook
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model without what torch.compile, DataParallel and DistributedDataParallel wrap around it."""
+    """The model without what torch.compile, DataParallel and DistributedDataParallel wrap around it.
+
+    A wrapper that has itself grown, with its names, is the model.
+    """
     if not isinstance(model, nn.Module):
         raise FileError(f"This is a {type(model).__name__}, not a torch.nn.Module.")
-    while True:
+    while RECIPE not in vars(model):
         if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         elif hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
         else:
-            return model
+            break
+    return model
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module:

@@ -94,7 +94,8 @@ def restore_parametrizations(
         if hasattr(norm, "mask"):
             layer.weight = hooked_weight(layer, norm.hook).detach()
         for part, at in moved.items():
-            index[f"{name}." + (HOOKED[part] if hasattr(norm, "hook") else f"parametrizations.weight.{part}")] = at
+            parametrized = f"parametrizations.weight.{'0.' if part in ('_u', '_v') else ''}{part}"
+            index[f"{name}.{HOOKED[part] if hasattr(norm, 'hook') else parametrized}"] = at
     return grown, index
 
 
@@ -143,7 +144,13 @@ def _restore_spectral_norm(parts: dict[str, Tensor], norm: Any, moved: tuple[Ten
     columns = [n for d, n in enumerate(weight.shape) if d != norm.dim]
     parts["_u"].copy_(_padded(norm._u, [where.pop(norm.dim)], parts["_u"].shape))
     parts["_v"].copy_(_padded(norm._v.view(norm.columns), where, columns).flatten())
-    return {} if moved is None else {"original": moved}
+    if moved is None:
+        return {}
+    numbers = _padded(torch.arange(1, norm._v.numel() + 1).view(norm.columns), where, columns).flatten()
+    places = torch.full_like(norm._v, -1, dtype=torch.long, device="cpu")
+    places[numbers[numbers > 0] - 1] = numbers.nonzero().flatten()
+    vectors = {"_u": moved[norm.dim], "_v": None if all(at is None for at in where) else places}
+    return {"original": moved} | {name: (at,) for name, at in vectors.items() if at is not None}
 
 
 def _padded(old: Tensor, where: Sequence[Tensor | None], shape: Sequence[int]) -> Tensor:

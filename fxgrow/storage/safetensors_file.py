@@ -13,7 +13,6 @@ import hashlib
 import json
 import os
 import stat
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from torch import Tensor
 
 from fxgrow.errors import FileError, MissingExtraError
+from fxgrow.storage.temporary_folder import temporary_folder
 
 VERSION = 1
 _BODY, _SUM = "fxgrow", "fxgrow.sha256"
@@ -55,9 +55,8 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], body: Map
         raise FileError(f"{path} is a folder. Give the name of a file.")
     target = Path(os.path.realpath(path))  # a link stays one
     try:
-        # in a temporary folder on the same disk, which is removed whatever happens
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
-            part = Path(temporary) / "part"
+        with temporary_folder(target) as temporary:
+            part = temporary / "part"
             part.touch()
             mode = (target if target.exists() else part).stat().st_mode
             safetensors.torch.save_file(stored, part, metadata)

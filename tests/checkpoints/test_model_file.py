@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import subprocess
 import sys
 from collections.abc import Callable
@@ -153,10 +154,12 @@ def test_wrapped_models(tmp_path: Path) -> None:
         assert torch.equal(outputs(fxgrow.load(torch.compile(mlp()), tmp_path / "net"), x), outputs(grown, x))
 
 
-def test_a_wrapper_that_was_captured_itself_grows_with_its_names(tmp_path: Path) -> None:
+@pytest.mark.parametrize("into", ["graph", "module"])
+@pytest.mark.parametrize("again", [lambda net: net, nn.DataParallel, torch.compile], ids=["", "parallel", "compiled"])
+def test_a_wrapper_that_was_captured_itself_grows_with_its_names(into: Any, again: Any, tmp_path: Path) -> None:
     x = INPUTS["mlp"]()
-    grown = fxgrow.widen(nn.DataParallel(mlp()), x, {"module.0": 4})
-    fxgrow.save(grown, tmp_path / "net")
+    grown = fxgrow.widen(nn.DataParallel(mlp()), x, {"module.0": 4}, into=into)
+    fxgrow.save(again(pickle.loads(pickle.dumps(grown))), tmp_path / "net")
     assert torch.equal(outputs(fxgrow.load(nn.DataParallel(mlp()), tmp_path / "net"), x), outputs(grown, x))
 
 

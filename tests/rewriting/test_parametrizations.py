@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn import utils
 from torch.nn.utils import parametrizations, prune
+from torch.optim.swa_utils import AveragedModel
 
 import fxgrow
 from fxgrow.analysis.analyse import analyse
@@ -117,6 +118,46 @@ def test_spectral_norm_stays_through_power_iterations(training: bool) -> None:
     assert gradient is not None and gradient.shape[0] == 10
     optimizer.step()
     assert bool(grown(x).isfinite().all())
+
+
+def by_hooks(net: nn.Sequential) -> nn.Sequential:
+    for layer in net:
+        if utils.parametrize.is_parametrized(layer):
+            utils.parametrize.remove_parametrizations(layer, "weight")
+            utils.spectral_norm(layer)
+    return net
+
+
+@pytest.mark.parametrize("kind", [lambda net: net, by_hooks], ids=["parametrizations", "hooks"])
+def test_singular_vectors_are_in_the_index(kind: Any) -> None:
+    """So that averages of them, and whoever reads the index, find the old entries at their new positions."""
+    model = kind(bounded()).eval()
+    before = copy.deepcopy(model.state_dict())
+    grown, index = rewrite(fxgrow.capture(model, (torch.randn(4, 3, 6, 6).double(),)), {"0": 3, "2": 2, "5": 2})
+    after = grown.state_dict()
+    assert index.keys() == {name for name, t in before.items() if t.shape != after[name].shape}
+    assert sum(name.endswith(("_u", "_v")) for name in index) == 6 - 1  # the first layer reads the image
+    for name in filter(lambda name: name.endswith(("_u", "_v")), index):
+        (at,) = index[name]
+        assert torch.equal(after[name][at], before[name])
+        assert float(after[name].abs().sum()) == pytest.approx(float(before[name].abs().sum()))
+
+
+def test_averages_of_singular_vectors_keep_their_old_entries() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(parametrizations.spectral_norm(nn.Linear(6, 4)), nn.Tanh(), nn.Linear(4, 2))
+    average = AveragedModel(model, use_buffers=True)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    for _ in range(3):
+        model(torch.randn(8, 6)).square().mean().backward()
+        optimizer.step()
+        average.update_parameters(model)
+    vectors = [average.module[0].parametrizations.weight[0]._u.clone()]
+    data = [(x, x[:, :2].sin()) for x in torch.randn(8, 16, 6)]
+    never = fxgrow.Every(steps=10**6)
+    fxgrow.Grower(model, optimizer, never, dataloader=data, neurons=2, ema=average, into="module").grow_now()
+    vectors.append(average.module[0].parametrizations.weight[0]._u)
+    assert vectors[1].shape == (6,) and torch.equal(vectors[1][:4], vectors[0])
 
 
 def test_spectral_norm_without_a_direction_left_is_pinned() -> None:

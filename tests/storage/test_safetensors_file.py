@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import builtins
+import contextlib
 import json
 import os
 import random
 import re
+import signal
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -242,6 +245,59 @@ def test_an_interruption_while_writing_leaves_the_old_file(file: Path, monkeypat
         fxgrow.save(build(), file)
     monkeypatch.undo()
     assert file.read_bytes() == before and folder_of(file) == listed
+
+
+def killed_while_saving(path: Path, model: nn.Module, delay: float) -> None:
+    child = os.fork()
+    if not child:
+        with contextlib.suppress(BaseException):
+            while True:
+                fxgrow.save(model, path)
+        os._exit(1)
+    time.sleep(delay)
+    os.kill(child, signal.SIGKILL)
+    assert os.WIFSIGNALED(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")
+def test_killed_while_writing(tmp_path: Path) -> None:
+    """Twenty times, at any instant: the file is whole, there is at most one leftover, and the next save removes it."""
+    path, model = tmp_path / "net", nn.Linear(300, 300)
+    fxgrow.save(model, path)
+    generator, left = random.Random(0), 0
+    for _ in range(20):
+        killed_while_saving(path, model, 0.01 + generator.random() / 20)
+        assert len(folder_of(path)) <= 2
+        left += len(folder_of(path)) - 1
+        assert torch.equal(fxgrow.load(nn.Linear(300, 300), path).weight, model.weight)
+    fxgrow.save(model, path)
+    assert folder_of(path) == ["net"] and left > 0
+
+
+def test_what_a_killed_writer_has_left_at_each_point(file: Path) -> None:
+    (file.with_name(f".{file.name}.abcd1234.fxgrow")).mkdir()
+    killed = file.with_name(f".{file.name}.abcd1235.fxgrow")
+    killed.mkdir()
+    (killed / "lock").touch()
+    (killed / "part").write_bytes(b"half of it")
+    others = [f".{file.name}.backup", ".other.safetensors.abcd1234.fxgrow", f".{file.name}.notes.fxgrow"]
+    for name in others:
+        file.with_name(name).mkdir()
+    fxgrow.save(build(), file)
+    assert folder_of(file) == sorted([file.name, *others])
+
+
+def test_a_writer_that_lives_keeps_what_it_writes(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    replace, slow = os.replace, nn.Linear(3, 3)
+
+    def replaced_late(*args: Any) -> None:
+        monkeypatch.setattr("os.replace", replace)
+        fxgrow.save(build(), file)  # another one, in the middle of the first
+        replace(*args)
+
+    monkeypatch.setattr("os.replace", replaced_late)
+    fxgrow.save(slow, file)
+    assert torch.equal(fxgrow.load(nn.Linear(3, 3), file).weight, slow.weight) and folder_of(file) == [file.name]
 
 
 def test_nowhere_to_write(tmp_path: Path) -> None:
