@@ -1,4 +1,9 @@
-"""Everything fxgrow raises on purpose: what was found, where, and what to do."""
+"""Everything fxgrow raises or warns of on purpose: what was found, where, and what to do."""
+
+import contextlib
+import os
+import sys
+import warnings
 
 
 class FxgrowError(Exception):
@@ -48,3 +53,24 @@ class FileError(FxgrowError):
 
 class MissingExtraError(FxgrowError, ImportError):
     """An optional package is not installed."""
+
+
+class FxgrowWarning(UserWarning):
+    """Base class of the warnings that fxgrow gives by `warnings.warn`."""
+
+
+class LossWarning(FxgrowWarning):
+    """The loss that `loss_fn=None` stands for may not be the one that trains the model."""
+
+
+class StaleModelWarning(FxgrowWarning):
+    """A model is trained that was grown into another one, or the grown one by the optimizer of the old."""
+
+
+def warn(message: str, category: type[FxgrowWarning]) -> None:
+    """Warns at the line of the user's code, outside of this library and of torch, that led here."""
+    libraries = tuple(os.path.dirname(sys.modules[name].__file__ or "") + os.sep for name in ("fxgrow", "torch"))
+    frame, level = sys._getframe(1), 2
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((*libraries, contextlib.__file__)):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level)

@@ -1,45 +1,192 @@
-"""The loss: as given, of the model, or chosen by the targets."""
+"""The loss: as given, of the model, or chosen by the targets; its name, and whether it is a sum over the batch."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from fxgrow.data.batches import Batch
-from fxgrow.errors import ProfileError
+from fxgrow.errors import LossWarning, ProfileError, warn
 
 LossFn = Callable[[Any, Any], Tensor]
+#: entries of an output that are looked at to find out what a loss does
+LOOKED_AT = 2**18
+#: numbers that are all between 0 and 1 say something if they are so many
+FEW = 8
+
+
+@dataclass
+class Loss:
+    """A loss, and what its first batch said of it; takes the place of the function that was given.
+
+    Attributes:
+        function: takes (output, targets); None for the model's own loss, or one chosen by the targets.
+        name: for reports; empty before the first batch.
+        summed: whether it grows with the number of samples, and is divided by that number.
+    """
+
+    function: LossFn | None = None
+    name: str = ""
+    summed: bool = False
+
+    def __call__(self, output: Any, targets: Any) -> Tensor:
+        loss: Tensor = self.of(output, Batch((), targets, 1, 0))
+        return loss
+
+    def of(self, output: Any, batch: Batch) -> Any:
+        """What the function, or the default, makes of a batch."""
+        return _default_loss(output, batch) if self.function is None else self.function(output, batch.targets)
+
+    @torch.no_grad()
+    def look_at(self, output: Any, batch: Batch) -> None:
+        """Finds the name and the reduction on a batch, and warns of a guess that seems wrong."""
+        self.name = loss_name(self.function)
+        if self.function is None:
+            if batch.targets is not None:
+                (logits, targets), _ = first_samples((_logits(output), batch.targets), batch.size)
+                self.name = _name_of_guess(logits, targets)
+            return
+        pair, size = first_samples((output, batch.targets), batch.size)
+        function = self.function
+        self.find_reduction(lambda copies: function(*repeated(pair, size, copies)))
+
+    def find_reduction(self, loss_of_copies: Callable[[int], Any]) -> None:
+        """Finds the reduction from the losses of so many copies of the same samples."""
+        try:
+            one, two, three = (float(loss_of_copies(copies).mean()) for copies in (1, 2, 3))
+        except Exception:  # of other numbers of samples than the batch's some losses have no value
+            self.summed = _says_sum(self.function)
+        else:
+            # a mean stays; a sum grows by the same with each copy, whatever is added to it once per batch
+            self.summed = abs(two - one) > 1e-3 * abs(one) and math.isclose(three - two, two - one, rel_tol=1e-3)
+        if self.summed:
+            self.name += ", a sum: divided by the number of samples"
+
+
+def known_loss(loss_fn: LossFn | None) -> Loss:
+    """The same loss, which finds out about itself on the first batch."""
+    return loss_fn if isinstance(loss_fn, Loss) else Loss(loss_fn)
 
 
 def loss_of(output: Any, batch: Batch, loss_fn: LossFn | None) -> Tensor:
     """The mean loss of a batch, on which the model returned `output`.
 
-    `loss_fn` takes (output, targets) and returns the mean over the batch, or one value per sample. None: the model's
-    own `.loss`, cross-entropy for integer targets, mean squared error for floating ones.
+    `loss_fn` takes (output, targets) and returns the mean over the batch, the sum, or one value per sample. None: the
+    model's own `.loss`, cross-entropy for integer targets, mean squared error for floating ones.
     """
+    known = known_loss(loss_fn)
     try:
-        loss = loss_fn(output, batch.targets) if loss_fn is not None else _default_loss(output, batch)
+        loss = known.of(output, batch)
     except ProfileError:
         raise
     except Exception as error:
-        name = getattr(loss_fn, "__name__", type(loss_fn).__name__) if loss_fn is not None else "the default loss"
+        name = "the default loss" if known.function is None else loss_name(known.function)
         raise ProfileError(
             f"{name} failed on batch {batch.index} (output {_describe(output)}, targets {_describe(batch.targets)}): "
             f"{error}"
         ) from error
     if not isinstance(loss, Tensor):
         raise ProfileError(f"The loss of batch {batch.index} is a {type(loss).__name__}, not a tensor.")
-    loss = loss.mean() if loss.dim() else loss
+    if not known.name:
+        known.look_at(output, batch)
+    loss = loss.mean() if loss.dim() else loss / batch.size if known.summed else loss
     if not math.isfinite(loss.detach()):
         raise ProfileError(
             f"The loss of batch {batch.index} is {loss.item()}: growth needs finite losses. Look for bad samples in "
             "this batch, a learning rate that is too high, or an overflow in half precision."
         )
     return loss
+
+
+def loss_name(function: LossFn | None) -> str:
+    """The name of a loss function, with the options of a partial one."""
+    if function is None:
+        return "the model's own loss"
+    if isinstance(function, functools.partial):
+        options = ", ".join(f"{k}={v!r}" for k, v in function.keywords.items() if not isinstance(v, Tensor))
+        return loss_name(function.func) + (f"({options})" if options else "")
+    return str(getattr(function, "__name__", type(function).__name__))
+
+
+def _says_sum(function: Any) -> bool:
+    if isinstance(function, functools.partial):
+        return bool(function.keywords.get("reduction") == "sum") or _says_sum(function.func)
+    return getattr(function, "reduction", None) == "sum"
+
+
+def repeated(value: Any, size: int, copies: int) -> Any:
+    """So many copies of a batch of `size` samples, in all tensors of it that have rows of these samples."""
+    return pytree.tree_map_only(Tensor, lambda t: torch.cat([t] * copies) if _has_rows(t, size) else t, value)
+
+
+def first_samples(value: Any, size: int, entries: int = LOOKED_AT) -> tuple[Any, int]:
+    """The first samples of a batch of `size`, as many as have so many entries at most, and how many these are."""
+    tensors = [t for t in pytree.tree_leaves(value) if isinstance(t, Tensor) and _has_rows(t, size)]
+    most = max((t.numel() for t in tensors), default=1)
+    samples = min(size, max(1, entries * size // max(1, most)))
+    cut = {id(t): t[: samples * len(t) // size] for t in tensors}
+    return pytree.tree_map_only(Tensor, lambda t: cut.get(id(t), t), value), samples
+
+
+def _has_rows(t: Tensor, size: int) -> bool:
+    return t.dim() > 0 and len(t) >= size and len(t) % size == 0
+
+
+def _logits(output: Any) -> Any:
+    return getattr(output, "logits", output)
+
+
+def _name_of_guess(output: Tensor, targets: Tensor) -> str:
+    """The name of the default loss; warns, or refuses it, where outputs and targets look like those of another one."""
+    floating = targets.is_floating_point()
+    name = "mean squared error" if floating else "cross-entropy"
+    outputs, labels = _kind(output), _kind(targets) if floating else "labels"
+    if outputs == "log-probabilities":
+        use = "nn.KLDivLoss(reduction='batchmean')" if floating else "nn.NLLLoss()"
+    elif labels == "probabilities":
+        cross_entropy = "nn.CrossEntropyLoss()", "lambda output, target: -(target * output.log()).sum(1).mean()"
+        use = cross_entropy[outputs == "probabilities"]
+    elif labels == "between 0 and 1":
+        use = "nn.BCELoss()" if outputs == labels else "nn.BCEWithLogitsLoss()"
+    elif not floating and outputs in ("probabilities", "between 0 and 1"):
+        use = "lambda output, target: F.nll_loss(output.log(), target)"
+    else:
+        return name
+    what = f"the targets are {labels}" if floating else "the targets are integers"
+    message = (
+        f"loss_fn=None stands for {name} here, but the outputs are {outputs or 'any numbers'} and {what}. Growth must "
+        f"lower the loss that trains the model: pass it, such as loss_fn={use}"
+    )
+    if floating and ("log-probabilities" == outputs or labels == "probabilities" != outputs):
+        raise ProfileError(message + ".")
+    meant = "nn.MSELoss()" if floating else "nn.CrossEntropyLoss()"
+    warn(f"{message}, or loss_fn={meant} if that is the one.", LossWarning)
+    return name
+
+
+def _kind(t: Tensor) -> str:
+    """What the values of outputs or floating targets are, where that says which loss they are for."""
+    if t.is_complex():
+        return ""
+    t = t.double()
+    dims = {d for d in (1, t.dim() - 1) if 0 < d < t.dim() and t.shape[d] > 1}
+    for kind, positive in (("log-probabilities", t.exp()), ("probabilities", t)):
+        if any(bool((positive >= 0).all()) and _sums_to_one(positive, d) for d in dims):
+            return kind
+    within = t.numel() >= FEW and bool(t.any()) and bool(((t >= 0) & (t <= 1)).all())
+    return "between 0 and 1" if within else ""
+
+
+def _sums_to_one(t: Tensor, dim: int) -> bool:
+    return bool(((t.sum(dim) - 1).abs() < 1e-2).all())
 
 
 def _default_loss(output: Any, batch: Batch) -> Tensor:
@@ -51,8 +198,7 @@ def _default_loss(output: Any, batch: Batch) -> Tensor:
                 f"it returned {_describe(output)}. Put the labels into the batch, or pass (inputs, targets) batches."
             )
         return loss
-    logits = getattr(output, "logits", output)
-    targets = batch.targets
+    logits, targets = _logits(output), batch.targets
     if not isinstance(logits, Tensor) or not isinstance(targets, Tensor):
         raise ProfileError(
             f"No default loss for output {_describe(output)} and targets {_describe(targets)}: pass loss_fn."

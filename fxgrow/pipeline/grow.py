@@ -14,6 +14,7 @@ import torch
 from torch import fx, nn
 
 from fxgrow.data.batches import Data, Fitting, check_device
+from fxgrow.data.loss import Loss, known_loss
 from fxgrow.data.random_state import random_state_kept
 from fxgrow.data.settings import check_same_settings
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup, process_group_of
@@ -138,7 +139,9 @@ def _run(model: nn.Module, data: Data, options: GrowOptions) -> GrowthResult[nn.
     gm = remove_parametrizations(captured)
     data.leave_out_refused(gm, first)
     times.append(time.perf_counter())
-    profile = _profile(gm, data, options)
+    loss = known_loss(options["loss_fn"])
+    profile = _profile(gm, data, loss, options)
+    log.info("profiled by %s, loss: %s", options["method"], loss.name)
     times.append(time.perf_counter())
     update, neurons = options["update_existing"], options["neurons"]
     decide = partial(make_plan, profile, options["budget"], neurons, update_existing=update)
@@ -146,7 +149,7 @@ def _run(model: nn.Module, data: Data, options: GrowOptions) -> GrowthResult[nn.
         lambda: decide(cost=options["cost"], multiple=options["multiple"])
     )
     times.append(time.perf_counter())
-    held_out = HeldOut.of(data, options["loss_fn"])
+    held_out = HeldOut.of(data, loss)
     result = apply_best(decided, profile, held_out, neurons is not None, update)
     times.append(time.perf_counter())
     seconds = dict(zip(STAGES, map(operator.sub, times[1:], times), strict=True))
@@ -157,7 +160,7 @@ def _run(model: nn.Module, data: Data, options: GrowOptions) -> GrowthResult[nn.
     return GrowthResult(out, index, replace(result.record, seconds=seconds, decreases=decreases))
 
 
-def _profile(gm: fx.GraphModule, data: Data, options: GrowOptions) -> Profile:
+def _profile(gm: fx.GraphModule, data: Data, loss: Loss, options: GrowOptions) -> Profile:
     method, units = options["method"], options["neurons"]
     wanted = units.values() if isinstance(units, Mapping) else [units] if units is not None else []
     if any(not isinstance(k, int) or k <= 0 for k in wanted):
@@ -167,7 +170,7 @@ def _profile(gm: fx.GraphModule, data: Data, options: GrowOptions) -> Profile:
     source = data if find_initialiser(method).needs.refit else fitting
     # widths that get no units need no figures
     widths = list(units) if isinstance(units, Mapping) else None
-    request = ProfileRequest(options["loss_fn"], method, widths=widths, units=units, progress=options["progress"])
+    request = ProfileRequest(loss, method, widths=widths, units=units, progress=options["progress"])
     request = replace(request, memory_limit=options["memory_limit"], seed=options["seed"])
     return profiled(gm, source, request)
 

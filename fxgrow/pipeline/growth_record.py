@@ -68,7 +68,10 @@ class Growth:
             lines.append(f"declined: {self.declined}")
         elif plan.reason:
             lines += textwrap.wrap(f"less than asked for: {plan.reason}", WIDTH, subsequent_indent=" " * 21)
-        lines.append("held-out loss: " + ", ".join(f"{mode} {_change(*loss)}" for mode, loss in self.losses.items()))
+        name = f" ({self.profile.loss_name})" if self.profile.loss_name else ""
+        lines.append(
+            f"held-out loss{name}: " + ", ".join(f"{mode} {_change(*loss)}" for mode, loss in self.losses.items())
+        )
         lines += [*self._predictions(), *self._line_search()]
         if self.seconds:
             stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in self.seconds.items())

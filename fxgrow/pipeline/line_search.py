@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.data.batches import Batch, Data, take
-from fxgrow.data.loss import LossFn, loss_of
+from fxgrow.data.loss import LossFn, known_loss, loss_of
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
 from fxgrow.graph.evaluate import eval_mode, lent_buffers
 from fxgrow.graph.graph import copy_graph, lookup
@@ -69,7 +69,7 @@ class HeldOut:
     def of(cls, data: Data, loss_fn: LossFn | None) -> HeldOut:
         """Held-out batches of some data, as many as hold `SEARCH_SAMPLES`."""
         batches = take(data.held_out(), math.ceil(SEARCH_SAMPLES / data.process_group.size))
-        return cls(list(batches), loss_fn, data.process_group)
+        return cls(list(batches), known_loss(loss_fn), data.process_group)
 
     @torch.no_grad()
     def mean_loss(self, graph: fx.GraphModule) -> float:

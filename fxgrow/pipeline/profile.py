@@ -26,7 +26,7 @@ from fxgrow.candidates.refit import Refit
 from fxgrow.candidates.widened import Candidates, padded
 from fxgrow.candidates.widened_refit import WidenedRefit
 from fxgrow.data.batches import Data, check_device, take
-from fxgrow.data.loss import LossFn
+from fxgrow.data.loss import LossFn, known_loss
 from fxgrow.data.random_state import random_state_kept
 from fxgrow.data.settings import check_same_settings
 from fxgrow.distributed import process_group_of
@@ -74,8 +74,10 @@ def profile(
         gm: a captured graph, or a model (captured on the first batch).
         dataloader: batches `(inputs, targets)`, where inputs may be a tuple or a dict, or dicts for models that return
             an object with `.loss`. Read one to three times, the same batches in the same order.
-        loss_fn: takes (output, targets), returns the mean over the batch or one value per sample. None: cross-entropy
-            for integer targets, mean squared error for floating ones, the model's own `.loss` where it has one.
+        loss_fn: takes (output, targets), returns the mean over the batch, the sum (which is divided by the number of
+            samples) or one value per sample. None: cross-entropy for integer targets, mean squared error for floating
+            ones, the model's own `.loss` where it has one; a `LossWarning`, or an error, where outputs and targets look
+            like those of another loss (targets that are probabilities or between 0 and 1, outputs of a softmax).
         samples: how many samples to use at most; None for 8192.
         method: the initialiser, one entered with `fxgrow.initialiser` or one of the library's:
             {methods}.
@@ -115,12 +117,13 @@ def profile(
         >>> 0 <= profile["0"].bottleneck <= profile["0"].desired
         True
     """
-    request = ProfileRequest(loss_fn, method, positions, memory_limit, widths, units, progress, seed, keep_moments)
+    loss = known_loss(loss_fn)
+    request = ProfileRequest(loss, method, positions, memory_limit, widths, units, progress, seed, keep_moments)
     process_group = process_group_of(process_group)
     with process_group.session():
         if positions not in ("sampled", "all"):
             raise ProfileError(f"positions={positions!r}: choose 'sampled' or 'all'.")
-        check_same_settings(process_group, vars(request) | {"samples": samples, "the model": gm})
+        check_same_settings(process_group, vars(request) | {"loss_fn": loss_fn, "samples": samples, "the model": gm})
         with process_group.sync_buffers(gm), collections_kept(gm):
             return with_suggestion(profiled(gm, Data(dataloader, samples, process_group), request))
 
@@ -214,6 +217,7 @@ class _Profiler:
             method=self.method,
             loss=loss / max(1, samples),
             samples=samples,
+            loss_name=self.request.loss_fn.name,
             updates=measured.delta_w,
             proposals=measured.proposals,
             proposed=self.additions,

@@ -14,7 +14,7 @@ from fxgrow.analysis.analyse import AnalysedGraph, analyse
 from fxgrow.axes.records import Width
 from fxgrow.candidates.refit import Refit
 from fxgrow.candidates.widened import Candidates
-from fxgrow.data.loss import LossFn
+from fxgrow.data.loss import Loss, LossFn, known_loss
 from fxgrow.errors import PlanError
 from fxgrow.initialisers.registry import Initialiser, Proposal
 from fxgrow.report.bottleneck import LEGEND, Bottleneck, bottleneck_table, parameters_added, pinned_table
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 class ProfileRequest:
     """Options of `fxgrow.profile`; `parts` are moments of parts of the data, in place of a first pass."""
 
-    loss_fn: LossFn | None = None
+    loss_fn: Loss = field(default_factory=Loss)
     method: str = "default"
     positions: str = "sampled"
     memory_limit: int | None = None
@@ -54,6 +54,7 @@ class Profile(Mapping[str, Bottleneck]):
         method: the initialiser.
         loss: mean loss over the samples, before growth.
         samples: samples that were read.
+        loss_name: which loss that is.
         moments: the sums over the data, of a profile with `keep_moments=True`.
     """
 
@@ -72,6 +73,7 @@ class Profile(Mapping[str, Bottleneck]):
     found: Candidates | None = field(repr=False)
     refit: Refit | None = field(repr=False)
     moments: Moments | None = field(default=None, repr=False)
+    loss_name: str = ""
     #: what `fxgrow.plan` adds by default, without values; None where its budget allows no unit
     suggested: Plan | None = field(default=None, init=False, repr=False)
     #: the function behind `merge`, of the file that makes profiles
@@ -156,7 +158,7 @@ class Profile(Mapping[str, Bottleneck]):
             >>> abs(merged["0"].bottleneck - whole["0"].bottleneck) < 1e-4
             True
         """
-        request = ProfileRequest(loss_fn, units=units, progress=progress, seed=seed)
+        request = ProfileRequest(known_loss(loss_fn), units=units, progress=progress, seed=seed)
         return cls._merge(parts, gm, dataloader, samples, request)
 
     def record(self) -> Profile:
@@ -171,9 +173,9 @@ class Profile(Mapping[str, Bottleneck]):
     def __str__(self) -> str:
         """Lines of at most 120 characters: loss and samples; one row per width; pinned widths and the reasons."""
         pinned = {w.name: w.pinned for w in self.widths if w.pinned is not None}
-        suggested = self.suggested
+        suggested, name = self.suggested, f" ({self.loss_name})" if self.loss_name else ""
         lines = [
-            f"Profile by {self.method.name}: loss {self.loss:.4f} over {self.samples:,} samples, "
+            f"Profile by {self.method.name}: loss{name} {self.loss:.4f} over {self.samples:,} samples, "
             f"{count(len(self), 'free width')}, {len(pinned)} pinned",
             "",
             bottleneck_table(self, "add", {} if suggested is None else suggested.units),

@@ -78,7 +78,7 @@ def try_widths(
         >>> import torch, fxgrow
         >>> _ = torch.manual_seed(0)
         >>> x = torch.randn(512, 6)
-        >>> batches = [(part, (part[:, :2].prod(1, keepdim=True) > 0).float()) for part in x.split(64)]
+        >>> batches = [(part, part[:, :2].prod(1, keepdim=True).sign()) for part in x.split(64)]
         >>> net = torch.nn.Sequential(
         ...     torch.nn.Linear(6, 2), torch.nn.Tanh(), torch.nn.Linear(2, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1)
         ... )

@@ -8,7 +8,7 @@ the parameters are the same afterwards.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fxgrow.data.batches import Batch, check_device
-from fxgrow.data.loss import LossFn, loss_of
+from fxgrow.data.loss import Loss, LossFn, first_samples, known_loss, loss_name, loss_of, repeated
 from fxgrow.errors import FxgrowError, ProfileError
 from fxgrow.graph.conditional import graph_like
 from fxgrow.graph.evaluate import eval_mode, lent_buffers
@@ -164,7 +164,7 @@ def forward_backward(
     gm: fx.GraphModule, batches: Iterable[Batch], loss_fn: LossFn | None, request: PassRequest
 ) -> None:
     """Runs forward and backward over `batches`; `loss_fn` as in `fxgrow.data.loss.loss_of`."""
-    recorder = _ActivationRecorder(gm, request)
+    recorder, known = _ActivationRecorder(gm, request), known_loss(loss_fn)
     with eval_mode(gm), lent_buffers(gm), torch.enable_grad():
         for batch in batches:
             record = recorder.record
@@ -172,7 +172,9 @@ def forward_backward(
             weights = request.weights if request.weights_needed() else {}
             recorder.weights_needed = bool(weights)
             try:
-                loss = loss_of(forward(recorder.run, gm, batch), batch, loss_fn)
+                if not known.name and batch.targets is None:
+                    _look_at_own_loss(gm, batch, known)
+                loss = loss_of(forward(recorder.run, gm, batch), batch, known)
                 for node in recorder.routes.keys() & record.inputs.keys():
                     record.inputs[node] = recorder.by_sample(node, record.inputs[node])
                 record.loss = float(loss.detach())
@@ -191,6 +193,19 @@ def forward_backward(
                 request.on_batch(batch, record)
             finally:
                 recorder.close()
+
+
+@torch.no_grad()
+def _look_at_own_loss(gm: fx.GraphModule, batch: Batch, loss: Loss) -> None:
+    """Finds the reduction of the model's own loss, on copies of one sample."""
+    inputs, size = first_samples(batch.inputs, batch.size, entries=1)
+
+    def of_copies(k: int) -> Any:
+        copies = replace(batch, inputs=repeated(inputs, size, k), size=k * size)
+        return loss.of(forward(gm.forward, gm, copies), copies)
+
+    loss.name = loss_name(None)
+    loss.find_reduction(of_copies)
 
 
 def _backward(loss: Tensor, inputs: list[Any], start: Tensor, batch: Batch) -> tuple[Tensor | None, ...]:
