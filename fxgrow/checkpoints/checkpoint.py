@@ -6,6 +6,7 @@ objects that were made for it.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import weakref
@@ -15,9 +16,9 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fxgrow.checkpoints.model_file import PREFIX, model_body, model_in
+from fxgrow.checkpoints.model_file import PREFIX, CheckpointFile, model_body, model_in
 from fxgrow.checkpoints.weights import rebuild
-from fxgrow.data.random_state import random_state, set_random_state, set_state_of, state_of
+from fxgrow.data.random_state import check_random_state, random_state, set_random_state, set_state_of, state_of
 from fxgrow.errors import FileError, FxgrowError
 from fxgrow.graph.graph import unwrap
 from fxgrow.storage.plain_tree import decoded, encoded
@@ -82,7 +83,6 @@ def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         MissingExtraError: safetensors is not installed.
     """
     body, tensors = read(path)
-    require_kind(body, "checkpoint", path, "Load it with fxgrow.load.")
     return Checkpoint(str(path), body, tensors)
 
 
@@ -96,14 +96,15 @@ class Checkpoint(Mapping[str, Any]):
 
     def __init__(self, path: str, body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
         self.path = path
-        self.recipe, self._weights = model_in(body, tensors)
-        self._entries: Mapping[str, Any] = body["entries"]
-        self._random, self._tensors = body["random"], tensors
+        require_kind(body, "checkpoint", path, "Load it with fxgrow.load.")
+        file, self._weights = model_in(body, tensors, path)
+        assert isinstance(file, CheckpointFile)
+        self.recipe, self._entries, self._random, self._tensors = file.recipe, file.entries, file.random, tensors
         self._model: weakref.ref[nn.Module] | None = None
 
     def __getitem__(self, name: str) -> Any:
         """A copy of the state that was saved under a name."""
-        return copy.deepcopy(decoded(self._entries[name]["tree"], self._tensors))
+        return copy.deepcopy(decoded(self._entries[name].tree, self._tensors))
 
     def __iter__(self) -> Any:
         return iter(self._entries)
@@ -141,9 +142,12 @@ class Checkpoint(Mapping[str, Any]):
             )
         model = None if self._model is None else self._model()
         for name, thing in things.items():
-            if hasattr(thing, "param_groups") and "parameters" in self._entries[name]:
-                _check_owned(name, self._entries[name]["parameters"], _owned_parameters(thing, model))
+            saved = self._entries[name].parameters
+            if hasattr(thing, "param_groups") and saved is not None:
+                _check_owned(name, saved, _owned_parameters(thing, model))
         before = {name: copy.deepcopy(state_of(thing)) for name, thing in things.items()}
+        generators = copy.deepcopy(decoded(self._random, self._tensors)) if random else random_state()
+        check_random_state(generators)
         done: list[str] = []
         try:
             for name, thing in things.items():
@@ -154,17 +158,19 @@ class Checkpoint(Mapping[str, Any]):
         except Exception as error:
             for name in reversed(done[:-1]):
                 set_state_of(things[name], before[name], name)
+            with contextlib.suppress(Exception):  # it may have taken a part, and may take none
+                set_state_of(things[done[-1]], before[done[-1]], done[-1])
             if isinstance(error, FxgrowError):
                 raise
             raise FileError(f"{done[-1]} does not take its state: {type(error).__name__}: {error}") from error
-        if random:
-            set_random_state(copy.deepcopy(decoded(self._random, self._tensors)))
+        set_random_state(generators)
 
 
-def _owned_parameters(optimizer: Any, model: nn.Module | None) -> list[list[Any]]:
+def _owned_parameters(optimizer: Any, model: nn.Module | None) -> tuple[tuple[Any, ...], ...]:
     """Returns name and shape of each parameter, per group."""
     names = {} if model is None else {id(p): name for name, p in unwrap(model).named_parameters()}
-    return [[[names.get(id(p)), list(p.shape)] for p in group["params"]] for group in optimizer.param_groups]
+    groups = (group["params"] for group in optimizer.param_groups)
+    return tuple(tuple((names.get(id(p)), tuple(p.shape)) for p in group) for group in groups)
 
 
 def _restore_dtypes(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
@@ -179,17 +185,17 @@ def _restore_dtypes(optimizer: Optimizer, saved: Mapping[str, Any]) -> None:
                 state[key] = value.to(cast.device)
 
 
-def _check_owned(name: str, saved: list[list[Any]], given: list[list[Any]]) -> None:
+def _check_owned(name: str, saved: tuple[tuple[Any, ...], ...], given: tuple[tuple[Any, ...], ...]) -> None:
     """Refuses an optimiser whose state would go to other parameters."""
     if [len(group) for group in saved] != [len(group) for group in given]:
         raise FileError(
             f"{name} was saved with {[len(g) for g in saved]} parameters per group, and this one has "
             f"{[len(g) for g in given]}. Build it as before, for the parameters of the checkpoint's model."
         )
-    for old, new in zip(sum(saved, []), sum(given, []), strict=True):
+    for old, new in zip(sum(saved, ()), sum(given, ()), strict=True):
         renamed = None not in (old[0], new[0]) and old[0] != new[0]
         if renamed or old[1] != new[1]:
             raise FileError(
-                f"{name} was saved with {old[0] or 'a parameter'} {old[1]} where this one has {new[0] or 'one'} "
-                f"{new[1]}. Build it as before, for the parameters of the checkpoint's model."
+                f"{name} was saved with {old[0] or 'a parameter'} {list(old[1])} where this one has {new[0] or 'one'} "
+                f"{list(new[1])}. Build it as before, for the parameters of the checkpoint's model."
             )

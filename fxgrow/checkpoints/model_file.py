@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -12,9 +13,11 @@ from torch import Tensor, nn
 from fxgrow.checkpoints.weights import Weights, rebuild, weights_of
 from fxgrow.errors import FileError
 from fxgrow.graph.graph import unwrap
+from fxgrow.storage import schema
 from fxgrow.storage.plain_tree import decoded, encoded
-from fxgrow.storage.recipe import Recipe
-from fxgrow.storage.safetensors_file import read, write
+from fxgrow.storage.recipe import Recipe, read_recipe
+from fxgrow.storage.safetensors_file import read, read_body, require_kind, write
+from fxgrow.storage.schema import checked
 
 #: prefix of the names of a model's tensors in a checkpoint
 PREFIX = "model/"
@@ -79,7 +82,8 @@ def load(
         PlanError: the model's code does not allow `into="module"`.
         MissingExtraError: safetensors is not installed.
     """
-    return rebuild(model, *model_in(*read(path)), example_inputs, into)
+    file, weights = model_in(*read(path), path)
+    return rebuild(model, file.recipe, weights, example_inputs, into)
 
 
 def resize(
@@ -118,7 +122,7 @@ def resize(
     if isinstance(recipe, str) and recipe.lstrip().startswith("{"):
         recipe = Recipe.from_json(recipe)
     elif isinstance(recipe, (str, os.PathLike)):
-        recipe, _ = model_in(*read(recipe))
+        recipe = model_in(*read(recipe), recipe)[0].recipe
     elif not isinstance(recipe, Recipe):
         raise FileError(f"A {type(recipe).__name__} is no recipe: pass a Recipe, its JSON text, or the path of a file.")
     return rebuild(model, recipe, None, example_inputs, into)
@@ -129,16 +133,57 @@ def model_body(model: nn.Module, tensors: dict[str, Tensor], prefix: str) -> dic
     model = unwrap(model)
     recipe = Recipe.of(model)
     weights = weights_of(model, recipe)
+    if recipe.example is not None:
+        size = sum(t.nbytes for t in weights.tensors.values())
+        recipe = replace(recipe, example=recipe.example.within(size))
     tensors.update({prefix + name: t for name, t in weights.tensors.items()})
     extra = {name: encoded(state, tensors, f"{name}._extra_state") for name, state in weights.extra.items()}
     stored = {"names": list(weights.tensors), "aliases": dict(weights.aliases), "extra": extra}
-    return {"recipe": json.loads(recipe.to_json()), **stored}
+    written = json.loads(recipe.to_json())
+    Recipe.from_json(json.dumps(written))  # names that no file may have are refused here
+    return {"recipe": written, **stored}
 
 
-def model_in(body: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> tuple[Recipe, Weights]:
-    """Returns recipe and weights from the body and the tensors of a file."""
-    prefix = PREFIX if body["kind"] == "checkpoint" else ""
-    recipe = Recipe.from_json(json.dumps(body["recipe"]))
-    named = {name: tensors[prefix + name] for name in body["names"]}
-    extra = {name: decoded(state, tensors) for name, state in body["extra"].items()}
-    return recipe, Weights(named, body["aliases"], extra)
+@dataclass(frozen=True)
+class ModelFile:
+    """What a file says about a model."""
+
+    recipe: Recipe = checked(read_recipe)
+    names: tuple[str, ...] = checked(schema.array(schema.name))
+    aliases: Mapping[str, str] = checked(schema.mapping(schema.name))
+    extra: Mapping[str, Any] = checked(schema.mapping(schema.anything))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A state in a checkpoint; of an optimiser with name and shape of its parameters, per group."""
+
+    tree: Any = checked(schema.anything)
+    parameters: tuple[tuple[Any, ...], ...] | None = checked(
+        schema.array(schema.array(schema.array(schema.optional(schema.name), schema.array(schema.integer())))),
+        required=False,
+        default=None,
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointFile(ModelFile):
+    """What the file of a checkpoint says."""
+
+    entries: Mapping[str, Entry] = checked(schema.mapping(schema.read_as(Entry)))
+    random: Any = checked(schema.anything)
+
+
+def model_in(
+    body: Mapping[str, Any], tensors: Mapping[str, Tensor], path: str | os.PathLike[str]
+) -> tuple[ModelFile, Weights]:
+    """Returns what a file says and its weights, from the body and the tensors."""
+    prefix, record = (PREFIX, CheckpointFile) if body.get("kind") == "checkpoint" else ("", ModelFile)
+    if record is ModelFile:
+        require_kind(body, "model", path, "")
+    file: ModelFile = read_body(record, body, path)
+    missing = [name for name in file.names if prefix + name not in tensors]
+    if missing := [*missing, *(set(file.aliases.values()) - set(file.names))]:
+        raise FileError(f"{path} has no tensor {schema.quoted(missing[0])}, which its list of names has.")
+    extra = {name: decoded(state, tensors) for name, state in file.extra.items()}
+    return file, Weights({name: tensors[prefix + name] for name in file.names}, file.aliases, extra)

@@ -81,7 +81,7 @@ def rebuild(
     else:
         # before the capture, whose errors would say less; constants of a graph are checked in it
         sizes_after(named_tensors(model), recipe, constants=False)
-        inputs = _inputs(model, recipe) if example_inputs is None else example_inputs
+        inputs = _inputs(model, recipe, weights) if example_inputs is None else example_inputs
         gm = capture(model, inputs)
         out = replayed(gm, recipe, {} if weights is None else _loaded(gm, recipe, weights))
         if into == "module":
@@ -92,13 +92,15 @@ def rebuild(
     return out
 
 
-def _inputs(model: nn.Module, recipe: Recipe) -> Any:
+def _inputs(model: nn.Module, recipe: Recipe, weights: Weights | None) -> Any:
     """Returns the example inputs that the recipe holds."""
-    inputs = None if recipe.example is None else recipe.example.inputs(model)
+    stored = {} if weights is None else weights.tensors
+    size = sum(t.nbytes for t in (*named_tensors(model).values(), *stored.values()))
+    inputs = None if recipe.example is None else recipe.example.within(size).values(model)
     if inputs is None:
         raise FileError(
             "The recipe holds no example inputs"
-            + (": the model was never captured" if recipe.example is None else ", since they were no plain data")
+            + (": the model was never captured" if recipe.example is None else " that are plain data of its size")
             + '. Pass example_inputs, or into="module" for a model that never grew.'
         )
     return inputs

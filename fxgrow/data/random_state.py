@@ -31,6 +31,40 @@ def random_state(loader: Any = None) -> dict[str, Any]:
     return state
 
 
+def check_random_state(state: Any) -> None:
+    """Raises `FileError` for what no generator here can take; of devices that are not here nothing is known."""
+    mine = random_state()
+    if not isinstance(state, dict) or not {"python", "torch"} <= state.keys() <= {*mine, "cuda", "mps", "numpy"}:
+        raise FileError("The state of the random generators has other parts than Python's, PyTorch's and NumPy's.")
+    for name in state.keys() & mine.keys() - {"cuda"}:
+        _check_like(state[name], mine[name], f"the random state of {name}")
+    devices = state.get("cuda", [])
+    if not isinstance(devices, list) or not all(isinstance(t, torch.Tensor) for t in devices):
+        raise FileError("The random states of the CUDA devices are no list of tensors.")
+
+
+def _check_like(state: Any, mine: Any, where: str) -> None:
+    """Refuses a state that is not built like a generator's own: NumPy reads memory at any position that it is given."""
+    either = (type(None), float)  # a second number of a pair, which may be there or not
+    wrong = type(state) is not type(mine) and not (isinstance(state, either) and isinstance(mine, either))
+    if not wrong and isinstance(mine, dict):
+        wrong = state.keys() != mine.keys()
+        for key in () if wrong else mine:
+            _check_like(state[key], mine[key], f"{where}/{key}")
+            if key in ("pos", "buffer_pos"):
+                wrong = wrong or not 0 <= state[key] <= len(mine["key" if key == "pos" else "buffer"])
+    elif not wrong and isinstance(mine, (tuple, list)):
+        wrong = len(state) != len(mine) or (mine[:1] == ("MT19937",) and not 0 <= int(state[2]) <= len(mine[1]))
+        for i in () if wrong else range(len(mine)):
+            _check_like(state[i], mine[i], f"{where}/{i}")
+    elif not wrong and hasattr(mine, "dtype"):
+        wrong = (state.shape, state.dtype) != (mine.shape, mine.dtype)
+    elif not wrong and isinstance(mine, str):
+        wrong = state != mine
+    if wrong:
+        raise FileError(f"A state is not one of this kind of random generator: {where}.")
+
+
 def set_random_state(state: dict[str, Any], loader: Any = None) -> None:
     """The inverse; generators that this machine or process does not have are left out, with a warning."""
     random.setstate(state["python"])
@@ -75,7 +109,7 @@ def random_state_kept() -> Iterator[None]:
 
 def state_of(thing: Any) -> Any:
     """What an object with a state is saved as: that of a generator, its `state_dict()`, or itself."""
-    if isinstance(thing, torch.Generator) or type(thing).__name__ == "RandomState":
+    if isinstance(thing, torch.Generator) or _is_legacy(thing):
         return thing.get_state()
     if isinstance(thing, random.Random):
         return thing.getstate()
@@ -86,7 +120,9 @@ def state_of(thing: Any) -> Any:
 
 def set_state_of(thing: Any, state: Any, name: str) -> None:
     """Puts a state back where it came from."""
-    if isinstance(thing, torch.Generator) or type(thing).__name__ == "RandomState":
+    if isinstance(thing, (torch.Generator, random.Random)) or _is_numpy_generator(thing) or _is_legacy(thing):
+        _check_like(state, state_of(thing), name)
+    if isinstance(thing, torch.Generator) or _is_legacy(thing):
         thing.set_state(state)
     elif isinstance(thing, random.Random):
         thing.setstate(state)
@@ -103,3 +139,7 @@ def set_state_of(thing: Any, state: Any, name: str) -> None:
 
 def _is_numpy_generator(thing: Any) -> bool:
     return type(thing).__module__.startswith("numpy.random") and hasattr(thing, "bit_generator")
+
+
+def _is_legacy(thing: Any) -> bool:
+    return type(thing).__module__.startswith("numpy.random") and type(thing).__name__ == "RandomState"

@@ -18,20 +18,83 @@ from torch import Tensor, fx, nn
 
 from fxgrow.errors import FileError
 from fxgrow.graph.node_meta import EXAMPLE_INPUTS, KEYWORDS
-from fxgrow.storage.plain_tree import decoded, encoded
+from fxgrow.storage import schema
+from fxgrow.storage.plain_tree import DTYPES, decoded, encoded
+from fxgrow.storage.schema import SchemaError, checked
 
 #: tensors keep up to so many entries
 MAX_ENTRIES = 16
+#: so many bytes of inputs may always be made
+FREE = 2**26
 #: masks of up to so many entries keep them
 MAX_MASK_ENTRIES = 16384
+
+
+_dtype = schema.string(choices=DTYPES)
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor among the inputs: its bytes where they are kept, those of one entry where all are alike."""
+
+    shape: tuple[int, ...] = checked(schema.array(schema.integer(), longest=64))
+    dtype: str = checked(_dtype)
+    entries: str | None = checked(schema.optional(schema.string(longest=1_000_000)), required=False, default=None)
+
+    @classmethod
+    def of(cls, t: Tensor) -> TensorSpec:
+        """Describes a tensor."""
+        shape, dtype = tuple(t.shape), str(t.dtype).removeprefix("torch.")
+        if t.numel() == 0 or t.layout is not torch.strided or t.device.type == "meta" or t.is_complex():
+            return cls(shape, dtype)
+        flat = t.detach().cpu().contiguous().flatten()
+        entries = flat.view(torch.uint8).view(len(flat), -1)
+        if bool((entries == entries[0]).all()):
+            entries = entries[:1]
+        if len(entries) > MAX_ENTRIES and not (len(entries) <= MAX_MASK_ENTRIES and _is_mask(flat)):
+            return cls(shape, dtype)
+        return cls(shape, dtype, base64.b64encode(bytes(entries.flatten().tolist())).decode())
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the tensor."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def __post_init__(self) -> None:
+        size = DTYPES[self.dtype].itemsize
+        if self.entries is not None and len(self.data) not in (size, self.nbytes):
+            raise SchemaError(f"a tensor of shape {list(self.shape)} has {len(self.data)} bytes of entries")
+
+    @property
+    def data(self) -> bytes:
+        """The bytes of the entries."""
+        return schema.encoded_bytes(self.entries, "entries")
+
+    def tensor(self) -> Tensor:
+        """Returns a tensor with these entries, zeros or noise."""
+        dtype = DTYPES[self.dtype]
+        if self.entries is not None:
+            entries = torch.frombuffer(bytearray(self.data), dtype=dtype)
+            return entries.expand(math.prod(self.shape)).reshape(self.shape).clone()
+        if not dtype.is_floating_point:
+            return torch.zeros(self.shape, dtype=dtype)
+        return torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _is_mask(t: Tensor) -> bool:
+    return not t.is_floating_point() and bool((t.long() >> 1 == 0).all())
 
 
 @dataclass(frozen=True)
 class Example:
     """Example inputs as plain data."""
 
-    #: `inputs` (None where they are not plain data), shape, dtype and perhaps entries of `tensors`, `dtype` of weights
-    data: Mapping[str, Any]
+    #: a plain tree; None where they are not plain data
+    inputs: Any = checked(schema.anything)
+    #: those in the tree
+    tensors: Mapping[str, TensorSpec] = checked(schema.mapping(schema.read_as(TensorSpec)))
+    #: of the weights
+    dtype: str | None = checked(schema.optional(_dtype))
 
     @classmethod
     def of(cls, gm: fx.GraphModule) -> Example:
@@ -42,61 +105,30 @@ class Example:
         try:
             tree = encoded(given, tensors, "inputs")
         except FileError:
-            return cls({"inputs": None, "tensors": {}, "dtype": None})
-        specs = {name: _spec(t) for name, t in tensors.items()}
-        return cls({"inputs": tree, "tensors": specs, "dtype": _name(_dtype_of(gm))})
+            return cls(None, {}, None)
+        return cls(tree, {name: TensorSpec.of(t) for name, t in tensors.items()}, _dtype_of(gm))
 
-    @classmethod
-    def from_data(cls, data: Any) -> Example:
-        """Checks the data of a file."""
-        if not isinstance(data, dict) or not {"inputs", "tensors", "dtype"} <= data.keys():
-            raise ValueError("no example inputs")
-        return cls(data)
+    def within(self, nbytes: int) -> Example:
+        """Returns the example, or none where its tensors are much larger than a file with so many bytes of weights."""
+        fits = sum(spec.nbytes for spec in self.tensors.values()) <= FREE + 2 * nbytes
+        return self if fits else Example(None, {}, None)
 
-    def inputs(self, model: nn.Module) -> tuple[Any, ...] | dict[str, Any] | None:
+    def values(self, model: nn.Module) -> tuple[Any, ...] | dict[str, Any] | None:
         """Returns inputs on the device of a model, and in the dtype of its weights where the old ones were."""
-        if self.data["inputs"] is None:
+        if self.inputs is None:
             return None
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        old, new = self.data["dtype"], _dtype_of(model)
+        new = _dtype_of(model)
         tensors = {
-            name: _tensor(spec).to(device, new if spec["dtype"] == old else None)
-            for name, spec in self.data["tensors"].items()
+            name: spec.tensor().to(device, DTYPES[new] if new is not None and spec.dtype == self.dtype else None)
+            for name, spec in self.tensors.items()
         }
-        inputs: tuple[Any, ...] | dict[str, Any] = decoded(self.data["inputs"], tensors)
+        inputs = decoded(self.inputs, tensors)
+        if type(inputs) is not tuple and (type(inputs) is not dict or not all(type(key) is str for key in inputs)):
+            raise FileError("The example inputs of this recipe are no tuple or dict: pass example_inputs.")
         return inputs
 
 
-def _dtype_of(model: nn.Module) -> torch.dtype | None:
-    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-
-
-def _name(dtype: torch.dtype | None) -> str | None:
+def _dtype_of(model: nn.Module) -> str | None:
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     return None if dtype is None else str(dtype).removeprefix("torch.")
-
-
-def _spec(t: Tensor) -> dict[str, Any]:
-    spec: dict[str, Any] = {"shape": list(t.shape), "dtype": _name(t.dtype)}
-    if t.numel() == 0 or t.layout is not torch.strided or t.device.type == "meta" or t.is_complex():
-        return spec
-    flat = t.detach().cpu().contiguous().flatten()
-    entries = flat.view(torch.uint8).view(len(flat), -1)
-    if bool((entries == entries[0]).all()):
-        entries = entries[:1]
-    if len(entries) <= MAX_ENTRIES or (len(entries) <= MAX_MASK_ENTRIES and _is_mask(flat)):
-        spec["entries"] = base64.b64encode(bytes(entries.flatten().tolist())).decode()
-    return spec
-
-
-def _is_mask(t: Tensor) -> bool:
-    return not t.is_floating_point() and bool((t.long() >> 1 == 0).all())
-
-
-def _tensor(spec: Mapping[str, Any]) -> Tensor:
-    shape, dtype = spec["shape"], getattr(torch, spec["dtype"])
-    if "entries" in spec:
-        entries = torch.frombuffer(bytearray(base64.b64decode(spec["entries"])), dtype=dtype)
-        return entries.reshape(shape) if len(entries) > 1 else entries.expand(math.prod(shape)).reshape(shape).clone()
-    if not dtype.is_floating_point:
-        return torch.zeros(shape, dtype=dtype)
-    return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -10,13 +10,26 @@ import base64
 import enum
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fxgrow.errors import FileError
+from fxgrow.storage.schema import (
+    SENTENCE,
+    Reader,
+    SchemaError,
+    anything,
+    array,
+    check_depth,
+    encoded_bytes,
+    integer,
+    mapping,
+    real,
+    string,
+)
 
 
 def is_plain(value: Any) -> bool:
@@ -26,7 +39,7 @@ def is_plain(value: Any) -> bool:
     )
 
 
-_DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
 _DICTS: dict[str, Any] = {"OrderedDict": OrderedDict, "Counter": Counter}
 
 
@@ -130,36 +143,60 @@ def _refused(value: Any, path: str) -> FileError:
 def decoded(data: Any, tensors: Mapping[str, Tensor]) -> Any:
     """Returns the tree that `encoded` wrote."""
     try:
-        return _decode(data, tensors.__getitem__)
+        check_depth(data)
+        return _Decoder(tensors).decode(data)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise FileError(f"Invalid or foreign checkpoint data: {error!r}.") from error
+        raise FileError(f"Invalid or foreign checkpoint data: {str(error)[:SENTENCE] or repr(error)}.") from error
 
 
-def _decode(data: Any, lookup: Callable[[str], Tensor]) -> Any:
-    if isinstance(data, list):
-        return [_decode(item, lookup) for item in data]
-    if not isinstance(data, dict):
-        return data
-    if "pairs" in data:
-        out = _DICTS[data["type"]]() if "type" in data else {}
-        for key, value in data["pairs"]:
-            out[_decode(key, lookup)] = _decode(value, lookup)
+class _Decoder:
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self.tensors = tensors
+        self.arrays: dict[str, Any] = {}  # one in several places stays one
+
+    def decode(self, data: Any) -> Any:
+        if isinstance(data, list):
+            return [self.decode(item) for item in data]
+        if not isinstance(data, dict):
+            return _plain_leaf(data)
+        if "pairs" in data:
+            return self._pairs(**data)
+        ((tag, value),) = data.items()
+        if tag == "dict":
+            return {key: self.decode(item) for key, item in mapping(anything, anything)(value, tag).items()}
+        if tag == "tuple":
+            return tuple(map(self.decode, array(anything)(value, tag)))
+        if tag == "tensor":
+            return self.tensors[value]
+        if tag == "array":
+            if value not in self.arrays:
+                self.arrays[value] = self.tensors[value].numpy()
+            return self.arrays[value]
+        if tag == "complex":
+            return complex(*(self.decode(part) for part in array(anything, anything)(value, tag)))
+        return _LEAVES[tag](value, tag)
+
+    def _pairs(self, pairs: Any, type: str | None = None) -> Any:
+        out = {} if type is None else _DICTS[type]()
+        for key, value in pairs:
+            out[self.decode(key)] = self.decode(value)
+        if len(out) < len(pairs):
+            raise SchemaError("a key stands in it twice")
         return out
-    ((tag, value),) = data.items()
-    if tag == "dict":
-        return {key: _decode(item, lookup) for key, item in value.items()}
-    if tag == "tuple":
-        return tuple(_decode(item, lookup) for item in value)
-    return _LEAVES[tag](value, lookup)
 
 
-_LEAVES: dict[str, Callable[[Any, Callable[[str], Tensor]], Any]] = {
-    "tensor": lambda name, lookup: lookup(name),
-    "array": lambda name, lookup: lookup(name).numpy(),
-    "float": lambda text, _: float(text),
-    "complex": lambda parts, lookup: complex(*(_decode(p, lookup) for p in parts)),
-    "bytes": lambda text, _: base64.b64decode(text),
-    "dtype": lambda name, _: _DTYPES[name],
-    "device": lambda name, _: torch.device(name),
-    "size": lambda sizes, _: torch.Size(sizes),
+def _plain_leaf(value: Any) -> Any:
+    """Checks a number or text; integers of random generators have some hundred bits."""
+    known = value is None or type(value) in (bool, str)
+    if not known and (type(value) is not int or value.bit_length() > 4096):
+        real()(value, "a value")
+    return value
+
+
+_LEAVES: dict[str, Reader] = {
+    "float": lambda value, where: float(string(choices=("inf", "-inf", "nan"))(value, where)),
+    "bytes": encoded_bytes,
+    "dtype": lambda value, where: DTYPES[value],
+    "device": lambda value, where: torch.device(string()(value, where)),
+    "size": lambda value, where: torch.Size(array(integer())(value, where)),
 }

@@ -9,26 +9,39 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import fx, nn
 
 from fxgrow.errors import FileError
 from fxgrow.graph.node_meta import RECIPE, is_captured
+from fxgrow.storage import schema
 from fxgrow.storage.example_inputs import Example
 from fxgrow.storage.plain_tree import decoded, encoded
+from fxgrow.storage.schema import SchemaError, checked
 
 VERSION = 1
+#: a dimension, and its size before and after a growth
+_DIMENSION = schema.array(schema.integer(high=63), schema.integer(), schema.integer(1))
+_number = schema.real()
+
+
+def _numbers(value: Any, where: str) -> Any:
+    """Reads a number, or a tuple, list or `torch.Size` of them."""
+    tree = decoded(value, {}) if type(value) in (dict, list) else value
+    for item in tree if isinstance(tree, (tuple, list)) else (tree,):
+        _number(item, where)
+    return tree
 
 
 @dataclass(frozen=True)
 class CallSite:
     """A node of a graph: the nth call (from 0) of a function, method or module in the code of `module`."""
 
-    module: str
-    target: str
-    nth: int
+    module: str = checked(schema.name)
+    target: str = checked(schema.name)
+    nth: int = checked(schema.integer())
 
     def __str__(self) -> str:
         where = f" of module {self.module!r}" if self.module else ""
@@ -39,20 +52,26 @@ class CallSite:
 class ChangedArgument:
     """A number among the arguments of a call: its path, the number before (None: computed) and after."""
 
-    place: CallSite
-    path: tuple[int | str, ...]
-    before: Any
-    after: Any
+    place: CallSite = checked(schema.read_as(CallSite))
+    path: tuple[int | str, ...] = checked(
+        schema.array(schema.either(schema.integer(high=1_000_000), schema.identifier), longest=16)
+    )
+    before: Any = checked(schema.optional(_number))
+    after: Any = checked(_number)
+
+    def __post_init__(self) -> None:
+        if not self.path:
+            raise SchemaError(f"the change of {self.place} has no path to an argument")
 
 
 @dataclass(frozen=True)
 class ChangedAttribute:
     """An attribute of a module, before and after."""
 
-    module: str
-    name: str
-    before: Any
-    after: Any
+    module: str = checked(schema.name)
+    name: str = checked(schema.identifier)
+    before: Any = checked(schema.optional(_numbers))
+    after: Any = checked(_numbers)
 
 
 @dataclass(frozen=True)
@@ -68,12 +87,18 @@ class GrowthStep:
         erased: nodes without users after the growth.
     """
 
-    units: Mapping[str, int]
-    method: str
-    sizes: Mapping[str, tuple[tuple[int, int, int], ...]] = field(repr=False)
-    attributes: tuple[ChangedAttribute, ...] = field(default=(), repr=False)
-    numbers: tuple[ChangedArgument, ...] = field(default=(), repr=False)
-    erased: tuple[CallSite, ...] = field(default=(), repr=False)
+    units: Mapping[str, int] = checked(schema.mapping(schema.integer(1)))
+    method: str = checked(schema.name)
+    sizes: Mapping[str, tuple[tuple[int, int, int], ...]] = checked(
+        schema.mapping(schema.array(_DIMENSION)), repr=False
+    )
+    attributes: tuple[ChangedAttribute, ...] = checked(
+        schema.array(schema.read_as(ChangedAttribute)), default=(), repr=False
+    )
+    numbers: tuple[ChangedArgument, ...] = checked(
+        schema.array(schema.read_as(ChangedArgument)), default=(), repr=False
+    )
+    erased: tuple[CallSite, ...] = checked(schema.array(schema.read_as(CallSite)), default=(), repr=False)
 
     def __str__(self) -> str:
         return f"{self.method}: {', '.join(f'{name} +{k}' for name, k in self.units.items())}"
@@ -99,9 +124,9 @@ class Recipe:
         widen: 0 +1
     """
 
-    steps: tuple[GrowthStep, ...] = ()
-    example: Example | None = field(default=None, repr=False)
-    into: str = "module"
+    steps: tuple[GrowthStep, ...] = checked(schema.array(schema.read_as(GrowthStep)), default=())
+    example: Example | None = checked(schema.optional(schema.read_as(Example)), default=None, repr=False)
+    into: str = checked(schema.string(choices=("graph", "module")), default="module")
 
     @classmethod
     def of(cls, model: nn.Module) -> Recipe:
@@ -128,7 +153,7 @@ class Recipe:
             True
         """
         steps = [_step_data(step) for step in self.steps]
-        example = None if self.example is None else self.example.data
+        example = None if self.example is None else asdict(self.example)
         return json.dumps({RECIPE: VERSION, "steps": steps, "example": example, "into": self.into})
 
     @classmethod
@@ -139,20 +164,22 @@ class Recipe:
             FileError: the text is not a recipe, or of a newer version.
         """
         try:
-            raw = json.loads(text)
-            version = raw[RECIPE]
-            if version != VERSION:
-                raise FileError(
-                    f"This recipe has version {version!r}, this fxgrow reads {VERSION}: it was written by a newer "
-                    "fxgrow. Update fxgrow."
-                )
-            steps = tuple(_step(step) for step in raw["steps"])
-            example = None if raw["example"] is None else Example.from_data(raw["example"])
-            if raw["into"] not in ("graph", "module"):
-                raise ValueError(raw["into"])
-            return cls(steps, example, raw["into"])
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise FileError(f"This text is not a recipe of fxgrow: {error!r}.") from error
+            return read_recipe(schema.parse_json(text), "the recipe")
+        except SchemaError as error:
+            raise FileError(f"This text is not a recipe of fxgrow: {error}.") from None
+
+
+def read_recipe(raw: Any, where: str) -> Recipe:
+    """Reads the data of a recipe."""
+    version = raw.get(RECIPE) if isinstance(raw, dict) else None
+    if type(version) is int and version > VERSION:
+        raise FileError(
+            f"This recipe has version {version}, this fxgrow reads {VERSION}: it was written by a newer fxgrow. "
+            "Update fxgrow."
+        )
+    if version != VERSION or type(version) is not int:
+        raise SchemaError(f"{where} has the version {schema.quoted(version)}")
+    return Recipe(**schema.read_fields(Recipe, raw, where, (RECIPE,)))
 
 
 def keep_recipe(out: nn.Module, recipe: Recipe) -> None:
@@ -173,17 +200,3 @@ def _step_data(step: GrowthStep) -> dict[str, Any]:
     for part in (*raw["attributes"], *raw["numbers"]):
         part["before"], part["after"] = encoded(part["before"], {}), encoded(part["after"], {})
     return raw
-
-
-def _step(raw: Mapping[str, Any]) -> GrowthStep:
-    def values(part: Mapping[str, Any]) -> dict[str, Any]:
-        return {key: decoded(part[key], {}) for key in ("before", "after")}
-
-    return GrowthStep(
-        units={str(name): int(k) for name, k in raw["units"].items()},
-        method=str(raw["method"]),
-        sizes={name: tuple((int(d), int(a), int(b)) for d, a, b in dims) for name, dims in raw["sizes"].items()},
-        attributes=tuple(ChangedAttribute(p["module"], p["name"], **values(p)) for p in raw["attributes"]),
-        numbers=tuple(ChangedArgument(CallSite(**p["place"]), tuple(p["path"]), **values(p)) for p in raw["numbers"]),
-        erased=tuple(CallSite(**p) for p in raw["erased"]),
-    )

@@ -241,7 +241,7 @@ def test_example_inputs_keep_no_data(tmp_path: Path) -> None:
     grown = fxgrow.widen(mlp(), (secret,), {"0": 4})
     example = fxgrow.Recipe.of(grown).example
     assert example is not None
-    (found,) = example.inputs(mlp())
+    (found,) = example.values(mlp())
     assert found.shape == secret.shape and found.dtype == secret.dtype and not bool((found == secret).any())
     masked = {"x": torch.arange(40).view(2, 20), "mask": torch.ones(2, 20, dtype=torch.int64).tril(), "flag": True}
 
@@ -255,7 +255,7 @@ def test_example_inputs_keep_no_data(tmp_path: Path) -> None:
 
     example = fxgrow.Recipe.of(fxgrow.widen(Masked(), masked, {"embed": 2})).example
     assert example is not None
-    again = example.inputs(Masked())
+    again = example.values(Masked())
     assert isinstance(again, dict) and list(again) == ["x", "mask", "flag"]
     assert not bool(again["x"].any()) and torch.equal(again["mask"], masked["mask"]) and again["flag"] is True
 
