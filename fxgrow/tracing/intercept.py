@@ -105,8 +105,21 @@ def patched(patches: Sequence[Patch]) -> Iterator[None]:
             put_entry(*patch)
         yield
     finally:
-        for entry in reversed(saved):
-            put_entry(*entry)
+        _put_back(saved)
+
+
+def _put_back(saved: list[Patch]) -> None:
+    """Sets all entries, the last one first, and only then raises an interrupt that came in between."""
+    interrupt: BaseException | None = None
+    for _ in range(2):
+        try:
+            while saved:
+                put_entry(*saved[-1])
+                saved.pop()
+        except BaseException as error:
+            interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 def entries(owner: Any) -> Any:
@@ -116,10 +129,12 @@ def entries(owner: Any) -> Any:
 
 def put_entry(owner: Any, name: Any, value: Any) -> None:
     """Sets one of them, or removes it where the value is `MISSING`."""
+    if value is MISSING and name not in entries(owner):
+        return
     if not isinstance(owner, dict):
         delattr(owner, name) if value is MISSING else setattr(owner, name, value)
     elif value is MISSING:
-        owner.pop(name, None)
+        del owner[name]
     else:
         owner[name] = value
 
