@@ -39,6 +39,7 @@ from fxgrow.rewriting.verify import check_function
 from fxgrow.rewriting.widened_graph import WidenedGraph
 from fxgrow.tracing.capture import capture
 from fxgrow.transfer.optimizer_state import repoint
+from fxgrow.transfer.stale_model import watch
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -111,6 +112,7 @@ def grow(model: nn.Module, dataloader: Iterable[Any], **options: Unpack[GrowOpti
         if settings["optimizer"] is not None:
             repoint(settings["optimizer"], model, done.model, done.index)
     keep_record(done.model, done.record)
+    watch(model, done.model, done.record, moved=settings["optimizer"] is not None)
     log.info("%s", done.record.declined or done.record.plan)
     return done.model
 

@@ -13,6 +13,7 @@ from fxgrow.training.data_source import Source, beside_training
 from fxgrow.transfer.device_mesh import sharded_modules
 from fxgrow.transfer.fsdp import UnshardedModel
 from fxgrow.transfer.parameter_change import ParameterChange
+from fxgrow.transfer.stale_model import watch
 from fxgrow.transfer.transfer import TrainingState
 from fxgrow.transfer.wrappers import unwrapped
 
@@ -42,6 +43,7 @@ def grow_with_state(
     if unsharded is None:
         grown = wrap(result.model)
         assign()
+        watch(old, result.model, result.record, moved=True)
     else:
         assign()  # shards the model, which comes before its wrappers
         grown = wrap(result.model)
