@@ -77,7 +77,7 @@ class _Watch:
         return all(ref() is None for ref in self.results)
 
 
-def _alive(refs: Mapping[int, weakref.ref[Tensor]]) -> Iterator[Tensor]:
+def _alive(refs: Mapping[int, weakref.ref[nn.Parameter]]) -> Iterator[nn.Parameter]:
     return (p for ref in refs.values() if (p := ref()) is not None)
 
 
