@@ -18,6 +18,12 @@ Rule = Callable[..., Any]
 R = TypeVar("R", bound=Rule)
 #: rules that make axes of their own from literal sizes: called also where no input has a width
 MAKES_AXES: set[Rule] = set()
+#: attributes of layers that a growth changes: lengths of axes, and the epsilon of a norm
+SIZE_ATTRIBUTES = frozenset({
+    "in_features", "out_features", "in1_features", "in2_features", "in_channels", "out_channels", "groups",
+    "num_features", "num_channels", "num_groups", "num_parameters", "normalized_shape", "embedding_dim", "input_size",
+    "hidden_size", "nf", "nx", "eps",
+})  # fmt: skip
 _RULES: dict[Any, Rule] = {}
 
 
@@ -51,13 +57,24 @@ def described_functions() -> list[Callable[..., Any]]:
 def find_rule(node: fx.Node, module: nn.Module | None) -> Rule | None:
     """The rule of a node; `module` is what a `call_module` node calls."""
     if module is not None:
-        # a subclass with the same forward has the rule of its parent
-        cls: Any = type(module)
-        rule = next((_RULES[c] for c in cls.__mro__ if c in _RULES and c.forward is cls.forward), None)
-        return rule or _RULES.get(f"{cls.__module__}.{cls.__qualname__}")
+        return _rule_of(module)
     if node.op == "call_method" or isinstance(node.target, MethodDescriptorType):
         # `new_zeros` of a parameter that is no proxy is recorded as torch.Tensor.new_zeros
         return _RULES.get(getattr(node.target, "__name__", node.target))
     return _RULES.get(node.target) or _RULES.get(
         f"{getattr(node.target, '__module__', '')}.{getattr(node.target, '__name__', '')}"
     )
+
+
+def _rule_of(module: nn.Module) -> Rule | None:
+    # a subclass with the same forward has the rule of its parent
+    cls: Any = type(module)
+    rule = next((_RULES[c] for c in cls.__mro__ if c in _RULES and c.forward is cls.forward), None)
+    return rule or _RULES.get(f"{cls.__module__}.{cls.__qualname__}")
+
+
+def may_change(module: nn.Module, name: str) -> bool:
+    """Whether a growth may write an attribute; a layer with somebody's own rule has names of its own for its sizes."""
+    if name not in vars(module) or name.startswith("_") or name in vars(nn.Module()):
+        return False
+    return name in SIZE_ATTRIBUTES or not getattr(_rule_of(module), "__module__", "fxgrow.").startswith("fxgrow.")

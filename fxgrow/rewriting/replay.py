@@ -6,6 +6,7 @@ ensures: the replayed graph has the code, attributes and sizes of the grown one;
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
@@ -14,8 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxgrow.errors import FileError, RewriteError
-from fxgrow.graph.arguments import Path, argument_leaves, get_argument, set_argument
+from fxgrow.graph.arguments import Path, argument_leaves, set_argument
 from fxgrow.graph.graph import caller, compile_graph, copy_graph, named_tensors, same_kind
+from fxgrow.ops.registry import may_change
 from fxgrow.rewriting.transplant import changed_attributes
 from fxgrow.rewriting.verify import check_shapes
 from fxgrow.storage.example_inputs import Example
@@ -23,6 +25,8 @@ from fxgrow.storage.plain_tree import is_plain
 from fxgrow.storage.recipe import CallSite, ChangedArgument, ChangedAttribute, GrowthStep, Recipe, keep_recipe
 from fxgrow.tracing.opaque_functions import OpaqueFunction
 
+#: arguments that a growth adds to a call of a norm or an attention which has none
+_ADDED = {("eps",), ("scale",)}
 _ADVICE = "Build the model as it was before it grew: the same class, with the same arguments."
 
 
@@ -86,10 +90,10 @@ def replayed(gm: fx.GraphModule, recipe: Recipe, given: Mapping[str, Tensor] | N
             replaced[id(t)] = given[name]
         elif shape != t.shape and id(t) not in replaced:
             replaced[id(t)] = same_kind(torch.zeros(shape, dtype=t.dtype, device=t.device), t)
-    out = copy_graph(gm, replaced)
+    out, bounds = copy_graph(gm, replaced), _Bounds(recipe)
     for step in recipe.steps:
-        _set_attributes(out, step)
-        _change_code(out, step)
+        _set_attributes(out, step, bounds)
+        _change_code(out, step, bounds)
     if any(step.sizes for step in recipe.steps):
         compile_graph(out)
         try:
@@ -124,40 +128,79 @@ def sizes_after(tensors: Mapping[str, Tensor], recipe: Recipe, constants: bool =
     return {name: torch.Size(shape) for name, shape in shapes.items()}
 
 
-def _set_attributes(out: fx.GraphModule, step: GrowthStep) -> None:
+def _set_attributes(out: fx.GraphModule, step: GrowthStep, bounds: _Bounds) -> None:
+    modules = dict(out.named_modules())
     for a in step.attributes:
-        try:
-            module = out.get_submodule(a.module)
-            value = vars(module)[a.name]
-        except (AttributeError, KeyError):
-            raise FileError(f"The model has no {a.module}.{a.name}, which the recipe sets. {_ADVICE}") from None
+        what, module = f"{a.module}.{a.name}", modules.get(a.module)
+        if module is None or a.name not in vars(module):
+            raise FileError(f"The model has no {what}, which the recipe sets. {_ADVICE}")
+        value = vars(module)[a.name]
+        if not may_change(module, a.name) or isinstance(value, (bool, str)):
+            raise FileError(f"The recipe sets {what}, which is no size of a layer: no growth writes it.")
         if value != a.before:
             raise FileError(
-                f"{a.module}.{a.name} is {value!r} in this model, and a growth of the recipe takes it from "
-                f"{a.before!r} to {a.after!r}. {_ADVICE}"
+                f"{what} is {value!r} in this model, and a growth of the recipe takes it from {a.before!r} to "
+                f"{a.after!r}. {_ADVICE}"
             )
+        if type(value) in (tuple, list, torch.Size):
+            if type(a.after) is not type(value) or len(a.after) != len(value):
+                raise FileError(f"The recipe makes {what} = {value!r} {a.after!r}, which is of another kind.")
+            for old, new in zip(value, a.after, strict=True):
+                bounds.check(what, old, new)
+        else:
+            bounds.check(what, value, a.after)
         setattr(module, a.name, a.after)
 
 
-def _change_code(out: fx.GraphModule, step: GrowthStep) -> None:
+class _Bounds:
+    """How large a number can become where sizes grow as a recipe says; sizes are those of tensors."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        steps = [[dim[1:] for dims in step.sizes.values() for dim in dims] for step in recipe.steps]
+        self.largest = max((after for sizes in steps for _, after in sizes), default=0)
+        ratios = [max((after / max(1, before) for before, after in sizes), default=1.0) for sizes in steps]
+        self.ratio = min(math.prod(max(1.0, ratio) for ratio in ratios), 1e9)
+
+    def check(self, what: str, before: Any, after: Any) -> None:
+        """Refuses a number that no growth makes of another one: a product of up to four sizes, or a part of it."""
+        if before is None:  # an epsilon that followed the dtype, a scale that followed the size
+            good = type(after) is float and 0 < after <= 1
+        else:
+            factor = self.ratio**4
+            if type(before) is int:
+                good = type(after) is int and abs(after) <= factor * (abs(before) + self.largest)
+            else:
+                good = type(after) is float and 0 < 1 / factor <= after / (before or after) <= factor
+        if not good:
+            raise FileError(f"The recipe makes {what} = {before!r} {after!r}, which follows from none of its sizes.")
+
+
+def _change_code(out: fx.GraphModule, step: GrowthStep, bounds: _Bounds) -> None:
     """Sets numbers in calls, and erases nodes."""
     nodes = {site: node for node, site in _call_sites(out.graph)}
     missing = [site for site in (*(number.place for number in step.numbers), *step.erased) if site not in nodes]
     if missing:
         raise FileError(f"The model's code does not make {missing[0]}, which the recipe changes. {_ADVICE}")
     for number in step.numbers:
-        node = nodes[number.place]
-        value = get_argument(node, number.path)
+        node, before = nodes[number.place], number.before
+        leaves = dict(argument_leaves(node))
+        what = f"argument {'.'.join(map(str, number.path))} of {number.place}"
+        if number.path not in leaves and number.path not in _ADDED:
+            raise FileError(f"The model's code gives no {what}, which the recipe changes. {_ADVICE}")
+        value = leaves.get(number.path)
         # a computed size may have become a number, and a number may have become -1, to be inferred
-        known = is_plain(value) and is_plain(number.before) and -1 not in (value, number.before)
-        if known and value != number.before:
+        known = is_plain(value) and before is not None and -1 not in (value, before)
+        if known and (value != before or type(value) is not type(before)):
             raise FileError(
                 f"{number.place} takes {value!r} in this model's code, and a growth of the recipe takes it from "
-                f"{number.before!r} to {number.after!r}. {_ADVICE}"
+                f"{before!r} to {number.after!r}. {_ADVICE}"
             )
+        now = value.meta.get("val") if isinstance(value, fx.Node) else value
+        if -1 not in (now, number.after) and (now is value or type(now) in (int, float)):
+            bounds.check(what, now, number.after)
         set_argument(node, number.path, number.after)
     for site in reversed(step.erased):
-        if nodes[site].users:
+        if nodes[site].users or not isinstance(nodes[site].meta.get("val"), (int, float)):
             raise FileError(f"This model's code uses {site} elsewhere, and the recipe leaves it out. {_ADVICE}")
         out.graph.erase_node(nodes[site])
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from fxgrow.ops.registry import may_change
 from fxgrow.storage.plain_tree import is_plain
 from fxgrow.tracing.opaque_functions import OpaqueFunction
 
@@ -39,7 +40,7 @@ def changed_attributes(before: nn.Module, after: nn.Module) -> Iterator[tuple[st
     """Yields name, old and new value of the attributes that growth changed in a module: sizes, and `eps` of a norm."""
     old = vars(before)
     for name, value in vars(after).items():
-        if name not in old or name == "training" or not is_plain(value):
+        if name not in old or not may_change(after, name) or not is_plain(value):
             continue
         # None is an `eps` that follows the dtype; NaN differs from itself
         if (old[name] is None or is_plain(old[name])) and old[name] != value and value == value:

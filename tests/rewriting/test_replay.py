@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 import fxgrow
 from fxgrow.graph.graph import named_tensors
+from fxgrow.ops.registry import SIZE_ATTRIBUTES
 from tests.end_to_end.test_exact_widenings import FREE, Row, given, made, named
 
 FAST = {"swiglu_packed_chunk", "qk_bias", "multihead_attention_embed_plus_head", "postnorm_layernorm_uniform_weight"}
@@ -170,3 +174,104 @@ def test_what_a_network_keeps_as_it_runs_is_no_part_of_a_recipe() -> None:
     (step,) = fxgrow.Recipe.of(grown).steps
     assert {(a.module, a.name) for a in step.attributes} == {("0.a", "out_features"), ("0.b", "in_features")}
     fxgrow.resize(nn.Sequential(KeepsSizes()), fxgrow.Recipe.of(grown))
+
+
+# -- hostile recipes
+
+
+def hostile(change: Callable[[dict[str, Any]], None]) -> Any:
+    """Loads a net whose recipe has been changed; all of the rest is as it was saved."""
+
+    def build() -> nn.Module:
+        return Scaled()
+
+    recipe = json.loads(fxgrow.Recipe.of(fxgrow.widen(build(), (torch.randn(2, 4),), {"a": 3})).to_json())
+    change(recipe["steps"][0])
+    return fxgrow.resize(build(), json.dumps(recipe))
+
+
+class Scaled(nn.Module):
+    """A norm, dropout and a number in a call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.drop, self.b = nn.Linear(4, 3), nn.Dropout(0.1), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.drop(nn.functional.leaky_relu(self.a(x).view(-1, 3), negative_slope=0.2)))
+
+
+def number(path: list[Any], before: Any, after: Any, target: str = ".view", module: str = "") -> Any:
+    def change(step: dict[str, Any]) -> None:
+        place = {"module": module, "target": target, "nth": 0}
+        step["numbers"] = [{"place": place, "path": path, "before": before, "after": after}]
+
+    return change
+
+
+def attribute(module: str, name: str, before: Any, after: Any) -> Any:
+    return lambda step: step["attributes"].append({"module": module, "name": name, "before": before, "after": after})
+
+
+LEAKY = "torch.nn.functional.leaky_relu"
+HOSTILE = {
+    "code in a keyword": (number(["**(print('ran') or {}), out"], None, 1), "not the name of an argument"),
+    "a reserved word": (number(["lambda"], None, 1), "not the name of an argument"),
+    "a dunder": (number(["__class__"], None, 1), "not the name of an argument"),
+    "a keyword that is not there": (number(["out"], None, 1), "gives no argument out of call 1 of .view"),
+    "another position": (number([7], None, 1), "gives no argument 7"),
+    "an argument of a number": (number([2, 0], None, 1), "gives no argument 2.0"),
+    "text for a number": (number([2], 3, "6"), "not a finite number"),
+    "a bool for a number": (number([2], 3, True), "not a finite number"),
+    "a float for a size": (number([2], 3, 6.0), "follows from none of its sizes"),
+    "a huge size": (number([2], 3, 2**40), "follows from none of its sizes"),
+    "a number of another call": (number(["negative_slope"], 0.2, -3e9, LEAKY), "follows from none of its sizes"),
+    "a call that is not there": (number([1], None, 1, "os.system"), "does not make call 1 of os.system"),
+    "training": (attribute("drop", "training", 1, 0), "no size of a layer"),
+    "the rate of dropout": (attribute("drop", "p", 0.1, 0.9), "no size of a layer"),
+    "hooks": (attribute("drop", "_forward_hooks", None, 1), "no size of a layer"),
+    "a method": (attribute("a", "forward", None, 1), "The model has no a.forward"),
+    "a class": (attribute("a", "__class__", None, 1), "not the name of an argument or attribute"),
+    "text for an attribute": (attribute("a", "out_features", 3, "6"), "not a finite number"),
+    "a huge attribute": (attribute("b", "out_features", 2, 2**40), "follows from none of its sizes"),
+    "a tuple for an attribute": (attribute("b", "out_features", 2, {"tuple": [2]}), "follows from none of its sizes"),
+    "a call that has a use": (lambda s: s["erased"].append({"module": "", "target": ".view", "nth": 0}), "elsewhere"),
+    "a field of its own": (lambda s: s.update(run="os.system"), "has 'run', which is no field"),
+    "no field": (lambda s: s.pop("sizes"), "has no 'sizes'"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), HOSTILE.values(), ids=HOSTILE)
+def test_what_no_growth_writes_is_refused(change: Any, message: str) -> None:
+    with pytest.raises(fxgrow.FileError, match=re.escape(message)):
+        hostile(change)
+
+
+def test_layers_with_a_rule_of_their_own_have_sizes_of_their_own() -> None:
+    class Gate(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.channels, self.rate = channels, 0.5
+            self.weight = nn.Parameter(torch.ones(channels))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x * self.weight
+
+    @fxgrow.op(Gate)
+    def gate(ctx: Any, x: Any) -> Any:
+        ctx.same(x[-1], ctx.parameter("weight")[0])
+        ctx.attribute("channels", x[-1])
+        return x
+
+    def build() -> nn.Module:
+        return nn.Sequential(nn.Linear(4, 3), Gate(3), nn.Linear(3, 2))
+
+    grown = fxgrow.widen(build(), (torch.randn(2, 4),), {"0": 3})
+    assert fxgrow.resize(build(), fxgrow.Recipe.of(grown).to_json()).get_submodule("1").channels == 6
+
+
+def test_the_rules_write_no_other_attributes() -> None:
+    """What the rules of the library name as sizes is what a recipe may set."""
+    files = (Path(fxgrow.__file__).parent / "ops").glob("*.py")
+    written = {name for file in files for name in re.findall(r'ctx\.attribute\("(\w+)"', file.read_text())}
+    assert len(written) > 10 and written <= SIZE_ATTRIBUTES
