@@ -119,11 +119,19 @@ def _factored(A: Tensor, eps: float) -> Factor:
     safe = eps > 0 or bool((lower.diagonal().square() > noise * A.diagonal()).all())
     if not failed and safe:
         return CholeskyFactor(lower)
-    # in float64: LAPACK's float32 eigensolver does not always converge on a singular matrix
-    shifted = A.double() + eps * torch.eye(len(A), dtype=torch.float64, device=A.device)
-    values, vectors = (t.to(A.dtype) for t in torch.linalg.eigh(shifted, UPLO="U"))
+    values, vectors = eigen(A, eps)
     keep = values > noise * values[-1:].clamp_min(0)
     return EigenFactor(vectors[:, keep], values[keep].sqrt())
+
+
+def eigen(A: Tensor, shift: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors of A + shift I, of A in its upper triangle.
+
+    In float64: LAPACK's float32 eigensolver does not always converge on a singular matrix, and returns NaN.
+    """
+    shifted = A.double() + shift * torch.eye(len(A), dtype=torch.float64, device=A.device)
+    values, vectors = torch.linalg.eigh(shifted, UPLO="U")
+    return values.to(A.dtype), vectors.to(A.dtype)
 
 
 def bottleneck(vv: float, vh: Tensor, update: Tensor) -> float:

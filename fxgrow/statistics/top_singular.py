@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fxgrow.errors import ProfileError
-from fxgrow.statistics.factorisation import Factor, WoodburyFactor
+from fxgrow.statistics.factorisation import Factor, WoodburyFactor, eigen
 from fxgrow.statistics.gram import gram
 
 #: with at most this many rows or columns, all singular values are computed
@@ -132,7 +132,7 @@ def _by_columns(columns: _Columns, s: Factor, k: int, sweeps: int) -> tuple[Tens
         return columns.transposed_times(solved[-1])
 
     if exact and product is not None:
-        squares, inside = torch.linalg.eigh((product + product.mT) / 2)
+        squares, inside = eigen((product + product.mT) / 2)
         basis = None
     else:
         generator = torch.Generator().manual_seed(0)
@@ -145,7 +145,7 @@ def _by_columns(columns: _Columns, s: Factor, k: int, sweeps: int) -> tuple[Tens
                 x = torch.linalg.qr(x - basis @ (basis.mT @ x)).Q
             basis, images = torch.cat([basis, x], 1), torch.cat([images, operate(x)], 1)
         small = basis.mT @ images
-        squares, inside = torch.linalg.eigh((small + small.mT) / 2)
+        squares, inside = eigen((small + small.mT) / 2)
         squares, inside = squares[-k:], inside[:, -k:]
     squares, inside = squares.flip(0), inside.flip(1)
     # squaring hides more of the tail in rounding than DROP does

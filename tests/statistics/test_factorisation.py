@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from fxgrow.errors import ProfileError
-from fxgrow.statistics.factorisation import CholeskyFactor, EigenFactor, WoodburyFactor, factor
+from fxgrow.statistics.factorisation import CholeskyFactor, EigenFactor, WoodburyFactor, eigen, factor
 from fxgrow.statistics.gram import gram
 
 
@@ -68,3 +68,14 @@ def test_non_finite_statistics_are_named() -> None:
         factor(bad)
     with pytest.raises(ProfileError, match="matrix A, or the rows"):
         factor()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_eigenvectors_of_a_singular_matrix_in_float32(seed: int) -> None:
+    # dead features, and eigenvalues over many orders of magnitude: LAPACK fails on some of these in float32
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(3, 128, generator=generator) * torch.logspace(0, -4, 3)[:, None]
+    rows[:, torch.rand(128, generator=generator) < 0.5] = 0
+    matrix = rows.mT @ rows
+    values, vectors = eigen(matrix)
+    torch.testing.assert_close(vectors * values @ vectors.mT, matrix)
