@@ -72,7 +72,9 @@ def test_rates_are_lowered_until_training_is_stable() -> None:
     assert record_of(steep, SETTING)["rate"] < 100.0
 
 
-@pytest.mark.parametrize("family, name", [("gan", "gan"), ("vae", "vae"), ("hf", "bert")])
+@pytest.mark.parametrize(
+    "family, name", [("gan", "gan"), ("vae", "vae"), pytest.param("hf", "bert", marks=pytest.mark.slow)]
+)
 def test_other_steps_run(family: str, name: str) -> None:
     if family == "hf":
         pytest.importorskip("transformers")
