@@ -173,12 +173,13 @@ def _trace(
         _prune(tracer.graph)
         return tracer
 
-    tracer = trace_around_obstacles()
+    tracer = _follow_numbers(
+        trace_around_obstacles(), namespaces, hooks, lambda outcomes: attempt(inputs, frozenset(), outcomes)
+    )
     while small := _small_modules(model, tracer.branches) - leaves:
         leaves |= small
         tracer = trace_around_obstacles()
-    finish(tracer)
-    other = tracer
+    other = finish(tracer)
     try:
         for place in dict.fromkeys(tracer.outcomes.places):
             other = trace_around_obstacles(outcomes=Outcomes(true_at=frozenset((place,))))
@@ -191,6 +192,22 @@ def _trace(
         guard_modes(tracer)
     namespaces.asked |= {OUTCOMES} if tracer.graph.find_nodes(op="call_function", target=holds) else set()
     tracer.opaque_functions.update({name: function for name, (_, function) in fallback.functions.items()})
+    return tracer
+
+
+def _follow_numbers(
+    tracer: ValueTracer,
+    namespaces: Namespaces,
+    hooks: ForwardHooks,
+    retrace: Callable[[Outcomes], tuple[ValueTracer, CaptureError | None]],
+) -> ValueTracer:
+    """Returns a trace in which numbers that the code makes of sizes are nodes, if its code runs on them."""
+    left, patches = len(hooks.left), namespaces.follow_numbers(tracer.asked_in)
+    if patches:
+        symbolic, error = retrace(Outcomes(tracer.outcomes.followed))
+        if error is None and len(hooks.left) == left:
+            return symbolic
+        namespaces.forget(patches)
     return tracer
 
 

@@ -9,10 +9,11 @@ import ast
 import functools
 import itertools
 import linecache
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 from typing import Any, NamedTuple
 
+_FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)
 _REPORTS = {"print", "warn", "warning", "debug", "info", "error", "exception", "critical", "log"}
 
 
@@ -56,6 +57,31 @@ def catches(file: str, line: int, error: str) -> bool:
     tries = (node for node in _nodes(file) if isinstance(node, ast.Try))
     handlers = (h for node in tries if any(_spans(part, line) for part in node.body) for h in node.handlers)
     return any(isinstance(n, ast.Name) and n.id == error for h in handlers if h.type for n in ast.walk(h.type))
+
+
+def only_called(file: str, name: str) -> bool:
+    """Whether the functions of a file do no more with a name than to call it, unlike `type(n) is int`."""
+    return bool(_nodes(file)) and name not in _names_not_called(file)
+
+
+@functools.cache
+def _names_not_called(file: str) -> set[str]:
+    bodies = [body for node in _nodes(file) if isinstance(node, _FUNCTIONS) for body in _body(node)]
+    used = {part for body in bodies for part in ast.walk(body)}
+    called: set[ast.AST] = set()
+    for node in used:
+        if isinstance(node, ast.Call):
+            called.add(node.func)
+            function = getattr(node.func, "id", "")
+            called.update(node.args[:1] if function == "map" else ())
+            called.update(ast.walk(node.args[1]) if function == "isinstance" and len(node.args) == 2 else ())
+        annotation = getattr(node, "annotation", None)
+        called.update(ast.walk(annotation) if isinstance(annotation, ast.AST) else ())
+    return {node.id for node in used - called if isinstance(node, ast.Name)}
+
+
+def _body(function: ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) -> Sequence[ast.AST]:
+    return [function.body] if isinstance(function, ast.Lambda) else function.body
 
 
 def unused_answer(frame: FrameType, convert: Callable[[Any], Any]) -> Answer | None:

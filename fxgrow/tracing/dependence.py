@@ -26,6 +26,10 @@ class Dependence:
         #: per number that depends on them, the paths of `training` flags
         self.flags: dict[fx.Node, frozenset[str]] = {}
 
+    def is_size(self, node: fx.Node) -> bool:
+        """Whether a number is made of the sizes of inputs and of activations."""
+        return node not in self.constant and node not in self.data and node not in self.flags
+
     def add(self, node: fx.Node, value: Any, guessed: bool) -> None:
         """Enters a node after its inputs; `guessed` says that its sizes depend on data."""
         sources = node.all_input_nodes

@@ -1,7 +1,8 @@
 """The namespaces of the model's code, as it sees them while it is traced.
 
-Some questions reach no proxy: `type(x)` is asked of the interpreter. The names of the files with the model's code are
-bound to functions that answer as the model would be; they do nothing else to values that are no proxies.
+Some questions reach no proxy: `type(x)` is asked of the interpreter, and `int(x.shape[0])` must be a plain number. The
+names of the files with the model's code are bound to functions that answer as the model would be, or are recorded; they
+do nothing else to values that are no proxies.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import builtins
 import functools
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import FunctionType, GenericAlias, MethodType, ModuleType
 from typing import Any
@@ -19,7 +20,8 @@ from torch import nn
 from torch.fx import _symbolic_trace
 
 from fxgrow.ops.registry import described_functions
-from fxgrow.tracing.intercept import FACTORIES, MATH, PACKING, Patch, is_tracing, patched, recorded
+from fxgrow.tracing.checks import only_called
+from fxgrow.tracing.intercept import FACTORIES, MATH, PACKING, Patch, is_tracing, patched, recorded, recording_tracer
 from fxgrow.tracing.leaf_modules import has_rule
 from fxgrow.tracing.model_state import contents, without_leftovers
 from fxgrow.tracing.proxy import ValueProxy, is_instance, python_type
@@ -43,6 +45,7 @@ class Namespaces:
         self._classes = {cls for module in model.modules() for cls in type(module).__mro__ if _is_followed(cls)}
         self._packages = {_package(cls.__module__) for cls in self._classes}
         self._scopes = self._find_scopes()
+        self._followed: set[str] = set()
         self._patches, self._containers = list(self._find_patches()), self._find_containers()
 
     @contextmanager
@@ -54,6 +57,23 @@ class Namespaces:
     def unchanged(self) -> AbstractContextManager[None]:
         """While open, the model may run; what its code keeps outside of it is as before afterwards."""
         return without_leftovers(self._containers, of_trace=False)
+
+    def follow_numbers(self, asked_in: Mapping[str, Scope]) -> list[Patch]:
+        """Records numbers that files make of sizes as nodes; returns the new patches, for `forget`."""
+        files = asked_in.keys() - self._followed
+        self._followed |= files
+        new = [
+            (asked_in[file], name, stand_in)
+            for file in files
+            for name, stand_in in _NUMBERS.items()
+            if name not in asked_in[file] and only_called(file, name)
+        ]
+        self._patches += new
+        return new
+
+    def forget(self, patches: list[Patch]) -> None:
+        """Takes patches out again."""
+        self._patches = [patch for patch in self._patches if patch not in patches]
 
     def _find_scopes(self) -> list[Scope]:
         # of generated code too, which is in no file
@@ -172,28 +192,60 @@ def _uncached(cached: Any) -> Callable[..., Any]:
     return call
 
 
-class _AnswersForValues(type):
-    """`type`, for code in which `type(x) is torch.Tensor` must be true of a proxy."""
+def _number(function: Any, value: Any) -> Any:
+    """Returns a number that is made of sizes as a node, else what Python makes of it."""
+    tracer = recording_tracer()
+    if type(value) is not ValueProxy or tracer is None or not isinstance(value.carried, _OF_SIZES[function]):
+        return function(value)
+    if type(value.carried) is function and tracer.dependence.is_size(value.node):
+        return value
+    sized = function is len or tracer.dependence.is_size(value.node)
+    return tracer.create_proxy("call_function", function, (value,), {}) if sized else function(value)
+
+
+def _length(value: Any) -> Any:
+    """Stands for `len`."""
+    return _number(len, value)
+
+
+class _Answers(type):
+    """A type as the model's code sees it; classes and values are instances of what it stands for."""
+
+    stands_for: Any
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
-        if len(args) == 1 and type(args[0]) is ValueProxy:
-            return python_type(args[0])
-        return type(*args, **kwargs)
+        if len(args) != 1 or kwargs or type(args[0]) is not ValueProxy:
+            return cls.stands_for(*args, **kwargs)
+        return python_type(args[0]) if cls.stands_for is type else _number(cls.stands_for, args[0])
 
     def __instancecheck__(cls, value: Any) -> bool:
-        return isinstance(value, type)
+        return isinstance(value, cls.stands_for)
 
     def __subclasscheck__(cls, kind: type) -> bool:
-        return issubclass(kind, type)
+        return issubclass(kind, cls.stands_for)
 
     def __eq__(cls, other: object) -> bool:
-        return other is cls or other is type
+        return other is cls or other is cls.stands_for
 
     def __hash__(cls) -> int:
-        return hash(type)
+        return hash(cls.stands_for)
 
 
-class _Type(type, metaclass=_AnswersForValues):
+class _Type(type, metaclass=_Answers):
     """Stands for `type` in the scopes of a model."""
 
+    stands_for = type
     __class_getitem__: Any = classmethod(GenericAlias)
+
+
+class _Int(int, metaclass=_Answers):
+    stands_for = int
+
+
+class _Float(float, metaclass=_Answers):
+    stands_for = float
+
+
+#: what makes a number, and of which values
+_NUMBERS: dict[str, Any] = {"int": _Int, "float": _Float, "len": _length}
+_OF_SIZES: dict[Any, tuple[type, ...]] = {int: (bool, int, float), float: (bool, int, float), len: (torch.Tensor,)}

@@ -17,6 +17,7 @@ from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from fxgrow.tracing.checks import catches
+from fxgrow.tracing.dependence import Dependence
 from fxgrow.tracing.fake_values import FakeRunner
 from fxgrow.tracing.outcomes import Outcomes
 from fxgrow.tracing.surroundings import ASKED_BY
@@ -44,6 +45,7 @@ class RecordingTracer(Protocol):
 
     runner: FakeRunner
     outcomes: Outcomes
+    dependence: Dependence
     branches: dict[str, tuple[str, bool, str]]
 
     def create_proxy(self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any: ...
@@ -148,6 +150,11 @@ class ValueProxy(fx.Proxy):
         if method != "__call__" or options or function is None or isinstance(self.carried, torch.Tensor):
             return NotImplemented
         return self.tracer.create_proxy("call_function", function, inputs, {})
+
+    def __rmul__(self, other: Any) -> Any:
+        if _isinstance(other, (list, tuple)) and has_proxy(other):
+            return other * operator.index(self)  # a list of activations
+        return self.tracer.create_proxy("call_function", operator.mul, (other, self), {})
 
     def __divmod__(self, other: Any) -> Any:
         return self // other, self % other

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import enum
 import functools
-import itertools
 import sys
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -13,26 +11,20 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensor
-from torch.nn.utils.rnn import PackedSequence, PackedSequence_
+from torch._subclasses.fake_tensor import DynamicOutputShapeException
 
 from fxgrow.errors import CaptureError
-from fxgrow.graph.graph import submodule
-from fxgrow.graph.node_functions import guard, set_grad_enabled
-from fxgrow.graph.node_meta import CHECK, CHECKPOINT, OPAQUE, set_value
+from fxgrow.graph.node_functions import guard
+from fxgrow.graph.node_meta import CHECK
 from fxgrow.tracing.checks import raises_otherwise, unused_answer
-from fxgrow.tracing.dependence import Dependence
-from fxgrow.tracing.fake_values import FakeRunner, arithmetic_key
 from fxgrow.tracing.forward_hooks import call_with_hooks
 from fxgrow.tracing.intercept import intercept
 from fxgrow.tracing.leaf_modules import is_layer
 from fxgrow.tracing.multihead_attention import multihead_attention
-from fxgrow.tracing.objects import made_object
-from fxgrow.tracing.opaque import opaque_value
+from fxgrow.tracing.node_recorder import PLAIN, NodeRecorder
 from fxgrow.tracing.opaque_functions import Call, OpaqueFunction, calls_in
 from fxgrow.tracing.outcomes import Outcomes
 from fxgrow.tracing.proxy import INPLACE, ValueProxy
-from fxgrow.tracing.scopes import Scopes
 from fxgrow.tracing.size_decisions import Decision, Otherwise, SizeDecisions
 from fxgrow.tracing.source_location import (
     asking_frames,
@@ -41,16 +33,11 @@ from fxgrow.tracing.source_location import (
     last_user_line,
     looks_at_data,
     source,
-    stack_trace,
     user_frame,
 )
 
-#: values that the model's code gets themselves, without a proxy
-_PLAIN = (type(None), str, torch.dtype, torch.layout, torch.memory_format, type, enum.Enum)
-_AS_IS = {type(None), bool, int, float, str}
 
-
-class ValueTracer(fx.Tracer):
+class ValueTracer(NodeRecorder):
     """Records a model's forward pass; its proxies know their (fake) values."""
 
     def __init__(
@@ -62,15 +49,13 @@ class ValueTracer(fx.Tracer):
         opaque: Mapping[nn.Module, str],  # modules that become one node as their code cannot be traced, and why
         otherwise: Mapping[Decision, Otherwise] = MappingProxyType({}),  # decisions on sizes, and their outcomes here
     ) -> None:
-        super().__init__()
-        self.inputs, self.call, self.leaves, self.flipped, self.opaque = inputs, call, leaves, flipped, opaque
+        super().__init__(inputs, flipped, opaque)
+        self.call, self.leaves = call, leaves
         #: path of the innermost module in which tracing failed, and the calls there, outermost first
         self.failed_in, self.failed_calls = "", list[Call]()
         #: opaque functions, as modules by name
         self.opaque_functions: dict[str, nn.Module] = {}
         self._traced_attention: set[nn.Module] = set()
-        self.runner = FakeRunner()
-        self.constants: dict[str, torch.Tensor] = {}
         #: per `training` flag that the code branched on: path of the innermost module, the flag, module and line
         self.branches: dict[str, tuple[str, bool, str]] = {}
         self.decisions, self.outcomes = SizeDecisions(otherwise), Outcomes()
@@ -78,13 +63,10 @@ class ValueTracer(fx.Tracer):
         self.written: set[tuple[str | None, str]] = set()
         #: guards on numbers that the code asked for, and the conversion of each
         self.numbers: dict[fx.Node, Callable[[Any], Any]] = {}
-        self._names: dict[int, str] = {}  # id of parameter, buffer or tensor attribute -> qualified name
-        self._attributes: dict[str, ValueProxy] = {}
-        self._arithmetic: dict[tuple[Any, ...], Any] = {}
-        self._dependence = Dependence()
+        #: the files whose code asked for them, and their global names
+        self.asked_in: dict[str, dict[str, Any]] = {}
         self._guards: dict[tuple[str, str], fx.Node] = {}
         self._asked: dict[tuple[int, CodeType, int], tuple[str, str]] = {}
-        self._scopes = Scopes()
 
     def record(self, model: nn.Module) -> fx.Graph:
         """Traces the model; a CaptureError says that its code failed, or looked at data."""
@@ -124,127 +106,9 @@ class ValueTracer(fx.Tracer):
         if isinstance(value, (list, tuple)) and not isinstance(value, torch.Size):  # the code gets the items
             length = self.create_node("call_function", len, (node,), {})
             self.create_node("call_function", guard, (length, len(value), f"the length of the input {name!r}"), {})
-        if isinstance(value, _PLAIN):  # strings, None, dtypes: the model's code sees them as they are
+        if isinstance(value, PLAIN):  # strings, None, dtypes: the model's code sees them as they are
             self.create_node("call_function", guard, (node, value, f"the input {name!r}"), {})
         return proxy
-
-    def create_proxy(
-        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any], *_: Any, **__: Any
-    ) -> Any:
-        """Records a node; returns a proxy of its value, or plain Python where that is static."""
-        node_args, node_kwargs = self.create_arg(args), self.create_arg(kwargs)
-        key = arithmetic_key(kind, target, node_args, node_kwargs)
-        if key is not None and key in self._arithmetic:
-            return self._arithmetic[key]
-        node = self.create_node(kind, target, node_args, node_kwargs)
-        result = self._present(node, node.meta["val"], unpack=kind not in ("call_function", "call_method"))
-        if key is not None:
-            self._arithmetic[key] = result
-        return result
-
-    def create_node(
-        self,
-        kind: str,
-        target: Any,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        name: str | None = None,
-        type_expr: Any = None,
-    ) -> fx.Node:
-        """Records a node with its value in ``meta["val"]``, ``meta["tensor_meta"]`` and the user's line."""
-        node = super().create_node(kind, target, args, kwargs, name, type_expr)
-        try:
-            with torch._C.DisableTorchFunction():
-                value = self._run(node)
-        except BaseException as error:
-            of_data = isinstance(error, Exception) and not self._dependence.data.isdisjoint(node.all_input_nodes)
-            self.graph.erase_node(node)
-            if of_data:  # it fails on a size that was guessed
-                raise DynamicOutputShapeException(torch.ops.aten.nonzero.default) from error
-            raise
-        set_value(node, value)
-        frame = user_frame(sys._getframe(1))
-        if frame is not None and kind != "placeholder":
-            node.stack_trace = stack_trace(frame)
-        if self._scopes.checkpoint and kind != "get_attr":
-            node.meta[CHECKPOINT] = self._scopes.checkpoint
-        self._dependence.add(node, value, self.runner.guessed)
-        return node
-
-    def _run(self, node: fx.Node) -> Any:
-        self.runner.guessed = False
-        if node.op == "placeholder":
-            return self.runner.fake(self.inputs[str(node.target)])
-        if node.op == "get_attr":
-            return self._attribute(str(node.target))
-        if node.op == "output":
-            return fx.node.map_arg(node.args[0], lambda result: result.meta["val"])
-        if node.target is guard or node.target is set_grad_enabled:
-            return None
-        if node.op == "call_module" and (why := self.opaque.get(submodule(self.root, str(node.target)))):
-            node.meta[OPAQUE] = why
-            return opaque_value(node, self.root, self.runner)
-        return self.runner.call(node, self.root)
-
-    def _attribute(self, name: str) -> Any:
-        if name in self.constants:
-            return self.runner.fake(self.constants[name])
-        path, _, attribute = name.rpartition(".")
-        with self.runner.quiet():
-            value = getattr(self.root.get_submodule(path), attribute)
-        if name in self.flipped:
-            return not value
-        return value.carried if type(value) is ValueProxy else self.runner.fake(value)
-
-    def _present(self, node: fx.Node, value: Any, unpack: bool) -> Any:
-        """Returns what the model's code gets: of a container its items, so that `type(x) is tuple` and `**x` work."""
-        if isinstance(value, _PLAIN):
-            return value
-        proxy = ValueProxy(node, self, PackedSequence(*value) if type(value) is PackedSequence_ else value)
-        if not unpack:
-            return proxy
-        if type(value) is dict:
-            return {name: proxy[name] for name in value}  # type: ignore[index]
-        if isinstance(value, (tuple, list)) and not isinstance(value, (torch.Size, PackedSequence_)):
-            items = [proxy[i] for i in range(len(value))]  # type: ignore[index]
-            if node.op == "placeholder" or node.op == "call_module":
-                items = [self._present(i.node, i.carried, True) if type(i) is ValueProxy else i for i in items]
-            return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-        return proxy
-
-    def create_arg(self, a: Any) -> Any:
-        """Returns nodes for proxies, tensors and the containers that fx would flatten into another type."""
-        if type(a) in _AS_IS:
-            return a
-        if type(a) is tuple or type(a) is list:
-            return type(a)(map(self.create_arg, a))
-        if isinstance(a, fx.Proxy):
-            if a.tracer is not self:
-                raise CaptureError(f"The model has kept {a!r} from an earlier trace. Set that attribute anew.")
-            return a.node
-        if isinstance(a, (torch.Tensor, torch.Generator)):
-            return self._tensor(a).node
-        if type(a).__module__ == "numpy" and getattr(a, "shape", None) == ():
-            return a.item()
-        if type(a) is torch.Size:
-            return tuple(self.create_arg(item) for item in a)
-        if type(a) is not dict and (made := made_object(a)):
-            return self.create_node("call_function", made.function, *map(self.create_arg, made[1:]))
-        return super().create_arg(a)
-
-    def _tensor(self, tensor: Any) -> ValueProxy:
-        """Returns the one ``get_attr`` node of a parameter, a buffer, a generator, or a constant of the graph."""
-        name: str | None = self._names.get(id(tensor))
-        if name is None:
-            if isinstance(tensor, FakeTensor):
-                raise CaptureError("A tensor made during capture reached the graph without being recorded.")
-            names = (f"_constant{i}" for i in itertools.count(len(self.constants)))
-            name = self._names[id(tensor)] = next(n for n in names if not hasattr(self.root, n))
-            self.constants[name] = tensor
-        if name not in self._attributes:
-            node = self.create_node("get_attr", name, (), {})
-            self._attributes[name] = ValueProxy(node, self, node.meta["val"])
-        return self._attributes[name]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Layers of torch.nn, subclasses that change nothing about them, ``leaves`` and what is opaque."""
@@ -307,14 +171,14 @@ class ValueTracer(fx.Tracer):
         name = f"{path}.training" if path else "training"
         if name not in self._attributes:
             node = self.create_node("get_attr", name, (), {})
-            self._dependence.flags[node] = frozenset((name,))
+            self.dependence.flags[node] = frozenset((name,))
             self._attributes[name] = ValueProxy(node, self, value != (name in self.flipped))
         return self._attributes[name]
 
     def concrete(self, proxy: ValueProxy, convert: Callable[[Any], Any], asked_by: FrameType | None = None) -> Any:
         """Returns the plain value that the model's code asks for, with a guard if an input can change it."""
         node = proxy.node
-        if convert is bool and self.outcomes.followed and node in self._dependence.drawn and not self.runner.silent:
+        if convert is bool and self.outcomes.followed and node in self.dependence.drawn and not self.runner.silent:
             known = self._unused_answer(node, convert)
             return known if known is not None else self.outcomes.take(node, last_place(sys._getframe(1)))
         try:
@@ -328,15 +192,15 @@ class ValueTracer(fx.Tracer):
             raise CaptureError(failure(error, self._module(), last_place(sys._getframe(1)))) from error
         if isinstance(proxy.carried, torch.Tensor) or self.runner.silent:
             return value
-        if node in self._dependence.data:
+        if node in self.dependence.data:
             if (answer := self._unused_answer(node, convert)) is not None:
                 return answer
             unknown = DynamicOutputShapeException(torch.ops.aten.nonzero.default)
             raise CaptureError(failure(unknown, self._module(), last_place(sys._getframe(1))))
-        for flag in self._dependence.flags.get(node, ()):
+        for flag in self.dependence.flags.get(node, ()):
             current = self._attributes[flag].carried
             self.branches.setdefault(flag, (self._innermost()[0], current, self._where()))
-        if node in self._dependence.constant:
+        if node in self.dependence.constant:
             return value
         place = last_place(sys._getframe(1))
         if convert is bool and place and (taken := self.decisions.take(node, value, place)):
@@ -352,6 +216,9 @@ class ValueTracer(fx.Tracer):
             places = [(f.f_code.co_filename, f.f_lineno) for f in asking_frames(sys._getframe(1))]
             if any(raises_otherwise(*place, bool(expected)) for place in places):
                 self._guards[key].meta[CHECK] = True
+            user = user_frame(sys._getframe(1))
+            if convert in (int, float) and user is not None:
+                self.asked_in[user.f_code.co_filename] = user.f_globals
             if convert is not bool:
                 self.numbers[self._guards[key]] = convert if convert is not hash else lambda number: number
             if asked_by is not None:
@@ -362,7 +229,7 @@ class ValueTracer(fx.Tracer):
         """Returns an answer to a question about data on which no result depends; None where one does."""
         found = next(filter(None, (unused_answer(f, convert) for f in asking_frames(sys._getframe(1)))), None)
         # a graph checks its inputs as the model does; a check of hidden activations would bind widths
-        if found and found.raises and node not in self._dependence.hidden:
+        if found and found.raises and node not in self.dependence.hidden:
             self._guard(node, found.value)
         return found and found.value
 
