@@ -74,3 +74,11 @@ def warn(message: str, category: type[FxgrowWarning]) -> None:
     while frame.f_back is not None and frame.f_code.co_filename.startswith((*libraries, contextlib.__file__)):
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level)
+
+
+def first_lines(error: BaseException, count: int = 3) -> str:
+    """The first lines of an error's root cause as one line, for messages: torch adds pages of its own stack."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {' '.join(lines[:count])[:400]}".rstrip(" .;:")

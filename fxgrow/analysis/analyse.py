@@ -12,6 +12,7 @@ from fxgrow.analysis.widths import GrowableWidth, find_widths
 from fxgrow.axes.records import Width
 from fxgrow.axes.structure import Structure
 from fxgrow.errors import PlanError
+from fxgrow.graph.node_meta import check_captured
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,4 +64,5 @@ def widths(gm: fx.GraphModule) -> list[Width]:
         >>> [(w.name, w.size, w.pinned is None) for w in fxgrow.widths(fxgrow.capture(net, (torch.zeros(1, 4),)))]
         [('0', 8, True), ('2', 2, False)]
     """
+    check_captured(gm)
     return [w.width for w in analyse(gm).widths.values()]

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from fxgrow.checkpoints.model_file import PREFIX, CheckpointFile, model_body, model_in
 from fxgrow.checkpoints.weights import rebuild
+from fxgrow.data.argument_checks import NEW_FILE, checked_arguments
 from fxgrow.data.random_state import check_random_state, random_state, set_random_state, set_state_of, state_of
 from fxgrow.errors import FileError, FxgrowError
 from fxgrow.graph.graph import unwrap
@@ -25,6 +26,7 @@ from fxgrow.storage.plain_tree import decoded, encoded
 from fxgrow.storage.safetensors_file import read, require_kind, write
 
 
+@checked_arguments(FileError, path=NEW_FILE)
 def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, **state: Any) -> None:
     """Writes a model, its recipe and everything that training needs in one `.safetensors` file, atomically.
 
@@ -69,6 +71,7 @@ def save_checkpoint(path: str | os.PathLike[str], model: nn.Module, **state: Any
     write(path, tensors, {"kind": "checkpoint", **body, "entries": entries})
 
 
+@checked_arguments(FileError)
 def load_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     """Reads and checks what `save_checkpoint` wrote; nothing is changed yet.
 
@@ -112,6 +115,7 @@ class Checkpoint(Mapping[str, Any]):
     def __len__(self) -> int:
         return len(self._entries)
 
+    @checked_arguments(FileError)
     def model(
         self,
         model: nn.Module,

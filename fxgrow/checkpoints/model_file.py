@@ -11,6 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from fxgrow.checkpoints.weights import Weights, rebuild, weights_of
+from fxgrow.data.argument_checks import NEW_FILE, PATH, checked_arguments, read_argument
 from fxgrow.errors import FileError
 from fxgrow.graph.graph import unwrap
 from fxgrow.storage import schema
@@ -23,6 +24,7 @@ from fxgrow.storage.schema import checked
 PREFIX = "model/"
 
 
+@checked_arguments(FileError, path=NEW_FILE)
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Writes a model's weights, buffers and recipe in one `.safetensors` file, atomically and without pickle.
 
@@ -55,6 +57,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     write(path, tensors, {"kind": "model", **body})
 
 
+@checked_arguments(FileError)
 def load(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -86,6 +89,7 @@ def load(
     return rebuild(model, file.recipe, weights, example_inputs, into)
 
 
+@checked_arguments(FileError)
 def resize(
     model: nn.Module,
     recipe: Recipe | str | os.PathLike[str],
@@ -122,7 +126,7 @@ def resize(
     if isinstance(recipe, str) and recipe.lstrip().startswith("{"):
         recipe = Recipe.from_json(recipe)
     elif isinstance(recipe, (str, os.PathLike)):
-        recipe = model_in(*read(recipe), recipe)[0].recipe
+        recipe = model_in(*read(read_argument("recipe", recipe, PATH, FileError)), recipe)[0].recipe
     elif not isinstance(recipe, Recipe):
         raise FileError(f"A {type(recipe).__name__} is no recipe: pass a Recipe, its JSON text, or the path of a file.")
     return rebuild(model, recipe, None, example_inputs, into)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -53,35 +54,109 @@ class Batch:
         return list(given)
 
 
-def parse(raw: Any, index: int) -> Batch:
-    """Reads one item of a loader: a `Batch`, `(inputs, targets)`, or a dict for a model with its own `.loss`."""
-    if isinstance(raw, Batch):
-        return raw
-    if any(isinstance(t, Tensor) and t.is_inference() for t in pytree.tree_leaves(raw)):  # no pass could go back
-        raw = pytree.tree_map_only(Tensor, torch.clone, raw)
+@dataclass(frozen=True)
+class BatchReader:
+    """Reads the items of a loader.
+
+    Attributes:
+        batch: the user's function from an item to what `parse` takes, or None.
+        dtype: of the model; NumPy's float64 becomes it.
+    """
+
+    batch: Callable[[Any], Any] | None = None
+    dtype: torch.dtype | None = None
+
+    @classmethod
+    def of(cls, model: nn.Module, batch: Callable[[Any], Any] | None = None) -> BatchReader:
+        """The reader for a model."""
+        return cls(batch, dtype_of(model))
+
+    def __call__(self, item: Any, index: int) -> Batch:
+        if isinstance(item, Batch):
+            return item
+        if self.batch is not None:
+            try:
+                item = self.batch(item)
+            except Exception as error:
+                raise ProfileError(
+                    f"batch= failed on item {index} of the dataloader, {_layout(item)}: {type(error).__name__}: {error}"
+                ) from error
+        return parse(item, index, self.dtype)
+
+
+def dtype_of(model: nn.Module) -> torch.dtype | None:
+    """The dtype of a model's floating parameters, as far as it has any."""
+    return next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+
+
+def as_tensors(value: Any, dtype: torch.dtype | None) -> Any:
+    """Makes tensors of NumPy's arrays and numbers in nested containers; those of float64 get the dtype."""
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is None:
+        return value
+
+    def tensor(array: Any) -> Tensor:
+        try:
+            made = torch.from_numpy(numpy.array(array, dtype=array.dtype.newbyteorder("=")))
+        except TypeError as error:
+            raise ProfileError(f"A NumPy array of dtype {array.dtype} cannot be a tensor: give numbers.") from error
+        return made.to(dtype) if dtype is not None and made.dtype == torch.float64 else made
+
+    return pytree.tree_map_only((numpy.ndarray, numpy.generic), tensor, value)
+
+
+def _layout(item: Any) -> str:
+    many = f" of {len(item)} items" if isinstance(item, (tuple, list)) else ""
+    return f"{'an' if type(item).__name__[:1] in 'aeiou' else 'a'} {type(item).__name__}{many}"
+
+
+def parse(raw: Any, index: int, dtype: torch.dtype | None = None) -> Batch:
+    """Reads a batch: `(inputs, targets)`, or a dict for a model with its own `.loss`; NumPy's float64 as `dtype`."""
     if isinstance(raw, Mapping):
         inputs, targets = raw, None
     elif isinstance(raw, (tuple, list)) and len(raw) == 2:
         inputs, targets = raw
     else:
-        layout = f"a {type(raw).__name__}" + (f" of {len(raw)} items" if isinstance(raw, (tuple, list)) else "")
+        more = isinstance(raw, (tuple, list)) and len(raw) > 2
+        example = "lambda item: item[:2]" if more else "lambda x: (x, x) for an autoencoder"
         raise ProfileError(
-            f"Batch {index} is {layout}. A batch is (inputs, targets), where inputs may be a tuple or a dict, "
-            "or a dict for models that return an object with a loss."
+            f"Batch {index} is {_layout(raw)}. A batch is (inputs, targets), where inputs may be a tuple or a dict, "
+            "or a dict for models that return an object with a loss. Give batch=, a function from an item of the "
+            f"dataloader to that, such as {example}."
         )
     if isinstance(inputs, Mapping):
         inputs = dict(inputs)
     else:
         inputs = tuple(inputs) if isinstance(inputs, (tuple, list)) else (inputs,)
+    inputs, targets = as_tensors((inputs, targets), dtype)
+    if any(isinstance(t, Tensor) and t.is_inference() for t in pytree.tree_leaves((inputs, targets))):
+        inputs, targets = pytree.tree_map_only(Tensor, torch.clone, (inputs, targets))  # no pass could go back
     given = first_tensor(inputs)
     if given is None or given.dim() == 0:
-        raise ProfileError(f"Batch {index} has no input tensor with a batch dimension.")
+        what = _layout(next(iter(inputs.values() if isinstance(inputs, dict) else inputs), None))
+        raise ProfileError(
+            f"Batch {index} has no input tensor with a batch dimension; its first input is {what}. Give tensors or "
+            "NumPy arrays, or batch=, a function from an item of the dataloader to (inputs, targets)."
+        )
+    if not len(given):
+        raise ProfileError(
+            f"Batch {index} has no samples (an input of shape {tuple(given.shape)}): leave empty batches out of the "
+            "dataloader."
+        )
     return Batch(inputs, targets, given.shape[0], index)
 
 
-def first_tensor(inputs: tuple[Any, ...] | dict[str, Any]) -> Tensor | None:
+def first_tensor(inputs: Any) -> Tensor | None:
     """The first tensor of a batch, in nested inputs too."""
     return next((t for t in pytree.tree_leaves(inputs) if isinstance(t, Tensor)), None)
+
+
+def check_iterable(loader: Any) -> None:
+    """Refuses what cannot be a loader."""
+    if isinstance(loader, type) or not hasattr(loader, "__iter__"):
+        what = f"the class {loader.__name__}" if isinstance(loader, type) else f"a {type(loader).__name__}"
+        data_set = "" if not hasattr(loader, "__getitem__") else ": put the data set into a torch.utils.data.DataLoader"
+        raise ProfileError(f"The dataloader is {what}, which cannot be iterated over{data_set}.")
 
 
 class Data:
@@ -91,19 +166,21 @@ class Data:
     """
 
     def __init__(
-        self, loader: Iterable[Any], samples: int | None = None, process_group: ProcessGroup = SINGLE_PROCESS
+        self,
+        loader: Iterable[Any],
+        samples: int | None = None,
+        process_group: ProcessGroup = SINGLE_PROCESS,
+        reader: BatchReader = BatchReader(),  # noqa: B008
     ) -> None:
-        if samples is not None and samples < 1:
-            raise ProfileError(f"samples={samples}: at least one sample is needed to profile.")
-        if not hasattr(loader, "__iter__"):
-            raise ProfileError(f"The dataloader is a {type(loader).__name__}, which cannot be iterated over.")
+        check_iterable(loader)
+        self.reader = reader
         self.process_group = process_group
         self.limit = -(-(samples or DEFAULT_SAMPLES) // process_group.size)
         self.loader: Iterable[Any] = loader
         self._state = random_state(loader)
         if hasattr(loader, "__next__"):  # an iterator can be read only once
             try:
-                self.loader = list(_parsed(loader, self.limit))
+                self.loader = list(self._parsed())
             finally:
                 set_random_state(self._state, loader)
         #: numbers of batches that are left out
@@ -111,7 +188,7 @@ class Data:
         #: whether the model takes fewer samples at once than a batch has, once `leave_out_refused` has tried
         self.any_size: bool | None = None
         self.batches: int | None = None
-        with contextlib.suppress(TypeError):
+        with contextlib.suppress(Exception):  # a length that the loader's code gets wrong is none
             self.batches = len(self.loader)  # type: ignore[arg-type]
 
     def __iter__(self) -> Iterator[Batch]:
@@ -131,8 +208,7 @@ class Data:
         if self.any_size is not None:
             return self
         first = first or self.first()
-        cut = pytree.tree_map_only(Tensor, lambda t: t[1:] if t.dim() and len(t) == first.size else t, first.inputs)
-        self.any_size = first.size == 1 or _runs(gm, replace(first, inputs=cut))
+        self.any_size = first.size == 1 or _runs(gm, first, 1)
         if not self.any_size:
             others = [b.index for b in self if b.size != first.size and not _runs(gm, b)]
             if others:
@@ -144,7 +220,7 @@ class Data:
 
     def _batches(self) -> Iterator[Batch]:
         """Drawn from the same random state at every pass."""
-        iterator = _parsed(self.loader, self.limit)
+        iterator = self._parsed()
         if isinstance(self.loader, (list, tuple)):
             # draws no random numbers, and copying the states takes as long as a small network's forward pass
             yield from iterator
@@ -162,6 +238,10 @@ class Data:
             if batch is None:
                 return
             yield batch
+
+    def _parsed(self) -> Iterator[Batch]:
+        """Batches until they hold the limit of samples; the loader's iterator is made at the first step."""
+        yield from take((self.reader(item, index) for index, item in enumerate(self.loader)), self.limit)
 
     def expected(self, size: int) -> int:
         """How many batches of `size` samples a pass will read, as far as known."""
@@ -187,11 +267,6 @@ class Data:
         return batch.index % HOLD_OUT_EVERY == HOLD_OUT_EVERY - 1
 
 
-def _parsed(loader: Iterable[Any], limit: int) -> Iterator[Batch]:
-    """Batches of a loader, until they hold `limit` samples; the loader's iterator is made at the first step."""
-    yield from take((parse(raw, index) for index, raw in enumerate(loader)), limit)
-
-
 def take(batches: Iterable[Batch], samples: int) -> Iterator[Batch]:
     """As many batches as hold `samples`, or all."""
     seen = 0
@@ -212,11 +287,16 @@ class Fitting:
         return self.data.fitting()
 
 
-def _runs(gm: fx.GraphModule, batch: Batch) -> bool:
-    """Whether the graph takes a batch, in eval mode."""
+def _runs(gm: fx.GraphModule, batch: Batch, start: int = 0) -> bool:
+    """Whether the graph takes a batch, from a sample on, in eval mode."""
+
+    def cut(t: Tensor) -> Tensor:
+        return t[start:] if start and t.dim() and len(t) == batch.size else t
+
     with eval_mode(gm), lent_buffers(gm):
         try:
-            gm.forward(*batch.arguments(gm))  # the call would print the line that fails
+            inputs = pytree.tree_map_only(Tensor, cut, batch.inputs)
+            gm.forward(*replace(batch, inputs=inputs).arguments(gm))  # the call would print the line that fails
         except Exception:
             return False
     return True

@@ -14,11 +14,13 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fxgrow.data.batches import Batch
-from fxgrow.errors import LossWarning, ProfileError, warn
+from fxgrow.errors import LossWarning, ProfileError, first_lines, warn
 
 LossFn = Callable[[Any, Any], Tensor]
 #: entries of an output that are looked at to find out what a loss does
 LOOKED_AT = 2**18
+#: the target that cross-entropy leaves out, where nothing else is said
+IGNORED = -100
 #: numbers that are all between 0 and 1 say something if they are so many
 FEW = 8
 
@@ -91,7 +93,7 @@ def loss_of(output: Any, batch: Batch, loss_fn: LossFn | None) -> Tensor:
         name = "the default loss" if known.function is None else loss_name(known.function)
         raise ProfileError(
             f"{name} failed on batch {batch.index} (output {_describe(output)}, targets {_describe(batch.targets)}): "
-            f"{error}"
+            f"{first_lines(error)}"
         ) from error
     if not isinstance(loss, Tensor):
         raise ProfileError(f"The loss of batch {batch.index} is a {type(loss).__name__}, not a tensor.")
@@ -199,7 +201,7 @@ def _default_loss(output: Any, batch: Batch) -> Tensor:
             )
         return loss
     logits, targets = _logits(output), batch.targets
-    if not isinstance(logits, Tensor) or not isinstance(targets, Tensor):
+    if not isinstance(logits, Tensor) or not isinstance(targets, Tensor) or targets.is_complex():
         raise ProfileError(
             f"No default loss for output {_describe(output)} and targets {_describe(targets)}: pass loss_fn."
         )
@@ -210,9 +212,35 @@ def _default_loss(output: Any, batch: Batch) -> Tensor:
                 f"{tuple(targets.shape)} in batch {batch.index}; pass loss_fn."
             )
         return F.mse_loss(logits, targets)
+    return _cross_entropy(logits, targets)
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy; raises a `ValueError` where the targets are no class numbers, before a GPU would stop."""
     if logits.dim() == targets.dim() + 1 and logits.dim() > 2 and logits.shape[:-1] == targets.shape:
         # tokens: classes are the last dimension
-        return F.cross_entropy(logits.flatten(0, -2), targets.flatten())
+        logits, targets = logits.flatten(0, -2), targets.flatten()
+    if logits.dim() < 2 or targets.shape != (logits.shape[0], *logits.shape[2:]):
+        raise ValueError(
+            "cross-entropy takes one class number per sample, targets of the output's shape without its classes. Give "
+            "such targets, or pass loss_fn: for several labels a sample, nn.BCEWithLogitsLoss() and targets as floats"
+        )
+    classes = logits.shape[1]
+    if classes == 1:
+        raise ValueError(
+            "one output and class numbers: cross-entropy of one class is always 0. Pass loss_fn, for two classes "
+            "lambda output, target: F.binary_cross_entropy_with_logits(output.squeeze(1), target.float()), or give "
+            "floating targets for a mean squared error"
+        )
+    targets = targets.long()
+    wrong = (targets < 0) | (targets >= classes)
+    wrong &= targets != IGNORED
+    if bool(wrong.any()):
+        label = int(targets[wrong][0])
+        raise ValueError(
+            f"target {label} is out of bounds: the model has the classes 0 to {classes - 1}. If {label} marks what to "
+            f"leave out, pass loss_fn=nn.CrossEntropyLoss(ignore_index={label})"
+        )
     return F.cross_entropy(logits, targets)
 
 

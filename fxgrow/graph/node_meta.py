@@ -8,6 +8,8 @@ import torch
 from torch import fx
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 
+from fxgrow.errors import FxgrowError
+
 # -- in a graph's `.meta`
 
 #: the record of the last growth; in a node's `.meta`, the bottleneck of the width whose first producer the node is
@@ -44,6 +46,15 @@ CHECK = "fxgrow.check"
 def is_captured(model: object) -> TypeGuard[fx.GraphModule]:
     """Whether a module is a graph that `capture` or a growth made."""
     return isinstance(model, fx.GraphModule) and EXAMPLE_INPUTS in model.meta
+
+
+def check_captured(gm: object) -> None:
+    """Raises an `FxgrowError` where something is no graph that `capture` or a growth made."""
+    if not is_captured(gm):
+        raise FxgrowError(
+            f"This is a {type(gm).__name__}, not a captured graph: give what fxgrow.capture(model, example_inputs) "
+            "or a growth returned."
+        )
 
 
 def set_value(node: fx.Node, value: Any) -> None:

@@ -16,6 +16,8 @@ from torch import fx, nn
 from fxgrow.analysis.analyse import AnalysedGraph, analyse
 from fxgrow.axes.axes import variables
 from fxgrow.axes.records import Width
+from fxgrow.data.argument_checks import checked_arguments
+from fxgrow.errors import CaptureError
 from fxgrow.graph.graph import lookup
 from fxgrow.graph.node_meta import OPAQUE
 from fxgrow.report.table import Column, count, few, number, table, text
@@ -69,6 +71,7 @@ class Explanation:
         return table([text("pinned width"), number("size"), Column("because", wrap=True)], rows)
 
 
+@checked_arguments(CaptureError)
 def explain(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] | None = None) -> Explanation:
     """Lists the widths of a model: which can grow, in what steps, and why the others cannot. Needs no data.
 

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 import torch
 from torch import fx, nn
 
-from fxgrow.data.batches import Data, Fitting, check_device
+from fxgrow.data.argument_checks import checked_arguments
+from fxgrow.data.batches import BatchReader, Data, Fitting, check_device
 from fxgrow.data.loss import Loss, known_loss
 from fxgrow.data.random_state import random_state_kept
 from fxgrow.data.settings import check_same_settings
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup, process_group_of
-from fxgrow.errors import PlanError
+from fxgrow.errors import CaptureError
 from fxgrow.graph.evaluate import own_modes
 from fxgrow.graph.graph import copy_graph, named_tensors
 from fxgrow.graph.kept_values import collections_kept
@@ -38,7 +39,7 @@ from fxgrow.rewriting.size_change import SizeChange
 from fxgrow.rewriting.verify import check_function
 from fxgrow.rewriting.widened_graph import WidenedGraph
 from fxgrow.tracing.capture import capture
-from fxgrow.transfer.optimizer_state import repoint
+from fxgrow.transfer.optimizer_state import check_owner, repoint
 from fxgrow.transfer.stale_model import watch
 
 if TYPE_CHECKING:
@@ -62,6 +63,7 @@ def grow(model: M, dataloader: Iterable[Any], *, into: Literal["module"], **opti
 
 
 @lists_methods
+@checked_arguments(CaptureError)
 @takes_options()
 @own_modes()
 def grow(model: nn.Module, dataloader: Iterable[Any], **options: Unpack[GrowOptions]) -> nn.Module:
@@ -73,7 +75,7 @@ def grow(model: nn.Module, dataloader: Iterable[Any], **options: Unpack[GrowOpti
     Args:
         model: any module that `fxgrow.capture` can read, or a grown graph.
         dataloader: batches; see `fxgrow.profile`.
-        loss_fn: see `fxgrow.profile`, as are `samples`, `memory_limit`, `progress` and `seed`.
+        loss_fn: see `fxgrow.profile`, as are `batch`, `samples`, `memory_limit`, `progress` and `seed`.
         example_inputs: inputs to capture the model with; None for those of the first batch.
         budget: see `fxgrow.plan`, as are `neurons` (of which a mapping has only the named widths profiled), `cost`,
             `multiple` and `update_existing`.
@@ -106,8 +108,11 @@ def grow(model: nn.Module, dataloader: Iterable[Any], **options: Unpack[GrowOpti
         torch.Size([5, 6])
     """
     process_group = process_group_of(options.get("process_group"))
+    model = getattr(model, "_orig_mod", model)  # without torch.compile
     with process_group.session():
         settings = with_defaults(options)
+        if settings["optimizer"] is not None:
+            check_owner(settings["optimizer"], model)
         done = grown_copy(model, dataloader, settings, process_group)
         if settings["optimizer"] is not None:
             repoint(settings["optimizer"], model, done.model, done.index)
@@ -126,7 +131,8 @@ def grown_copy(
     with process_group.session():
         check_same_settings(process_group, {**settings, "the model": model})
         with process_group.sync_buffers(model), collections_kept(model):
-            grown = _run(model, Data(dataloader, settings["samples"], process_group), settings)
+            reader = BatchReader.of(model, settings["batch"])
+            grown = _run(model, Data(dataloader, settings["samples"], process_group, reader), settings)
             process_group.check_equal(named_tensors(grown.model), "after growth")
             return grown
 
@@ -164,9 +170,6 @@ def _run(model: nn.Module, data: Data, options: GrowOptions) -> GrowthResult[nn.
 
 def _profile(gm: fx.GraphModule, data: Data, loss: Loss, options: GrowOptions) -> Profile:
     method, units = options["method"], options["neurons"]
-    wanted = units.values() if isinstance(units, Mapping) else [units] if units is not None else []
-    if any(not isinstance(k, int) or k <= 0 for k in wanted):
-        raise PlanError(f"neurons={units!r}: give a positive number of units.")
     # without a refit, which holds batches out itself, no statistics may have seen what the line search measures
     fitting = Data(Fitting(data), options["samples"], data.process_group)
     source = data if find_initialiser(method).needs.refit else fitting

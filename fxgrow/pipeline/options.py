@@ -25,6 +25,7 @@ class Options(TypedDict, total=False):
     cost: str
     multiple: int
     samples: int | None
+    batch: Callable[[Any], Any] | None
     memory_limit: int | None
     update_existing: bool
     progress: bool
@@ -47,7 +48,7 @@ class GrowOptions(CopyOptions, total=False):
 #: of every option, in the order in which signatures show them
 DEFAULTS: GrowOptions = {
     "loss_fn": None, "example_inputs": None, "budget": None, "neurons": None, "method": "default",
-    "cost": "parameters", "multiple": 1, "samples": None, "memory_limit": None, "optimizer": None,
+    "cost": "parameters", "multiple": 1, "samples": None, "batch": None, "memory_limit": None, "optimizer": None,
     "update_existing": True, "progress": True, "seed": 0, "into": "graph", "process_group": None,
 }  # fmt: skip
 

@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from fxgrow.data.argument_checks import an, checked_arguments
 from fxgrow.errors import PlanError, SmallBudgetError
 from fxgrow.pipeline.cost import Cost, Parameters, cost_of
 from fxgrow.pipeline.fill_plan import fill_plan
@@ -23,6 +24,7 @@ DEFAULT_BUDGET = "+25%"
 SHARE_CLAMP = (0.5, 4.0)
 
 
+@checked_arguments(PlanError, profile=an(Profile))
 def plan(
     profile: Profile,
     budget: str | float | None = None,
@@ -65,8 +67,6 @@ def plan(
     """
     if budget is not None and neurons is not None:
         raise PlanError("Give a budget or a number of neurons, not both.")
-    if not isinstance(multiple, int) or multiple < 1:
-        raise PlanError(f"multiple={multiple!r}: give a positive number, 1 for any size.")
     count = Parameters(profile.analysed)
     if neurons is not None:
         requested = _requested_units(profile, neurons)
@@ -153,10 +153,9 @@ class _UnitCounts:
 
     @classmethod
     def of(cls, b: Bottleneck, multiple: int) -> _UnitCounts:
-        step, period = b.width.step, math.lcm(b.width.step, multiple)
-        # a size is a multiple of its step, so one of these makes it one of `multiple` too
-        first = next(k for k in range(step, period + step, step) if (b.width.size + k) % multiple == 0)
-        return cls(first, period, b.significant)
+        period = math.lcm(b.width.step, multiple)
+        # a size is a multiple of its step
+        return cls(period - b.width.size % period, period, b.significant)
 
     def nearest(self, wanted: float) -> int:
         if self.first > self.most or wanted < self.first / 2:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -25,13 +25,15 @@ from fxgrow.candidates.isolated_refit import IsolatedRefit
 from fxgrow.candidates.refit import Refit
 from fxgrow.candidates.widened import Candidates, padded
 from fxgrow.candidates.widened_refit import WidenedRefit
-from fxgrow.data.batches import Data, check_device, take
+from fxgrow.data.argument_checks import checked_arguments, shown
+from fxgrow.data.batches import BatchReader, Data, check_device, take
 from fxgrow.data.loss import LossFn, known_loss
 from fxgrow.data.random_state import random_state_kept
 from fxgrow.data.settings import check_same_settings
 from fxgrow.distributed import process_group_of
-from fxgrow.errors import PlanError, ProfileError
+from fxgrow.errors import CaptureError, PlanError, ProfileError
 from fxgrow.graph.evaluate import own_modes
+from fxgrow.graph.graph import accumulation_dtype, lookup
 from fxgrow.graph.kept_values import collections_kept
 from fxgrow.graph.node_meta import RECORD, is_captured
 from fxgrow.graph.unrolled_rnn import unroll_recurrent_layers
@@ -40,7 +42,9 @@ from fxgrow.pipeline.plan import with_suggestion
 from fxgrow.pipeline.profile_record import Profile, ProfileRequest
 from fxgrow.report.bottleneck import Bottleneck
 from fxgrow.rewriting.batch_norm import has_batch_norm
+from fxgrow.rewriting.memory import check_memory
 from fxgrow.rewriting.parametrizations import remove_parametrizations
+from fxgrow.rewriting.size_change import SizeChange
 from fxgrow.statistics.mergeable import Moments, check_parts, fingerprint
 from fxgrow.tracing.capture import capture
 
@@ -50,6 +54,7 @@ CALIBRATION = 256
 
 
 @lists_methods
+@checked_arguments(CaptureError)
 @own_modes()
 @random_state_kept()
 def profile(
@@ -66,6 +71,7 @@ def profile(
     progress: bool = True,
     seed: int = 0,
     process_group: Any = None,
+    batch: Callable[[Any], Any] | None = None,
     keep_moments: bool = False,
 ) -> Profile:
     """Measures the expressivity bottleneck of every free width and proposes units for it.
@@ -73,7 +79,8 @@ def profile(
     Args:
         gm: a captured graph, or a model (captured on the first batch).
         dataloader: batches `(inputs, targets)`, where inputs may be a tuple or a dict, or dicts for models that return
-            an object with `.loss`. Read one to three times, the same batches in the same order.
+            an object with `.loss`. Read one to three times, the same batches in the same order. NumPy arrays become
+            tensors: those of float64, which NumPy makes where nothing is said, of the model's dtype, others of theirs.
         loss_fn: takes (output, targets), returns the mean over the batch, the sum (which is divided by the number of
             samples) or one value per sample. None: cross-entropy for integer targets, mean squared error for floating
             ones, the model's own `.loss` where it has one; a `LossWarning`, or an error, where outputs and targets look
@@ -96,6 +103,8 @@ def profile(
         process_group: of torch.distributed, such as `torch.distributed.group.WORLD`: every process calls with the same
             model and its own part of the data, and gets the profile of all of it. `samples` and `memory_limit` are
             then of all processes, and of each.
+        batch: a function from an item of the dataloader to `(inputs, targets)`, where the items are something else,
+            such as `lambda item: item[:2]` for `(inputs, targets, index)`.
         keep_moments: keep the sums over the data as `.moments`, so that profiles of other parts of the data can be
             merged with this one (`fxgrow.Profile.merge`); it takes one more matrix per width and consumer.
 
@@ -123,9 +132,11 @@ def profile(
     with process_group.session():
         if positions not in ("sampled", "all"):
             raise ProfileError(f"positions={positions!r}: choose 'sampled' or 'all'.")
-        check_same_settings(process_group, vars(request) | {"loss_fn": loss_fn, "samples": samples, "the model": gm})
+        settings = {"loss_fn": loss_fn, "samples": samples, "batch": batch, "the model": gm}
+        check_same_settings(process_group, vars(request) | settings)
         with process_group.sync_buffers(gm), collections_kept(gm):
-            return with_suggestion(profiled(gm, Data(dataloader, samples, process_group), request))
+            data = Data(dataloader, samples, process_group, BatchReader.of(gm, batch))
+            return with_suggestion(profiled(gm, data, request))
 
 
 @own_modes()
@@ -138,6 +149,8 @@ def merge(
     request: ProfileRequest,
 ) -> Profile:
     """See `fxgrow.Profile.merge`."""
+    if not isinstance(parts, (list, tuple)):
+        raise ProfileError(f"parts={shown(parts)}: give a list of profiles or their moments.")
     graph = gm if gm is not None else next((p.gm for p in parts if isinstance(p, Profile) and p.gm is not None), None)
     if not is_captured(graph):
         raise ProfileError("Moments alone hold no network: give gm=, a graph that fxgrow.capture returned.")
@@ -148,7 +161,7 @@ def merge(
     if dataloader is None and (method.needs.refit or has_batch_norm(graph)):
         needs = f"method={method.name!r} fits" if method.needs.refit else "a BatchNorm of new channels is set to"
         raise ProfileError(f"{needs} the activations of new units, which no moments hold: give dataloader=.")
-    data = Data(() if dataloader is None else dataloader, samples)
+    data = Data(() if dataloader is None else dataloader, samples, reader=BatchReader.of(graph))
     request = replace(request, method=method.name, positions=first.positions, widths=first.widths, parts=moments)
     return with_suggestion(profiled(graph, data, request))
 
@@ -196,6 +209,18 @@ class _Profiler:
         self.chosen = [self.analysed.widths[w.name] for w in chosen]
         self.additions = {w.name: _how_many(w.width, request.units) for w in chosen}
         self.generator = torch.Generator().manual_seed(request.seed)
+        SizeChange(self.analysed, self.additions)  # fails where the memory is too small for it
+        if method.needs.refit:
+            self._check_fit_memory()
+
+    def _check_fit_memory(self) -> None:
+        """The fit of outgoing weights has a number for every pair of new units."""
+        name, k = max(self.additions.items(), key=lambda item: item[1], default=("", 0))
+        if not k:
+            return
+        weight = lookup(self.analysed.gm, self.analysed.widths[name].producers[0].weight)
+        needed = {weight.device: k**2 * accumulation_dtype(weight).itemsize}
+        check_memory(needed, f"Fitting {k:,} units of width {name!r}")
 
     def run(self) -> Profile:
         """Reads the data and makes the record."""

@@ -14,8 +14,9 @@ from fxgrow.analysis.analyse import AnalysedGraph, analyse
 from fxgrow.axes.records import Width
 from fxgrow.candidates.refit import Refit
 from fxgrow.candidates.widened import Candidates
+from fxgrow.data.argument_checks import checked_arguments
 from fxgrow.data.loss import Loss, LossFn, known_loss
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, ProfileError
 from fxgrow.initialisers.registry import Initialiser, Proposal
 from fxgrow.report.bottleneck import LEGEND, Bottleneck, bottleneck_table, parameters_added, pinned_table
 from fxgrow.report.plot import bottleneck_panel, gain_panel, new_figure, save_figure
@@ -112,6 +113,7 @@ class Profile(Mapping[str, Bottleneck]):
         return Candidates(self.analysed, self.proposals, self.proposed, self.calibration, generator)
 
     @classmethod
+    @checked_arguments(ProfileError, gm=None)
     def merge(
         cls,
         parts: Sequence[Profile | Moments],

@@ -7,14 +7,15 @@ ensures:  nothing of the profiled network changes; one short line search a width
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from fxgrow.data.batches import Data
+from fxgrow.data.argument_checks import COUNT, an, checked_arguments
+from fxgrow.data.batches import BatchReader, Data
 from fxgrow.data.loss import LossFn
 from fxgrow.data.random_state import random_state_kept
-from fxgrow.errors import PlanError
+from fxgrow.errors import PlanError, ProfileError
 from fxgrow.graph.evaluate import own_modes
 from fxgrow.pipeline.line_search import GammaLine, HeldOut, search
 from fxgrow.pipeline.plan import plan
@@ -43,6 +44,7 @@ class Tried:
         return self.decrease / self.parameters
 
 
+@checked_arguments(ProfileError, profile=an(Profile), units=COUNT)
 @own_modes()
 @random_state_kept()
 def try_widths(
@@ -52,6 +54,7 @@ def try_widths(
     *,
     units: int = 4,
     samples: int | None = None,
+    batch: Callable[[Any], Any] | None = None,
 ) -> dict[str, Tried]:
     """Grows each width in turn, on a copy, and measures by how much that lowers the held-out loss.
 
@@ -65,6 +68,7 @@ def try_widths(
         loss_fn: see `fxgrow.profile`.
         units: to try at each width, in whole steps, at most as many as the profile proposes.
         samples: as given to `fxgrow.profile`.
+        batch: see `fxgrow.profile`.
 
     Returns:
         Width name -> `Tried`, the largest decrease per parameter first.
@@ -86,9 +90,8 @@ def try_widths(
         >>> sorted(tried), tried["0"].units, tried["0"].parameters
         (['0', '2'], 2, 30)
     """
-    if not isinstance(units, int) or units <= 0:
-        raise PlanError(f"units={units!r}: give a positive number.")
-    held_out = HeldOut.of(Data(dataloader, samples).leave_out_refused(profile.graph), loss_fn)
+    data = Data(dataloader, samples, reader=BatchReader.of(profile.graph, batch))
+    held_out = HeldOut.of(data.leave_out_refused(profile.graph), loss_fn)
     tried = {}
     for name, b in profile.items():
         k = min(math.ceil(units / b.width.step) * b.width.step, profile.proposed[name])

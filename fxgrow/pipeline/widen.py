@@ -8,7 +8,8 @@ from typing import Any, Literal, TypeVar, overload
 import torch
 from torch import fx, nn
 
-from fxgrow.errors import PlanError
+from fxgrow.data.argument_checks import PER_WIDTH, an, checked_arguments
+from fxgrow.errors import CaptureError, PlanError
 from fxgrow.graph.evaluate import own_modes
 from fxgrow.graph.node_meta import EXAMPLE_INPUTS, is_captured
 from fxgrow.rewriting.into_module import check_into, into_module
@@ -17,11 +18,12 @@ from fxgrow.rewriting.replay import record
 from fxgrow.rewriting.rewrite import rewrite
 from fxgrow.rewriting.verify import check_function
 from fxgrow.tracing.capture import capture
-from fxgrow.transfer.optimizer_state import repoint
+from fxgrow.transfer.optimizer_state import check_owner, repoint
 
 M = TypeVar("M", bound=nn.Module)
 
 
+@checked_arguments(PlanError, plan=an(Plan))
 @own_modes()
 def apply(gm: nn.Module, plan: Plan, example_inputs: tuple[Any, ...] | dict[str, Any] | None = None) -> fx.GraphModule:
     """Rewrites alone: adds a plan's units to a copy of the graph.
@@ -80,6 +82,7 @@ def widen(
 ) -> M: ...
 
 
+@checked_arguments(CaptureError, units=PER_WIDTH)
 @own_modes()
 def widen(
     model: nn.Module,
@@ -118,6 +121,9 @@ def widen(
         True
     """
     check_into(into, model)
+    model = getattr(model, "_orig_mod", model)  # without torch.compile
+    if optimizer is not None:
+        check_owner(optimizer, model)
     gm = capture(model, example_inputs)
     grown, index = rewrite(gm, units, generator=torch.Generator().manual_seed(seed))
     check_function(gm, grown, gm.meta[EXAMPLE_INPUTS])

@@ -9,6 +9,7 @@ from torch.utils import _pytree as pytree
 
 from fxgrow.analysis.analyse import analyse
 from fxgrow.axes.axes import Axis, Dims, variables
+from fxgrow.graph.node_meta import check_captured
 
 if TYPE_CHECKING:
     import networkx as nx
@@ -48,6 +49,7 @@ def to_networkx(gm: fx.GraphModule) -> nx.DiGraph:
     """
     import networkx as nx
 
+    check_captured(gm)
     analysed = analyse(gm)
     structure, widths = analysed.structure, analysed.widths
     names = {w.var: name for name, w in widths.items()}

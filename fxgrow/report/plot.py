@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
-from fxgrow.errors import MissingExtraError
+from fxgrow.data.argument_checks import NEW_FILE, read_argument
+from fxgrow.errors import FileError, MissingExtraError
 from fxgrow.report.bottleneck import Bottleneck, gradient_share
 from fxgrow.report.table import shorten
 
@@ -34,9 +35,14 @@ def new_figure(panels: int, rows: int) -> Figure:
 
 def save_figure(figure: Figure, title: str, path: str | None) -> Figure:
     """The figure under its title; written to `path` if given, in the format of its ending."""
+    if path is not None and not hasattr(path, "write"):
+        read_argument("path", path, NEW_FILE, FileError)
     figure.suptitle(title, x=0.008, ha="left", fontsize=11, color=INK)
     if path is not None:
-        figure.savefig(path)
+        try:
+            figure.savefig(path)
+        except (OSError, ValueError) as error:
+            raise FileError(f"{path} could not be written: {error}.") from error
     return figure
 
 

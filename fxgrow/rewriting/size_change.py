@@ -15,7 +15,10 @@ from fxgrow.analysis.axis_statistics import SPLIT
 from fxgrow.analysis.initial_state import InitialState
 from fxgrow.analysis.widths import GrowableWidth
 from fxgrow.axes.axes import Axis, UnitVar, grown_length, resolve, variables
+from fxgrow.data.argument_checks import PER_WIDTH, read_argument, shown
 from fxgrow.errors import PlanError
+from fxgrow.graph.graph import lookup
+from fxgrow.rewriting.memory import check_memory
 from fxgrow.rewriting.parametrizations import Index, spectral
 
 #: positions of new entries per parameter, by width and dimension, in the order of the units
@@ -65,7 +68,8 @@ class SizeChange:
     def __init__(
         self, analysed: AnalysedGraph, additions: Mapping[str, int], removals: Mapping[str, Sequence[int]] | None = None
     ) -> None:
-        self.analysed, self.additions = analysed, dict(additions)
+        additions = read_argument("units", additions, PER_WIDTH)
+        self.analysed, self.additions = analysed, additions
         self.gm, self.structure = analysed.gm, analysed.structure
         self.names = {w.var: name for name, w in analysed.widths.items()}
         #: new unit groups per variable, and the old ones that stay where not all do
@@ -89,6 +93,20 @@ class SizeChange:
         states: dict[UnitVar, InitialState] = self.structure.initial_states
         #: of the variables that change
         self.initial_states = {var: state for var, state in states.items() if var in self.net}
+        if self.added:
+            check_memory(self._least_memory(), f"Adding {shown(additions)} units")
+
+    def _least_memory(self) -> dict[torch.device, int]:
+        """Bytes by device, as `memory.py` counts them."""
+        cpu = torch.device("cpu")
+        needed = {cpu: 0}
+        for name, dims in self.structure.parameters.items():
+            if self.changes(dims):
+                tensor, sizes = lookup(self.gm, name), [self.length(a) for a in dims]
+                device = tensor.device
+                needed[device] = needed.get(device, 0) + math.prod(sizes) * tensor.element_size()
+                needed[cpu] += 8 * sum(sizes)
+        return needed
 
     def _kept(self, width: GrowableWidth, groups: Sequence[int]) -> Tensor:
         size = width.var.size

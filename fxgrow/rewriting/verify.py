@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from fxgrow.errors import RewriteError
+from fxgrow.errors import FxgrowError, RewriteError, first_lines
 from fxgrow.graph.evaluate import difference, eval_outputs
 from fxgrow.graph.graph import lookup
 from fxgrow.graph.node_meta import OPAQUE, set_value
@@ -35,7 +35,7 @@ def check_shapes(gm: fx.GraphModule, expected: Mapping[fx.Node, tuple[int, ...]]
             for node in gm.graph.nodes:
                 set_value(node, _value(gm, node, runner))
     except Exception as error:
-        raise RewriteError(f"The rewritten graph does not run: {error}. Nothing was changed.") from error
+        raise RewriteError(f"The rewritten graph does not run: {first_lines(error)}. Nothing was changed.") from error
     for node, shape in expected.items():
         value = node.meta.get("val")
         if isinstance(value, Tensor) and tuple(value.shape) != shape:
@@ -47,10 +47,16 @@ def check_shapes(gm: fx.GraphModule, expected: Mapping[fx.Node, tuple[int, ...]]
 
 def check_function(old: fx.GraphModule, new: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
     """Raises `RewriteError` where outputs in eval mode differ by more than rounding explains."""
-    for expected, output in zip(eval_outputs(old, inputs), eval_outputs(new, inputs), strict=True):
-        error = difference(output, expected)
-        if expected.is_floating_point() and not error.is_rounding:
+    try:
+        outputs = eval_outputs(old, inputs)
+    except FxgrowError:
+        raise
+    except Exception as error:
+        raise RewriteError(f"The model fails on its example inputs in eval mode: {first_lines(error)}.") from error
+    for expected, output in zip(outputs, eval_outputs(new, inputs), strict=True):
+        differs = difference(output, expected)
+        if expected.is_floating_point() and not differs.is_rounding:
             raise RewriteError(
-                f"The widened graph should compute the same function, but its output differs by {error}. Nothing was "
+                f"The widened graph should compute the same function, but its output differs by {differs}. Nothing was "
                 "changed; please report the model."
             )

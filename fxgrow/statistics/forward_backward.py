@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from fxgrow.data.batches import Batch, check_device
 from fxgrow.data.loss import Loss, LossFn, first_samples, known_loss, loss_name, loss_of, repeated
-from fxgrow.errors import FxgrowError, ProfileError
+from fxgrow.errors import FxgrowError, ProfileError, first_lines
 from fxgrow.graph.conditional import graph_like
 from fxgrow.graph.evaluate import eval_mode, lent_buffers
 from fxgrow.graph.purity import overwrites
@@ -213,7 +213,8 @@ def _backward(loss: Tensor, inputs: list[Any], start: Tensor, batch: Batch) -> t
         return torch.autograd.grad(loss, inputs, start, allow_unused=True)
     except RuntimeError as error:
         raise ProfileError(
-            f"The backward pass in eval mode failed on batch {batch.index}: {error} Does it work for the model itself?"
+            f"The backward pass in eval mode failed on batch {batch.index}: {first_lines(error)}. Does it work for the "
+            "model itself?"
         ) from error
 
 
@@ -227,4 +228,7 @@ def forward(run: Callable[..., Any], gm: fx.GraphModule, batch: Batch) -> Any:
         raise
     except Exception as error:
         what = ", ".join(f"{tuple(t.shape)} {t.dtype}" for t in arguments if isinstance(t, Tensor))
-        raise ProfileError(f"The model failed on batch {batch.index} (inputs {what}): {error}") from error
+        raise ProfileError(
+            f"The model failed on batch {batch.index} (inputs {what}): {first_lines(error)}. Give batches of the "
+            "shapes and dtypes that it takes."
+        ) from error

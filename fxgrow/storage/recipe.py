@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import fx, nn
 
+from fxgrow.data.argument_checks import MODULE, read_argument
 from fxgrow.errors import FileError
 from fxgrow.graph.node_meta import RECIPE, is_captured
 from fxgrow.storage import schema
@@ -131,6 +132,7 @@ class Recipe:
     @classmethod
     def of(cls, model: nn.Module) -> Recipe:
         """Returns the recipe of a grown model; one without steps for any other."""
+        read_argument("model", model, MODULE)
         recipe = (model.meta if isinstance(model, fx.GraphModule) else vars(model)).get(RECIPE)
         if isinstance(recipe, Recipe):
             return recipe

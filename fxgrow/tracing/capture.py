@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
+from fxgrow.data.argument_checks import checked_arguments
+from fxgrow.data.batches import as_tensors, dtype_of, first_tensor
 from fxgrow.errors import CaptureError
 from fxgrow.graph.captured_graph import CapturedGraph
 from fxgrow.graph.conditional import ConditionalCodeGen, is_code
@@ -46,6 +48,7 @@ from fxgrow.tracing.tracer import ValueTracer
 from fxgrow.tracing.train_eval import guard_modes, merge_modes
 
 
+@checked_arguments(CaptureError)
 def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] | torch.Tensor) -> fx.GraphModule:
     """Traces a model into a graph at module level, on fake tensors.
 
@@ -76,8 +79,6 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
         >>> [node.op for node in fxgrow.capture(net, (torch.zeros(2, 3),)).graph.nodes]
         ['placeholder', 'call_module', 'call_module', 'output']
     """
-    if not isinstance(model, nn.Module):
-        raise CaptureError(f"capture needs a torch.nn.Module, not a {type(model).__name__}.")
     if is_captured(model):
         return model
     model = getattr(model, "_orig_mod", model)  # without torch.compile
@@ -86,6 +87,12 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
     lazy = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if is_lazy(tensor)]
     if lazy:
         raise CaptureError(f"{lazy[0]} has no shape yet. Run the model once on a batch, then capture it.")
+    example_inputs = as_tensors(example_inputs, dtype_of(model))
+    first = first_tensor(example_inputs)
+    if first is not None and first.dim() and not len(first):
+        raise CaptureError(
+            f"example_inputs have no samples: a tensor of shape {tuple(first.shape)}. Give at least one."
+        )
     inputs, call = bind_inputs(model, example_inputs)
     keywords = list(inputs) if isinstance(example_inputs, Mapping) else None
 
@@ -104,7 +111,8 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
 
     hooks = ForwardHooks(model)
     kept = collections_kept(model) if hooks.hooked else contextlib.nullcontext()
-    with CAPTURE_LOCK, without_caches(model), without_fast_path(), without_compilation(), kept:
+    quiet = without_failure_log()  # an error says what fails
+    with CAPTURE_LOCK, without_caches(model), without_fast_path(), without_compilation(), kept, quiet:
         namespaces = Namespaces(model)
         return _at_all_sizes(traced)
 
@@ -168,8 +176,7 @@ def _trace(
                 fallback.add(tracer.failed_in, error, tracer.failed_calls)
 
     def finish(tracer: ValueTracer) -> ValueTracer:
-        with without_failure_log():
-            keep_input_sizes(tracer, lambda values: attempt(values, tracer.flipped, tracer.outcomes))
+        keep_input_sizes(tracer, lambda values: attempt(values, tracer.flipped, tracer.outcomes))
         _prune(tracer.graph)
         return tracer
 

@@ -74,7 +74,7 @@ def failure(error: BaseException, module: str, place: tuple[str, int] | None) ->
     if looks_at_data(error):
         problem, hint = "its code looks at the values of a tensor, or makes sizes from them", _DATA_HINT
     else:
-        text = (str(error).strip() or "no message").splitlines()[0][:300]
+        text = (str(error).strip() or "no message").splitlines()[0][:300].rstrip(".")
         problem = f"its code raises {type(error).__name__}: {text}"
         hint = "Check that the model runs on these example inputs without fxgrow."
         if isinstance(error, NotImplementedError) and "argument of type" in text:

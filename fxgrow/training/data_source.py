@@ -7,6 +7,7 @@ from typing import Any, cast
 
 from torch.utils.data import DataLoader, IterableDataset
 
+from fxgrow.data.batches import check_iterable
 from fxgrow.errors import ProfileError
 
 #: an iterable that each growth reads anew, or a function that returns one
@@ -20,8 +21,8 @@ def check_source(source: Source) -> None:
             f"The dataloader is a {type(source).__name__}, which can be read only once, and each growth reads it anew: "
             "give a DataLoader, a list of batches, or a function that returns one of these."
         )
-    if not hasattr(source, "__iter__") and not callable(source):
-        raise ProfileError(f"The dataloader is a {type(source).__name__}, which cannot be iterated over.")
+    if isinstance(source, type) or not callable(source):
+        check_iterable(source)
 
 
 def beside_training(source: Source) -> Iterable[Any]:

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fxgrow.data.argument_checks import MODULE, checked_arguments, read_argument, read_arguments, shown
 from fxgrow.data.settings import check_same_settings
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup, process_group_of
-from fxgrow.errors import FxgrowError, PlanError, ScheduleError, SmallBudgetError
+from fxgrow.errors import CaptureError, FxgrowError, PlanError, ScheduleError, SmallBudgetError
 from fxgrow.pipeline.growth_record import Growth
-from fxgrow.pipeline.options import GrowOptions, Options, takes_options, with_defaults
+from fxgrow.pipeline.options import DEFAULTS, GrowOptions, Options, takes_options, with_defaults
 from fxgrow.rewriting.into_module import check_into
 from fxgrow.training.data_source import Source, check_source
 from fxgrow.training.grow_with_state import grow_with_state
@@ -69,7 +70,8 @@ class Grower:
             of DistributedDataParallel or FSDP2 (`fully_shard`) where the model is in one. Every process makes the same
             calls, this one too; growth then uses the data of all of them and is the same on each.
         options: see `fxgrow.grow`: `loss_fn`, `example_inputs`, `budget`, `neurons`, `method`, `cost`, `multiple`,
-            `samples`, `memory_limit`, `update_existing`, `progress` and `seed` (growth number n uses `seed + n`).
+            `samples`, `batch`, `memory_limit`, `update_existing`, `progress` and `seed` (growth number n uses
+            `seed + n`).
 
     Attributes:
         model: the model to train now, wrapped as the one that was given.
@@ -127,11 +129,13 @@ class Grower:
         self._schedule_state: ScheduleState = {}
         self._readings: list[float] = []
         self._losses: deque[Any] = deque(maxlen=MAX_LOSSES)
+        read_argument("model", model, MODULE, CaptureError)
         self._process_group = process_group_of(group_of(model) if process_group is None else process_group)
         inside, _ = unwrapped(model)
         # processes with different schedules would wait for each other at different steps
         with self._process_group.session():
-            all_options = with_defaults({"progress": False, **options, "into": into})
+            given = read_arguments({"progress": False, **options, "into": into}, DEFAULTS)
+            all_options = with_defaults(given)
             settings = {**all_options, "schedule": schedule, "on_error": on_error, "the model": inside}
             check_same_settings(self._process_group, settings)
             self._training_state = TrainingState(optimizers_of(optimizer), ema, lists_of(parameters))
@@ -143,7 +147,7 @@ class Grower:
                     f"schedule is a {type(schedule).__name__}: give one such as fxgrow.Every(epochs=2)."
                 )
             if on_error not in ("raise", "skip"):
-                raise FxgrowError(f"on_error={on_error!r}: choose 'raise' or 'skip'.")
+                raise FxgrowError(f"on_error={shown(on_error)}: choose 'raise' or 'skip'.")
             if all_options["budget"] is not None and all_options["neurons"] is not None:
                 raise PlanError("Give a budget or a number of neurons, not both.")
             check_into(into, inside)
@@ -157,6 +161,7 @@ class Grower:
         """The average of the weights now."""
         return self._training_state.ema
 
+    @checked_arguments()
     def step(self, loss: Tensor | float | None = None) -> bool:
         """Counts an optimiser step, and grows if it is time.
 
@@ -174,6 +179,7 @@ class Grower:
             self._losses.append(loss.detach() if isinstance(loss, Tensor) else loss)
         return self.steps >= self._ask_at and self._ask(epoch_end=False)
 
+    @checked_arguments()
     def epoch_end(self, metric: Tensor | float | None = None) -> bool:
         """Counts an epoch, and grows if it is time; `metric` is a reading for `OnPlateau`."""
         self.epochs += 1
@@ -181,11 +187,13 @@ class Grower:
             self._readings.append(float(metric))
         return self._ask(epoch_end=True)
 
+    @checked_arguments()
     def observe(self, value: Tensor | float) -> None:
         """Records a reading for `OnPlateau`; the next `step` or `epoch_end` grows if it says so."""
         self._readings.append(float(value))
         self._ask_at = self.steps + 1
 
+    @checked_arguments()
     def grow_now(
         self,
         neurons: int | Mapping[str, int] | None = None,
@@ -208,6 +216,7 @@ class Grower:
         """The parameters of the model as it is now."""
         return self.model.parameters()
 
+    @checked_arguments()
     def on_growth(self, callback: Callback) -> None:
         """Calls `callback(old_model, new_model, index)` after each growth, when all of it is done.
 
@@ -233,6 +242,7 @@ class Grower:
             "history": self.history.to_list(),
         }
 
+    @checked_arguments()
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Restores what `state_dict` returned.
 

@@ -8,7 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fxgrow.errors import FxgrowError, MissingExtraError
+from fxgrow.data.argument_checks import PATH, read_argument, shown
+from fxgrow.errors import FileError, FxgrowError, MissingExtraError, first_lines
 from fxgrow.pipeline.growth_record import Growth
 from fxgrow.report.plot import history_panels, new_figure, save_figure
 from fxgrow.report.table import Column, count, number, table
@@ -145,6 +146,7 @@ class History(Sequence[Event]):
 
         Raises:
             MissingExtraError: a folder is given and tensorboard is not installed.
+            FileError: the folder cannot be written to.
         """
         if isinstance(writer, (str, os.PathLike)):
             try:
@@ -152,9 +154,15 @@ class History(Sequence[Event]):
             except ImportError as error:
                 message = "Writing for TensorBoard needs tensorboard: pip install 'fxgrow[tensorboard]'."
                 raise MissingExtraError(message) from error
-            with SummaryWriter(str(writer)) as opened:
-                self.to_tensorboard(opened)
-            return
+            read_argument("writer", writer, PATH, FileError)
+            try:
+                with SummaryWriter(str(writer)) as opened:
+                    self.to_tensorboard(opened)
+                return
+            except (OSError, NotImplementedError) as error:  # the second: a kind of address without its package
+                raise FileError(f"{writer} could not be written: {first_lines(error)}. Give a folder.") from error
+        if not hasattr(writer, "add_scalar"):
+            raise FileError(f"writer={shown(writer)}: give a SummaryWriter, or a folder.")
         for e in self:
             scalars = {"parameters": e.parameters[1], "loss/before": e.loss[0], "loss/after": e.loss[1]}
             scalars |= {"gamma": e.gamma, "seconds": e.seconds, **{f"units/{name}": k for name, k in e.units.items()}}

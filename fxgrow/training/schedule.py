@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from fxgrow.data.argument_checks import shown
 from fxgrow.errors import ScheduleError
 
 
@@ -107,9 +108,10 @@ class Either(Schedule):
     schedules: tuple[Schedule, ...]
 
     def __post_init__(self) -> None:
+        several = isinstance(self.schedules, (list, tuple)) and all(isinstance(s, Schedule) for s in self.schedules)
+        if not several or not self.schedules:
+            raise ScheduleError(f"Either(schedules={shown(self.schedules)}): give one schedule or more.")
         object.__setattr__(self, "schedules", tuple(self.schedules))
-        if not self.schedules or not all(isinstance(s, Schedule) for s in self.schedules):
-            raise ScheduleError(f"Either(schedules={self.schedules!r}): give one schedule or more.")
 
     def ask(self, seen: TrainingStatus, memory: ScheduleState) -> Request | None:
         # all are asked: each keeps a state of its own
@@ -154,13 +156,13 @@ class Until(Schedule):
 
     def __post_init__(self) -> None:
         if not isinstance(self.schedule, Schedule):
-            raise ScheduleError(f"Until(schedule={self.schedule!r}): give a schedule.")
+            raise ScheduleError(f"Until(schedule={shown(self.schedule)}): give a schedule.")
         names = "growths", "declines", "steps", "epochs"
         if self.total is None and all(getattr(self, name) is None for name in names):
             raise ScheduleError("Until has no limit: give total, growths, declines, steps or epochs.")
         check_positive(self, *(name for name in names if getattr(self, name) is not None))
         if self.cost not in ("parameters", "multiply-adds", "latency"):
-            raise ScheduleError(f"cost={self.cost!r}: choose 'parameters', 'multiply-adds' or 'latency'.")
+            raise ScheduleError(f"cost={shown(self.cost)}: choose 'parameters', 'multiply-adds' or 'latency'.")
         if self.total is not None:
             self.allowed(1.0)
 
@@ -172,9 +174,9 @@ class Until(Schedule):
             else:
                 limit = float(self.total)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:
-            raise ScheduleError(f"total={self.total!r}: give a number, or a share such as '+100%'.") from error
+            raise ScheduleError(f"total={shown(self.total)}: give a number, or a share such as '+100%'.") from error
         if not 0 < limit < math.inf:
-            raise ScheduleError(f"total={self.total!r}: give a positive number, or a share such as '+100%'.")
+            raise ScheduleError(f"total={shown(self.total)}: give a positive number, or a share such as '+100%'.")
         return limit
 
     def ended(self, seen: TrainingStatus) -> bool:
@@ -236,7 +238,14 @@ def check_positive(schedule: Schedule, *names: str) -> None:
     for name in names:
         value = getattr(schedule, name)
         if type(value) is not int or value < 1:
-            raise ScheduleError(f"{type(schedule).__name__}({name}={value!r}): give a positive whole number.")
+            raise ScheduleError(f"{type(schedule).__name__}({name}={shown(value)}): give a positive whole number.")
+
+
+def check_number(schedule: Schedule, name: str, wanted: str, low: float = -math.inf, high: float = math.inf) -> None:
+    """Refuses an attribute that is no number from `low` to less than `high`."""
+    value = getattr(schedule, name)
+    if type(value) not in (int, float) or not low <= value < high:
+        raise ScheduleError(f"{type(schedule).__name__}({name}={shown(value)}): give {wanted}.")
 
 
 def periodic_request(seen: TrainingStatus, steps: int | None, epochs: int | None) -> Request | None:

@@ -10,7 +10,7 @@ from typing import Any
 from torch import fx, nn
 
 from fxgrow.analysis.analyse import analyse, widths
-from fxgrow.data.batches import Data
+from fxgrow.data.batches import BatchReader, Data
 from fxgrow.distributed import ProcessGroup
 from fxgrow.errors import PlanError, ScheduleError
 from fxgrow.pipeline.cost import Cost, cost_of
@@ -51,7 +51,7 @@ class ModelMetrics:
         bottlenecks = profile(
             self._graph(), beside_training(self.source), options["loss_fn"], samples or options["samples"], "tiny",
             memory_limit=options["memory_limit"], progress=options["progress"], seed=options["seed"],
-            process_group=self.process_group,
+            process_group=self.process_group, batch=options["batch"],
         )  # fmt: skip
         return {name: gradient_share(b) for name, b in bottlenecks.items()}
 
@@ -89,7 +89,8 @@ class ModelMetrics:
     def _graph(self) -> fx.GraphModule:
         inputs = self.options["example_inputs"]
         if inputs is None:
-            inputs = Data(beside_training(self.source), self.options["samples"]).first().inputs
+            reader = BatchReader.of(self.model, self.options["batch"])
+            inputs = Data(beside_training(self.source), self.options["samples"], reader=reader).first().inputs
         return capture(self.model, inputs)
 
     def _cost(self, kind: str) -> Cost:

@@ -6,12 +6,14 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from fxgrow.data.argument_checks import shown
 from fxgrow.errors import ScheduleError
 from fxgrow.training.schedule import (
     Request,
     Schedule,
     ScheduleState,
     TrainingStatus,
+    check_number,
     check_one,
     check_positive,
     next_multiple,
@@ -69,6 +71,9 @@ class OnPlateau(Schedule):
 
     def __post_init__(self) -> None:
         check_positive(self, "patience", "every")
+        check_number(self, "min_delta", "a number")
+        if not isinstance(self.largest, bool):
+            raise ScheduleError(f"OnPlateau(largest={shown(self.largest)}): give True or False.")
 
     def ask(self, seen: TrainingStatus, memory: ScheduleState) -> Request | None:
         readings = [*seen.readings, *self._mean(seen, memory)]
@@ -120,8 +125,9 @@ class OnBottleneck(Schedule):
 
     def __post_init__(self) -> None:
         check_one(self, "every", "epochs")
-        if not 0 <= self.share < 1:
-            raise ScheduleError(f"OnBottleneck(share={self.share!r}): give a share between 0 and 1.")
+        check_number(self, "share", "a share between 0 and 1", 0, 1)
+        if self.samples is not None:
+            check_positive(self, "samples")
 
     def ask(self, seen: TrainingStatus, memory: ScheduleState) -> Request | None:
         if periodic_request(seen, self.every, self.epochs) is None:
@@ -165,10 +171,10 @@ class LayerByLayer(Schedule):
 
     def __post_init__(self) -> None:
         check_one(self, "steps", "epochs")
-        if not self.target or any(type(size) is not int or size < 1 for size in self.target.values()):
-            raise ScheduleError(f"LayerByLayer(target={dict(self.target)!r}): give a size for each width to grow.")
-        if not self.factor > 1:
-            raise ScheduleError(f"LayerByLayer(factor={self.factor!r}): give a factor above 1.")
+        sizes = self.target.items() if isinstance(self.target, Mapping) else ()
+        if not sizes or any(type(size) is not int or size < 1 or not isinstance(name, str) for name, size in sizes):
+            raise ScheduleError(f"LayerByLayer(target={shown(self.target)}): give a size for each width to grow.")
+        check_number(self, "factor", "a factor above 1", math.nextafter(1, 2))
 
     def turns(self, start: Mapping[str, int]) -> list[tuple[str, int]]:
         """Returns the growths in order: a width, and its size after the growth."""

@@ -17,6 +17,8 @@ from fxgrow.transfer.wrappers import unwrapped
 
 def check_average(average: nn.Module, model: nn.Module) -> tuple[nn.Module, Callable[[nn.Module], nn.Module]]:
     """Returns the module that holds the averages and a function that wraps another; refuses one of another model."""
+    if not isinstance(average, nn.Module):
+        raise FxgrowError(f"ema is a {type(average).__name__}: give torch.optim.swa_utils.AveragedModel(model), say.")
     averaged, wrap = unwrapped(average.module if isinstance(average, AveragedModel) else average)
     averages = named_tensors(averaged)
     for name, parameter in model.named_parameters():

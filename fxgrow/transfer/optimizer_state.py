@@ -37,6 +37,11 @@ def repoint(optimizer: Optimizer, old: nn.Module, new: nn.Module, index: Mapping
     prepare_transfer(optimizer, ParameterChange(old, new, index))()
 
 
+def check_owner(optimizer: Optimizer, model: nn.Module) -> None:
+    """Raises an `FxgrowError` where an optimizer owns no parameter of the model, before any time is spent."""
+    prepare_transfer(optimizer, ParameterChange(model, model, {}))
+
+
 @torch.no_grad()
 def prepare_transfer(optimizer: Optimizer, change: ParameterChange) -> Assign:
     """Does all of `repoint` but its assignments: what can fail has failed on return, and nothing has changed."""

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from fxgrow.errors import FxgrowError
 from fxgrow.transfer.averaged_model import check_average, prepare_average
 from fxgrow.transfer.module_hooks import prepare_module_hooks
-from fxgrow.transfer.optimizer_state import prepare_transfer
+from fxgrow.transfer.optimizer_state import check_owner, prepare_transfer
 from fxgrow.transfer.parameter_change import Assign, ParameterChange
 from fxgrow.transfer.parameters import prepare_gradients, prepare_parameter_hooks, prepare_parameter_lists
 
@@ -29,7 +29,7 @@ class TrainingState:
         """Refuses what belongs to another model before any time is spent."""
         unchanged = ParameterChange(model, model, {})
         for optimizer in self.optimizers:
-            prepare_transfer(optimizer, unchanged)
+            check_owner(optimizer, model)
         for scheduler in lr_scheduler if isinstance(lr_scheduler, (list, tuple)) else [lr_scheduler]:
             owner = getattr(scheduler, "optimizer", None)
             if owner is not None and all(owner is not o for o in self.optimizers):
@@ -71,7 +71,9 @@ def optimizers_of(given: Any) -> Sequence[Optimizer]:
 
 def lists_of(given: Any) -> list[list[Tensor]]:
     """Returns one list of parameters or several as a list of lists."""
-    lists = [given] if len(given) and isinstance(given[0], Tensor) else list(given)
+    if not isinstance(given, (list, tuple)):
+        raise FxgrowError(f"parameters is a {type(given).__name__}: give a list of parameters, or several lists.")
+    lists: list[Any] = [given] if len(given) and isinstance(given[0], Tensor) else list(given)
     if not all(isinstance(tensors, list) for tensors in lists):
         raise FxgrowError("parameters= takes lists of parameters, which are changed in place.")
     return lists
