@@ -76,9 +76,10 @@ def warn(message: str, category: type[FxgrowWarning]) -> None:
     warnings.warn(message, category, stacklevel=level)
 
 
-def first_lines(error: BaseException, count: int = 3) -> str:
+def first_lines(error: BaseException, count: int = 3, named: bool = False) -> str:
     """The first lines of an error's root cause as one line, for messages: torch adds pages of its own stack."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {' '.join(lines[:count])[:400]}".rstrip(" .;:")
+    text, name = " ".join(lines[:count])[:400], type(error).__name__
+    return (f"{name}: {text}" if named else text or name).rstrip(" .;:")

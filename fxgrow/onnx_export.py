@@ -199,7 +199,7 @@ def _expected(module: nn.Module, inputs: _Inputs) -> list[Tensor]:
             advice = ""
         else:
             advice = "; pass example_inputs that it accepts, on its device"
-        raise ExportError(f"the module itself fails {inputs}: {first_lines(error)}{advice}") from error
+        raise ExportError(f"the module itself fails {inputs}: {first_lines(error, named=True)}{advice}") from error
 
 
 def _with_free_batch(module: nn.Module, inputs: _Inputs, opset: int | None) -> tuple[torch.onnx.ONNXProgram, _Inputs]:
@@ -243,7 +243,7 @@ def _to_onnx(module: nn.Module, inputs: _Inputs, opset: int | None) -> torch.onn
                 exported, (), dynamo=True, verbose=False, opset_version=opset, dynamic_shapes=axis_names
             )
     except Exception as error:
-        raise ExportError(f"torch.onnx has no translation for this module: {first_lines(error)}") from error
+        raise ExportError(f"torch.onnx has no translation for this module: {first_lines(error, named=True)}") from error
     if program is None:
         raise ExportError("torch.onnx.export returned no program; update torch and onnxscript")
     written = program.model.opset_imports.get("")
@@ -257,12 +257,12 @@ def _to_onnx(module: nn.Module, inputs: _Inputs, opset: int | None) -> torch.onn
 def _why_not(error: Exception, dynamic: bool) -> str:
     if dynamic and ("specialized" in str(error) or "Constraints violated" in str(error)):
         reasons = [line.strip(" -") for line in str(error).splitlines() if line.strip().startswith("- ")]
-        reason = reasons[0].split(" If you're using")[0].rstrip(".") if reasons else first_lines(error)
+        reason = reasons[0].split(" If you're using")[0].rstrip(".") if reasons else first_lines(error, named=True)
         return (
             f"{_NOT_FREE}: {reason}; pass dynamic_batch=False, or an example whose batch "
             "size differs from its other sizes"
         )
-    return f"torch.export cannot follow this module: {first_lines(error)}"
+    return f"torch.export cannot follow this module: {first_lines(error, named=True)}"
 
 
 def _check_file(path: Path, inputs: _Inputs, expected: list[Tensor], tolerance: float) -> None:
@@ -293,7 +293,7 @@ def _run(path: Path, inputs: _Inputs) -> list[Tensor]:
         return [torch.as_tensor(array) for array in session.run(None, dict(zip(names, arrays, strict=True)))]
     except Exception as error:
         raise ExportError(
-            f"onnxruntime cannot run the exported file {inputs}: {first_lines(error)}; no file was "
+            f"onnxruntime cannot run the exported file {inputs}: {first_lines(error, named=True)}; no file was "
             "written (check=False writes it unchecked)"
         ) from error
 

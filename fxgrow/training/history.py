@@ -160,7 +160,9 @@ class History(Sequence[Event]):
                     self.to_tensorboard(opened)
                 return
             except (OSError, NotImplementedError) as error:  # the second: a kind of address without its package
-                raise FileError(f"{writer} could not be written: {first_lines(error)}. Give a folder.") from error
+                raise FileError(
+                    f"{writer} could not be written: {first_lines(error, named=True)}. Give a folder."
+                ) from error
         if not hasattr(writer, "add_scalar"):
             raise FileError(f"writer={shown(writer)}: give a SummaryWriter, or a folder.")
         for e in self:

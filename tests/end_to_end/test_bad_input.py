@@ -104,7 +104,7 @@ def number_loss(out: Tensor, y: Tensor) -> Any:
 
 def late_nan(out: Tensor, y: Tensor) -> Tensor:
     """Fails on the third batch only, when much has been done."""
-    late_nan.calls += 1
+    late_nan.calls += torch.is_grad_enabled()  # not those that find out whether it is a sum
     return F.cross_entropy(out, y) * (float("nan") if late_nan.calls == 3 else 1.0)
 
 
