@@ -135,7 +135,9 @@ def _units(value: Any) -> Any:
 def _module(value: Any) -> Any:
     if isinstance(value, type) and issubclass(value, nn.Module):
         raise _Unusable(f"make an object of it first, {value.__name__}(...)")
-    return _instance(nn.Module)(value)
+    if not isinstance(value, nn.Module):
+        raise _Unusable(f"this needs a torch.nn.Module, not a {type(value).__name__}")
+    return value
 
 
 def _optimizer(value: Any) -> Any:
@@ -167,7 +169,7 @@ def _path(value: Any) -> Any:
 def _new_file(value: Any) -> Any:
     folder = os.path.dirname(_path(value)) or os.curdir
     if not os.path.isdir(folder):
-        raise _Unusable(f"there is no folder {shown(folder)}: create it first")
+        raise _Unusable(f"it could not be written, the folder {folder[:200]} does not exist; create it first")
     if os.path.isdir(value):
         raise _Unusable("this is a folder; give the name of a file in it")
     if os.path.exists(value) and not os.path.isfile(value):
@@ -185,7 +187,7 @@ PER_WIDTH = Kind(units_per_width, "give whole numbers of units per width, such a
 COUNT = Kind(_positive, "give a positive number", PlanError)
 PATH = Kind(_path, "give the path of a file")
 NEW_FILE = Kind(_new_file, "give the path of a file")
-MODULE = Kind(_module, "give a torch.nn.Module")
+MODULE = Kind(_module, "")
 _UNITS = Kind(_units, "give a positive number of units, or units per width such as {'fc': 8}", PlanError)
 _SWITCH = Kind(_flag, "give True or False")
 _KINDS: dict[str, Kind] = {

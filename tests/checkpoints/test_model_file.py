@@ -310,7 +310,7 @@ def test_recipes_are_plain_data() -> None:
         ),
         (lambda: convolutions().double(), "torch.float32 in the file and torch.float64 in this model"),
         (lambda: fxgrow.widen(convolutions(), images(8), {"0": 4}), "has grown already"),
-        (lambda: "net", "This is a str, not a torch.nn.Module"),
+        (lambda: "net", "model=.net.: this needs a torch.nn.Module, not a str"),
     ],
     ids=["sizes", "classes", "another", "longer", "bias", "dtype", "grown", "no module"],
 )
