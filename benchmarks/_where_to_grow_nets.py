@@ -16,7 +16,7 @@ from benchmarks._small_nets import CONTEXT, Batches, characters, draw, held_out_
 from examples.data import VARIABLE, Split, cifar10, digits, fashion_mnist
 from fxgrow.data.batches import Data
 from fxgrow.pipeline.grow import apply_best
-from fxgrow.pipeline.line_search import HeldOut
+from fxgrow.pipeline.held_out import HeldOut
 from fxgrow.transfer.optimizer_state import repoint
 from models import GPT, MLP
 

@@ -21,6 +21,7 @@ from fxgrow.graph.evaluate import eval_mode
 from fxgrow.graph.graph import lookup
 from fxgrow.initialisers.registry import Proposal
 from fxgrow.rewriting.batch_norm import IdentityBatchNorm
+from fxgrow.rewriting.bounds import EntrySize
 from fxgrow.rewriting.size_change import SizeChange
 from fxgrow.rewriting.values import Values
 from fxgrow.rewriting.widened_graph import WidenedGraph
@@ -80,7 +81,10 @@ class Candidates(WidenedGraph):
 def padded(
     gm: fx.GraphModule, width: GrowableWidth, proposal: Proposal, k: int, generator: torch.Generator
 ) -> Proposal:
-    """The proposal with k incoming rows for every producer: random ones (Kaiming) fill up, or are all there are."""
+    """The proposal with k incoming rows for every producer: random ones (Kaiming) fill up, or are all there are.
+
+    All are within the bounds of the layer already, so that outgoing weights are fitted to what is written.
+    """
     alpha: dict[str, Tensor] = {}
     for p in width.producers:
         if p.weight in alpha:
@@ -92,7 +96,8 @@ def padded(
         drawn = drawn * (2 / max(1, drawn.shape[1])) ** 0.5
         if biased:
             drawn = torch.cat([drawn, drawn.new_zeros(missing, 1)], 1)
-        alpha[p.weight] = torch.cat([rows[:k], drawn])
+        scale = p.scale or 1.0
+        alpha[p.weight] = EntrySize.of(gm, p.weight).within(torch.cat([rows[:k], drawn]) / scale, 0) * scale
     return replace(proposal, alpha=alpha)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import operator
 import time
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
@@ -26,11 +26,14 @@ from fxgrow.graph.kept_values import collections_kept
 from fxgrow.graph.node_meta import EXAMPLE_INPUTS, RECORD
 from fxgrow.initialisers.registry import find_initialiser, lists_methods
 from fxgrow.pipeline.growth_record import Growth, GrowthResult, Index, keep_record
-from fxgrow.pipeline.line_search import GammaLine, HeldOut, Search, search
+from fxgrow.pipeline.held_out import HeldOut, Losses
+from fxgrow.pipeline.line_search import ROUNDING, GammaLine, Search, search
 from fxgrow.pipeline.options import CopyOptions, GrowOptions, takes_options, with_defaults
 from fxgrow.pipeline.plan import plan as make_plan
 from fxgrow.pipeline.profile import profiled
 from fxgrow.pipeline.profile_record import Profile, ProfileRequest
+from fxgrow.rewriting.batch_norm import RunningStatistics
+from fxgrow.rewriting.bounds import LIMIT
 from fxgrow.rewriting.into_module import check_into, into_module
 from fxgrow.rewriting.parametrizations import remove_parametrizations, restore_parametrizations
 from fxgrow.rewriting.plan import Plan
@@ -46,8 +49,15 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 M = TypeVar("M", bound=nn.Module)
-#: a step that lowers the held-out loss by less than this part of it is no improvement
-ROUNDING = 1e-6
+#: losses in train and in eval mode
+Pair = tuple[Losses, Losses]
+#: growth is not for a decrease of the held-out loss that is less than so many of its standard errors
+ERRORS = 2.0
+#: what to try where nothing was added
+NEXT = (
+    "to grow none the less, give more samples (a smaller gain then stands out), try method='random-refit', or ask for "
+    "units by number with neurons="
+)
 STAGES = ("capture", "profile", "plan", "search")
 log = logging.getLogger("fxgrow")
 
@@ -161,7 +171,9 @@ def _run(model: nn.Module, data: Data, options: GrowOptions) -> GrowthResult[nn.
     result = apply_best(decided, profile, held_out, neurons is not None, update)
     times.append(time.perf_counter())
     seconds = dict(zip(STAGES, map(operator.sub, times[1:], times), strict=True))
-    grown, index = restore_parametrizations(result.model, result.index)
+    # running statistics that were measured again are for what has grown
+    chosen = copy_graph(gm) if result.record.declined else result.model
+    grown, index = restore_parametrizations(chosen, result.index)
     out = into_module(model, inputs, captured, grown) if options["into"] == "module" else grown
     record(out, captured, grown, result.record.plan.units, options["method"])
     decreases = _decreases(model, result.record)
@@ -185,38 +197,116 @@ def apply_best(
 ) -> GrowthResult[fx.GraphModule]:
     """Searches gamma and rewrites; an unchanged copy where nothing is worth adding, and the record says why.
 
-    Units that were asked for by number (`forced`) are added although no gamma lowers the loss. Running statistics
-    `follow` batch statistics.
+    Units that were asked for by number (`forced`) are added although no gamma lowers the loss: with a gamma of 0 they
+    change nothing. Running statistics `follow` batch statistics.
     """
-    gm = profile.graph
-    pinned = {w.name: w.pinned for w in profile.widths if w.pinned is not None}
-    before = held_out.losses(gm)
-
-    def result(grown: fx.GraphModule, index: Index, plan: Plan, search: Search | None) -> GrowthResult[fx.GraphModule]:
-        after = held_out.losses(grown) if plan.units else before
-        losses = {mode: (loss, after[mode]) for mode, loss in before.items()}
-        declined = None if plan.units else plan.reason
-        return GrowthResult(grown, index, Growth(plan, profile.record(), search, losses, pinned, {}, declined))
-
+    trial = _Trial(profile, held_out, forced, follow)
     if not plan.units:
-        return result(copy_graph(gm), {}, plan, None)
-    if not plan.moves:
-        change, generator = SizeChange(profile.analysed, plan.units), torch.Generator().manual_seed(0)
+        return trial.declined(plan, str(plan.reason))
+    return trial.along_gamma(plan) if plan.moves else trial.unscaled(plan)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A plan, tried on the held-out batches in both modes."""
+
+    profile: Profile
+    held_out: HeldOut
+    forced: bool
+    follow: bool
+
+    def losses(self, graph: fx.GraphModule) -> Pair:
+        """In train and in eval mode."""
+        norms = RunningStatistics(graph, self.held_out.batches, self.held_out.process_group)
+        return self.held_out.in_train_mode(graph, norms)[0], self.held_out.in_eval_mode(graph)
+
+    def declined(
+        self, plan: Plan, reason: str, search: Search | None = None, before: Pair | None = None
+    ) -> GrowthResult[fx.GraphModule]:
+        graph = self.profile.graph
+        before = before or self.losses(graph)
+        plan = replace(plan, units={}, scale=0.0, reason=f"{reason}; {NEXT}")
+        return self.result(copy_graph(graph), {}, plan, search, (before, before))
+
+    def unscaled(self, plan: Plan) -> GrowthResult[fx.GraphModule]:
+        """Units that change nothing, whatever gamma is; with dropout they may in train mode."""
+        gm = self.profile.graph
+        change, generator = SizeChange(self.profile.analysed, plan.units), torch.Generator().manual_seed(0)
         widened = WidenedGraph(change, plan.at(plan.scale), generator).check()
         check_function(gm, widened.gm, gm.meta[EXAMPLE_INPUTS])
-        return result(widened.gm, widened.index, plan, None)
-    line = GammaLine(profile.analysed, plan, held_out)
-    check_function(gm, line.move(0.0), gm.meta[EXAMPLE_INPUTS])
-    found = search(line, profile.method.needs.share, follow)
-    # two halves of a split unit that do not move would stay the same for ever
-    if found.gain < ROUNDING and (plan.values.copies or (plan.outgoing and not forced)):
-        reason = "no step along the proposed units lowers the held-out loss (gamma = 0 wins)"
-        return result(copy_graph(gm), {}, replace(plan, units={}, scale=0.0, reason=reason), found)
-    if found.applied:
-        plan = line.plan_here(found.applied)
-    # the slope is the profile's; the curvature is set so that the optimum is where the line search found it
-    curvature = plan.slope / found.best if found.best else plan.curvature
-    return result(line.graph, line.index, replace(plan.scaled(found.applied), curvature=curvature), found)
+        before, after = self.losses(gm), self.losses(widened.gm)
+        rise, notes = self.held_out.difference(after[0], before[0]), []
+        if not rise.mean <= max(ERRORS * rise.error, ROUNDING * abs(self.held_out.mean(before[0]))):
+            what = f"the loss in train mode rises by {rise.mean:.2g} ± {rise.error:.2g}: units cancel in eval mode only"
+            if not self.forced:
+                return self.declined(plan, what, before=before)
+            notes = [what]
+        return self.result(widened.gm, widened.index, plan, None, (before, after), notes)
+
+    def along_gamma(self, plan: Plan) -> GrowthResult[fx.GraphModule]:
+        """Units with the gamma of the line search, within bounds, where neither mode is worse than before."""
+        gm = self.profile.graph
+        line = GammaLine(self.profile.analysed, plan, self.held_out, self.follow)
+        check_function(gm, line.move(0.0), gm.meta[EXAMPLE_INPUTS])
+        found = search(line, self.profile.method.needs.share)
+        before, notes = line.seen[0.0], []
+        if found.applied and found.applied < found.best * self.profile.method.needs.share:
+            notes = [f"gamma is {found.applied:.3g} and not {found.best:.3g}, where eval mode is worse than before"]
+        # two halves of a split unit that do not move would stay the same for ever
+        if not self.forced or (not found.applied and plan.values.copies):
+            reason = _why_not(found)
+            if reason is not None and (plan.outgoing or plan.values.copies):
+                return self.declined(plan, reason, found, before)
+        if found.applied:
+            plan = line.plan_here(found.applied)
+        elif plan.symmetric:  # units with no weights on either side would never learn
+            plan = replace(plan, symmetric=False)
+            line = GammaLine(self.profile.analysed, plan, self.held_out, self.follow)
+            line.see(0.0)
+        # the slope is the profile's; the curvature is set so that the optimum is where the line search found it
+        curvature = plan.slope / found.best if found.best else plan.curvature
+        plan = replace(plan.scaled(found.applied), curvature=curvature)
+        return self.result(line.graph, line.index, plan, found, (before, line.seen[found.applied]), notes)
+
+    def result(
+        self,
+        grown: fx.GraphModule,
+        index: Index,
+        plan: Plan,
+        search: Search | None,
+        losses: tuple[Pair, Pair],
+        notes: Sequence[str] = (),
+    ) -> GrowthResult[fx.GraphModule]:
+        """With the record."""
+        profile, mean = self.profile, self.held_out.mean
+        pinned = {w.name: w.pinned for w in profile.widths if w.pinned is not None}
+        train, held = ((mean(before), mean(after)) for before, after in zip(*losses, strict=True))
+        notes = [*([profile.recalibrated] if profile.recalibrated else []), *notes, *_bounds_of(plan)]
+        declined = None if plan.units else plan.reason
+        record = Growth(plan, profile.record(), search, {"eval": held, "train": train}, pinned, {}, declined)
+        return GrowthResult(grown, index, replace(record, notes=tuple(notes)))
+
+
+def _why_not(found: Search) -> str | None:
+    """Why the step that was found is no growth, or None."""
+    if found.gain < ROUNDING:
+        return "no step along the proposed units lowers the held-out loss (gamma = 0 wins)"
+    if not found.applied:
+        return "wherever the proposed units lower the loss in train mode, eval mode is worse than before"
+    if not found.decrease > ERRORS * found.error:
+        return f"the decrease of the held-out loss is no more than its noise ({found.decrease:.2g} ± {found.error:.2g})"
+    return None
+
+
+def _bounds_of(plan: Plan) -> list[str]:
+    """What was scaled down so that it does not dwarf its layer."""
+    if not plan.units or not plan.bounded:
+        return []
+    name = min(plan.bounded, key=plan.bounded.__getitem__)
+    return [
+        f"new weights or updates of {len(plan.bounded)} parameters were scaled down to {LIMIT:g} times what is there, "
+        f"most at {name} (by {1 / max(plan.bounded[name], 1e-30):.3g})"
+    ]
 
 
 def _decreases(model: nn.Module, growth: Growth) -> tuple[tuple[float, float], ...]:

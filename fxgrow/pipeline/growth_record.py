@@ -49,6 +49,8 @@ class Growth:
         declined: why nothing was added, or None.
         decreases: predicted and realised decrease of the held-out loss (eval mode), of the growths before this one
             and of this one, where its method predicts.
+        notes: what was done so that growth does no harm: statistics measured again, entries scaled down, a smaller
+            gamma; and what it could not do.
     """
 
     plan: Plan
@@ -59,13 +61,14 @@ class Growth:
     seconds: Mapping[str, float]
     declined: str | None = None
     decreases: tuple[tuple[float, float], ...] = ()
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         """Lines of at most 120 characters: what happened, the profile's rows with added units, and pinned widths."""
         plan = self.plan
         lines = [f"Growth by {plan.method}: " + (parameters_added(plan) if plan.units else "nothing added")]
         if self.declined:
-            lines.append(f"declined: {self.declined}")
+            lines += textwrap.wrap(f"declined: {self.declined}", WIDTH, subsequent_indent=" " * 10)
         elif plan.reason:
             lines += textwrap.wrap(f"less than asked for: {plan.reason}", WIDTH, subsequent_indent=" " * 21)
         name = f" ({self.profile.loss_name})" if self.profile.loss_name else ""
@@ -73,6 +76,9 @@ class Growth:
             f"held-out loss{name}: " + ", ".join(f"{mode} {_change(*loss)}" for mode, loss in self.losses.items())
         )
         lines += [*self._predictions(), *self._line_search()]
+        lines += [
+            line for note in self.notes for line in textwrap.wrap(f"note: {note}", WIDTH, subsequent_indent=" " * 6)
+        ]
         if self.seconds:
             stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in self.seconds.items())
             lines.append(f"seconds: {sum(self.seconds.values()):.2f} ({stages})")

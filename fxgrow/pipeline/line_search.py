@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from fxgrow.analysis.analyse import AnalysedGraph
-from fxgrow.data.batches import Batch, Data, take
-from fxgrow.data.loss import LossFn, known_loss, loss_of
-from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
-from fxgrow.graph.evaluate import eval_mode, lent_buffers
-from fxgrow.graph.graph import copy_graph, lookup
+from fxgrow.graph.graph import lookup
+from fxgrow.pipeline.held_out import Difference, HeldOut, Losses
 from fxgrow.rewriting.batch_norm import Moments, RunningStatistics
+from fxgrow.rewriting.bounds import bounded
 from fxgrow.rewriting.plan import Plan
 from fxgrow.rewriting.size_change import SizeChange
 from fxgrow.rewriting.widened_graph import WidenedGraph
-from fxgrow.statistics.forward_backward import forward
 
 #: gamma moves by this factor, at most so many times
 STRIDE, STRIDES = 4.0, 12
-#: batches of the search hold at most so many samples in all
-SEARCH_SAMPLES = 1024
+#: and back by it, at most so many times, from where a mode has become worse
+RETREATS = 4
+#: a loss that is higher by less than this part of it is no worse
+ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -33,10 +30,12 @@ class Search:
 
     Attributes:
         gammas: the values tried, 0 first.
-        losses: mean held-out loss at each, without dropout, norms on batch statistics as in training.
+        losses: mean held-out loss at each in train mode: norms on batch statistics, the same masks of dropout.
         eval_losses: the same in eval mode, with the running statistics that growth by this gamma leaves.
         best: the gamma with the smallest loss.
-        applied: the gamma to apply, one of `gammas`.
+        applied: the gamma to apply, one of `gammas`; smaller than the best one where eval mode would be worse there.
+        decrease: of `losses` at it.
+        error: the standard error of the decrease, from the parts of the batches.
     """
 
     gammas: tuple[float, ...]
@@ -44,6 +43,8 @@ class Search:
     eval_losses: tuple[float, ...]
     best: float
     applied: float
+    decrease: float = 0.0
+    error: float = 0.0
 
     @property
     def gain(self) -> float:
@@ -57,110 +58,88 @@ class Search:
         return {"eval": self.eval_losses[at], "train": self.losses[at]}
 
 
-@dataclass(frozen=True)
-class HeldOut:
-    """Held-out batches and the loss on them."""
-
-    batches: Sequence[Batch]
-    loss_fn: LossFn | None
-    process_group: ProcessGroup = SINGLE_PROCESS
-
-    @classmethod
-    def of(cls, data: Data, loss_fn: LossFn | None) -> HeldOut:
-        """Held-out batches of some data, as many as hold `SEARCH_SAMPLES`."""
-        batches = take(data.held_out(), math.ceil(SEARCH_SAMPLES / data.process_group.size))
-        return cls(list(batches), known_loss(loss_fn), data.process_group)
-
-    @torch.no_grad()
-    def mean_loss(self, graph: fx.GraphModule) -> float:
-        """Mean loss over the samples of all processes, in the graph's mode; buffers are as before."""
-        with lent_buffers(graph):
-            loss = sum(float(loss_of(forward(graph, graph, b), b, self.loss_fn)) * b.size for b in self.batches)
-        total, size = self.process_group.sum_numbers(loss, sum(b.size for b in self.batches))
-        return total / max(1, size)
-
-    def losses(self, gm: fx.GraphModule) -> dict[str, float]:
-        """In eval and in train mode, of a copy (BatchNorm's statistics move)."""
-        copy = copy_graph(gm)
-        loss = self.mean_loss(copy.eval())
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            return {"eval": loss, "train": self.mean_loss(copy.train())}
-
-
 class GammaLine:
-    """A grown graph that moves along gamma, and the held-out batches it is measured on."""
+    """A grown graph that moves along gamma within bounds, and the held-out batches it is measured on."""
 
-    def __init__(self, analysed: AnalysedGraph, plan: Plan, held_out: HeldOut) -> None:
-        self.plan, self.held_out = plan, held_out
+    def __init__(self, analysed: AnalysedGraph, plan: Plan, held_out: HeldOut, follow: bool = True) -> None:
+        self.analysed, self.plan, self.held_out, self.follow = analysed, plan, held_out, follow
         # random numbers are those of `apply`: only what depends on gamma differs
         change, generator = SizeChange(analysed, plan.units), torch.Generator().manual_seed(0)
         self.widened = WidenedGraph(change, plan.at(0.0), generator).check()
         self.graph, self.index = self.widened.gm, self.widened.index
         self.norms = RunningStatistics(self.graph, held_out.batches, held_out.process_group)
-        ends = self.widened.parameters(plan.at(1.0))
-        # new entries and updates of old ones move at one rate, unless incoming weights share gamma
-        units = self.widened.parameters(plan.at(1.0, update=False)) if plan.symmetric else ends
-        self.steps: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-        for name, end in ends.items():
-            p = lookup(self.graph, name)
-            new, update = (units.get(name, p) - p).detach(), (end - units.get(name, p)).detach()
-            if isinstance(p, nn.Parameter) and (bool(new.any()) or bool(update.any())):
-                self.steps.append((p, p.detach().clone(), new, update))
+        #: by gamma, the losses in train and in eval mode
+        self.seen: dict[float, tuple[Losses, Losses]] = {}
+        self._start: dict[str, Moments] = {}
 
     def move(self, gamma: float) -> fx.GraphModule:
         """The graph with the parameters of this gamma, the same object every time."""
-        power = gamma**0.5 if self.plan.symmetric else gamma
+        plan = bounded(self.plan.scaled(gamma), self.analysed.gm, self.analysed.structure)
         with torch.no_grad():
-            for p, base, new, update in self.steps:
-                p.copy_(base + power * new + gamma * update)
+            for name, value in self.widened.parameters(plan.at(gamma)).items():
+                old = lookup(self.graph, name)
+                if isinstance(old, nn.Parameter):  # running statistics follow what is seen
+                    old.copy_(value)
         return self.graph
 
+    def see(self, gamma: float) -> None:
+        """Moves there and measures both modes; running statistics follow batch statistics."""
+        graph = self.move(gamma)
+        train, moments = self.held_out.in_train_mode(graph, self.norms)
+        if not self._start:
+            self._start = moments
+        if self.follow:
+            self.norms.follow(self._start, moments)
+        # both modes are one where they were at gamma = 0
+        start = self.seen.get(0.0)
+        same = start is not None and not self.norms.live and torch.equal(start[0].values, start[1].values)
+        self.seen[gamma] = train, train if same else self.held_out.in_eval_mode(graph)
+
+    def loss(self, gamma: float) -> float:
+        """The mean loss in train mode."""
+        if gamma not in self.seen:
+            self.see(gamma)
+        return self.held_out.mean(self.seen[gamma][0])
+
+    def difference(self, gamma: float) -> tuple[Difference, Difference]:
+        """Of the losses there from those at gamma = 0, in train and in eval mode."""
+        if gamma not in self.seen:
+            self.see(gamma)
+        pairs = zip(self.seen[gamma], self.seen[0.0], strict=True)
+        train, held = (self.held_out.difference(after, before) for after, before in pairs)
+        return train, held
+
+    def harms(self, gamma: float) -> bool:
+        """Whether one of the modes is worse there than without growth."""
+        before = [abs(self.held_out.mean(losses)) for losses in self.seen[0.0]]
+        # a loss that is not a number is worse
+        return not all(d.mean <= ROUNDING * b for d, b in zip(self.difference(gamma), before, strict=True))
+
     def plan_here(self, gamma: float) -> Plan:
-        """The plan, with the running statistics that the graph has now, at this gamma."""
-        values = self.plan.values
-        new, delta = {n: dict(s) for n, s in values.new.items()}, dict(values.delta)
+        """The plan within bounds at this gamma, with the running statistics that the graph has now."""
+        plan = bounded(self.plan.scaled(gamma), self.analysed.gm, self.analysed.structure)
+        new, delta = {n: dict(s) for n, s in plan.values.new.items()}, dict(plan.values.delta)
         for name, (buffer, shift) in self.norms.shifts().items():
             for (width, dim), positions in self.widened.new_indices.get(name, {}).items():
                 new.setdefault(name, {})[width, dim] = buffer[positions.to(buffer.device)].clone()
             (old,) = self.index.get(name, (None,))
             # a plan multiplies its deltas by gamma
             delta[name] = (shift if old is None else shift[old.to(shift.device)]) / gamma
-        return replace(self.plan, values=replace(values, new=new, delta=delta))
+        return replace(plan, values=replace(plan.values, new=new, delta=delta))
 
 
-def search(line: GammaLine, share: float = 1.0, follow: bool = True) -> Search:
+def search(line: GammaLine, share: float = 1.0) -> Search:
     """Starts at the plan's scale, moves by factors of `STRIDE` while the loss falls, then closes in on the best.
 
     With the running statistics of BatchNorm the loss would credit a step for what training normalises away at once: the
-    search minimises the loss in train mode, and sees the one in eval mode beside it.
+    search minimises the loss in train mode. From there it goes back to where neither mode is worse than before.
 
     The predicted scale rests on the gradients' second moment, which is the curvature of a likelihood only: for other
     losses it can be off by orders of magnitude, so the search goes as far as it must, in both directions.
 
-    The graph is left at the gamma to apply, a `share` of the best one, with the running statistics there (which
-    `follow` batch statistics).
+    The graph is left at the gamma to apply, a `share` of the best one or less, with the running statistics there.
     """
-    norms, mean_loss = line.norms, line.held_out.mean_loss
-    start: dict[str, Moments] = {}
-    losses: dict[float, tuple[float, float]] = {}
-
-    def see(gamma: float) -> None:
-        graph = line.move(gamma)
-        with norms.batch_statistics() as moments:
-            train = mean_loss(graph)
-        if gamma == 0.0:
-            start.update(moments)
-        if follow:
-            norms.follow(start, moments)
-        with eval_mode(graph):
-            losses[gamma] = train, mean_loss(graph) if norms.live else train
-
-    def at(gamma: float) -> float:
-        if gamma not in losses:
-            see(gamma)
-        return losses[gamma][0]
-
+    at, seen = line.loss, line.seen
     gamma = line.plan.scale if line.plan.scale > 0 else 1.0
     unchanged = at(0.0)
     if at(gamma) < unchanged:
@@ -174,12 +153,15 @@ def search(line: GammaLine, share: float = 1.0, follow: bool = True) -> Search:
             if at(gamma) < unchanged:
                 break
     for ratio in (2.0, 2**0.5):
-        gamma = min(losses, key=at)
+        gamma = min(sorted(seen), key=at)
         if gamma:
             at(gamma / ratio)
             at(gamma * ratio)
-    best = min(losses, key=at)
-    see(best * share)
-    gammas = tuple(sorted(losses))
-    train, held = zip(*(losses[g] for g in gammas), strict=True)
-    return Search(gammas, train, held, best, best * share)
+    best = min(sorted(seen), key=at)
+    tries = [best * share / STRIDE**i for i in range(RETREATS + 1)] if best else []
+    applied = next((gamma for gamma in tries if not line.harms(gamma)), 0.0)
+    line.see(applied)
+    gammas = tuple(sorted(seen))
+    train, held = zip(*([line.held_out.mean(losses) for losses in seen[g]] for g in gammas), strict=True)
+    gain = line.difference(applied)[0]
+    return Search(gammas, train, held, best, applied, -gain.mean, gain.error)

@@ -40,6 +40,7 @@ from fxgrow.graph.unrolled_rnn import unroll_recurrent_layers
 from fxgrow.initialisers.registry import Initialiser, InitialiserRequest, Proposal, find_initialiser, lists_methods
 from fxgrow.pipeline.plan import with_suggestion
 from fxgrow.pipeline.profile_record import Profile, ProfileRequest
+from fxgrow.pipeline.recalibration import recalibrated
 from fxgrow.report.bottleneck import Bottleneck
 from fxgrow.rewriting.batch_norm import has_batch_norm
 from fxgrow.rewriting.memory import check_memory
@@ -199,8 +200,11 @@ class _Profiler:
 
     def __init__(self, gm: fx.GraphModule, data: Data, request: ProfileRequest, method: Initialiser) -> None:
         self.data, self.request, self.method = data, request, method
+        plain, self.recalibrated = remove_parametrizations(gm), None
+        if not request.parts:
+            plain, self.recalibrated = recalibrated(plain, data, request.loss_fn)
         # the graph that was given, and without parametrizations
-        self.captured, self.original = gm, analyse(remove_parametrizations(gm))
+        self.captured, self.original = gm, analyse(plain)
         chosen = _chosen(self.original, request)
         self.first_producers = {w.name: w.producers[0].node.name for w in chosen}
         # with recurrent layers unrolled: this is what runs
@@ -251,6 +255,7 @@ class _Profiler:
             found=candidates,
             refit=refit,
             moments=self._kept(measured) if self.request.keep_moments else None,
+            recalibrated=self.recalibrated,
         )
         vars(profile)["analysed"] = self.original  # what its cached property would compute again
         return profile

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -20,7 +21,7 @@ from fxgrow.errors import PlanError, ProfileError
 from fxgrow.initialisers.registry import Initialiser, Proposal
 from fxgrow.report.bottleneck import LEGEND, Bottleneck, bottleneck_table, parameters_added, pinned_table
 from fxgrow.report.plot import bottleneck_panel, gain_panel, new_figure, save_figure
-from fxgrow.report.table import count
+from fxgrow.report.table import WIDTH, count
 from fxgrow.rewriting.plan import Plan
 from fxgrow.statistics.mergeable import Moments
 
@@ -57,6 +58,7 @@ class Profile(Mapping[str, Bottleneck]):
         samples: samples that were read.
         loss_name: which loss that is.
         moments: the sums over the data, of a profile with `keep_moments=True`.
+        recalibrated: that running statistics lagged and were measured again, on a copy; None where they did not.
     """
 
     gm: fx.GraphModule | None
@@ -75,6 +77,7 @@ class Profile(Mapping[str, Bottleneck]):
     refit: Refit | None = field(repr=False)
     moments: Moments | None = field(default=None, repr=False)
     loss_name: str = ""
+    recalibrated: str | None = None
     #: what `fxgrow.plan` adds by default, without values; None where its budget allows no unit
     suggested: Plan | None = field(default=None, init=False, repr=False)
     #: the function behind `merge`, of the file that makes profiles
@@ -179,6 +182,7 @@ class Profile(Mapping[str, Bottleneck]):
         lines = [
             f"Profile by {self.method.name}: loss{name} {self.loss:.4f} over {self.samples:,} samples, "
             f"{count(len(self), 'free width')}, {len(pinned)} pinned",
+            *textwrap.wrap(self.recalibrated or "", WIDTH),
             "",
             bottleneck_table(self, "add", {} if suggested is None else suggested.units),
             "",

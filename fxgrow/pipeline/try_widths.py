@@ -17,7 +17,8 @@ from fxgrow.data.loss import LossFn
 from fxgrow.data.random_state import random_state_kept
 from fxgrow.errors import PlanError, ProfileError
 from fxgrow.graph.evaluate import own_modes
-from fxgrow.pipeline.line_search import GammaLine, HeldOut, search
+from fxgrow.pipeline.held_out import HeldOut
+from fxgrow.pipeline.line_search import GammaLine, search
 from fxgrow.pipeline.plan import plan
 from fxgrow.pipeline.profile_record import Profile
 

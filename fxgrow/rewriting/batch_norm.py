@@ -19,6 +19,7 @@ from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
 from fxgrow.graph.conditional import ConditionalInterpreter
 from fxgrow.graph.evaluate import eval_mode
 from fxgrow.graph.graph import accumulation_dtype, lookup
+from fxgrow.graph.node_meta import OTHER_MODE
 from fxgrow.rewriting.size_change import NewIndices
 
 #: mean and variance of the input of a norm, per channel, averaged over batches
@@ -68,19 +69,20 @@ class RunningStatistics:
         self, gm: fx.GraphModule, batches: Sequence[Batch], process_group: ProcessGroup = SINGLE_PROCESS
     ) -> None:
         self.graph, self.process_group = gm, process_group
+        frozen = gm.meta.get(OTHER_MODE, {}).get(True, ())
         self.norms: dict[str, Any] = {
             name: m
             for name, m in gm.named_modules()
             if isinstance(m, _BatchNorm) and m.running_mean is not None and m.track_running_stats
-            if m.weight is None or m.weight.requires_grad
+            if name not in frozen and (m.weight is None or m.weight.requires_grad)
         }
         # a batch of one sample has no statistics
         self.live = bool(self.norms) and not process_group.sum_numbers(any(b.size == 1 for b in batches))[0]
         self._start = {name: (m.running_mean.clone(), m.running_var.clone()) for name, m in self.norms.items()}
 
     @contextlib.contextmanager
-    def batch_statistics(self) -> Iterator[dict[str, Moments]]:
-        """Eval mode with the statistics of each batch, which the dictionary holds when the block ends."""
+    def batch_statistics(self, training: bool = False) -> Iterator[dict[str, Moments]]:
+        """Eval mode, or train mode, with the statistics of each batch, which the dictionary has when the block ends."""
         norms = self.norms if self.live else {}
         batches: dict[str, list[Moments]] = {}
         averages: dict[str, Moments] = {}
@@ -95,6 +97,9 @@ class RunningStatistics:
                 m.register_forward_pre_hook(lambda _, args, name=name: add(name, args[0])) for name, m in norms.items()
             ]
             try:
+                self.graph.train(training)
+                for m in self.graph.modules():
+                    m.training &= not isinstance(m, _BatchNorm)
                 for m in norms.values():
                     m.training, m.track_running_stats = True, False
                 yield averages

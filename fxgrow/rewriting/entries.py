@@ -15,6 +15,7 @@ from fxgrow.axes.axes import UnitVar, unit_entries
 from fxgrow.axes.structure import Projection
 from fxgrow.errors import PlanError
 from fxgrow.graph.graph import lookup, put
+from fxgrow.rewriting.bounds import EntrySize
 from fxgrow.rewriting.initial_state import rescaled, write_initial_entries
 from fxgrow.rewriting.parametrizations import keep_norm, orthogonalise_new_rows
 from fxgrow.rewriting.size_change import SizeChange
@@ -91,11 +92,14 @@ class _ResizedParameter:
         std = math.sqrt(2 / max(1, fan_in))
         if use is not None and use.computed and self.old.numel() > 1:
             std = float(self.old.std())  # what the graph makes of them is scaled for entries like these
+        size = EntrySize.of(self.change.gm, self.name) if self.old.numel() and not self.old.is_meta else None
         for positions in places:
             shape = [len(positions) if d == dim else n for d, n in enumerate(self.new.shape)]
             dtype = torch.promote_types(self.new.dtype, torch.float32)
             drawn = torch.randn(shape, generator=self.generator, dtype=dtype)
-            self.new.index_copy_(dim, positions.to(self.new.device), (drawn * std).to(self.new))
+            drawn = (drawn * std).to(self.new)
+            drawn = drawn if size is None else size.within(drawn, dim)
+            self.new.index_copy_(dim, positions.to(self.new.device), drawn)
 
     def _zero_columns(self, use: Projection, positions: Tensor) -> None:
         if use.in_dim == use.out_dim:

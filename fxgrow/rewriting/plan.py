@@ -34,6 +34,7 @@ class Plan:
         curvature: second-order term, see `decrease`; after a line search the value that puts the optimum at its gamma.
         parameters: parameters of the model before and after.
         reason: why nothing, or less than requested, is added.
+        bounded: parameters whose new entries or update would have dwarfed their layer, and what they were scaled by.
         values: new entries and updates of old ones, at scale 1.
     """
 
@@ -46,6 +47,7 @@ class Plan:
     curvature: float = 0.0
     parameters: tuple[int, int] = (0, 0)
     reason: str | None = None
+    bounded: dict[str, float] = field(default_factory=dict)
     values: Values = field(default_factory=Values, repr=False)
     #: parameters whose new entries along a dimension are outgoing (scaled), and incoming (scaled if symmetric)
     outgoing: tuple[tuple[str, str, int], ...] = field(default=(), repr=False)
@@ -128,6 +130,7 @@ class Plan:
                 curvature=float(raw.get("curvature", 0.0)),
                 parameters=(raw["parameters"][0], raw["parameters"][1]),
                 reason=raw["reason"],
+                bounded=dict(raw.get("bounded", {})),
                 values=Values(
                     new=new,
                     delta={name: _decode(t) for name, t in raw["delta"]},
