@@ -81,10 +81,7 @@ class Candidates(WidenedGraph):
 def padded(
     gm: fx.GraphModule, width: GrowableWidth, proposal: Proposal, k: int, generator: torch.Generator
 ) -> Proposal:
-    """The proposal with k incoming rows for every producer: random ones (Kaiming) fill up, or are all there are.
-
-    All are within the bounds of the layer already, so that outgoing weights are fitted to what is written.
-    """
+    """The proposal with k incoming rows for every producer: random ones (Kaiming) fill up, or are all there are."""
     alpha: dict[str, Tensor] = {}
     for p in width.producers:
         if p.weight in alpha:
@@ -93,12 +90,21 @@ def padded(
         rows = proposal.alpha.get(p.weight, weight.new_zeros(0, weight.numel() // weight.shape[p.out_dim] + biased))
         missing = k - len(rows[:k])
         drawn = torch.randn(missing, rows.shape[1] - biased, generator=generator).to(rows)
-        drawn = drawn * (2 / max(1, drawn.shape[1])) ** 0.5
+        scale = p.scale or 1.0
+        drawn = EntrySize.of(gm, p.weight).cut(drawn * (2 / max(1, drawn.shape[1])) ** 0.5 / scale) * scale
         if biased:
             drawn = torch.cat([drawn, drawn.new_zeros(missing, 1)], 1)
-        scale = p.scale or 1.0
-        alpha[p.weight] = EntrySize.of(gm, p.weight).within(torch.cat([rows[:k], drawn]) / scale, 0) * scale
+        alpha[p.weight] = torch.cat([rows[:k], drawn])
     return replace(proposal, alpha=alpha)
+
+
+def within_bounds(gm: fx.GraphModule, width: GrowableWidth, proposal: Proposal) -> Proposal:
+    """The proposal with rows that do not dwarf their layer: outgoing weights are fitted to what will be written."""
+    alpha = dict(proposal.alpha)
+    for p in {p.weight: p for p in width.producers if p.weight in alpha}.values():
+        scale = p.scale or 1.0
+        alpha[p.weight] = EntrySize.of(gm, p.weight).within(alpha[p.weight] / scale, 0) * scale
+    return replace(proposal, alpha=alpha) if alpha else proposal
 
 
 def _put_proposed_rows(

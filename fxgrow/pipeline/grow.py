@@ -26,8 +26,8 @@ from fxgrow.graph.kept_values import collections_kept
 from fxgrow.graph.node_meta import EXAMPLE_INPUTS, RECORD
 from fxgrow.initialisers.registry import find_initialiser, lists_methods
 from fxgrow.pipeline.growth_record import Growth, GrowthResult, Index, keep_record
-from fxgrow.pipeline.held_out import HeldOut, Losses
-from fxgrow.pipeline.line_search import ROUNDING, GammaLine, Search, search
+from fxgrow.pipeline.held_out import ROUNDING, HeldOut, Losses
+from fxgrow.pipeline.line_search import GammaLine, Search, search
 from fxgrow.pipeline.options import CopyOptions, GrowOptions, takes_options, with_defaults
 from fxgrow.pipeline.plan import plan as make_plan
 from fxgrow.pipeline.profile import profiled

@@ -22,6 +22,8 @@ from fxgrow.statistics.forward_backward import forward
 SEARCH_SAMPLES = 1024
 #: a loss with dropout is the mean over masks for so many samples, at least two masks and at most eight
 MASKED_SAMPLES = 2048
+#: differences that are less than this part of a loss are none
+ROUNDING = 1e-6
 
 
 class Losses(NamedTuple):
@@ -31,7 +33,7 @@ class Losses(NamedTuple):
     sizes: Tensor
 
 
-class Difference(NamedTuple):
+class LossDifference(NamedTuple):
     """How much a mean loss is above another one, and the standard error of that, from the parts of the batches."""
 
     mean: float
@@ -89,13 +91,15 @@ class HeldOut:
         total, size = self.process_group.sum_numbers(float(losses.values @ losses.sizes), float(losses.sizes.sum()))
         return total / max(1.0, size)
 
-    def difference(self, after: Losses, before: Losses) -> Difference:
+    def difference(self, after: Losses, before: Losses) -> LossDifference:
         """Of the same parts, in all processes; of a single part the error is not known and taken to be 0."""
         d, sizes = after.values - before.values, before.sizes
         total, size, count = self.process_group.sum_numbers(float(d @ sizes), float(sizes.sum()), float(len(d)))
         mean = total / max(1.0, size)
         (squares,) = self.process_group.sum_numbers(float((d - mean).square() @ sizes.square()))
-        return Difference(mean, (squares * count / max(1.0, count - 1)) ** 0.5 / max(1.0, size) if count > 1 else 0.0)
+        return LossDifference(
+            mean, (squares * count / max(1.0, count - 1)) ** 0.5 / max(1.0, size) if count > 1 else 0.0
+        )
 
     def _masks_of(self, graph: fx.GraphModule) -> int:
         if self._masks is None:

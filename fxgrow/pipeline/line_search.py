@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.graph.graph import lookup
-from fxgrow.pipeline.held_out import Difference, HeldOut, Losses
+from fxgrow.pipeline.held_out import ROUNDING, HeldOut, LossDifference, Losses
 from fxgrow.rewriting.batch_norm import Moments, RunningStatistics
 from fxgrow.rewriting.bounds import bounded
 from fxgrow.rewriting.plan import Plan
@@ -20,8 +20,6 @@ from fxgrow.rewriting.widened_graph import WidenedGraph
 STRIDE, STRIDES = 4.0, 12
 #: and back by it, at most so many times, from where a mode has become worse
 RETREATS = 4
-#: a loss that is higher by less than this part of it is no worse
-ROUNDING = 1e-6
 
 
 @dataclass(frozen=True)
@@ -101,7 +99,7 @@ class GammaLine:
             self.see(gamma)
         return self.held_out.mean(self.seen[gamma][0])
 
-    def difference(self, gamma: float) -> tuple[Difference, Difference]:
+    def difference(self, gamma: float) -> tuple[LossDifference, LossDifference]:
         """Of the losses there from those at gamma = 0, in train and in eval mode."""
         if gamma not in self.seen:
             self.see(gamma)

@@ -23,7 +23,7 @@ from fxgrow.axes.records import Width
 from fxgrow.candidates.first_pass import FirstPass, Measurements
 from fxgrow.candidates.isolated_refit import IsolatedRefit
 from fxgrow.candidates.refit import Refit
-from fxgrow.candidates.widened import Candidates, padded
+from fxgrow.candidates.widened import Candidates, padded, within_bounds
 from fxgrow.candidates.widened_refit import WidenedRefit
 from fxgrow.data.argument_checks import checked_arguments, shown
 from fxgrow.data.batches import BatchReader, Data, check_device, take
@@ -38,6 +38,7 @@ from fxgrow.graph.kept_values import collections_kept
 from fxgrow.graph.node_meta import RECORD, is_captured
 from fxgrow.graph.unrolled_rnn import unroll_recurrent_layers
 from fxgrow.initialisers.registry import Initialiser, InitialiserRequest, Proposal, find_initialiser, lists_methods
+from fxgrow.pipeline.held_out import ROUNDING
 from fxgrow.pipeline.plan import with_suggestion
 from fxgrow.pipeline.profile_record import Profile, ProfileRequest
 from fxgrow.pipeline.recalibration import recalibrated
@@ -230,6 +231,10 @@ class _Profiler:
         """Reads the data and makes the record."""
         measured = self._first_pass()
         self._search(measured.proposals)
+        for w in self.chosen:
+            if w.name in measured.proposals:
+                proposal = measured.proposals[w.name]
+                measured.proposals[w.name] = within_bounds(self.analysed.gm, w, proposal)
         calibration = _calibration(self.analysed.gm, self.data, self.method.needs.refit)
         candidates, refit = self._refit(measured, calibration) if self.method.needs.refit else (None, None)
         samples, loss = measured.samples, measured.loss
@@ -370,7 +375,8 @@ def _bottleneck(w: GrowableWidth, measured: Measurements, refit: Refit | None, k
         total = refit.marginal(w.name, k // w.step)
         shares = test.shares.clamp_min(0)
         gains = tuple(float(g) for g in (total * shares / shares.sum().clamp_min(1e-30)).sort(descending=True).values)
-        significant = test.significant * w.step
+        # less than the rounding of the loss is no signal, however often it is found
+        significant = test.significant * w.step * (total > ROUNDING * abs(measured.loss / max(1, measured.samples)))
         # of an eighth of the width
         worth = refit.joint(w.name, max(1, math.ceil(w.width.size / 8) // w.step)) * psi**0.5
     elif refit is not None:

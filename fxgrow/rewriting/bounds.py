@@ -56,6 +56,11 @@ class EntrySize(NamedTuple):
         factors = self.factors(new, dim) if new.numel() else torch.ones(())
         return new if bool((factors == 1).all()) else new * factors.to(new.device, new.abs().dtype)
 
+    def cut(self, drawn: Tensor) -> Tensor:
+        """Random entries, scaled down as far as their mean square must, the largest ones cut off."""
+        drawn = drawn / max(1.0, _size(drawn).rms / (LIMIT * self.rms))
+        return drawn * (LIMIT * self.largest / drawn.abs().clamp_min(1e-30)).clamp_max(1)
+
     def factor(self, new: Tensor) -> float:
         """By what all of these entries must be multiplied."""
         size = _size(new.detach())

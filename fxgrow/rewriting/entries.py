@@ -97,9 +97,8 @@ class _ResizedParameter:
             shape = [len(positions) if d == dim else n for d, n in enumerate(self.new.shape)]
             dtype = torch.promote_types(self.new.dtype, torch.float32)
             drawn = torch.randn(shape, generator=self.generator, dtype=dtype)
-            drawn = (drawn * std).to(self.new)
-            drawn = drawn if size is None else size.within(drawn, dim)
-            self.new.index_copy_(dim, positions.to(self.new.device), drawn)
+            drawn = drawn * std if size is None else size.cut(drawn * std)
+            self.new.index_copy_(dim, positions.to(self.new.device), drawn.to(self.new))
 
     def _zero_columns(self, use: Projection, positions: Tensor) -> None:
         if use.in_dim == use.out_dim:

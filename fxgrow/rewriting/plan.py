@@ -34,8 +34,8 @@ class Plan:
         curvature: second-order term, see `decrease`; after a line search the value that puts the optimum at its gamma.
         parameters: parameters of the model before and after.
         reason: why nothing, or less than requested, is added.
-        bounded: parameters whose new entries or update would have dwarfed their layer, and what they were scaled by.
         values: new entries and updates of old ones, at scale 1.
+        bounded: parameters whose new entries or update would have dwarfed their layer, and what they were scaled by.
     """
 
     units: dict[str, int]
@@ -47,11 +47,11 @@ class Plan:
     curvature: float = 0.0
     parameters: tuple[int, int] = (0, 0)
     reason: str | None = None
-    bounded: dict[str, float] = field(default_factory=dict)
     values: Values = field(default_factory=Values, repr=False)
     #: parameters whose new entries along a dimension are outgoing (scaled), and incoming (scaled if symmetric)
     outgoing: tuple[tuple[str, str, int], ...] = field(default=(), repr=False)
     incoming: tuple[tuple[str, str, int], ...] = field(default=(), repr=False)
+    bounded: dict[str, float] = field(default_factory=dict)
 
     def at(self, scale: float, update: bool = True) -> Values:
         """Returns the values at another gamma; `update=False` leaves the existing weights unchanged."""

@@ -215,7 +215,7 @@ def test_an_initialiser_of_ones_own() -> None:
     @fxgrow.initialiser("first-input", project=False)
     def first_input(width: WidthMoments, consumers: Mapping[str, ConsumerMoments], k: int) -> fxgrow.Proposal:
         rows = torch.zeros(k, width.features)
-        rows[:, 0] = torch.arange(1.0, k + 1)
+        rows[:, 0] = torch.arange(1.0, k + 1) / 2
         return fxgrow.Proposal({name: rows[:, a:b] for name, (a, b) in width.spans.items()})
 
     try:
@@ -223,6 +223,6 @@ def test_an_initialiser_of_ones_own() -> None:
     finally:
         _TABLE.pop("first-input")
     assert isinstance(grown, fx.GraphModule)
-    assert grown.get_parameter("0.weight")[4:].tolist() == [[1, 0, 0, 0, 0, 0], [2, 0, 0, 0, 0, 0]]
+    assert grown.get_parameter("0.weight")[4:].tolist() == [[0.5, 0, 0, 0, 0, 0], [1, 0, 0, 0, 0, 0]]
     with pytest.raises(fxgrow.ProfileError, match="no method 'first-input'; there are default, firefly, gradmax"):
         fxgrow.grow(mlp(), VECTORS, method="first-input", progress=False)
