@@ -2,20 +2,20 @@
 
 make demo        (or: python -m examples.demo [seed])
 
-Profile by default: loss 0.2316 over 1,347 samples, 4 free widths, 1 pinned
+Profile by default: loss (cross-entropy) 0.2316 over 1,347 samples, 4 free widths, 1 pinned
 
                                                                          share of  predicted
-width           size  step  producers → consumers            bottleneck  gradient       gain  priority  accepted  add
+width           size  step  producers → consumers            bottleneck      loss       gain  priority  accepted  add
 ─────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-conv1              4     1  conv1 +1 → layer1.0.conv1 +2           3.96     99.4%     0.0214      0.13    4 of 4   +1
-layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2        1.15     99.2%     0.0204      0.06    4 of 4    ·
-layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2      0.0948     96.4%     0.0087     0.037    3 of 4    ·
-layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear            0.089     95.5%     0.0259     0.042    3 of 4   +1
+conv1              4     1  conv1 +1 → layer1.0.conv1 +2           3.96     12.4%     0.0214      0.13    4 of 4   +1
+layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2        1.15     13.5%     0.0204      0.06    4 of 4    ·
+layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2      0.0948      8.7%     0.0087     0.037    3 of 4    ·
+layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear            0.089     25.4%     0.0259     0.042    3 of 4   +1
 
 add: with the default budget: 2 units, 1,382 → 1,638 parameters (+18.5%)
 
-bottleneck: gradient energy that the consumers' existing weights cannot explain; share: of all of it.
-predicted gain: decrease of the loss by the best unit; accepted: units that a test on held-out batches accepts.
+bottleneck: gradient energy that the consumers' existing weights cannot explain; accepted: by a held-out test.
+predicted gain: decrease of the loss by the best unit; share of loss: by all accepted units, as a part of it.
 priority: of a few more units here, against the other widths; budgets lean towards priority for the size.
 
 pinned width  at node  because
@@ -23,22 +23,22 @@ pinned width  at node  because
 linear        output   a dimension of the model's output
 
 Growth by default: 5 units, 1,382 → 2,051 parameters (+48.4%)
-held-out loss: eval 0.2457 → 0.1728 (-29.6%), train 0.2642 → 0.2088 (-21.0%)
+held-out loss (cross-entropy): eval 0.2457 → 0.1728 (-29.6%), train 0.2642 → 0.2088 (-21.0%)
 decrease: 0.2084 predicted, 0.0728 realised
 gamma: 6.21 applied, 6.21 best on held-out batches
 loss along gamma: 0: 0.2642  2.2: 0.2297  3.11: 0.2207  4.39: 0.2125  6.21: 0.2088  8.79: 0.2170  17.6: 0.3635
-seconds: 1.90 (capture 0.06, profile 0.84, plan 0.06, search 0.94)
+seconds: 2.18 (capture 0.07, profile 1.02, plan 0.10, search 0.99)
 
                                                                          share of  predicted
-width           size  step  producers → consumers            bottleneck  gradient       gain  priority  accepted  added
+width           size  step  producers → consumers            bottleneck      loss       gain  priority  accepted  added
 ───────────────────────────────────────────────────────────────────────────────────────────────────────────────────────
-conv1              4     1  conv1 +1 → layer1.0.conv1 +2           3.96     99.4%     0.0214      0.13    4 of 4     +2
-layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2        1.15     99.2%     0.0204      0.06    4 of 4     +1
-layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2      0.0948     96.4%     0.0087     0.037    3 of 4     +1
-layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear            0.089     95.5%     0.0259     0.042    3 of 4     +1
+conv1              4     1  conv1 +1 → layer1.0.conv1 +2           3.96     12.4%     0.0214      0.13    4 of 4     +2
+layer1.0.conv1     4     1  layer1.0.conv1 → layer1.0.conv2        1.15     13.5%     0.0204      0.06    4 of 4     +1
+layer2.0.conv1     8     1  layer2.0.conv1 → layer2.0.conv2      0.0948      8.7%     0.0087     0.037    3 of 4     +1
+layer2.0.conv2     8     1  layer2.0.conv2 +1 → linear            0.089     25.4%     0.0259     0.042    3 of 4     +1
 
-bottleneck: gradient energy that the consumers' existing weights cannot explain; share: of all of it.
-predicted gain: decrease of the loss by the best unit; accepted: units that a test on held-out batches accepts.
+bottleneck: gradient energy that the consumers' existing weights cannot explain; accepted: by a held-out test.
+predicted gain: decrease of the loss by the best unit; share of loss: by all accepted units, as a part of it.
 priority: of a few more units here, against the other widths; budgets lean towards priority for the size.
 
 pinned width  at node  because

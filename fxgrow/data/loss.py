@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fxgrow.data.batches import Batch
 from fxgrow.errors import LossWarning, ProfileError, first_lines, warn
+from fxgrow.graph.evaluate import lent_buffers
 
 LossFn = Callable[[Any, Any], Tensor]
 #: entries of an output that are looked at to find out what a loss does
@@ -63,7 +65,8 @@ class Loss:
     def find_reduction(self, loss_of_copies: Callable[[int], Any]) -> None:
         """Finds the reduction from the losses of so many copies of the same samples."""
         try:
-            one, two, three = (float(loss_of_copies(copies).mean()) for copies in (1, 2, 3))
+            with _unchanged(self.function):
+                one, two, three = (float(loss_of_copies(copies).mean()) for copies in (1, 2, 3))
         except Exception:  # of other numbers of samples than the batch's some losses have no value
             self.summed = _says_sum(self.function)
         else:
@@ -116,6 +119,20 @@ def loss_name(function: LossFn | None) -> str:
         options = ", ".join(f"{k}={v!r}" for k, v in function.keywords.items() if not isinstance(v, Tensor))
         return loss_name(function.func) + (f"({options})" if options else "")
     return str(getattr(function, "__name__", type(function).__name__))
+
+
+@contextlib.contextmanager
+def _unchanged(function: Any) -> Iterator[None]:
+    """What a loss counts or keeps in itself, and the random state, are as before."""
+    own = getattr(function, "__dict__", {})
+    before = dict(own)
+    buffers = lent_buffers(function) if isinstance(function, nn.Module) else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=[]), buffers:
+        try:
+            yield
+        finally:
+            own.clear()
+            own.update(before)
 
 
 def _says_sum(function: Any) -> bool:

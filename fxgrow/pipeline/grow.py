@@ -53,11 +53,6 @@ M = TypeVar("M", bound=nn.Module)
 Pair = tuple[Losses, Losses]
 #: growth is not for a decrease of the held-out loss that is less than so many of its standard errors
 ERRORS = 2.0
-#: what to try where nothing was added
-NEXT = (
-    "to grow none the less, give more samples (a smaller gain then stands out), try method='random-refit', or ask for "
-    "units by number with neurons="
-)
 STAGES = ("capture", "profile", "plan", "search")
 log = logging.getLogger("fxgrow")
 
@@ -128,7 +123,7 @@ def grow(model: nn.Module, dataloader: Iterable[Any], **options: Unpack[GrowOpti
             repoint(settings["optimizer"], model, done.model, done.index)
     keep_record(done.model, done.record)
     watch(model, done.model, done.record, moved=settings["optimizer"] is not None)
-    log.info("%s", done.record.declined or done.record.plan)
+    log.info("%s; loss: %s", done.record.declined or done.record.plan, done.record.profile.loss_name)
     return done.model
 
 
@@ -159,7 +154,6 @@ def _run(model: nn.Module, data: Data, options: GrowOptions) -> GrowthResult[nn.
     times.append(time.perf_counter())
     loss = known_loss(options["loss_fn"])
     profile = _profile(gm, data, loss, options)
-    log.info("profiled by %s, loss: %s", options["method"], loss.name)
     times.append(time.perf_counter())
     update, neurons = options["update_existing"], options["neurons"]
     decide = partial(make_plan, profile, options["budget"], neurons, update_existing=update)
@@ -189,6 +183,7 @@ def _profile(gm: fx.GraphModule, data: Data, loss: Loss, options: GrowOptions) -
     widths = list(units) if isinstance(units, Mapping) else None
     request = ProfileRequest(loss, method, widths=widths, units=units, progress=options["progress"])
     request = replace(request, memory_limit=options["memory_limit"], seed=options["seed"])
+    request = replace(request, budget=options["budget"], cost=options["cost"])
     return profiled(gm, source, request)
 
 
@@ -225,7 +220,7 @@ class _Trial:
     ) -> GrowthResult[fx.GraphModule]:
         graph = self.profile.graph
         before = before or self.losses(graph)
-        plan = replace(plan, units={}, scale=0.0, reason=f"{reason}; {NEXT}")
+        plan = replace(plan, units={}, scale=0.0, reason=f"{reason}. {_next_steps(self.profile, self.forced)}")
         return self.result(copy_graph(graph), {}, plan, search, (before, before))
 
     def unscaled(self, plan: Plan) -> GrowthResult[fx.GraphModule]:
@@ -307,6 +302,14 @@ def _bounds_of(plan: Plan) -> list[str]:
         f"new weights or updates of {len(plan.bounded)} parameters were scaled down to {LIMIT:g} times what is there, "
         f"most at {name} (by {1 / max(plan.bounded[name], 1e-30):.3g})"
     ]
+
+
+def _next_steps(profile: Profile, forced: bool) -> str:
+    """What to try after a decline, whatever its reason."""
+    steps = [f"more samples (samples=; {profile.samples:,} were read)"]
+    steps += ['method="random-refit"'] if profile.method.name != "random-refit" else []
+    steps += [] if forced else ["neurons= for units that no test has to accept"]
+    return f"Try {', '.join(steps[:-1])} or {steps[-1]}."
 
 
 def _decreases(model: nn.Module, growth: Growth) -> tuple[tuple[float, float], ...]:

@@ -15,7 +15,7 @@ from fxgrow.axes.records import Reason
 from fxgrow.graph.node_meta import RECORD
 from fxgrow.pipeline.line_search import Search
 from fxgrow.pipeline.profile_record import Profile
-from fxgrow.report.bottleneck import LEGEND, bottleneck_table, parameters_added, pinned_table
+from fxgrow.report.bottleneck import LEGEND, bottleneck_table, parameters_added, pinned_table, random_units
 from fxgrow.report.plot import bottleneck_panel, gain_panel, line_search_panel, new_figure, save_figure, text_panel
 from fxgrow.report.table import WIDTH
 from fxgrow.rewriting.plan import Plan
@@ -82,7 +82,9 @@ class Growth:
         if self.seconds:
             stages = ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in self.seconds.items())
             lines.append(f"seconds: {sum(self.seconds.values()):.2f} ({stages})")
-        lines += ["", bottleneck_table(self.profile, "added", plan.units), "", LEGEND, *pinned_table(self.pinned)]
+        lines += ["", bottleneck_table(self.profile, "added", plan.units), "", LEGEND]
+        grown = {name: b for name, b in self.profile.items() if name in plan.units}
+        lines += [*random_units(plan.method, grown), *pinned_table(self.pinned)]
         return "\n".join(lines)
 
     def _predictions(self) -> list[str]:

@@ -10,17 +10,22 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from fxgrow.analysis.analyse import AnalysedGraph
+from fxgrow.axes.records import Width
 from fxgrow.data.argument_checks import an, checked_arguments
 from fxgrow.errors import PlanError, SmallBudgetError
 from fxgrow.pipeline.cost import Cost, Parameters, cost_of
 from fxgrow.pipeline.fill_plan import fill_plan
 from fxgrow.pipeline.profile_record import Profile
 from fxgrow.report.bottleneck import Bottleneck
+from fxgrow.report.table import few
 from fxgrow.rewriting.bounds import bounded
 from fxgrow.rewriting.plan import Plan
 
 #: the budget when none is given
 DEFAULT_BUDGET = "+25%"
+#: new units that are proposed for a width, as a part of its size: at least, and at most for a large budget
+PROPOSED, MOST_PROPOSED = 0.25, 4.0
 #: bounds of the factor by which priority changes a width's share of the budget
 SHARE_CLAMP = (0.5, 4.0)
 
@@ -68,7 +73,7 @@ def plan(
     """
     if budget is not None and neurons is not None:
         raise PlanError("Give a budget or a number of neurons, not both.")
-    count = Parameters(profile.analysed)
+    count, left = Parameters(profile.analysed), None
     if neurons is not None:
         requested = _requested_units(profile, neurons)
         # a method that searches for units finds those that lower the loss, and no more
@@ -78,6 +83,7 @@ def plan(
         costs = cost_of(cost, profile.analysed, [n for n, b in profile.items() if b.significant])
         limit = _limit(DEFAULT_BUDGET if budget is None else budget, costs)
         units = requested = _allocate(profile, costs, limit, multiple)
+        left = None if budget is None else _left_of_budget(profile, units, costs, limit, multiple)
     if not any(units.values()):
         total = count.total({})
         return Plan({}, profile.method.name, parameters=(total, total), reason=profile.method.nothing)
@@ -85,7 +91,43 @@ def plan(
     units = {name: k for name, k in units.items() if k}
     filled = fill_plan(profile, units, update_existing, (count.total({}), count.total(units)))
     filled = bounded(filled, profile.graph, profile.analysed.structure)
-    return replace(filled, reason=f"{', '.join(missing)}: beyond them, {profile.method.nothing}") if missing else filled
+    return replace(filled, reason=f"{', '.join(missing)}: beyond them, {profile.method.nothing}" if missing else left)
+
+
+def proposals(width: Width, ratio: float) -> int:
+    """How many units to propose for a width, as a part of its size: at least four, in whole steps."""
+    return math.ceil(max(4, math.ceil(width.size * ratio)) / width.step) * width.step
+
+
+def ratio_for(analysed: AnalysedGraph, widths: Mapping[str, Width], budget: str | float, cost: str) -> float:
+    """The part of their sizes to propose for widths, so that a budget could be spent on them alike."""
+    if cost == "latency":  # which only a clock tells
+        return PROPOSED
+    costs, ratio = cost_of(cost, analysed, []), PROPOSED
+    most = costs.total({}) + _limit(budget, costs)
+    while ratio < MOST_PROPOSED and costs.total({n: proposals(w, ratio) for n, w in widths.items()}) < most:
+        ratio *= 1.25
+    return min(ratio, MOST_PROPOSED)
+
+
+def _left_of_budget(profile: Profile, units: Mapping[str, int], costs: Cost, limit: float, multiple: int) -> str | None:
+    """What is left of a budget that would pay for more units of some width, and why; None where it would not."""
+    most = costs.total({}) + limit
+    known = {n: b for n, b in profile.items() if b.significant or costs.unit != "seconds"}
+    counts = {n: _UnitCounts.of(b, multiple) for n, b in known.items()}
+    more = {n: c.after(units.get(n, 0)) for n, c in counts.items()}
+    affordable = [n for n, k in more.items() if costs.total({**units, n: k}) <= most]
+    ended = [n for n in affordable if more[n] > counts[n].most]
+    rejected = [n for n in ended if known[n].significant < profile.proposed[n]]
+    spent = [n for n in ended if n not in rejected]
+    reasons = {
+        f"the held-out test accepts no more units at {few(rejected, 3)}": rejected,
+        f"no more units were proposed at {few(spent, 3)} (profile with more units=, or grow again)": spent,
+        "no width gets more than twice its share": [] if ended else affordable,
+    }
+    why = "; ".join(reason for reason, names in reasons.items() if names)
+    left = most - costs.total(units)
+    return f"{left:,.6g} of {limit:,.6g} {costs.unit} of the budget are left: {why}" if affordable else None
 
 
 def with_suggestion(profile: Profile) -> Profile:

@@ -39,7 +39,7 @@ from fxgrow.graph.node_meta import RECORD, is_captured
 from fxgrow.graph.unrolled_rnn import unroll_recurrent_layers
 from fxgrow.initialisers.registry import Initialiser, InitialiserRequest, Proposal, find_initialiser, lists_methods
 from fxgrow.pipeline.held_out import ROUNDING
-from fxgrow.pipeline.plan import with_suggestion
+from fxgrow.pipeline.plan import PROPOSED, proposals, ratio_for, with_suggestion
 from fxgrow.pipeline.profile_record import Profile, ProfileRequest
 from fxgrow.pipeline.recalibration import recalibrated
 from fxgrow.report.bottleneck import Bottleneck
@@ -212,7 +212,11 @@ class _Profiler:
         unrolled = unroll_recurrent_layers(self.original.gm)
         self.analysed = self.original if unrolled is self.original.gm else analyse(unrolled)
         self.chosen = [self.analysed.widths[w.name] for w in chosen]
-        self.additions = {w.name: _how_many(w.width, request.units) for w in chosen}
+        ratio = PROPOSED
+        if request.budget is not None and request.units is None:
+            sizes = {w.name: w.width for w in chosen}
+            ratio = ratio_for(self.original, sizes, request.budget, request.cost)
+        self.additions = {w.name: _how_many(w.width, request.units, ratio) for w in chosen}
         self.generator = torch.Generator().manual_seed(request.seed)
         SizeChange(self.analysed, self.additions)  # fails where the memory is too small for it
         if method.needs.refit:
@@ -230,6 +234,7 @@ class _Profiler:
     def run(self) -> Profile:
         """Reads the data and makes the record."""
         measured = self._first_pass()
+        random = {w.name: self._random_units(measured.proposals[w.name], self.additions[w.name]) for w in self.chosen}
         self._search(measured.proposals)
         for w in self.chosen:
             if w.name in measured.proposals:
@@ -240,7 +245,12 @@ class _Profiler:
         samples, loss = measured.samples, measured.loss
         if refit is not None and self.data.batches != 1:
             samples, loss = samples + refit.samples, loss + refit.loss
-        bottlenecks = {w.name: _bottleneck(w, measured, refit, self.additions[w.name], samples) for w in self.chosen}
+        loss /= max(1, samples)
+        bottlenecks = {}
+        for w in self.chosen:
+            b = _bottleneck(w, measured, refit, self.additions[w.name], samples)
+            share = sum(b.gains[: b.significant // w.step]) / max(abs(loss), 1e-30) if b.tested else 0.0
+            bottlenecks[w.name] = replace(b, share=share, random=random[w.name], proposed=self.additions[w.name])
         nodes = {node.name: node for node in self.captured.graph.nodes}
         for name, b in bottlenecks.items():
             nodes[self.first_producers[name]].meta[RECORD] = b
@@ -249,7 +259,7 @@ class _Profiler:
             widths=tuple(w.width for w in self.original.widths.values()),
             bottlenecks=bottlenecks,
             method=self.method,
-            loss=loss / max(1, samples),
+            loss=loss,
             samples=samples,
             loss_name=self.request.loss_fn.name,
             updates=measured.delta_w,
@@ -275,6 +285,12 @@ class _Profiler:
         if request.parts:
             return first_pass.merge(request.parts, self.chosen, self.additions)
         return first_pass.measure(self.chosen, self.additions)
+
+    def _random_units(self, proposal: Proposal, k: int) -> int:
+        """How many of the units of a method that has incoming weights will have random ones."""
+        if not self.method.needs.moments or proposal.splits is not None:
+            return 0
+        return k - min([k, *map(len, proposal.alpha.values())] if proposal.alpha else [0])
 
     def _search(self, proposals: dict[str, Proposal]) -> None:
         """Units of methods that search the data themselves."""
@@ -337,11 +353,9 @@ def _chosen(analysed: AnalysedGraph, request: ProfileRequest) -> list[GrowableWi
     return free
 
 
-def _how_many(width: Width, units: int | Mapping[str, int] | None) -> int:
+def _how_many(width: Width, units: int | Mapping[str, int] | None, ratio: float) -> int:
     wanted = units.get(width.name) if isinstance(units, Mapping) else units
-    if wanted is None:
-        wanted = max(4, math.ceil(width.size / 4))
-    return math.ceil(wanted / width.step) * width.step
+    return proposals(width, ratio) if wanted is None else math.ceil(wanted / width.step) * width.step
 
 
 def _calibration(gm: fx.GraphModule, data: Data, hold: bool) -> list[Any]:
@@ -366,11 +380,11 @@ def _bottleneck(w: GrowableWidth, measured: Measurements, refit: Refit | None, k
     psi, desired = measured.bottlenecks[w.name]
     values = tuple(float(v) for v in proposal.values)
     gains, significant = tuple(v * v for v in values[:k]), min(k, len(values)) if proposal.alpha else k
-    worth = 0.0
+    worth, tested = 0.0, refit is not None and bool(refit.of(w.name))
     if proposal.splits is not None:
         gains = tuple(proposal.splits.gains.tolist())
         significant = min(k, len(gains) * w.step)
-    elif refit is not None and refit.of(w.name):
+    elif refit is not None and tested:
         test = refit.tests[w.name]
         total = refit.marginal(w.name, k // w.step)
         shares = test.shares.clamp_min(0)
@@ -383,4 +397,4 @@ def _bottleneck(w: GrowableWidth, measured: Measurements, refit: Refit | None, k
         gains, significant = (), 0
     significant = significant // w.step * w.step
     positions = measured.positions[w.name]
-    return Bottleneck(w.width, psi, desired, gains, values, significant, samples, positions, worth)
+    return Bottleneck(w.width, psi, desired, gains, values, significant, samples, positions, worth, tested=tested)

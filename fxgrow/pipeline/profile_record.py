@@ -19,7 +19,7 @@ from fxgrow.data.argument_checks import checked_arguments
 from fxgrow.data.loss import Loss, LossFn, known_loss
 from fxgrow.errors import PlanError, ProfileError
 from fxgrow.initialisers.registry import Initialiser, Proposal
-from fxgrow.report.bottleneck import LEGEND, Bottleneck, bottleneck_table, parameters_added, pinned_table
+from fxgrow.report.bottleneck import LEGEND, Bottleneck, bottleneck_table, parameters_added, pinned_table, random_units
 from fxgrow.report.plot import bottleneck_panel, gain_panel, new_figure, save_figure
 from fxgrow.report.table import WIDTH, count
 from fxgrow.rewriting.plan import Plan
@@ -43,6 +43,9 @@ class ProfileRequest:
     seed: int = 0
     keep_moments: bool = False
     parts: Sequence[Moments] = ()
+    #: what will be spent on units, if `units` does not say how many: enough are proposed for it
+    budget: str | float | None = None
+    cost: str = "parameters"
 
 
 @dataclass(frozen=True)
@@ -190,7 +193,7 @@ class Profile(Mapping[str, Bottleneck]):
         if suggested is not None:
             what = f"with the default budget: {parameters_added(suggested)}" if suggested.units else str(suggested)
             lines += [f"add: {what}", ""]
-        return "\n".join([*lines, LEGEND, *pinned_table(pinned)])
+        return "\n".join([*lines, LEGEND, *random_units(self.method.name, self), *pinned_table(pinned)])
 
     def plot(self, path: str | None = None) -> Figure:
         """Bars of the bottleneck and the best gains per width; written to `path` if given. Needs matplotlib."""

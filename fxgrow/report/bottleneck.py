@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fxgrow.axes.records import Reason, Width
-from fxgrow.report.table import Column, count, few, number, table, text
+from fxgrow.report.table import WIDTH, Column, count, few, number, table, text
 from fxgrow.rewriting.plan import Plan
 
 LEGEND = (
-    "bottleneck: gradient energy that the consumers' existing weights cannot explain; share: of all of it.\n"
-    "predicted gain: decrease of the loss by the best unit; accepted: units that a test on held-out batches accepts.\n"
+    "bottleneck: gradient energy that the consumers' existing weights cannot explain; accepted: by a held-out test.\n"
+    "predicted gain: decrease of the loss by the best unit; share of loss: by all accepted units, as a part of it.\n"
     "priority: of a few more units here, against the other widths; budgets lean towards priority for the size."
 )
 COLUMNS = (
     text("width"),
     *map(number, ("size", "step")),
     text("producers → consumers"),
-    *map(number, ("bottleneck", "share of\ngradient", "predicted\ngain", "priority", "accepted")),
+    *map(number, ("bottleneck", "share of\nloss", "predicted\ngain", "priority", "accepted")),
 )
 
 
@@ -41,6 +42,10 @@ class Bottleneck:
         worth: priority score, for a few more units now and after further training: the predicted decrease by units and
             dW together times the root of Psi. The first alone forgets what training would bring anyway, the second what
             the data can tell; `benchmarks.where_to_grow` compares scores. 0 with no prediction.
+        share: predicted decrease by the significant units, as a part of the loss; 0 without a test. It is what the data
+            say beyond noise, also where Psi is nearly all of the gradient energy, as at any stationary point.
+        random: how many of the `proposed` units have random incoming weights, because the method has none for them.
+        tested: whether a held-out test was made.
     """
 
     width: Width
@@ -52,11 +57,10 @@ class Bottleneck:
     samples: int
     positions: int
     worth: float = 0.0
-
-
-def gradient_share(b: Bottleneck) -> float:
-    """The bottleneck as a part of all gradient energy; 0 where there is none."""
-    return b.bottleneck / b.desired if b.desired > 0 else 0.0
+    share: float = 0.0
+    random: int = 0
+    proposed: int = 0
+    tested: bool = False
 
 
 def bottleneck_table(bottlenecks: Mapping[str, Bottleneck], title: str, units: Mapping[str, int]) -> str:
@@ -69,8 +73,8 @@ def _row(b: Bottleneck) -> tuple[str, ...]:
     width = b.width
     return (
         width.name, str(width.size), str(width.step), f"{few(width.producers, 1)} → {few(width.consumers, 1)}",
-        f"{b.bottleneck:.3g}", f"{gradient_share(b):.1%}" if b.desired > 0 else "·", _gain(b.gains),
-        f"{b.worth:.2g}" if b.worth else "·", f"{b.significant} of {max(len(b.gains) * b.width.step, b.significant)}",
+        f"{b.bottleneck:.3g}", f"{b.share:.1%}" if b.tested else "·", _gain(b.gains),
+        f"{b.worth:.2g}" if b.worth else "·", f"{b.significant} of {b.proposed}" if b.tested else "no test",
     )  # fmt: skip
 
 
@@ -78,6 +82,18 @@ def _gain(gains: Sequence[float]) -> str:
     if not gains:
         return "·"
     return f"{gains[0]:.4f}" if gains[0] >= 5e-5 else f"{gains[0]:.0e}" if gains[0] > 0 else "0"
+
+
+def random_units(method: str, bottlenecks: Mapping[str, Bottleneck]) -> list[str]:
+    """An empty line, and at which of these widths units are random instead of the method's; nothing where at none."""
+    parts = []
+    for name, b in bottlenecks.items():
+        why = f"it finds {b.proposed - b.random}" if b.proposed > b.random else "it is not defined there, or finds none"
+        parts += [f"{name} ({b.random} of {b.proposed}: {why})"] if b.random else []
+    if not parts:
+        return []
+    text = f"random incoming weights instead of those of {method}: {', '.join(parts)}"
+    return ["", *textwrap.wrap(text, WIDTH, subsequent_indent="  ")]
 
 
 def pinned_table(pinned: Mapping[str, Reason]) -> list[str]:

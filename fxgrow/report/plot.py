@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fxgrow.data.argument_checks import NEW_FILE, read_argument
 from fxgrow.errors import FileError, MissingExtraError
-from fxgrow.report.bottleneck import Bottleneck, gradient_share
+from fxgrow.report.bottleneck import Bottleneck
 from fxgrow.report.table import shorten
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def bottleneck_panel(axes: Axes, bottlenecks: Mapping[str, Bottleneck]) -> None:
     axes.barh(rows, desired, 0.62, color=EXPRESSIBLE, label="existing weights can explain")
     axes.barh(rows, [b.bottleneck for b in bottlenecks.values()], 0.62, color=BOTTLENECK, label="they cannot: Ψ")
     for row, b in enumerate(bottlenecks.values()):
-        _note(axes, b.desired, row, f"{b.bottleneck:.3g}  ({gradient_share(b):.0%})")
+        _note(axes, b.desired, row, f"{b.bottleneck:.3g}")
     axes.set_yticks(list(rows), [f"{shorten(name, NAME)}  [{b.width.size}]" for name, b in bottlenecks.items()])
     axes.invert_yaxis()
     axes.set_xlim(0, 1.32 * max(desired, default=0.0) or 1.0)
@@ -75,7 +75,8 @@ def gain_panel(
             color = CHOSEN if chosen else ACCEPTED if accepted else REJECTED
             axes.barh(row, gain, 0.62, left=start, color=color, edgecolor="white", linewidth=0.8)
             start += gain
-        text = f"{b.significant} of {len(b.gains)} accepted" if added is None else f"+{added.get(name, 0)}"
+        tested = f"{b.significant} of {len(b.gains)} accepted" if b.tested else "no test"
+        text = tested if added is None else f"+{added.get(name, 0)}"
         _note(axes, start, row, text if b.gains else "no prediction")
     axes.set_xlim(0, 1.32 * max((sum(b.gains) for b in bottlenecks.values()), default=0.0) or 1.0)
     _frame(axes, "predicted gain per unit", f"decrease of the loss, {unit}", "x")

@@ -343,7 +343,7 @@ class Grower:
         self.growth = result.record
         event = make_event(self.steps, self.epochs, reason, self.growth, time.perf_counter() - start)
         self.history.add(event)
-        log.info("%s", event)
+        log.info("%s; loss: %s", event, self.growth.profile.loss_name)
         if not self.growth.plan.units:
             return False
         self.model, self._metrics.model = model, result.model

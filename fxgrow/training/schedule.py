@@ -26,7 +26,7 @@ class TrainingStatus:
     #: growths so far that added something, and those that declined since the last of them
     growths: int
     declines: int
-    #: per width, the bottleneck's share of E|V|^2, measured on so many samples
+    #: per width, the predicted decrease by accepted units as a part of the loss, measured on so many samples
     shares: Callable[[int | None], Mapping[str, float]]
     #: per free width, its size and its step
     sizes: Callable[[], Mapping[str, tuple[int, int]]]

@@ -13,11 +13,11 @@ from fxgrow.analysis.analyse import analyse, widths
 from fxgrow.data.batches import BatchReader, Data
 from fxgrow.distributed import ProcessGroup
 from fxgrow.errors import PlanError, ScheduleError
+from fxgrow.initialisers.registry import find_initialiser
 from fxgrow.pipeline.cost import Cost, cost_of
 from fxgrow.pipeline.options import GrowOptions
 from fxgrow.pipeline.plan import DEFAULT_BUDGET
 from fxgrow.pipeline.profile import profile
-from fxgrow.report.bottleneck import gradient_share
 from fxgrow.rewriting.parametrizations import remove_parametrizations
 from fxgrow.tracing.capture import capture
 from fxgrow.training.data_source import Source, beside_training
@@ -46,14 +46,15 @@ class ModelMetrics:
         return now - start, start
 
     def shares(self, samples: int | None) -> dict[str, float]:
-        """Returns Psi / E|V|^2 of each width, from one forward and backward pass."""
+        """Returns `Bottleneck.share` of each width, from a profile by the method of growth, or one that tests units."""
         options = self.options
+        method = options["method"] if find_initialiser(options["method"]).needs.refit else "default"
         bottlenecks = profile(
-            self._graph(), beside_training(self.source), options["loss_fn"], samples or options["samples"], "tiny",
+            self._graph(), beside_training(self.source), options["loss_fn"], samples or options["samples"], method,
             memory_limit=options["memory_limit"], progress=options["progress"], seed=options["seed"],
             process_group=self.process_group, batch=options["batch"],
         )  # fmt: skip
-        return {name: gradient_share(b) for name, b in bottlenecks.items()}
+        return {name: b.share for name, b in bottlenecks.items()}
 
     def options_for(self, request: Request) -> GrowOptions | None:
         """Returns the options of a growth within the schedule's limit; None where the requested units exceed it."""

@@ -104,12 +104,15 @@ class OnPlateau(Schedule):
 
 @dataclass(frozen=True)
 class OnBottleneck(Schedule):
-    """Grows when the bottleneck's share Psi / E|V|^2 of a width exceeds a threshold.
+    """Grows when new units of some width would lower the loss by a part of it.
 
-    Each check is a profile (of `samples`, one forward and backward pass), so checks should be rare.
+    What counts are units that a held-out test accepts, and the decrease of the loss that is predicted for them
+    (`Bottleneck.share`): nothing at a network that is large enough, whatever the state of its training. Psi itself is
+    no sign, since at a stationary point it is all of the gradient energy. Each check is a profile of `samples`, so
+    checks should be rare.
 
     Args:
-        share: the threshold, between 0 and 1 (Psi of Verbockhaven et al. 2024, def. 2.3, divided by E|V|^2).
+        share: the least part of the loss, between 0 and 1.
         every: steps between two checks.
         epochs: instead, epochs between two checks.
         samples: read per check; None for those of a growth.
@@ -118,7 +121,7 @@ class OnBottleneck(Schedule):
         ScheduleError: a number is out of range.
     """
 
-    share: float = 0.9
+    share: float = 0.01
     every: int | None = None
     epochs: int | None = None
     samples: int | None = 1024
@@ -134,9 +137,9 @@ class OnBottleneck(Schedule):
             return None
         shares = seen.shares(self.samples)
         name = max(shares, key=lambda n: shares[n], default=None)
-        if name is None or shares[name] <= self.share:
+        if name is None or shares[name] < self.share:
             return None
-        return Request(f"the bottleneck of {name} is {shares[name]:.1%} of E|V|²")
+        return Request(f"what units would gain at {name} is {shares[name]:.1%} of the loss")
 
     def next_step(self, seen: TrainingStatus, memory: ScheduleState) -> int | None:
         return next_multiple(seen, self.every)

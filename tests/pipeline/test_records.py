@@ -43,7 +43,7 @@ def test_profile_table_says_what_the_profile_says(grown: tuple[Profile, Growth])
     assert decided.units and all(b.gains[0] > 1e-3 for b in profile.values())
     for name, b in profile.items():
         assert f"{b.bottleneck:.3g}" in rows[name]
-        assert f"{b.bottleneck / b.desired:.1%}" in rows[name]
+        assert f"{b.share:.1%}" in rows[name] and b.share == pytest.approx(sum(b.gains[: b.significant]) / profile.loss)
         assert f"{b.gains[0]:.4f}" in rows[name]
         assert f"{b.significant} of {len(b.gains)}" in rows[name]
         assert rows[name].endswith(f"+{decided.units[name]}" if name in decided.units else "·")
