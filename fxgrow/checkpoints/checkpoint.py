@@ -102,7 +102,8 @@ class Checkpoint(Mapping[str, Any]):
         require_kind(body, "checkpoint", path, "Load it with fxgrow.load.")
         file, self._weights = model_in(body, tensors, path)
         assert isinstance(file, CheckpointFile)
-        self.recipe, self._entries, self._random, self._tensors = file.recipe, file.entries, file.random, tensors
+        self.recipe, self._fingerprint = file.recipe, file.fingerprint
+        self._entries, self._random, self._tensors = file.entries, file.random, tensors
         self._model: weakref.ref[nn.Module] | None = None
 
     def __getitem__(self, name: str) -> Any:
@@ -122,9 +123,11 @@ class Checkpoint(Mapping[str, Any]):
         *,
         example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
         into: Literal["graph", "module"] | None = None,
+        strict: bool = True,
     ) -> Any:
         """The saved model from a fresh one; see `fxgrow.load`."""
-        out = rebuild(model, self.recipe, self._weights, example_inputs, into)
+        fingerprint = self._fingerprint if strict else None
+        out = rebuild(model, self.recipe, self._weights, example_inputs, into, fingerprint)
         self._model = weakref.ref(out)
         return out
 

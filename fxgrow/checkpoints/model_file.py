@@ -5,15 +5,19 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from fxgrow.checkpoints.fingerprint import Fingerprint
+from fxgrow.checkpoints.module_state import with_quantized, without_quantized
 from fxgrow.checkpoints.weights import Weights, rebuild, weights_of
 from fxgrow.data.argument_checks import NEW_FILE, PATH, checked_arguments, read_argument
 from fxgrow.errors import FileError
+from fxgrow.graph.code_lines import code_lines
 from fxgrow.graph.graph import unwrap
+from fxgrow.graph.node_meta import is_captured
 from fxgrow.storage import schema
 from fxgrow.storage.plain_tree import decoded, encoded
 from fxgrow.storage.recipe import Recipe, read_recipe
@@ -64,6 +68,7 @@ def load(
     *,
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
     into: Literal["graph", "module"] | None = None,
+    strict: bool = True,
 ) -> Any:
     """Replays a file's recipe on a fresh model and loads the weights.
 
@@ -75,18 +80,20 @@ def load(
         path: what `save` or `save_checkpoint` wrote.
         example_inputs: to capture the model with; None for those in the file.
         into: `graph` for a GraphModule, `module` for a copy of the model itself, None for the kind that was saved.
+        strict: False loads the weights into a model of another function too: other options, code or outputs.
 
     Returns:
         The model as it was saved: equal outputs, bit for bit, on the same machine.
 
     Raises:
-        FileError: the file is missing, truncated, damaged, foreign or newer, or the model does not fit it.
+        FileError: the file is missing, truncated, damaged, foreign or newer, or the model does not fit it: the first
+            thing that differs is named.
         CaptureError: the model cannot be traced.
         PlanError: the model's code does not allow `into="module"`.
         MissingExtraError: safetensors is not installed.
     """
     file, weights = model_in(*read(path), path)
-    return rebuild(model, file.recipe, weights, example_inputs, into)
+    return rebuild(model, file.recipe, weights, example_inputs, into, file.fingerprint if strict else None)
 
 
 @checked_arguments(FileError)
@@ -96,6 +103,7 @@ def resize(
     *,
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
     into: Literal["graph", "module"] | None = None,
+    strict: bool = True,
 ) -> Any:
     """Replays a recipe without weights, so that `load_state_dict` of the grown model's weights works.
 
@@ -106,6 +114,7 @@ def resize(
         recipe: a `Recipe`, its JSON text, or the path of a file that `save` or `save_checkpoint` wrote.
         example_inputs: see `load`.
         into: see `load`.
+        strict: see `load`; options are in files, and not in a recipe.
 
     Returns:
         A copy with the recipe's sizes.
@@ -123,13 +132,17 @@ def resize(
         >>> net.load_state_dict(grown.state_dict())
         <All keys matched successfully>
     """
+    fingerprint = None
     if isinstance(recipe, str) and recipe.lstrip().startswith("{"):
         recipe = Recipe.from_json(recipe)
     elif isinstance(recipe, (str, os.PathLike)):
-        recipe = model_in(*read(read_argument("recipe", recipe, PATH, FileError)), recipe)[0].recipe
+        file, _ = model_in(*read(read_argument("recipe", recipe, PATH, FileError)), recipe)
+        recipe = file.recipe
+        if strict and file.fingerprint is not None:
+            fingerprint = replace(file.fingerprint, outputs=None)
     elif not isinstance(recipe, Recipe):
         raise FileError(f"A {type(recipe).__name__} is no recipe: pass a Recipe, its JSON text, or the path of a file.")
-    return rebuild(model, recipe, None, example_inputs, into)
+    return rebuild(model, recipe, None, example_inputs, into, fingerprint)
 
 
 def model_body(model: nn.Module, tensors: dict[str, Tensor], prefix: str) -> dict[str, Any]:
@@ -140,12 +153,15 @@ def model_body(model: nn.Module, tensors: dict[str, Tensor], prefix: str) -> dic
     if recipe.example is not None:
         size = sum(t.nbytes for t in weights.tensors.values())
         recipe = replace(recipe, example=recipe.example.within(size))
+    if is_captured(model) and not recipe.steps:
+        recipe = replace(recipe, code=code_lines(model))
     tensors.update({prefix + name: t for name, t in weights.tensors.items()})
     extra = {name: encoded(state, tensors, f"{name}._extra_state") for name, state in weights.extra.items()}
-    stored = {"names": list(weights.tensors), "aliases": dict(weights.aliases), "extra": extra}
+    own = {name: encoded(without_quantized(entry), tensors, prefix + name) for name, entry in weights.entries.items()}
+    stored = {"names": list(weights.tensors), "aliases": dict(weights.aliases), "extra": extra, "own": own}
     written = json.loads(recipe.to_json())
     Recipe.from_json(json.dumps(written))  # names that no file may have are refused here
-    return {"recipe": written, **stored}
+    return {"recipe": written, **stored, "fingerprint": asdict(Fingerprint.of(model, recipe))}
 
 
 @dataclass(frozen=True)
@@ -156,6 +172,9 @@ class ModelFile:
     names: tuple[str, ...] = checked(schema.array(schema.name))
     aliases: Mapping[str, str] = checked(schema.mapping(schema.name))
     extra: Mapping[str, Any] = checked(schema.mapping(schema.anything))
+    #: what files of earlier versions do not have
+    own: Mapping[str, Any] = checked(schema.mapping(schema.anything), required=False, default_factory=dict)
+    fingerprint: Fingerprint | None = checked(schema.read_as(Fingerprint), required=False, default=None)
 
 
 @dataclass(frozen=True)
@@ -170,7 +189,7 @@ class Entry:
     )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CheckpointFile(ModelFile):
     """What the file of a checkpoint says."""
 
@@ -190,4 +209,5 @@ def model_in(
     if missing := [*missing, *(set(file.aliases.values()) - set(file.names))]:
         raise FileError(f"{path} has no tensor {schema.quoted(missing[0])}, which its list of names has.")
     extra = {name: decoded(state, tensors) for name, state in file.extra.items()}
-    return file, Weights({name: tensors[prefix + name] for name in file.names}, file.aliases, extra)
+    own = {name: with_quantized(decoded(entry, tensors)) for name, entry in file.own.items()}
+    return file, Weights({name: tensors[prefix + name] for name in file.names}, file.aliases, extra, own)

@@ -6,7 +6,7 @@ Tied tensors are stored once, but tensors that only share memory each. A loaded 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from fxgrow.checkpoints.fingerprint import Fingerprint
+from fxgrow.checkpoints.module_state import copy_with_state, own_entries, set_module_state, with_extra_state
 from fxgrow.errors import FileError
+from fxgrow.graph.code_lines import code_lines
 from fxgrow.graph.graph import copy_module, named_tensors, same_kind, unwrap
 from fxgrow.rewriting.into_module import check_into, into_module
 from fxgrow.rewriting.replay import replayed, sizes_after
@@ -33,6 +36,8 @@ class Weights:
     #: other names of tied tensors, and the name each is stored under
     aliases: Mapping[str, str]
     extra: Mapping[str, Any]
+    #: what else the model's `state_dict()` has
+    entries: Mapping[str, Any]
 
 
 def weights_of(model: nn.Module, recipe: Recipe) -> Weights:
@@ -45,7 +50,8 @@ def weights_of(model: nn.Module, recipe: Recipe) -> Weights:
     tensors: dict[str, Tensor] = {}
     aliases: dict[str, str] = {}
     names: dict[int, str] = {}
-    for name, tensor in _stored_tensors(model, recipe).items():
+    stored = _stored_tensors(model, recipe)
+    for name, tensor in stored.items():
         if is_lazy(tensor):
             raise FileError(f"{name!r} has no shape yet. Run the model once on a batch, then save it.")
         first = names.setdefault(id(tensor), name)
@@ -53,7 +59,8 @@ def weights_of(model: nn.Module, recipe: Recipe) -> Weights:
             tensors[name] = tensor
         else:
             aliases[name] = first
-    return Weights(tensors, aliases, {name: m.get_extra_state() for name, m in _with_extra_state(model)})
+    extra = {name: m.get_extra_state() for name, m in with_extra_state(model)}
+    return Weights(tensors, aliases, extra, own_entries(model, stored))
 
 
 def rebuild(
@@ -62,10 +69,12 @@ def rebuild(
     weights: Weights | None = None,
     example_inputs: tuple[Any, ...] | dict[str, Any] | None = None,
     into: str | None = None,
+    fingerprint: Fingerprint | None = None,
 ) -> nn.Module:
     """Returns a copy of a fresh model with the recipe's sizes, and the weights; see `fxgrow.load`.
 
-    Without weights, entries are zero where sizes changed, and the model's values elsewhere.
+    Without weights, entries are zero where sizes changed, and the model's values elsewhere. With a fingerprint the
+    result is checked against it.
     """
     into = into or recipe.into
     bare, names = unwrap(model), {name for step in recipe.steps for name in step.sizes}
@@ -74,6 +83,8 @@ def rebuild(
     check_into(into, model)
     if Recipe.of(model).steps:
         raise FileError("This model has grown already. A recipe starts from a model as it was before it grew.")
+    extra, entries = ({}, {}) if weights is None else (weights.extra, weights.entries)
+    code = None
     if into == "module" and not recipe.steps:
         loaded = {} if weights is None else _loaded(model, recipe, weights)
         out = copy_module(model, {id(t): loaded[name] for name, t in named_tensors(model).items() if name in loaded})
@@ -82,13 +93,17 @@ def rebuild(
         # before the capture, whose errors would say less; constants of a graph are checked in it
         sizes_after(named_tensors(model), recipe, constants=False)
         inputs = _inputs(model, recipe, weights) if example_inputs is None else example_inputs
+        model = copy_with_state(model, extra, entries)
         gm = capture(model, inputs)
+        if example_inputs is None and recipe.code is not None and fingerprint is not None:
+            code = code_lines(gm)
         out = replayed(gm, recipe, {} if weights is None else _loaded(gm, recipe, weights))
         if into == "module":
             out = into_module(model, inputs, gm, out)
             keep_recipe(out, recipe)
-    for name, state in ({} if weights is None else weights.extra).items():
-        out.get_submodule(name).set_extra_state(state)
+    set_module_state(out, extra, entries)
+    if fingerprint is not None:
+        fingerprint.check(out, recipe, code)
     return out
 
 
@@ -117,11 +132,6 @@ def _stored_tensors(model: nn.Module, recipe: Recipe) -> dict[str, Tensor]:
     return {name: t for name, t in named_tensors(model).items() if name not in not_persistent or name in grown}
 
 
-def _with_extra_state(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    default = nn.Module.get_extra_state
-    return ((name, m) for name, m in model.named_modules() if type(m).get_extra_state is not default)
-
-
 def _loaded(model: nn.Module, recipe: Recipe, weights: Weights) -> dict[str, Tensor]:
     """Returns the weights as parameters and buffers for a fresh model, under all of their names."""
     stored = {**weights.tensors, **{name: weights.tensors[first] for name, first in weights.aliases.items()}}
@@ -129,9 +139,12 @@ def _loaded(model: nn.Module, recipe: Recipe, weights: Weights) -> dict[str, Ten
     _check_names(stored, fresh)
     _check_types(stored, fresh, sizes_after(fresh, recipe))
     _check_ties(weights, fresh)
-    extra = {name for name, _ in _with_extra_state(model)}
+    extra = {name for name, _ in with_extra_state(model)}
     if extra != weights.extra.keys():
         raise FileError(f"Modules with extra state differ: {_list(extra ^ weights.extra.keys())}.")
+    entries = own_entries(model, fresh).keys()
+    if entries != weights.entries.keys():
+        raise FileError(f"What state_dict() has besides tensors differs: {_list(entries ^ weights.entries.keys())}.")
     loaded: dict[int, Tensor] = {}
     for name, old in fresh.items():
         if id(old) not in loaded:

@@ -68,10 +68,10 @@ def lent_buffers(module: nn.Module, parameters: Collection[Tensor] = ()) -> Iter
 
 
 @torch.no_grad()
-def eval_outputs(module: nn.Module, inputs: Any) -> list[Tensor]:
+def eval_outputs(module: nn.Module, inputs: Any, seed: int = 0) -> list[Tensor]:
     """Returns the tensors that a module outputs in eval mode; all else is as before, also what it may write into."""
     with eval_mode(module), lent_buffers(module), collections_kept(module), torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
+        torch.manual_seed(seed)
         args = pytree.tree_map_only(Tensor, torch.clone, (inputs,) if isinstance(inputs, Tensor) else inputs)
         out = module(**args) if isinstance(args, Mapping) else module(*args)
         return [t.clone() for t in tensors_in(out)]

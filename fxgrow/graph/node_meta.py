@@ -16,6 +16,8 @@ from fxgrow.errors import FxgrowError
 RECORD = "fxgrow"
 #: what the model was captured with, in the order of the placeholders
 EXAMPLE_INPUTS = "example_inputs"
+#: name of the dtype of the weights at that time, or None
+DTYPE = "fxgrow.dtype"
 #: names of the inputs that were given by keyword, or None
 KEYWORDS = "fxgrow.keywords"
 #: by mode, the modules that `train(mode)` of the model leaves in the other one

@@ -16,6 +16,7 @@ from torch import Tensor, fx, nn
 
 from fxgrow.errors import FileError, RewriteError
 from fxgrow.graph.arguments import Path, argument_leaves, set_argument
+from fxgrow.graph.code_lines import code_lines
 from fxgrow.graph.graph import caller, compile_graph, copy_graph, named_tensors, same_kind
 from fxgrow.ops.registry import may_change
 from fxgrow.rewriting.transplant import changed_attributes
@@ -43,7 +44,9 @@ def record(
     running = {m.__dict__["owner"] for m in (*before.modules(), *after.modules()) if isinstance(m, OpaqueFunction)}
     ignored = running if into == "graph" else set()
     step = _growth_step(before, after, {name: k for name, k in units.items() if k}, method, ignored)
-    new = Recipe(old.steps + ((step,) if step.sizes else ()), old.example or Example.of(before), into)
+    steps = old.steps + ((step,) if step.sizes else ())
+    code = old.code if old.code or old.steps else code_lines(before)
+    new = Recipe(steps, old.example or Example.of(before), into, code)
     keep_recipe(out, new)
     if out is not after:
         keep_recipe(after, new)

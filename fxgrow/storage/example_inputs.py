@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from fxgrow.errors import FileError
-from fxgrow.graph.node_meta import EXAMPLE_INPUTS, KEYWORDS
+from fxgrow.graph.node_meta import DTYPE, EXAMPLE_INPUTS, KEYWORDS
 from fxgrow.storage import schema
 from fxgrow.storage.plain_tree import DTYPES, decoded, encoded
 from fxgrow.storage.schema import SchemaError, checked
@@ -106,7 +106,7 @@ class Example:
             tree = encoded(given, tensors, "inputs")
         except FileError:
             return cls(None, {}, None)
-        return cls(tree, {name: TensorSpec.of(t) for name, t in tensors.items()}, _dtype_of(gm))
+        return cls(tree, {name: TensorSpec.of(t) for name, t in tensors.items()}, gm.meta.get(DTYPE))
 
     def within(self, nbytes: int) -> Example:
         """Returns the example, or none where its tensors are much larger than a file with so many bytes of weights."""
@@ -118,7 +118,7 @@ class Example:
         if self.inputs is None:
             return None
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        new = _dtype_of(model)
+        new = dtype_of(model)
         tensors = {
             name: spec.tensor().to(device, DTYPES[new] if new is not None and spec.dtype == self.dtype else None)
             for name, spec in self.tensors.items()
@@ -129,6 +129,7 @@ class Example:
         return inputs
 
 
-def _dtype_of(model: nn.Module) -> str | None:
+def dtype_of(model: nn.Module) -> str | None:
+    """Returns the name of the dtype of a model's first weight that is a real number."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     return None if dtype is None else str(dtype).removeprefix("torch.")

@@ -115,6 +115,7 @@ class Recipe:
         steps: the growths, in order.
         example: the example inputs of the capture, or None if the model was never captured.
         into: the kind of the grown model, `graph` or `module`; see `fxgrow.grow`.
+        code: what the model's code computed before the first growth, a line for each call; None where unknown.
 
     Example:
         >>> import torch, fxgrow
@@ -128,6 +129,9 @@ class Recipe:
     steps: tuple[GrowthStep, ...] = checked(schema.array(schema.read_as(GrowthStep)), default=())
     example: Example | None = checked(schema.optional(schema.read_as(Example)), default=None, repr=False)
     into: str = checked(schema.string(choices=("graph", "module")), default="module")
+    code: tuple[str, ...] | None = checked(
+        schema.optional(schema.array(schema.string(300))), required=False, default=None, repr=False, compare=False
+    )
 
     @classmethod
     def of(cls, model: nn.Module) -> Recipe:
@@ -156,7 +160,7 @@ class Recipe:
         """
         steps = [_step_data(step) for step in self.steps]
         example = None if self.example is None else asdict(self.example)
-        return json.dumps({RECIPE: VERSION, "steps": steps, "example": example, "into": self.into})
+        return json.dumps({RECIPE: VERSION, "steps": steps, "example": example, "into": self.into, "code": self.code})
 
     @classmethod
     def from_json(cls, text: str) -> Recipe:
