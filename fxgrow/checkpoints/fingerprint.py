@@ -21,7 +21,7 @@ from fxgrow.graph.evaluate import TOLERANCE, difference, eval_outputs, own_modes
 from fxgrow.graph.graph import named_tensors
 from fxgrow.graph.module_options import CLASS, module_options
 from fxgrow.storage import schema
-from fxgrow.storage.example_inputs import dtype_of
+from fxgrow.storage.example_inputs import weights_dtype
 from fxgrow.storage.recipe import Recipe
 from fxgrow.storage.schema import checked
 from fxgrow.tracing.model_state import unchanged, without_caches
@@ -82,7 +82,7 @@ class Fingerprint:
         """Raises `FileError` where a loaded model differs; `code` has the lines of the fresh model, or None."""
         same_torch = self.torch_version == torch.__version__
         self._check_options(model, same_torch, isinstance(model, torch.fx.GraphModule) != ("" not in self.options))
-        same_dtype = recipe.example is not None and recipe.example.dtype == dtype_of(model)
+        same_dtype = recipe.example is not None and recipe.example.dtype == weights_dtype(model)
         if same_torch and same_dtype and code is not None and recipe.code is not None:
             if (lines := code_difference(recipe.code, code)) is not None:
                 raise FileError(

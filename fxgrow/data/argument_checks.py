@@ -193,7 +193,7 @@ _SWITCH = Kind(_flag, "give True or False")
 _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("model", "gm", "module"), MODULE),
     **dict.fromkeys(("neurons", "units"), _UNITS),
-    **dict.fromkeys(("progress", "update_existing", "keep_moments", "dynamic_batch", "check"), _SWITCH),
+    **dict.fromkeys(("progress", "update_existing", "keep_moments", "dynamic_batch", "check", "strict"), _SWITCH),
     **dict.fromkeys(("metric", "value", "tolerance"), Kind(_number, "give a number")),
     **dict.fromkeys(("callback", "batch"), Kind(_function, "give a function")),
     **dict.fromkeys(("method", "positions"), Kind(_instance(str), "give a name", ProfileError)),

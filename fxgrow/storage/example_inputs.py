@@ -118,7 +118,7 @@ class Example:
         if self.inputs is None:
             return None
         device = next((p.device for p in model.parameters()), torch.device("cpu"))
-        new = dtype_of(model)
+        new = weights_dtype(model)
         tensors = {
             name: spec.tensor().to(device, DTYPES[new] if new is not None and spec.dtype == self.dtype else None)
             for name, spec in self.tensors.items()
@@ -129,7 +129,7 @@ class Example:
         return inputs
 
 
-def dtype_of(model: nn.Module) -> str | None:
+def weights_dtype(model: nn.Module) -> str | None:
     """Returns the name of the dtype of a model's first weight that is a real number."""
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     return None if dtype is None else str(dtype).removeprefix("torch.")

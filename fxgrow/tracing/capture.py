@@ -24,7 +24,7 @@ from fxgrow.graph.kept_values import collections_kept
 from fxgrow.graph.node_functions import holds
 from fxgrow.graph.node_meta import DTYPE, EXAMPLE_INPUTS, KEYWORDS, NON_PERSISTENT, OTHER_MODE, is_captured
 from fxgrow.graph.purity import is_pure
-from fxgrow.storage.example_inputs import dtype_of
+from fxgrow.storage.example_inputs import weights_dtype
 from fxgrow.storage.recipe import Recipe, keep_recipe
 from fxgrow.tracing.alignment import share_constants
 from fxgrow.tracing.bind_inputs import bind_inputs
@@ -292,7 +292,7 @@ def _assemble(
     # a slice of a data set would keep all of it in every copy and every saved file
     gm.meta[EXAMPLE_INPUTS] = pytree.tree_map_only(torch.Tensor, _compact, values)
     gm.meta[KEYWORDS] = keywords
-    gm.meta[DTYPE] = dtype_of(model)
+    gm.meta[DTYPE] = weights_dtype(model)
     if Recipe.of(model).steps:
         keep_recipe(gm, replace(Recipe.of(model), into="graph"))
     gm.meta[NON_PERSISTENT] = sorted(gm._non_persistent_buffers_set)
