@@ -42,8 +42,16 @@ def _growing(of: Iterable[Record]) -> list[Record]:
 
 
 def share(key: str, missing: bool = False) -> Column:
-    """Networks with something to grow where this worked, of those that have an answer (or of all: `missing`)."""
-    return lambda of: _of([{key: r.get(key)} for r in _growing(of)] if missing else _growing(of), key)
+    """Networks with something to grow where this worked, of those that have an answer (or of all: `missing`).
+
+    Never of those whose plain network cannot do it either, which are listed.
+    """
+
+    def column(of: Sequence[Record]) -> str:
+        asked = [r for r in _growing(of) if key not in r.get("not_asked", {})]
+        return _of([{key: r.get(key)} for r in asked] if missing else asked, key)
+
+    return column
 
 
 def _ratios(of: Sequence[Record]) -> str:
@@ -127,6 +135,8 @@ def _failures(records: Sequence[Record]) -> list[str]:
         for key, what in CHECKS.items():
             if r.get(key) is False:
                 rows.append([name, what, r.get(f"{key}_error", "gradients are not finite")])
+            elif key in r.get("not_asked", {}):
+                rows.append([name, f"{what}: not asked", f"the network itself cannot: {r['not_asked'][key]}"])
     return _markdown("network | failed at | with", [[_cell(c) for c in row] for row in rows])
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _NormBase
+from torch.utils import _pytree as pytree
 
 import fxgrow
 from benchmarks.coverage.measure import call, distance, measure, run
@@ -54,12 +56,17 @@ def _growth(entry: Entry) -> Iterator[Findings]:
         return torch.stack([(a - b).abs().square().mean() for a, b in pairs]).mean()
 
     _calibrate(subject.model, given)
-    try:
-        grown = fxgrow.grow(subject.model, data, loss_fn=loss, neurons=2, progress=False)
-    except Exception as error:
-        yield {"grown": False, "grown_error": described(error)}
-        return
-    yield _grown(grown)
+    if cannot := _own_failure(subject.model, data, loss):
+        yield {"not_asked": {"grown": cannot}}
+        widths = fxgrow.widths(fxgrow.capture(subject.model, data[0][0]))
+        grown = fxgrow.widen(subject.model, data[0][0], {w.name: w.step for w in widths if w.pinned is None})
+    else:
+        try:
+            grown = fxgrow.grow(subject.model, data, loss_fn=loss, neurons=2, progress=False)
+        except Exception as error:
+            yield {"grown": False, "grown_error": described(error)}
+            return
+        yield _grown(grown)
     try:
         yield _saved(entry, grown, data[0][0])
     except Exception as error:
@@ -68,6 +75,20 @@ def _growth(entry: Entry) -> Iterator[Findings]:
 
 def _floating(subject: Subject, output: Any) -> list[Tensor]:
     return [t for t in tensors_in(subject.outputs(output)) if t.is_floating_point() or t.is_complex()]
+
+
+def _own_failure(model: nn.Module, data: list[tuple[Inputs, list[Tensor]]], loss: Callable[..., Tensor]) -> str | None:
+    """Why the network itself has no finite losses and gradients in eval mode, in which growth measures; None if so."""
+    model = copy.deepcopy(model).eval()
+    for i, (inputs, targets) in enumerate(data):
+        try:
+            value = loss(call(model, pytree.tree_map_only(Tensor, Tensor.clone, inputs)), targets)
+            if not bool(value.isfinite()):
+                return f"its own loss of batch {i} is {float(value)}"
+            value.backward()
+        except Exception as error:
+            return f"its own backward pass in eval mode fails: {error}"[:300]
+    return None
 
 
 @torch.no_grad()

@@ -72,8 +72,10 @@ def find_paths(width: GrowableWidth, analysed: AnalysedGraph) -> list[ConvPath] 
             if path is None:
                 return None
             paths.append(path)
-    consumers = {path.consumer.node for path in paths}
-    return paths if paths and all(c.node in consumers for c in width.consumers) else None
+    # a map and features without positions (a gate of the units) have no common rows
+    kinds = {(path.consumer.node, len(path.read_shape)) for path in paths}
+    consumers = [node for node, _ in kinds]
+    return paths if {c.node for c in width.consumers} == {*consumers} and len(consumers) == len({*consumers}) else None
 
 
 def _downstream(start: fx.Node, var: UnitVar, structure: Structure) -> dict[fx.Node, list[fx.Node]]:

@@ -40,6 +40,23 @@ class Noisy(nn.Module):
         return self.o(self.b(self.drop(self.a(x).relu())).relu())
 
 
+class WritesInPlace(nn.Module):
+    """In eval mode, autograd needs a value that forward overwrites; its table is read or computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Linear(6, 5), nn.Linear(5, 3)
+        self.register_buffer("table", self.computed(6), persistent=False)
+
+    def computed(self, size: int) -> Tensor:
+        return (torch.arange(size).float() / 7.0).sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = self.table if x.shape[1] == 6 else self.computed(x.shape[1])
+        x = self.a(x + table).exp()
+        return self.o(x + 1 if self.training else x.add_(1))
+
+
 ENTRIES = (Entry("torch", "noisy", Noisy, floats(6)), Entry("torch", "refuses", Refuses, floats(3)))
 
 
@@ -58,6 +75,18 @@ def test_two_networks(tmp_path: Path) -> None:
     assert str(failure(bad)).startswith("capture: ")
     text = tables([good, bad], wild_columns())
     assert "| torch | 1/2 | 1/2 | 1/1 |" in text and "torch/refuses | not captured" in text
+
+
+def test_what_a_network_cannot_do_itself_is_not_asked_of_it(tmp_path: Path) -> None:
+    options = options_of(None, "wild.jsonl", time_limit=120, memory=8).parse_args(
+        ["--resume", str(tmp_path / "x.jsonl")]
+    )
+    entry = Entry("torch", "in_place", WritesInPlace, floats(6))
+    (record,) = records_of([(entry.package, entry.name, partial(steps, entry, vars(options)))], options, summary)
+    assert failure(record) is None and record["faithful"] and record["widened"] and record["saved"]
+    assert "grown" not in record and "inplace operation" in record["not_asked"]["grown"]
+    text = tables([record], wild_columns())
+    assert "torch/in_place | grown on batches: not asked | the network itself cannot: its own backward" in text
 
 
 def test_every_entry_is_well_formed() -> None:

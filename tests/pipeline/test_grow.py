@@ -440,3 +440,23 @@ def test_the_line_search_sees_what_nothing_was_fitted_on(method: str) -> None:
         for key, t in slices.items():
             if "running" not in name:  # those move along with gamma
                 torch.testing.assert_close(plans[1].values.new[name][key], t)
+
+
+def test_steps_at_which_the_loss_is_not_a_number_are_too_long() -> None:
+    torch.manual_seed(0)
+    model = MLP([6, 4, 3])
+    inputs = [torch.randn(32, 6) for _ in range(6)]
+    with torch.no_grad():
+        batches = [(x, (torch.randn(32, 3), model(x))) for x in inputs]
+
+    def loss(output: Tensor, targets: tuple[Tensor, Tensor]) -> Tensor:
+        expected, before = targets
+        far = (output - before).abs().amax(1) > 0.01
+        return (output - expected).square().mean(1).masked_fill(far, torch.nan)
+
+    record = fxgrow.grow(model, batches, neurons=2, loss_fn=loss, progress=False).meta["fxgrow"]
+    assert torch.inf in record.search.losses and record.plan.scale > 0
+    before, after = record.losses["eval"]
+    assert after < before
+    with pytest.raises(fxgrow.ProfileError, match="is nan"):
+        fxgrow.grow(model, batches, loss_fn=lambda output, targets: output.sum() * torch.nan, progress=False)

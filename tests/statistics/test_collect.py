@@ -340,6 +340,27 @@ def columns_of(case: Case, grown: nn.Module, name: str, k: int) -> Tensor:
     return columns.reshape(len(old), k, -1).permute(1, 2, 0)
 
 
+class Gated(nn.Module):
+    """A gate that a linear layer writes multiplies the channels of maps before a linear layer reads their means."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.out = nn.Conv2d(2, 6, 3, padding=1), nn.Linear(6, 3)
+        self.squeeze, self.gate = nn.Linear(6, 4), nn.Linear(4, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.a(x).relu()
+        gate = self.gate(self.squeeze(x.mean((2, 3))).relu()).sigmoid()
+        return self.out((x * gate.view(*gate.shape, 1, 1)).mean((2, 3)))
+
+
+def test_producers_with_and_without_positions_before_one_consumer() -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(16, 2, 5, 5), torch.randn(16, 3)) for _ in range(4)]
+    grown = fxgrow.grow(Gated(), batches, neurons={"a": 2}, loss_fn=F.mse_loss, progress=False)
+    assert (grown.a.out_channels, grown.gate.out_features, grown.out.in_features) == (8, 8, 8)
+
+
 @pytest.mark.parametrize("positions", ["all", "sampled"])
 def test_maps_of_different_sizes_that_are_read_at_different_sizes(positions: str) -> None:
     case = meeting()

@@ -43,7 +43,7 @@ ENTRIES = [
     Entry("monai", "mednext", call(f"{_NETS}:MedNeXt", spatial_dims=2, init_filters=8, kernel_size=3, blocks_down=(1,
           1), blocks_bottleneck=1, blocks_up=(1, 1)), images(1, 16, 8), True),
     Entry("monai", "senet", call(f"{_NETS}:SENet", 2, 1, "se_resnetxt_bottleneck", [1, 1, 1, 1], groups=4, reduction=4,
-          inplanes=16, num_classes=5), images(1, 64, 32), True),
+          inplanes=16, num_classes=5), images(1, 32, 32), True),
     Entry("monai", "densenet", call(f"{_NETS}:DenseNet", 2, 1, 5, init_features=8, growth_rate=4, block_config=(2, 2)),
           images(1, 32, 16), True),
     Entry("monai", "highresnet", call(f"{_NETS}:HighResNet", spatial_dims=2, layer_params=({"name": "conv_0",
