@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from fxgrow.data.batches import Batch, Data, take
-from fxgrow.data.loss import LossFn, known_loss
+from fxgrow.data.loss import InfiniteLoss, LossFn, known_loss
 from fxgrow.data.loss_parts import losses_of_parts
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
 from fxgrow.graph.evaluate import eval_mode, lent_buffers
@@ -33,6 +33,12 @@ class Losses(NamedTuple):
     sizes: Tensor
 
 
+def alike(losses: Losses, before: Losses) -> Losses:
+    """Losses of the same parts as others: all infinite where one is."""
+    finite = len(losses.values) == len(before.values) and bool(losses.values.isfinite().all())
+    return losses if finite else Losses(torch.full_like(before.values, math.inf), before.sizes)
+
+
 class LossDifference(NamedTuple):
     """How much a mean loss is above another one, and the standard error of that, from the parts of the batches."""
 
@@ -47,6 +53,8 @@ class HeldOut:
     batches: Sequence[Batch]
     loss_fn: LossFn | None
     process_group: ProcessGroup = SINGLE_PROCESS
+    #: whether a loss that is infinite, or not a number, is an error
+    finite: bool = True
     #: masks of dropout to average over; 0: train mode has no such loss. None: not known yet
     _masks: int | None = field(default=None, repr=False)
 
@@ -65,7 +73,13 @@ class HeldOut:
                 torch.manual_seed(seed)
                 for batch in self.batches:
                     with lent_buffers(graph):
-                        parts = losses_of_parts(forward(graph, graph, batch), batch, self.loss_fn)
+                        output = forward(graph, graph, batch)
+                    try:
+                        parts = losses_of_parts(output, batch, self.loss_fn)
+                    except InfiniteLoss:
+                        if self.finite:
+                            raise
+                        parts = torch.tensor([math.inf], dtype=torch.float64)
                     values.append(parts.cpu())
                     sizes.append(torch.full_like(values[-1], batch.size / len(parts)))
         empty = torch.zeros(0, dtype=torch.float64)

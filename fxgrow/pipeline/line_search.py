@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.graph.graph import lookup
-from fxgrow.pipeline.held_out import ROUNDING, HeldOut, LossDifference, Losses
+from fxgrow.pipeline.held_out import ROUNDING, HeldOut, LossDifference, Losses, alike
 from fxgrow.rewriting.batch_norm import Moments, RunningStatistics
 from fxgrow.rewriting.bounds import bounded
 from fxgrow.rewriting.plan import Plan
@@ -82,16 +82,20 @@ class GammaLine:
 
     def see(self, gamma: float) -> None:
         """Moves there and measures both modes; running statistics follow batch statistics."""
-        graph = self.move(gamma)
-        train, moments = self.held_out.in_train_mode(graph, self.norms)
+        graph, start = self.move(gamma), self.seen.get(0.0)
+        # a step may be too long for a logarithm in the loss, say
+        held_out = self.held_out if start is None else replace(self.held_out, finite=False)
+        train, moments = held_out.in_train_mode(graph, self.norms)
         if not self._start:
             self._start = moments
         if self.follow:
             self.norms.follow(self._start, moments)
         # both modes are one where they were at gamma = 0
-        start = self.seen.get(0.0)
         same = start is not None and not self.norms.live and torch.equal(start[0].values, start[1].values)
-        self.seen[gamma] = train, train if same else self.held_out.in_eval_mode(graph)
+        found = train, train if same else held_out.in_eval_mode(graph)
+        if start is not None:
+            found = alike(found[0], start[0]), alike(found[1], start[1])
+        self.seen[gamma] = found
 
     def loss(self, gamma: float) -> float:
         """The mean loss in train mode."""
