@@ -5,8 +5,8 @@ from __future__ import annotations
 import array
 import base64
 import json
+import math
 import sys
-from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -15,9 +15,13 @@ from torch import Tensor
 
 from fxgrow.errors import PlanError
 from fxgrow.rewriting.values import CopiedUnits, Values
+from fxgrow.storage import schema
+from fxgrow.storage.schema import SchemaError, checked
 
 #: of the module `array`, per dtype
 _CODES = {"float64": "d", "float32": "f"}
+#: parameter, width and dimension
+_PLACES = schema.array(schema.array(schema.name, schema.name, schema.integer(high=63)))
 
 
 @dataclass(frozen=True)
@@ -38,20 +42,20 @@ class Plan:
         bounded: parameters whose new entries or update would have dwarfed their layer, and what they were scaled by.
     """
 
-    units: dict[str, int]
-    method: str = "default"
-    scale: float = 1.0
-    symmetric: bool = False
-    predicted: dict[str, float] = field(default_factory=dict)
-    slope: float = 0.0
-    curvature: float = 0.0
-    parameters: tuple[int, int] = (0, 0)
-    reason: str | None = None
+    units: dict[str, int] = checked(schema.mapping(schema.integer()))
+    method: str = checked(schema.name, default="default")
+    scale: float = checked(schema.real(0), default=1.0)
+    symmetric: bool = checked(schema.boolean, default=False)
+    predicted: dict[str, float] = checked(schema.mapping(schema.real()), default_factory=dict)
+    slope: float = checked(schema.real(), default=0.0)
+    curvature: float = checked(schema.real(), default=0.0)
+    parameters: tuple[int, int] = checked(schema.array(schema.integer(), schema.integer()), default=(0, 0))
+    reason: str | None = checked(schema.optional(schema.string()), default=None)
     values: Values = field(default_factory=Values, repr=False)
     #: parameters whose new entries along a dimension are outgoing (scaled), and incoming (scaled if symmetric)
-    outgoing: tuple[tuple[str, str, int], ...] = field(default=(), repr=False)
-    incoming: tuple[tuple[str, str, int], ...] = field(default=(), repr=False)
-    bounded: dict[str, float] = field(default_factory=dict)
+    outgoing: tuple[tuple[str, str, int], ...] = checked(_PLACES, default=(), repr=False)
+    incoming: tuple[tuple[str, str, int], ...] = checked(_PLACES, default=(), repr=False)
+    bounded: dict[str, float] = checked(schema.mapping(schema.real()), required=False, default_factory=dict)
 
     def at(self, scale: float, update: bool = True) -> Values:
         """Returns the values at another gamma; `update=False` leaves the existing weights unchanged."""
@@ -116,32 +120,25 @@ class Plan:
             PlanError: the text is no plan.
         """
         try:
-            raw = json.loads(text)
-            new: dict[str, dict[tuple[str, int], Tensor]] = {}
-            for name, width, dim, t in raw["new"]:
-                new.setdefault(name, {})[width, dim] = _decode(t)
-            return cls(
-                units={str(k): int(v) for k, v in raw["units"].items()},
-                method=raw["method"],
-                scale=float(raw["scale"]),
-                symmetric=bool(raw["symmetric"]),
-                predicted=dict(raw["predicted"]),
-                slope=float(raw.get("slope", 0.0)),
-                curvature=float(raw.get("curvature", 0.0)),
-                parameters=(raw["parameters"][0], raw["parameters"][1]),
-                reason=raw["reason"],
-                bounded=dict(raw.get("bounded", {})),
-                values=Values(
-                    new=new,
-                    delta={name: _decode(t) for name, t in raw["delta"]},
-                    new_units_see_each_other=raw["corner"],
-                    copies={w: CopiedUnits(torch.tensor(o), _decode(t)) for w, o, t in raw.get("copies", [])},
-                ),
-                outgoing=tuple((a, b, c) for a, b, c in raw["outgoing"]),
-                incoming=tuple((a, b, c) for a, b, c in raw["incoming"]),
-            )
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise PlanError(f"This text is not a plan of fxgrow: {error!r}.") from error
+            raw = schema.parse_json(text)
+            found = schema.read_fields(cls, raw, "the plan", ("fxgrow", "corner", "new", "delta", "copies"))
+            schema.integer(1, 1)(raw["fxgrow"], "the plan.fxgrow")
+            return cls(**found, values=_values(raw))
+        except (SchemaError, RuntimeError) as error:
+            raise PlanError(f"This text is not a plan of fxgrow: {error}.") from None
+
+
+def _values(raw: dict[str, Any]) -> Values:
+    """Reads the weights, each of which is taken out of the data before the next is made."""
+    new: dict[str, dict[tuple[str, int], Tensor]] = {}
+    for name, width, dim, t in schema.array(_NEW)(raw.pop("new"), "the plan.new"):
+        new.setdefault(name, {})[width, dim] = t
+    delta = dict(schema.array(_DELTA)(raw.pop("delta"), "the plan.delta"))
+    copies = {
+        width: CopiedUnits(torch.tensor(origin, dtype=torch.long), shares)
+        for width, origin, shares in schema.array(_COPIES)(raw.pop("copies"), "the plan.copies")
+    }
+    return Values(new, delta, schema.boolean(raw["corner"], "the plan.corner"), copies)
 
 
 def _encode(t: Tensor) -> dict[str, Any]:
@@ -154,10 +151,41 @@ def _encode(t: Tensor) -> dict[str, Any]:
     return {"shape": list(t.shape), "dtype": dtype, "data": base64.b64encode(data.tobytes()).decode()}
 
 
-def _decode(raw: Mapping[str, Any]) -> Tensor:
-    if "complex" in raw:
-        return torch.view_as_complex(_decode(raw["complex"]))
-    data = array.array(_CODES[raw["dtype"]], base64.b64decode(raw["data"]))
-    if sys.byteorder == "big":
-        data.byteswap()
-    return torch.tensor(data, dtype=getattr(torch, raw["dtype"])).reshape(raw["shape"])
+@dataclass(frozen=True)
+class _Weights:
+    """A tensor in the text of a plan."""
+
+    shape: tuple[int, ...] = checked(schema.array(schema.integer(), longest=64))
+    dtype: str = checked(schema.string(choices=_CODES))
+    data: bytes = checked(schema.encoded_bytes)
+
+    def tensor(self, where: str) -> Tensor:
+        size = 8 if self.dtype == "float64" else 4
+        if len(self.data) != math.prod(self.shape) * size:
+            raise SchemaError(f"{where} has the shape {list(self.shape)} and {len(self.data)} bytes")
+        data = array.array(_CODES[self.dtype], self.data)
+        if sys.byteorder == "big":
+            data.byteswap()
+        if not data:
+            return torch.zeros(self.shape, dtype=getattr(torch, self.dtype))
+        t = torch.frombuffer(data, dtype=getattr(torch, self.dtype)).reshape(self.shape)
+        if not bool(t.isfinite().all()):
+            raise SchemaError(f"{where} has infinities or NaN")
+        return t
+
+
+def _tensor(raw: Any, where: str) -> Tensor:
+    if type(raw) is dict and raw.keys() == {"complex"}:
+        t = _tensor(raw["complex"], where)
+        if t.shape[-1:] != (2,):
+            raise SchemaError(f"{where} is no tensor of complex numbers")
+        return torch.view_as_complex(t)
+    out = schema.read_as(_Weights)(raw, where).tensor(where)
+    raw.clear()
+    return out
+
+
+#: entries of the lists `new`, `delta` and `copies`
+_NEW = schema.array(schema.name, schema.name, schema.integer(high=63), _tensor)
+_DELTA = schema.array(schema.name, _tensor)
+_COPIES = schema.array(schema.name, schema.array(schema.integer()), _tensor)
