@@ -25,6 +25,8 @@ LOOKED_AT = 2**18
 IGNORED = -100
 #: numbers that are all between 0 and 1 say something if they are so many
 FEW = 8
+#: of autograd, nodes that change no value
+VIEWS = "View", "Squeeze", "Unsqueeze", "Permute", "Transpose", "T", "Reshape", "Select", "Slice", "Clone", "ToCopy"
 
 
 @dataclass
@@ -56,7 +58,7 @@ class Loss:
         if self.function is None:
             if batch.targets is not None:
                 (logits, targets), _ = first_samples((_logits(output), batch.targets), batch.size)
-                self.name = _name_of_guess(logits, targets)
+                self.name = _name_of_guess(logits, targets, _ends_in_sigmoid(_logits(output)))
             return
         pair, size = first_samples((output, batch.targets), batch.size)
         function = self.function
@@ -167,7 +169,15 @@ def _logits(output: Any) -> Any:
     return getattr(output, "logits", output)
 
 
-def _name_of_guess(output: Tensor, targets: Tensor) -> str:
+def _ends_in_sigmoid(output: Tensor) -> bool:
+    """Whether autograd says so; views may follow."""
+    node = output.grad_fn
+    while node is not None and node.name().startswith(VIEWS) and node.next_functions:
+        node = node.next_functions[0][0]
+    return node is not None and node.name().startswith("Sigmoid")
+
+
+def _name_of_guess(output: Tensor, targets: Tensor, sigmoid: bool) -> str:
     """The name of the default loss; warns, or refuses it, where outputs and targets look like those of another one."""
     floating = targets.is_floating_point()
     name = "mean squared error" if floating else "cross-entropy"
@@ -179,7 +189,7 @@ def _name_of_guess(output: Tensor, targets: Tensor) -> str:
         use = cross_entropy[outputs == "probabilities"]
     elif labels == "between 0 and 1":
         use = "nn.BCELoss()" if outputs == labels else "nn.BCEWithLogitsLoss()"
-    elif not floating and outputs in ("probabilities", "between 0 and 1"):
+    elif not floating and (outputs == "probabilities" or sigmoid):
         use = "lambda output, target: F.nll_loss(output.log(), target)"
     else:
         return name

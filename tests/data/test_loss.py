@@ -83,6 +83,11 @@ def test_other_defaults_pass_without_a_word() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert profile(net(2), CLASSES).loss_name == "cross-entropy"
+        within = net(2)  # logits between 0 and 1 by chance
+        with torch.no_grad():
+            within[2].weight /= 10
+            within[2].bias.fill_(0.5)
+        assert profile(within, CLASSES).loss_name == "cross-entropy"
         assert profile(net(2, nn.Sigmoid()), X[:, :2]).loss_name == "mean squared error"
         assert profile(net(2), X.new_zeros(192, 2)).loss_name == "mean squared error"
         assert profile(maps, CLASSES[:, None].expand(-1, 2)).loss_name == "cross-entropy"
