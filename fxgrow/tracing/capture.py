@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
 
@@ -31,7 +32,7 @@ from fxgrow.tracing.bind_inputs import bind_inputs
 from fxgrow.tracing.forward_hooks import ForwardHooks
 from fxgrow.tracing.input_sizes import keep_input_sizes
 from fxgrow.tracing.intercept import CAPTURE_LOCK
-from fxgrow.tracing.model_check import check_against_model, is_right_with_other_weights, set_modes_as_in
+from fxgrow.tracing.model_check import called_once, check_against_model, is_right_with_other_weights, set_modes_as_in
 from fxgrow.tracing.model_state import (
     unchanged,
     without_caches,
@@ -115,26 +116,39 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
     quiet = without_failure_log()  # an error says what fails
     with CAPTURE_LOCK, without_caches(model), without_fast_path(), without_compilation(), kept, quiet:
         namespaces = Namespaces(model)
-        return _at_all_sizes(traced)
+        return _at_all_sizes(traced, lambda: called_once(model, call, inputs))
 
 
 def _at_all_sizes(
     traced: Callable[[Mapping[Decision, Otherwise]], tuple[ValueTracer, fx.GraphModule]],
+    called_once: Callable[[], AbstractContextManager[None]],
 ) -> fx.GraphModule:
     """Returns the graph of a model with as few decisions on sizes as there can be: see `size_decisions`."""
-    taken: dict[Decision, Otherwise] = {}
-    tried: set[Decision] = set()
-    tracer, gm = traced(taken)
-    while new := next((d for d in tracer.decisions.open if d not in tried), None):
-        tried.add(new)
-        otherwise = taken | {new: tracer.decisions.open[new]}
-        with contextlib.suppress(CaptureError):
-            other, graph = traced(otherwise)
-            if otherwise[new].bounded and other.written - tracer.written:  # it fills a cache, right at every size
-                otherwise[new] = Otherwise(otherwise[new].outcome, bounded=False)
+
+    def decide(taken: Mapping[Decision, Otherwise]) -> tuple[ValueTracer, fx.GraphModule, Mapping[Decision, Otherwise]]:
+        tried = set(taken)
+        tracer, gm = traced(taken)
+        while new := next((d for d in tracer.decisions.open if d not in tried), None):
+            tried.add(new)
+            outcome, bounded = tracer.decisions.open[new]
+            otherwise = {**taken, new: Otherwise(outcome, bounded=False)}
+            with contextlib.suppress(CaptureError):
                 other, graph = traced(otherwise)
-            if len(other.opaque) <= len(tracer.opaque):  # else the other way raises, inside of what is opaque now
-                tracer, gm, taken = other, graph, otherwise
+                if bounded and not other.written - tracer.written:  # else it fills a cache, and is right at every size
+                    if new in tracer.decisions.unequal:
+                        continue
+                    otherwise[new] = Otherwise(outcome, bounded)
+                    other, graph = traced(otherwise)
+                if len(other.opaque) <= len(tracer.opaque):  # else the other way raises, inside of what is opaque now
+                    tracer, gm, taken = other, graph, otherwise
+        return tracer, gm, taken
+
+    tracer, gm, taken = decide({})
+    if tracer.written and tracer.decisions.unequal:
+        with contextlib.suppress(CaptureError):
+            with called_once():
+                _, _, more = decide(taken)
+            gm = gm if more == taken else traced(more)[1]
     return gm
 
 

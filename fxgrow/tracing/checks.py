@@ -59,6 +59,15 @@ def catches(file: str, line: int, error: str) -> bool:
     return any(isinstance(n, ast.Name) and n.id == error for h in handlers if h.type for n in ast.walk(h.type))
 
 
+@functools.cache
+def kept_between_calls(file: str, line: int) -> bool:
+    """Whether a line reads an attribute that a method of the same file sets, other than `__init__`."""
+    read = {node.attr for node in _nodes(file) if isinstance(node, ast.Attribute) and _spans(node, line)}
+    methods = (node for node in _nodes(file) if isinstance(node, ast.FunctionDef) and node.name != "__init__")
+    parts = (part for method in methods for part in ast.walk(method) if isinstance(part, ast.Attribute))
+    return any(part.attr in read and isinstance(part.ctx, ast.Store) for part in parts)
+
+
 def only_called(file: str, name: str) -> bool:
     """Whether the functions of a file do no more with a name than to call it, unlike `type(n) is int`."""
     return bool(_nodes(file)) and name not in _names_not_called(file)

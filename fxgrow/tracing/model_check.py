@@ -18,6 +18,7 @@ from fxgrow.errors import CaptureError
 from fxgrow.graph.conditional import ConditionalInterpreter
 from fxgrow.graph.evaluate import difference, lent_buffers, tensors_in
 from fxgrow.graph.purity import written_parameters
+from fxgrow.tracing.model_state import unchanged
 from fxgrow.tracing.surroundings import Change, Question, as_it_is, changes, generators_of, seed_all
 
 _TRIES = 3
@@ -95,6 +96,18 @@ def is_right_with_other_weights(model: nn.Module, gm: fx.GraphModule, call: Call
     return _agree(found, expected) and all(bool(t.isfinite().all()) for t in expected)
 
 
+@contextlib.contextmanager
+def called_once(model: nn.Module, call: Callable[[list[Any]], Any], inputs: dict[str, Any]) -> Iterator[None]:
+    """While open, the model is as after a call; a CaptureError if it does not run on the example."""
+    with unchanged(model), lent_buffers(model), random_state_kept():
+        try:
+            with torch.no_grad():
+                call(_copied(list(inputs.values())))
+        except Exception as error:
+            raise CaptureError("The model does not run on its example inputs.") from error
+        yield
+
+
 def set_modes_as_in(model: nn.Module, gm: fx.GraphModule) -> None:
     """Gives a graph, and the layers that are its own, the modes of its model."""
     modules = dict(gm.named_modules(remove_duplicate=False))
@@ -113,7 +126,7 @@ def _outputs(
     quiet: list[bool] | None = None,
 ) -> list[Tensor]:
     """Tensors of a seeded run, and whether it is `quiet`: draws no numbers; buffers and parameters are as before."""
-    with lent_buffers(module, parameters), random_state_kept():
+    with unchanged(module), lent_buffers(module, parameters), random_state_kept():
         torch.manual_seed(0)
         seed_all(generators_of(module), 0)
         with change(_copied(inputs), run) as values:

@@ -124,7 +124,7 @@ def _global_generators() -> list[Any]:
 
 def _changed(module: nn.Module, attributes: dict[str, Any], before: dict[str, Any]) -> Iterator[Question]:
     for name, value in attributes.items():
-        old = before.get(name)
+        old, value = before.get(name), value.carried if type(value) is ValueProxy else value
         if value is not old and value != old if type(old) in (int, float) else value is not old:
             if name[0] != "_" and name != "training":
                 yield counter(module, name) if type(old) in (int, float) else KEPT

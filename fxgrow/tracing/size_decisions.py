@@ -3,7 +3,8 @@
 A cache on the module (`if self.size != x.shape[-1]: self.grid = make(...)`), padding to a multiple (`if h % 8: pad`), a
 faster way for the size that a mask was made for: where the code finds a size *equal* to a number, the other way is what
 it does for every other size. If that way gives the same for the example too, with other weights than the model's as
-well, it is right at all sizes, and the graph needs no guard.
+well, it is right at all sizes, and the graph needs no guard. A cache that holds another size than that of the example
+is compared after a call of the model, which fills it; where one for a greater size is used, the other way must fill it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
-from fxgrow.tracing.checks import raises_otherwise
+from fxgrow.tracing.checks import kept_between_calls, raises_otherwise
 
 #: the sizes for which the other way is right, where the size that the code found is the number
 _BOUNDS: dict[Any, Callable[..., Any]] = {
@@ -58,6 +59,8 @@ class SizeDecisions:
         self.otherwise = otherwise
         #: those that may be taken the other way
         self.open: dict[Decision, Otherwise] = {}
+        #: those that could be, were the number another one, such as the size of the last call
+        self.unequal: set[Decision] = set()
 
     def take(self, node: fx.Node, value: bool, place: tuple[str, int]) -> Taken | None:
         """Returns the outcome that this trace takes instead of `value`, or None."""
@@ -71,6 +74,10 @@ class SizeDecisions:
         if size.meta["val"] == number and value is (comparison in (operator.eq, operator.le, operator.ge)):
             if not raises_otherwise(*place, value):
                 self.open[decision] = Otherwise(not value, bound is not None)
+        elif comparison is not operator.truth:
+            self.unequal.add(decision)
+            if bound is not None and kept_between_calls(*place):
+                self.open[decision] = Otherwise(not value, bounded=True)
         return None
 
 

@@ -110,7 +110,7 @@ def changes(model: nn.Module, question: Question) -> Iterator[Change]:
     elif question.where is not None:
         attributes, name = vars(question.where[0]), question.where[1]
         for value in (attributes[name] + 1, attributes[name] + 2, 10**6):
-            yield _during(partial(attributes.__setitem__, name, type(attributes[name])(value)))
+            yield partial(_other_count, attributes, name, type(attributes[name])(value))
 
 
 def _during(before: Callable[[], None]) -> Change:
@@ -145,6 +145,19 @@ def _not_contiguous(inputs: list[Any], run: Callable[[list[Any]], Any]) -> Itera
 @contextmanager
 def _second_call(inputs: list[Any], run: Callable[[list[Any]], Any]) -> Iterator[list[Any]]:
     run(pytree.tree_map_only(Tensor, torch.clone, inputs))
+    yield inputs
+
+
+@contextmanager
+def _other_count(
+    attributes: dict[str, Any], name: str, value: Any, inputs: list[Any], run: Callable[[list[Any]], Any]
+) -> Iterator[list[Any]]:
+    """Another number, if each call changes it; one that stays in a second call says what the model keeps."""
+    run(pytree.tree_map_only(Tensor, torch.clone, inputs))
+    kept = attributes[name]
+    run(pytree.tree_map_only(Tensor, torch.clone, inputs))
+    if attributes[name] != kept:
+        attributes[name] = value
     yield inputs
 
 

@@ -20,6 +20,7 @@ class Net(nn.Module):
         self.between = between
         self.a, self.b, self.also, self.gate = nn.Linear(3, 6), nn.Linear(6, 2), nn.Linear(6, 6), nn.Parameter(0 * _X)
         self.size, self.table, self.length = None, None, 0
+        self.register_buffer("rows", torch.zeros(64, 6))
         self.slopes = nn.Parameter(torch.linspace(0.1, 1, 6), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,6 +61,16 @@ def longest_so_far(net: Net, h: Tensor) -> Tensor:
     return h * net.table[:n]
 
 
+def longest_so_far_in_a_buffer(net: Net, h: Tensor) -> Tensor:
+    n = h.size(1)
+    if n < 64 and n <= net.length:
+        return h * net.rows[:n]
+    rows = (positions(n) * net.slopes).cos()
+    net.rows[:n] = rows.detach()
+    net.length = n
+    return h * rows
+
+
 def padded(net: Net, h: Tensor) -> Tensor:
     n = h.shape[1]
     missing = (4 - n % 4) % 4
@@ -88,23 +99,31 @@ def _net(between: Callable[[Net, Tensor], Tensor]) -> Net:
     return net
 
 
-@pytest.mark.parametrize("run_before", [False, True])
+@pytest.mark.parametrize("run_before", [False, 8, 10, 4])
 @pytest.mark.parametrize(
     "between",
-    [cached_by_size, cached_by_shape, filled_with_an_entry, longest_so_far, padded, with_a_mask_of_one_size],
+    [
+        cached_by_size,
+        cached_by_shape,
+        filled_with_an_entry,
+        longest_so_far,
+        longest_so_far_in_a_buffer,
+        padded,
+        with_a_mask_of_one_size,
+    ],
     ids=lambda f: f.__name__,
 )
-def test_other_sizes(between: Callable[[Net, Tensor], Tensor], run_before: bool) -> None:
+def test_other_sizes(between: Callable[[Net, Tensor], Tensor], run_before: int) -> None:
     net = _net(between)
     x = torch.randn(3, 8, 3, dtype=torch.float64)
     if run_before:
-        net(x)
+        net(torch.randn(3, run_before, 3, dtype=torch.float64))
     state = dict(vars(net))
     values = {name: p.clone() for name, p in net.named_parameters()}
     gm = fxgrow.capture(net, (x,))
     assert {k: id(v) for k, v in vars(net).items()} == {k: id(v) for k, v in state.items()}
     assert all(torch.equal(p, values[name]) for name, p in net.named_parameters())
-    for batch, n in [(3, 8), (2, 8), (3, 12), (1, 5), (4, 9), (3, 8)]:
+    for batch, n in [(3, 8), (2, 8), (3, 12), (1, 5), (4, 9), (3, 10), (3, 4), (3, 8)]:
         y = torch.randn(batch, n, 3, dtype=torch.float64)
         torch.testing.assert_close(gm(y), net(y), rtol=0, atol=1e-12)
 
