@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from fxgrow.data.argument_checks import NEW_FILE, checked_arguments
+from fxgrow.data.batches import as_tensors, dtype_of
 from fxgrow.errors import ExportError, FxgrowError, MissingExtraError, first_lines
 from fxgrow.graph.evaluate import difference, tensors_in
 from fxgrow.graph.node_functions import guard
@@ -78,7 +79,7 @@ def export_onnx(
     """
     _require("onnx", "onnxscript", *(("onnxruntime",) if check else ()))
     path = Path(path)
-    inputs = _Inputs.of(example_inputs, dynamic_batch)
+    inputs = _Inputs.of(as_tensors(example_inputs, dtype_of(module)), dynamic_batch)
     frozen = _eval_copy(module)
     cases = _cases(frozen, inputs) if check else []
     program, exported = _with_free_batch(frozen, inputs, opset)

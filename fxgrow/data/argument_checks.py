@@ -105,6 +105,12 @@ def _number(value: Any) -> float:
     return float(value)
 
 
+def _tolerance(value: Any) -> float:
+    if not _number(value) > 0:  # nan would accept all
+        raise _Unusable
+    return float(value)
+
+
 def _budget(value: Any) -> Any:
     whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
     return value if isinstance(value, str) else int(value) if whole else _number(value)
@@ -160,8 +166,8 @@ def _path(value: Any) -> Any:
     try:
         encoded = os.fsencode(value)
     except UnicodeError:
-        encoded = b"\0"
-    if b"\0" in encoded or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
+        encoded = b""
+    if not encoded or b"\0" in encoded or max(map(len, encoded.split(b"/"))) > _LONGEST_NAME:
         raise _Unusable("no file can have such a name")
     return value
 
@@ -178,12 +184,13 @@ def _new_file(value: Any) -> Any:
 
 
 def _names(value: Any) -> list[str]:
-    if isinstance(value, (str, bytes, Mapping, Tensor)) or not hasattr(value, "__iter__"):
+    if isinstance(value, (str, bytes, Mapping, Tensor, type)) or not hasattr(value, "__iter__"):
         raise _Unusable
     return [_instance(str)(name) for name in value]
 
 
 PER_WIDTH = Kind(units_per_width, "give whole numbers of units per width, such as {'fc': 8}", PlanError)
+NAME = Kind(_instance(str), "give a name", ProfileError)
 COUNT = Kind(_positive, "give a positive number", PlanError)
 PATH = Kind(_path, "give the path of a file")
 NEW_FILE = Kind(_new_file, "give the path of a file")
@@ -194,9 +201,10 @@ _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("model", "gm", "module"), MODULE),
     **dict.fromkeys(("neurons", "units"), _UNITS),
     **dict.fromkeys(("progress", "update_existing", "keep_moments", "dynamic_batch", "check", "strict"), _SWITCH),
-    **dict.fromkeys(("metric", "value", "tolerance"), Kind(_number, "give a number")),
+    **dict.fromkeys(("metric", "value"), Kind(_number, "give a number")),
+    "tolerance": Kind(_tolerance, "give a number above 0"),
     **dict.fromkeys(("callback", "batch"), Kind(_function, "give a function")),
-    **dict.fromkeys(("method", "positions"), Kind(_instance(str), "give a name", ProfileError)),
+    **dict.fromkeys(("method", "positions"), NAME),
     "cost": Kind(_instance(str), "choose 'parameters', 'multiply-adds' or 'latency'", PlanError),
     "budget": Kind(_budget, "give a number, or a share such as '+10%'", PlanError),
     "multiple": Kind(_positive, "give a positive number, 1 for any size", PlanError),

@@ -117,8 +117,11 @@ def parse(raw: Any, index: int, dtype: torch.dtype | None = None) -> Batch:
     elif isinstance(raw, (tuple, list)) and len(raw) == 2:
         inputs, targets = raw
     else:
-        more = isinstance(raw, (tuple, list)) and len(raw) > 2
-        example = "lambda item: item[:2]" if more else "lambda x: (x, x) for an autoencoder"
+        example = "lambda x: (x, x) for an autoencoder"
+        if isinstance(raw, Tensor):
+            example += "; if it is all samples, give DataLoader(TensorDataset(inputs, targets), batch_size)"
+        elif isinstance(raw, (tuple, list)) and len(raw) > 2:
+            example = "lambda item: item[:2]"
         raise ProfileError(
             f"Batch {index} is {_layout(raw)}. A batch is (inputs, targets), where inputs may be a tuple or a dict, "
             "or a dict for models that return an object with a loss. Give batch=, a function from an item of the "
@@ -137,6 +140,11 @@ def parse(raw: Any, index: int, dtype: torch.dtype | None = None) -> Batch:
         raise ProfileError(
             f"Batch {index} has no input tensor with a batch dimension; its first input is {what}. Give tensors or "
             "NumPy arrays, or batch=, a function from an item of the dataloader to (inputs, targets)."
+        )
+    if given.dim() == 1 and isinstance(targets, Tensor) and not targets.dim():
+        raise ProfileError(
+            f"Batch {index} seems to be one sample, an input of shape {tuple(given.shape)} with one target: put the "
+            "samples into a torch.utils.data.DataLoader."
         )
     if not len(given):
         raise ProfileError(

@@ -226,8 +226,9 @@ def _default_loss(output: Any, batch: Batch) -> Tensor:
     if batch.targets is None:
         loss = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
         if not isinstance(loss, Tensor):
+            what = "is a dict without targets" if isinstance(batch.inputs, dict) else "has no targets (None)"
             raise ProfileError(
-                f"Batch {batch.index} is a dict without targets, so the model must return an object with a loss, but "
+                f"Batch {batch.index} {what}, so the model must return an object with a loss, but "
                 f"it returned {_describe(output)}. Put the labels into the batch, or pass (inputs, targets) batches."
             )
         return loss

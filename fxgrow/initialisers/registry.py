@@ -17,6 +17,7 @@ from torch.nn.functional import pad
 
 from fxgrow.analysis.analyse import AnalysedGraph
 from fxgrow.analysis.widths import GrowableWidth
+from fxgrow.data.argument_checks import NAME, read_argument
 from fxgrow.data.batches import Data
 from fxgrow.data.loss import LossFn
 from fxgrow.errors import ProfileError
@@ -152,6 +153,7 @@ _TABLE: dict[str, Initialiser] = {}
 
 def initialiser(name: str, **flags: bool | float) -> Callable[[Function], Function]:
     """Enters a function that proposes units, or a subclass of `Initialiser`, into the table; flags as in `Needs`."""
+    read_argument("name", name, NAME, ProfileError)
 
     def enter(part: Function) -> Function:
         needs = Needs(**flags)  # type: ignore[arg-type]

@@ -14,6 +14,8 @@ from typing import Any, TypeVar
 
 from torch import fx, nn
 
+from fxgrow.errors import FxgrowError
+
 Rule = Callable[..., Any]
 R = TypeVar("R", bound=Rule)
 #: rules that make axes of their own from literal sizes: called also where no input has a width
@@ -35,7 +37,14 @@ def op(*targets: Any) -> Callable[[R], R]:
 
     Returns:
         A decorator that returns the rule unchanged.
+
+    Raises:
+        FxgrowError: a target is neither.
     """
+    wrong = [type(t).__name__ for t in targets if not callable(t) and not isinstance(t, str)]
+    if wrong or not targets:
+        what = f"a {wrong[0]}" if wrong else "nothing"
+        raise FxgrowError(f"op(...) is given {what}: give module types, functions, or names of methods or functions.")
 
     def enter(rule: R) -> R:
         _RULES.update(dict.fromkeys(targets, rule))

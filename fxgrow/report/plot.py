@@ -35,7 +35,7 @@ def new_figure(panels: int, rows: int) -> Figure:
 
 def save_figure(figure: Figure, title: str, path: str | None) -> Figure:
     """The figure under its title; written to `path` if given, in the format of its ending."""
-    if path is not None and not hasattr(path, "write"):
+    if path is not None and (isinstance(path, type) or not hasattr(path, "write")):
         read_argument("path", path, NEW_FILE, FileError)
     figure.suptitle(title, x=0.008, ha="left", fontsize=11, color=INK)
     if path is not None:

@@ -171,6 +171,8 @@ class Until(Schedule):
         try:
             if isinstance(self.total, str) and self.total.strip().endswith("%"):
                 limit = float(self.total.strip().removesuffix("%")) / 100 * start
+            elif isinstance(self.total, (bool, bytes)):
+                raise ValueError(self.total)
             else:
                 limit = float(self.total)  # type: ignore[arg-type]
         except (TypeError, ValueError) as error:

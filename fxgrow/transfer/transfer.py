@@ -31,6 +31,10 @@ class TrainingState:
         for optimizer in self.optimizers:
             check_owner(optimizer, model)
         for scheduler in lr_scheduler if isinstance(lr_scheduler, (list, tuple)) else [lr_scheduler]:
+            if scheduler is not None and not hasattr(scheduler, "step"):
+                raise FxgrowError(
+                    f"lr_scheduler is a {type(scheduler).__name__}: give a learning rate scheduler, or several."
+                )
             owner = getattr(scheduler, "optimizer", None)
             if owner is not None and all(owner is not o for o in self.optimizers):
                 raise FxgrowError(
