@@ -280,8 +280,9 @@ def test_data_that_cannot_be(name: str, world: World, capfd: pytest.CaptureFixtu
     calls = [
         lambda: world.grow(data, **options),
         lambda: fxgrow.profile(world.net, data, progress=False, **options),
-        lambda: fxgrow.try_widths(world.profile, data, **options),
     ]
+    if name != "one-hot floats":  # a guess is looked at when the loss is first used, in the profile
+        calls.append(lambda: fxgrow.try_widths(world.profile, data, **options))
     if not hasattr(data, "__next__"):
         calls.append(lambda: world.grower(data, **options).grow_now())
     for call in calls:
