@@ -22,10 +22,12 @@ from fxgrow.errors import CaptureError, FxgrowError, PlanError, ScheduleError, S
 from fxgrow.pipeline.growth_record import Growth
 from fxgrow.pipeline.options import DEFAULTS, GrowOptions, Options, takes_options, with_defaults
 from fxgrow.rewriting.into_module import check_into
+from fxgrow.storage import schema
+from fxgrow.storage.schema import SchemaError
 from fxgrow.training.data_source import Source, check_source
 from fxgrow.training.grow_with_state import grow_with_state
 from fxgrow.training.history import History, make_event
-from fxgrow.training.schedule import Schedule, ScheduleState, TrainingStatus
+from fxgrow.training.schedule import GrowerState, Schedule, ScheduleState, TrainingStatus, read_memory
 from fxgrow.training.schedule_inputs import ModelMetrics
 from fxgrow.transfer.device_mesh import sharded_modules
 from fxgrow.transfer.fsdp import UnshardedModel
@@ -254,23 +256,20 @@ class Grower:
         """
         with self._process_group.session():
             try:
-                if state["version"] != 1:
-                    raise FxgrowError(f"This state of a Grower has version {state['version']!r}; this fxgrow reads 1.")
-                history, saved = History.from_list(state["history"]), Schedule.from_json(state["schedule"])
-                same = saved == self.schedule
-                memory = copy.deepcopy(dict(state["memory"])) if same else {}
-                start = {str(k): float(v) for k, v in state["start"].items()}
-                steps, epochs = int(state["steps"]), int(state["epochs"])
-                readings, losses = [float(v) for v in state["readings"]], [float(v) for v in state["losses"]]
-            except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise FxgrowError(f"This is no state of a Grower: {error!r}.") from error
+                saved = schema.read_as(GrowerState)(dict(state), "the state")
+                history, schedule = History.from_list(saved.history), Schedule.from_json(saved.schedule)
+                same = schedule == self.schedule
+                memory = copy.deepcopy(read_memory(self.schedule, saved.memory, "the state.memory")) if same else {}
+            except (SchemaError, TypeError, ValueError) as error:
+                raise FxgrowError(f"This is no state of a Grower: {error}.") from None
+            steps, epochs, start = saved.steps, saved.epochs, saved.start
             counters = {"steps": steps, "epochs": epochs, "the schedule's state": memory, "start": start}
             check_same_settings(self._process_group, counters)
         if not same:
-            log.warning("The saved schedule was %s: %s starts afresh.", saved, self.schedule)
+            log.warning("The saved schedule was %s: %s starts afresh.", schedule, self.schedule)
         self.steps, self.epochs, self.history, self._schedule_state = steps, epochs, history, memory
         self._metrics.start = start
-        self._readings, self._losses = readings, deque(losses, maxlen=MAX_LOSSES)
+        self._readings, self._losses = list(saved.readings), deque(saved.losses, maxlen=MAX_LOSSES)
         self._ask_at = self._next_step()
 
     def _ask(self, epoch_end: bool) -> bool:

@@ -13,9 +13,14 @@ from fxgrow.errors import FileError, FxgrowError, MissingExtraError, first_lines
 from fxgrow.pipeline.growth_record import Growth
 from fxgrow.report.plot import history_panels, new_figure, save_figure
 from fxgrow.report.table import Column, count, number, table
+from fxgrow.storage import schema
+from fxgrow.storage.schema import SchemaError, checked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+#: losses, which may have become infinite
+_PAIR = schema.array(schema.real(finite=False), schema.real(finite=False))
 
 
 @dataclass(frozen=True)
@@ -36,17 +41,17 @@ class Event:
         declined: why nothing was added, or None.
     """
 
-    step: int
-    epoch: int
-    reason: str
-    units: Mapping[str, int]
-    parameters: tuple[int, int]
-    loss: tuple[float, float]
-    train_loss: tuple[float, float]
-    gamma: float
-    predicted: float
-    seconds: float
-    declined: str | None = None
+    step: int = checked(schema.integer())
+    epoch: int = checked(schema.integer())
+    reason: str = checked(schema.string())
+    units: Mapping[str, int] = checked(schema.mapping(schema.integer()))
+    parameters: tuple[int, int] = checked(schema.array(schema.integer(), schema.integer()))
+    loss: tuple[float, float] = checked(_PAIR)
+    train_loss: tuple[float, float] = checked(_PAIR)
+    gamma: float = checked(schema.real())
+    predicted: float = checked(schema.real(finite=False))
+    seconds: float = checked(schema.real())
+    declined: str | None = checked(schema.optional(schema.string()), default=None)
 
     def __str__(self) -> str:
         where = f"step {self.step:,}, epoch {self.epoch}: {self.reason}"
@@ -123,12 +128,10 @@ class History(Sequence[Event]):
         Raises:
             FxgrowError: the data is something else.
         """
-        pairs = "parameters", "loss", "train_loss"
         try:
-            plain: Any = ({k: tuple(v) if k in pairs else v for k, v in item.items()} for item in items)
-            return cls(Event(**fields) for fields in plain)
-        except (TypeError, AttributeError) as error:
-            raise FxgrowError(f"invalid history of growth: {error}.") from error
+            return cls(schema.array(schema.read_as(Event))([dict(item) for item in items], "the history"))
+        except (SchemaError, TypeError, ValueError) as error:
+            raise FxgrowError(f"Invalid history of growth: {error}.") from None
 
     def plot(self, path: str | None = None) -> Figure:
         """Parameters and held-out loss over steps; written to `path` if given. Needs matplotlib."""

@@ -7,10 +7,12 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from fxgrow.data.argument_checks import shown
 from fxgrow.errors import ScheduleError
+from fxgrow.storage import schema
+from fxgrow.storage.schema import Reader, SchemaError, checked
 
 
 @dataclass
@@ -55,6 +57,9 @@ KINDS: dict[str, type[Schedule]] = {}
 class Schedule:
     """Base of all schedules: `a | b` grows when either says so, `a.until(growths=3)` ends."""
 
+    #: what it keeps between two calls; None: anything
+    _memory: ClassVar[Mapping[str, Reader] | None] = None
+
     def __init_subclass__(cls) -> None:
         KINDS[cls.__name__] = cls
 
@@ -93,9 +98,9 @@ class Schedule:
             ScheduleError: the text is no schedule.
         """
         try:
-            schedule = _schedule(json.loads(text))
-        except (TypeError, ValueError, KeyError) as error:
-            raise ScheduleError(f"This text is not a schedule of fxgrow: {error}.") from error
+            schedule = _schedule(schema.parse_json(text))
+        except (TypeError, ValueError, KeyError, AttributeError) as error:
+            raise ScheduleError(f"This text is not a schedule of fxgrow: {str(error)[:200]}.") from None
         if not isinstance(schedule, Schedule):
             raise ScheduleError("This text is not a schedule of fxgrow: it has no 'kind' that names one.")
         return schedule
@@ -104,6 +109,8 @@ class Schedule:
 @dataclass(frozen=True)
 class Either(Schedule):
     """Grows when any of its schedules requests it; the first request counts."""
+
+    _memory = {}
 
     schedules: tuple[Schedule, ...]
 
@@ -145,6 +152,8 @@ class Until(Schedule):
         >>> fxgrow.Every(epochs=2).until(total="+100%", declines=2)  # doctest: +ELLIPSIS
         Until(schedule=Every(steps=None, epochs=2), total='+100%', cost='parameters', ...
     """
+
+    _memory = {"spent": schema.boolean}
 
     schedule: Schedule
     total: str | float | None = None
@@ -222,7 +231,7 @@ def _schedule(value: Any) -> Any:
     if isinstance(value, dict) and isinstance(value.get("kind"), str):
         name, fields = value["kind"], {k: _schedule(v) for k, v in value.items() if k != "kind"}
         if name not in KINDS:
-            raise ScheduleError(f"There is no schedule named {name!r}; there are: {', '.join(KINDS)}.")
+            raise ScheduleError(f"There is no schedule named {schema.quoted(name)}; there are: {', '.join(KINDS)}.")
         return KINDS[name](**fields)
     return tuple(_schedule(v) for v in value) if isinstance(value, list) else value
 
@@ -262,3 +271,34 @@ def periodic_request(seen: TrainingStatus, steps: int | None, epochs: int | None
 def next_multiple(seen: TrainingStatus, steps: int | None) -> int | None:
     """Returns the next step that is a multiple of `steps`."""
     return None if steps is None else (seen.steps // steps + 1) * steps
+
+
+def read_memory(schedule: Schedule, value: Any, where: str) -> ScheduleState:
+    """Reads what a schedule has kept; `SchemaError` where it cannot have."""
+    readers = schedule._memory
+    inner = {str(i): s for i, s in enumerate(schedule.schedules)} if isinstance(schedule, Either) else {}
+    inner |= {"of": schedule.schedule} if isinstance(schedule, Until) else {}
+    memory: ScheduleState = schema.mapping(schema.anything)(value, where)
+    if readers is None:
+        return memory
+    if unknown := memory.keys() - readers.keys() - inner.keys():
+        raise SchemaError(f"{where} has {schema.quoted(min(unknown))}, which this schedule does not keep")
+    return {
+        key: read_memory(inner[key], v, f"{where}.{key}") if key in inner else readers[key](v, f"{where}.{key}")
+        for key, v in memory.items()
+    }
+
+
+@dataclass(frozen=True)
+class GrowerState:
+    """What `Grower.state_dict` returns."""
+
+    version: int = checked(schema.integer(1, 1))
+    steps: int = checked(schema.integer())
+    epochs: int = checked(schema.integer())
+    schedule: str = checked(schema.string())
+    memory: Any = checked(schema.anything)
+    start: dict[str, float] = checked(schema.mapping(schema.real(0)))
+    readings: tuple[float, ...] = checked(schema.array(schema.real(finite=False)))
+    losses: tuple[float, ...] = checked(schema.array(schema.real(finite=False)))
+    history: Any = checked(schema.array(schema.anything))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from fxgrow.data.argument_checks import shown
 from fxgrow.errors import ScheduleError
+from fxgrow.storage import schema
 from fxgrow.training.schedule import (
     Request,
     Schedule,
@@ -19,6 +20,8 @@ from fxgrow.training.schedule import (
     next_multiple,
     periodic_request,
 )
+
+_reading = schema.real(finite=False)
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Every(Schedule):
         >>> fxgrow.Every(steps=500) | fxgrow.Every(epochs=3)
         Either(schedules=(Every(steps=500, epochs=None), Every(steps=None, epochs=3)))
     """
+
+    _memory = {}
 
     steps: int | None = None
     epochs: int | None = None
@@ -64,6 +69,8 @@ class OnPlateau(Schedule):
         ScheduleError: a number is out of range.
     """
 
+    _memory = {"best": _reading, "waited": schema.integer(), "sum": _reading, "count": schema.integer()}
+
     patience: int = 5
     min_delta: float = 0.0
     every: int = 100
@@ -83,7 +90,7 @@ class OnPlateau(Schedule):
             if best is None or score > best + self.min_delta:
                 memory.update(best=score, waited=0)
             elif not math.isnan(score):
-                memory["waited"] += 1
+                memory["waited"] = memory.get("waited", 0) + 1
         if memory.get("waited", 0) < self.patience:
             return None
         memory["waited"] = 0
@@ -167,6 +174,8 @@ class LayerByLayer(Schedule):
         [('a', 8), ('b', 6), ('a', 16), ('b', 8)]
     """
 
+    _memory = {"done": schema.boolean, "turn": schema.integer(), "start": schema.mapping(schema.integer(1))}
+
     target: Mapping[str, int]
     steps: int | None = None
     epochs: int | None = None
@@ -203,6 +212,8 @@ class LayerByLayer(Schedule):
                 f"{', '.join(sizes) or 'none'}."
             )
         start = memory.setdefault("start", {name: sizes[name][0] for name in self.target})
+        if start.keys() != self.target.keys():
+            raise ScheduleError("LayerByLayer has a state of other widths than its target's.")
         turns = self.turns(start)
         while (at := memory.setdefault("turn", 0)) < len(turns):
             memory["turn"] += 1
