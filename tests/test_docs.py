@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from pathlib import Path
 
@@ -51,3 +52,16 @@ def test_every_benchmark_is_listed() -> None:
     modules = [p.stem for p in (ROOT / "benchmarks").glob("[a-z]*.py")]
     packages = [p.parent.name for p in (ROOT / "benchmarks").glob("*/__main__.py")]
     assert sorted(listed) == sorted(modules + packages)
+
+
+def test_every_promise_of_safety_has_a_test() -> None:
+    rows = re.findall(r"^\| (?!promise|-)(.*) \| (.*) \|$", (ROOT / "docs" / "safety.md").read_text(), re.MULTILINE)
+    assert len(rows) > 40
+    for promise, tests in rows:
+        named = re.findall(r"`([^`]*)`", tests)
+        assert named, promise
+        for test in named:
+            file, _, name = test.partition("::")
+            tree = ast.parse((ROOT / file).read_text())
+            functions = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+            assert file.startswith("tests/") and (not name or name in functions), test
