@@ -111,7 +111,7 @@ class FakeRunner:
         before, self.silent, self.guessed = self.silent, True, True
         try:
             with torch.no_grad(), torch._C.DisableTorchFunction(), torch.random.fork_rng(devices=[]):
-                real_args, real_kwargs = pytree.tree_map_only(FakeTensor, like or _random_like, (args, kwargs))
+                real_args, real_kwargs = real_values((args, kwargs), like)
                 return pytree.tree_map_only(torch.Tensor, self.fake, function(*real_args, **real_kwargs))
         finally:
             self.silent = before
@@ -221,6 +221,11 @@ def _zeros_like(fake: FakeTensor) -> torch.Tensor:
 def _random_like(fake: FakeTensor) -> torch.Tensor:
     real = _zeros_like(fake)
     return real.uniform_() if fake.dtype.is_floating_point else real
+
+
+def real_values(values: Any, like: Callable[[FakeTensor], torch.Tensor] | None = None) -> Any:
+    """Returns nested values with real tensors, random where nothing else is said, in place of fake ones."""
+    return pytree.tree_map_only(FakeTensor, like or _random_like, values)
 
 
 _SIZES = {"shape", "size", "numel", "nelement", "device"}

@@ -103,7 +103,7 @@ class NodeRecorder(fx.Tracer):
             return None
         if node.op == "call_module" and (why := self.opaque.get(submodule(self.root, str(node.target)))):
             node.meta[OPAQUE] = why
-            return opaque_value(node, self.root, self.runner)
+            return opaque_value(node, self.root, self.runner, self.inputs)
         return self.runner.call(node, self.root)
 
     def _attribute(self, name: str) -> Any:

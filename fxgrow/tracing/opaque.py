@@ -18,7 +18,8 @@ from torch.jit import ScriptModule
 
 from fxgrow.errors import CaptureError
 from fxgrow.graph.evaluate import lent_buffers
-from fxgrow.tracing.fake_values import FakeRunner, argument_values
+from fxgrow.tracing.example_values import example_arguments
+from fxgrow.tracing.fake_values import FakeRunner, argument_values, real_values
 from fxgrow.tracing.namespaces import Namespaces
 from fxgrow.tracing.opaque_functions import Call, OpaqueFunction, replace_functions
 
@@ -97,11 +98,21 @@ def _reason(error: CaptureError) -> str:
     return re.split(r"\. (?=A graph |Check that )", str(error).removeprefix("Cannot capture "))[0]
 
 
-def opaque_value(node: fx.Node, root: nn.Module, runner: FakeRunner) -> Any:
-    """Returns the value of an opaque node: on fake tensors, and where its code looks at data, on random real ones."""
+def opaque_value(node: fx.Node, root: nn.Module, runner: FakeRunner, inputs: Mapping[str, Any]) -> Any:
+    """Returns the value of an opaque node: on fake tensors, and where its code looks at data, on real ones.
+
+    They are those of the example where they follow from its inputs, else random.
+    """
     module = root.get_submodule(str(node.target))
     if not isinstance(module, ScriptModule):  # whose buffers cannot be exchanged for fake ones
         with contextlib.suppress(Exception):
             return runner.call(node, root)
     with lent_buffers(module):
+
+        def on_example() -> Any:
+            args, kwargs = real_values(example_arguments(node, inputs))
+            return module.forward(*args, **kwargs)
+
+        with contextlib.suppress(Exception):
+            return runner.guess(on_example, (), {})
         return runner.guess(module.forward, *argument_values(node))

@@ -357,3 +357,34 @@ def test_a_method_is_applied_once_wherever_its_module_sits_and_in_its_mode_alone
         net.train(mode), gm.train(mode)
         assert torch.equal(gm(x), net(x))
     assert list(net._modules) == names
+
+
+def padding_of(lengths: Tensor) -> Tensor:
+    """Its size is that of the longest sequence, which only the values say."""
+    steps = torch.arange(int(lengths.max().item()), device=lengths.device)
+    return steps[None] >= lengths[:, None]
+
+
+class Padded(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.attend, self.o = nn.Linear(4, 6), nn.MultiheadAttention(6, 2, batch_first=True), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
+        padding = padding_of(lengths + 1 - 1)
+        h = self.a(x).masked_fill(padding[..., None], 0.0)
+        return self.o(h + self.attend(h, h, h, key_padding_mask=padding, need_weights=False)[0])
+
+
+def test_sizes_that_data_decide_are_those_of_the_example() -> None:
+    torch.manual_seed(0)
+    model = Padded().double().eval()
+    gm = fxgrow.capture(model, (torch.randn(2, 5, 4).double(), torch.tensor([5, 3])))
+    assert [n.name for n in gm.graph.nodes if "opaque" in n.meta] == ["padding_of_opaque"]
+    wider = fxgrow.widen(gm, None, {w.name: w.step for w in fxgrow.widths(gm) if w.pinned is None})
+    assert sum(p.numel() for p in wider.parameters()) > sum(p.numel() for p in model.parameters())
+    for n, steps in ((2, 5), (3, 7), (4, 2)):
+        x, lengths = torch.randn(n, steps, 4).double(), torch.arange(n) % steps + 1
+        lengths[0] = steps
+        torch.testing.assert_close(gm(x, lengths), model(x, lengths))
+        torch.testing.assert_close(wider(x, lengths), model(x, lengths))
