@@ -7,7 +7,8 @@ of PyTorch may trace the same code to other lines, and round otherwise.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,10 @@ class Fingerprint:
     outputs: tuple[Output, ...] | None = checked(
         schema.optional(schema.array(schema.read_as(Output), longest=_OUTPUTS)), required=False, default=None
     )
+    #: those that are no part of the state, where no outputs depend on them
+    buffers: Mapping[str, Output] = checked(
+        schema.mapping(schema.read_as(Output)), required=False, default_factory=dict
+    )
 
     @classmethod
     def of(cls, model: nn.Module, recipe: Recipe) -> Fingerprint:
@@ -76,7 +81,8 @@ class Fingerprint:
         except Exception:  # it is saved all the same
             found = None
         outputs = None if found is None else tuple(Output.of(t) for t in found[:_OUTPUTS])
-        return cls(torch.__version__, _device(model), module_options(model), outputs)
+        buffers = {} if outputs is not None else dict(_unsaved_buffers(model))
+        return cls(torch.__version__, _device(model), module_options(model), outputs, buffers)
 
     def check(self, model: nn.Module, recipe: Recipe, code: Sequence[str] | None) -> None:
         """Raises `FileError` where a loaded model differs; `code` has the lines of the fresh model, or None."""
@@ -91,6 +97,10 @@ class Fingerprint:
                 )
         if self.outputs is not None:
             self._check_outputs(model, recipe)
+        given = dict(_unsaved_buffers(model)) if self.buffers else {}
+        for name in filter(given.__contains__, self.buffers):
+            if self.buffers[name].shape == given[name].shape and self._far(self.buffers[name], given[name], model):
+                raise FileError(f"Buffer {name!r}, which no file holds, is another one in this model. {_ADVICE}")
 
     def _check_options(self, model: nn.Module, same_torch: bool, other_kind: bool) -> None:
         """Between a graph and a module, or two versions of PyTorch, less is comparable."""
@@ -100,11 +110,9 @@ class Fingerprint:
             if saved is None or given is None:
                 if other_kind:
                     continue
-                one = saved or given or {}
-                raise FileError(
-                    f"{path!r} is a {one[CLASS]} in {'this model' if saved is None else 'the file'}, and there is no "
-                    f"such module in {'the file' if saved is None else 'this model'}. {_ADVICE}"
-                )
+                has, lacks = ("this model", "the file") if saved is None else ("the file", "this model")
+                kind = (saved or given or {}).get(CLASS, "module")
+                raise FileError(f"{path!r} is a {kind} in {has}, and there is no such module in {lacks}. {_ADVICE}")
             for name in filter(given.__contains__, saved):
                 if saved[name] != given[name] and ANY not in (saved[name], given[name]):
                     what = "The class" if name == CLASS else f"The option {name}"
@@ -128,22 +136,43 @@ class Fingerprint:
             raise FileError(f"This model computes something else than the saved one: {problem}. {_ADVICE}")
 
     def _output_difference(self, model: nn.Module, outputs: Sequence[Tensor]) -> str | None:
-        exact = self.torch_version == torch.__version__ and self.device == _device(model) == "cpu"
-        dtypes = {t.dtype for t in (*outputs, *named_tensors(model).values())}
-        tolerance = max(TOLERANCE.get(dtype, 0.0) for dtype in dtypes) or TOLERANCE[torch.float32]
-        tolerance = tolerance if exact else min(50 * tolerance, 0.25)
         for number, (saved, t) in enumerate(itertools.zip_longest(self.outputs or (), outputs[:_OUTPUTS])):
             found = None if t is None else Output.of(t)
             if saved is None or found is None or found.shape != saved.shape:
                 shapes = ["missing" if o is None else f"{list(o.shape)}" for o in (saved, found)]
                 return f"output {number} is {shapes[0]} in the file and {shapes[1]} in this model"
-            if not exact and not t.is_floating_point():
+            if not self._exact(model) and not t.is_floating_point():
                 continue  # may be indices of the largest
-            a, b = (torch.tensor(o.numbers, dtype=torch.float64) for o in (saved, found))
-            error, scale = float((a - b).abs().max()) if len(a) else 0.0, float(a.abs().max()) if len(a) else 0.0
-            if error > tolerance * max(scale, 1e-3):
-                return f"output {number} on the file's example inputs differs by {error:.2g} (it is up to {scale:.2g})"
+            if (far := self._far(saved, found, model, t.dtype)) is not None:
+                return (
+                    f"output {number} on the file's example inputs differs by {far[0]:.2g} (it is up to {far[1]:.2g})"
+                )
         return None
+
+    def _exact(self, model: nn.Module) -> bool:
+        return self.torch_version == torch.__version__ and self.device == _device(model) == "cpu"
+
+    def _far(
+        self, saved: Output, found: Output, model: nn.Module, dtype: torch.dtype | None = None
+    ) -> tuple[float, float] | None:
+        """Returns difference and size of what differs by more than rounding."""
+        dtypes = {dtype, *(t.dtype for t in named_tensors(model).values())}
+        tolerance = max(TOLERANCE.get(of, 0.0) for of in dtypes if of is not None) or TOLERANCE[torch.float32]
+        tolerance = tolerance if self._exact(model) else min(50 * tolerance, 0.25)
+        if len(saved.numbers) != len(found.numbers):
+            return math.inf, math.inf
+        a, b = (torch.tensor(o.numbers, dtype=torch.float64) for o in (saved, found))
+        error, scale = ((float(t.abs().max()) if len(t) else 0.0) for t in (a - b, a))
+        return (error, scale) if error > tolerance * max(scale, 1e-3) else None
+
+
+def _unsaved_buffers(model: nn.Module) -> Iterator[tuple[str, Output]]:
+    """Yields the buffers that are no part of the state; an integer may be a counter."""
+    for path, module in model.named_modules():
+        for name in sorted(module._non_persistent_buffers_set):
+            t = module._buffers.get(name)
+            if t is not None and (t.is_floating_point() or t.numel() > 1):
+                yield f"{path}.{name}".removeprefix("."), Output.of(t)
 
 
 def _outputs(model: nn.Module, recipe: Recipe, seed: int = 0) -> list[Tensor] | None:

@@ -78,7 +78,10 @@ def value_text(value: Any, node_text: Callable[[fx.Node], str] = str) -> str:
     if isinstance(value, Tensor):
         return f"tensor{list(value.shape)}"
     if callable(value):
-        return str(getattr(value, "__name__", type(value).__name__))
+        name, code = str(getattr(value, "__name__", type(value).__name__)), getattr(value, "__code__", None)
+        if name != "<lambda>" or code is None:
+            return name
+        return f"lambda: {', '.join([*code.co_names, *(repr(c) for c in code.co_consts if isinstance(c, float))])}"
     known = value is None or isinstance(value, (bool, str, complex, torch.layout, torch.memory_format))
     return repr(value)[:_LONGEST] if known else type(value).__name__
 

@@ -30,6 +30,7 @@ _SAME_FUNCTION = {
 #: methods that run when an object is read from a pickle
 _READING = {"__setstate__"}
 _LONGEST = 160
+_MUTATORS = {"append", "extend", "insert", "pop", "popleft", "update", "setdefault", "add", "clear"}
 _CONFIGURATIONS = ("config", "configuration", "cfg", "args", "namespace", "options", "hparams")
 
 
@@ -39,6 +40,8 @@ class OptionNames(NamedTuple):
     #: that are arguments of the constructor
     arguments: frozenset[str]
     others: frozenset[str]
+    #: into whose values methods write
+    written_into: frozenset[str]
 
 
 def module_options(model: nn.Module, arguments_only: bool = False) -> dict[str, dict[str, str]]:
@@ -58,7 +61,7 @@ def module_options(model: nn.Module, arguments_only: bool = False) -> dict[str, 
             value = vars(module)[name]
             if _is_option(value):
                 found[path][name] = _short(value_text(value))
-            elif name in names.arguments and id(value) not in seen:  # modules share one
+            elif name not in names.written_into and id(value) not in seen:  # modules share one
                 seen.add(id(value))
                 found[path] |= {f"{name}{key}": _short(value_text(item)) for key, item in _configured(value)}
     return found
@@ -71,7 +74,7 @@ def _class_name(cls: type) -> str:
 
 def _configured(value: Any) -> Iterator[tuple[str, Any]]:
     """Yields the options in a list, a dict or an object that holds a configuration."""
-    if type(value) is list and all(map(_is_option, value)):
+    if type(value) is list and value and all(map(_is_option, value)):  # an empty one may be a log
         yield "", tuple(value)
     entries = value if isinstance(value, dict) else {}
     if is_dataclass(value) or type(value).__name__.lower().endswith(_CONFIGURATIONS):
@@ -108,7 +111,16 @@ def option_names(cls: type) -> OptionNames:
     written_by_others = [n for n in methods if n not in built and n not in _READING]
     set_in_building, changed = (set(_written(methods, names)) for names in (built, written_by_others))
     arguments -= set(_written(methods, run)) | _SAME_FUNCTION
-    return OptionNames(frozenset(arguments), frozenset(set_in_building - changed - arguments - _SAME_FUNCTION))
+    others = set_in_building - changed - arguments - _SAME_FUNCTION
+    codes = [part for name in written_by_others for code in methods[name] for part in _parts(code)]
+    into = {name for code in codes if _writes_items(code) for name in code.co_names}
+    return OptionNames(frozenset(arguments), frozenset(others), frozenset(into))
+
+
+def _writes_items(code: types.CodeType) -> bool:
+    return not _MUTATORS.isdisjoint(code.co_names) or any(
+        i.opname == "STORE_SUBSCR" for i in dis.get_instructions(code)
+    )
 
 
 def _codes(value: Any) -> Iterator[types.CodeType]:

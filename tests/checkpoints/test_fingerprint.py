@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import warnings
 from collections.abc import Callable
@@ -21,8 +20,15 @@ from fxgrow.storage.safetensors_file import read, write
 from tests.checkpoints.saved import outputs
 
 
+class Choices:
+    """An object of which nothing is known."""
+
+    def __init__(self, given: dict[str, Any]) -> None:
+        vars(self).update(given)
+
+
 class Encoder(nn.Module):
-    """Takes options in the ways of users: to layers, functions, a configuration, branches and constants."""
+    """Takes options in the ways of users: to layers, functions, branches and constants."""
 
     def __init__(self, **options: Any) -> None:
         super().__init__()
@@ -30,7 +36,7 @@ class Encoder(nn.Module):
             "heads": 2, "slope": 0.1, "eps": 1e-5, "p": 0.1, "padding": "zeros", "window": 0, "scale": 1.0,
             "late": False, "activation": F.relu, "approximate": "none", "base": 10.0, "drop": 0.2, "layer": nn.Tanh,
         } | options  # fmt: skip
-        self.config = argparse.Namespace(**given)
+        self.config: Any = Choices(given)
         self.conv = nn.Conv1d(4, 8, 3, padding=1, padding_mode=given["padding"])
         self.norm = nn.LayerNorm(8, given["eps"])
         self.attention = nn.MultiheadAttention(8, given["heads"], given["p"], batch_first=True)
@@ -112,6 +118,8 @@ class Scaled(nn.Module):
         self.activation, self.config, self.dims, self.device = activation, config, dims, device
         self.set_up(scale)
         self.calls, self.seen, self.log, self.rate = 0, None, [1], 1.0
+        self.counts, self.table, self.losses = {"n": 0}, {"gain": scale}, []
+        self.register_buffer("wave", torch.arange(99.0).mul(scale).sin(), persistent=False)
         self.layer, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
 
     def set_up(self, scale: float) -> None:
@@ -124,6 +132,7 @@ class Scaled(nn.Module):
         self.calls += 1
         self.seen = x.shape[0]
         self.log.append(2)
+        self.counts["n"] += 1
         return self.activation(self.norm(self.layer(x)) * self.factor)
 
 
@@ -136,17 +145,28 @@ def test_models_that_were_never_captured(tmp_path: Path) -> None:
     net = scaled()
     net(torch.randn(5, 3))
     net.anneal()
+    net.losses.append(0.5)
+    net.table["later"] = 1.0
     fxgrow.save(net, tmp_path / "net")
     again = fxgrow.load(scaled(scale=1, device=torch.device("cuda", 1)), tmp_path / "net")  # counters are none's option
     assert again.calls == 0 and torch.equal(outputs(again, (X[0][0, :, :3],)), outputs(net, (X[0][0, :, :3],)))
     for options, message in [
         ({"scale": 2.0}, "factor of 'the model' is 2 in the file and 4"),
+        ({"activation": lambda x: x.cos() * 2.0}, r"is relu in the file and lambda: cos, 2.0 in"),
         ({"activation": torch.tanh}, "activation of 'the model' is relu in the file and tanh"),
         ({"config": {"causal": True}}, "config.causal of 'the model' is False in the file and True"),
         ({"dims": [1, 3]}, r"dims of 'the model' is \(1, 2\) in the file and \(1, 3\)"),
     ]:
         with pytest.raises(fxgrow.FileError, match=message):
             fxgrow.load(scaled(**options), tmp_path / "net")
+    for change, message in [
+        (lambda m: m.table.update(gain=2.0), "table.gain of 'the model' is 1 in the file and 2"),
+        (lambda m: m.wave.mul_(2), "Buffer 'wave', which no file holds, is another one"),
+    ]:
+        changed = scaled()
+        change(changed)
+        with pytest.raises(fxgrow.FileError, match=message):
+            fxgrow.load(changed, tmp_path / "net")
     other = scaled()
     other.norm = nn.SyncBatchNorm(3)
     assert isinstance(fxgrow.load(other, tmp_path / "net").norm, nn.SyncBatchNorm)
