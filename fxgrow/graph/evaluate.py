@@ -10,12 +10,16 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from fxgrow.graph.kept_values import collections_kept
 
 #: largest relative difference of outputs that rounding explains, per dtype
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+
+_DROPOUTS = (F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout)
 
 
 @contextlib.contextmanager
@@ -65,6 +69,18 @@ def lent_buffers(module: nn.Module, parameters: Collection[Tensor] = ()) -> Iter
             vars(m).update(attributes)
         for parameter, value in values:
             parameter.data.copy_(value)
+
+
+class WithoutDropout(TorchFunctionMode):
+    """While open, functional dropout keeps everything, also where the code asks for it in eval mode."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _DROPOUTS:
+            return args[0] if args else kwargs["input"]
+        return func(*args, **kwargs)
 
 
 @torch.no_grad()

@@ -460,3 +460,22 @@ def test_steps_at_which_the_loss_is_not_a_number_are_too_long() -> None:
     assert after < before
     with pytest.raises(fxgrow.ProfileError, match="is nan"):
         fxgrow.grow(model, batches, loss_fn=lambda output, targets: output.sum() * torch.nan, progress=False)
+
+
+class MonteCarlo(nn.Module):
+    """Drops units in eval mode too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.o = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.o(F.dropout(self.a(x).relu(), 0.5, training=True))
+
+
+def test_networks_with_dropout_in_eval_mode_grow() -> None:
+    torch.manual_seed(0)
+    batches = [(torch.randn(32, 6), torch.randn(32, 3)) for _ in range(4)]
+    assert fxgrow.widen(MonteCarlo(), (batches[0][0],), {"a": 2}).a.out_features == 10
+    grown = fxgrow.grow(MonteCarlo(), batches, neurons={"a": 2}, loss_fn=F.mse_loss, progress=False)
+    assert grown.meta["fxgrow"].search is not None
