@@ -48,7 +48,7 @@ def check_shapes(gm: fx.GraphModule, expected: Mapping[fx.Node, tuple[int, ...]]
 def check_function(old: fx.GraphModule, new: fx.GraphModule, inputs: tuple[Any, ...]) -> None:
     """Raises `RewriteError` where outputs in eval mode differ by more than rounding explains.
 
-    Of a network with dropout in eval mode too (Monte Carlo dropout) wider masks are other masks: it is compared without.
+    Dropout in eval mode (Monte Carlo dropout) has other masks where it is wider: such networks are compared without it.
     """
     differs = _first_difference(old, new, inputs)
     if differs is not None:
