@@ -35,6 +35,7 @@ from fxgrow.pipeline.profile_record import Profile, ProfileRequest
 from fxgrow.rewriting.batch_norm import RunningStatistics
 from fxgrow.rewriting.bounds import LIMIT
 from fxgrow.rewriting.into_module import check_into, into_module
+from fxgrow.rewriting.memory import memory_errors
 from fxgrow.rewriting.parametrizations import remove_parametrizations, restore_parametrizations
 from fxgrow.rewriting.plan import Plan
 from fxgrow.rewriting.replay import record
@@ -129,6 +130,7 @@ def grow(model: nn.Module, dataloader: Iterable[Any], **options: Unpack[GrowOpti
 
 @own_modes()
 @random_state_kept()
+@memory_errors()
 def grown_copy(
     model: nn.Module, dataloader: Iterable[Any], settings: GrowOptions, process_group: ProcessGroup = SINGLE_PROCESS
 ) -> GrowthResult[nn.Module]:

@@ -33,7 +33,6 @@ from fxgrow.data.settings import check_same_settings
 from fxgrow.distributed import process_group_of
 from fxgrow.errors import CaptureError, PlanError, ProfileError
 from fxgrow.graph.evaluate import own_modes
-from fxgrow.graph.graph import accumulation_dtype, lookup
 from fxgrow.graph.kept_values import collections_kept
 from fxgrow.graph.node_meta import RECORD, is_captured
 from fxgrow.graph.unrolled_rnn import unroll_recurrent_layers
@@ -44,7 +43,7 @@ from fxgrow.pipeline.profile_record import Profile, ProfileRequest
 from fxgrow.pipeline.recalibration import recalibrated
 from fxgrow.report.bottleneck import Bottleneck
 from fxgrow.rewriting.batch_norm import has_batch_norm
-from fxgrow.rewriting.memory import check_memory
+from fxgrow.rewriting.memory import check_fit_memory, memory_errors
 from fxgrow.rewriting.parametrizations import remove_parametrizations
 from fxgrow.rewriting.size_change import SizeChange
 from fxgrow.statistics.mergeable import Moments, check_parts, fingerprint
@@ -59,6 +58,7 @@ CALIBRATION = 256
 @checked_arguments(CaptureError)
 @own_modes()
 @random_state_kept()
+@memory_errors()
 def profile(
     gm: nn.Module,
     dataloader: Iterable[Any],
@@ -220,16 +220,7 @@ class _Profiler:
         self.generator = torch.Generator().manual_seed(request.seed)
         SizeChange(self.analysed, self.additions)  # fails where the memory is too small for it
         if method.needs.refit:
-            self._check_fit_memory()
-
-    def _check_fit_memory(self) -> None:
-        """The fit of outgoing weights has a number for every pair of new units."""
-        name, k = max(self.additions.items(), key=lambda item: item[1], default=("", 0))
-        if not k:
-            return
-        weight = lookup(self.analysed.gm, self.analysed.widths[name].producers[0].weight)
-        needed = {weight.device: k**2 * accumulation_dtype(weight).itemsize}
-        check_memory(needed, f"Fitting {k:,} units of width {name!r}")
+            check_fit_memory(self.analysed, self.additions)
 
     def run(self) -> Profile:
         """Reads the data and makes the record."""

@@ -13,6 +13,7 @@ from fxgrow.errors import CaptureError, PlanError
 from fxgrow.graph.evaluate import own_modes
 from fxgrow.graph.node_meta import EXAMPLE_INPUTS, is_captured
 from fxgrow.rewriting.into_module import check_into, into_module
+from fxgrow.rewriting.memory import memory_errors
 from fxgrow.rewriting.plan import Plan
 from fxgrow.rewriting.replay import record
 from fxgrow.rewriting.rewrite import rewrite
@@ -25,6 +26,7 @@ M = TypeVar("M", bound=nn.Module)
 
 @checked_arguments(PlanError, plan=an(Plan))
 @own_modes()
+@memory_errors()
 def apply(gm: nn.Module, plan: Plan, example_inputs: tuple[Any, ...] | dict[str, Any] | None = None) -> fx.GraphModule:
     """Rewrites alone: adds a plan's units to a copy of the graph.
 
@@ -84,6 +86,7 @@ def widen(
 
 @checked_arguments(CaptureError, units=PER_WIDTH)
 @own_modes()
+@memory_errors()
 def widen(
     model: nn.Module,
     example_inputs: tuple[Any, ...] | dict[str, Any],

@@ -9,15 +9,19 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
 
-from fxgrow.errors import PlanError
+from fxgrow.analysis.analyse import AnalysedGraph
+from fxgrow.errors import PlanError, first_lines
+from fxgrow.graph.graph import accumulation_dtype, lookup
 
 #: what fits anywhere is not looked into
 ALWAYS_FITS = 64 << 20
+#: what the allocator of the CPU says, on Linux and on Windows
+_CPU_IS_FULL = ("can't allocate memory", "not enough memory")
 #: memory that a container may use at most
 _LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
@@ -30,6 +34,30 @@ def check_memory(needed: Mapping[torch.device, int], what: str) -> None:
                 f"{what} needs at least {size / 1e9:,.1f} GB of memory on {device}, where {available / 1e9:,.1f} GB "
                 "are available: ask for fewer units."
             )
+
+
+def check_fit_memory(analysed: AnalysedGraph, additions: Mapping[str, int]) -> None:
+    """Raises a `PlanError` where the fit of outgoing weights, a number for each pair of new units, does not fit."""
+    name = max(additions, key=additions.__getitem__, default=None)
+    if name is not None:
+        weight, k = lookup(analysed.gm, analysed.widths[name].producers[0].weight), additions[name]
+        needed = {weight.device: k**2 * accumulation_dtype(weight).itemsize}
+        check_memory(needed, f"Fitting {k:,} units of width {name!r}")
+
+
+@contextlib.contextmanager
+def memory_errors() -> Iterator[None]:
+    """Raises a `PlanError` where memory runs out inside the block: activations and temporary copies are not counted."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        full = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+        if not full and not any(text in str(error) for text in _CPU_IS_FULL):
+            raise
+        raise PlanError(
+            f"Memory ran out: {first_lines(error, 1)}. Nothing was changed. Ask for fewer units, give smaller "
+            "batches, or set memory_limit=."
+        ) from error
 
 
 def available_memory(device: torch.device) -> float:

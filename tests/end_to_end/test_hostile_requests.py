@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import fxgrow
 from fxgrow.data import argument_checks
 from fxgrow.rewriting import memory
+from fxgrow.rewriting.widened_graph import WidenedGraph
 
 X, Y = torch.randn(64, 6), torch.randint(0, 3, (64,))
 BATCHES = list(zip(X.split(16), Y.split(16), strict=True))
@@ -236,6 +237,32 @@ def test_the_fit_of_many_units_is_estimated_too(world: World, monkeypatch: pytes
     monkeypatch.setattr(memory, "available_memory", lambda device: 8e9)
     assert "Fitting 50,000 units of width '0' needs at least 10.0 GB" in refused(lambda: world.grow(neurons=50_000))
     world.grow(neurons=2)
+
+
+FULL = [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("[enforce] can't allocate memory: 9")]
+
+
+@pytest.mark.parametrize("error", FULL, ids=lambda error: type(error).__name__)
+def test_memory_that_runs_out_all_the_same(error: BaseException, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise error
+
+    before, grower = world.state(), world.grower(neurons=1, on_error="skip")
+    monkeypatch.setattr(WidenedGraph, "_write_sizes", full)
+    for call in (
+        lambda: world.grow(neurons=1),
+        lambda: fxgrow.widen(world.net, (X,), {"0": 1}),
+        lambda: fxgrow.apply(world.net, fxgrow.Plan({"0": 1}), (X,)),
+        lambda: world.grower(neurons=1).grow_now(),
+    ):
+        assert "Memory ran out" in refused(call)
+    assert not grower.grow_now() and world.state() == before
+
+
+def test_other_errors_of_torch_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WidenedGraph, "_write_sizes", lambda _: torch.zeros(2) + torch.zeros(3))
+    with pytest.raises(RuntimeError, match="must match the size"):
+        fxgrow.widen(net(), (X,), {"0": 1})
 
 
 def test_available_memory_is_a_sensible_number() -> None:
