@@ -167,8 +167,8 @@ def check_failures(instants: int, seed: int) -> None:
         except (error, fxgrow.FxgrowError):
             again(run)
             assert differences(run, before) == [], f"line {instant} of {total}"
-        else:  # what failed is tried in another way
-            assert same(run.grower.model.state_dict(), expected)
+        else:  # an operator or a mode that raises is one that growth does without; an interrupt never is
+            assert error is not KeyboardInterrupt
             run = Run()
             before = run.seen()
     assert run.grower.step(1.0)
