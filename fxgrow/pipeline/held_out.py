@@ -32,6 +32,11 @@ class Losses(NamedTuple):
     values: Tensor
     sizes: Tensor
 
+    def whole(self) -> Losses:
+        """The mean loss as the only part."""
+        size = self.sizes.sum()
+        return Losses((self.values @ self.sizes / size).reshape(1), size.reshape(1))
+
 
 def alike(losses: Losses, before: Losses) -> Losses:
     """Losses of the same parts as others: all infinite where one is."""
@@ -107,6 +112,8 @@ class HeldOut:
 
     def difference(self, after: Losses, before: Losses) -> LossDifference:
         """Of the same parts, in all processes; of a single part the error is not known and taken to be 0."""
+        if len(after.values) != len(before.values):  # a loss that takes single samples in one mode only
+            before, after = before.whole(), after.whole()
         d, sizes = after.values - before.values, before.sizes
         total, size, count = self.process_group.sum_numbers(float(d @ sizes), float(sizes.sum()), float(len(d)))
         mean = total / max(1.0, size)

@@ -34,7 +34,7 @@ DIFFERENT = {
     "seed": "seed is 0 and 1",
     "method": "method is 'default' and 'tiny'",
     "unknown option": "'buget'",
-    "optimizer": "failed: ",
+    "optimizer": "'adam'",
     "loader": "OSError: disk on fire",
     "profile's seed": "seed is 0 and 1",
     "schedule": "schedule is Every(steps=4, epochs=None) and Every(steps=5, epochs=None)",

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 import fxgrow
 from fxgrow.data.batches import Data, parse
 from fxgrow.data.loss_parts import PARTS, losses_of_parts
-from fxgrow.pipeline.held_out import HeldOut
+from fxgrow.pipeline.held_out import HeldOut, Losses
 from fxgrow.pipeline.recalibration import recalibrated
 from fxgrow.rewriting.batch_norm import RunningStatistics
 
@@ -189,3 +189,10 @@ def test_a_decrease_within_the_noise_is_no_growth() -> None:
     assert bool(forced.get_parameter("0.weight")[6:].any())  # units without weights on either side would never learn
     before, after = forced.meta["fxgrow"].losses["eval"]
     assert after <= before * (1 + 1e-5)
+
+
+def test_losses_of_single_samples_and_of_a_whole_batch_are_compared_by_their_means() -> None:
+    held_out = HeldOut([parse((torch.randn(4, 2), torch.zeros(4, dtype=torch.long)), 0)], None)
+    single = Losses(torch.tensor([1.0, 2.0, 3.0, 4.0]).double(), torch.ones(4).double())
+    batch = Losses(torch.tensor([3.0]).double(), torch.tensor([4.0]).double())
+    assert held_out.difference(batch, single) == (0.5, 0.0)
