@@ -30,8 +30,8 @@ LINES_OF_A_FILE = 400
 LINES_OF_A_FUNCTION = 60
 PARAMETERS = 7
 # 22,000 for what the house held when it was built, 4,000 for the idioms that capture and the rules read since, and
-# 3,000 for what makes growth safe to leave on: bounds, checks of files and of requests.
-LINES = 29_000
+# 4,000 for what makes growth safe to leave on: bounds, checks of files and of requests.
+LINES = 30_000
 
 
 def module_name(path: Path) -> str:
