@@ -153,8 +153,7 @@ class Checkpoint(Mapping[str, Any]):
             if hasattr(thing, "param_groups") and saved is not None:
                 _check_owned(name, saved, _owned_parameters(thing, model))
         before = {name: copy.deepcopy(state_of(thing)) for name, thing in things.items()}
-        generators = copy.deepcopy(decoded(self._random, self._tensors)) if random else random_state()
-        check_random_state(generators)
+        own = random_state()
         done: list[str] = []
         try:
             for name, thing in things.items():
@@ -162,15 +161,19 @@ class Checkpoint(Mapping[str, Any]):
                 set_state_of(thing, self[name], name)
                 if isinstance(thing, Optimizer):
                     _restore_dtypes(thing, self[name])
+            if random:
+                done.append("a random generator")
+                generators = copy.deepcopy(decoded(self._random, self._tensors))
+                check_random_state(generators)
+                set_random_state(generators)
         except Exception as error:
-            for name in reversed(done[:-1]):
-                set_state_of(things[name], before[name], name)
-            with contextlib.suppress(Exception):  # it may have taken a part, and may take none
-                set_state_of(things[done[-1]], before[done[-1]], done[-1])
+            for name in reversed(done):
+                with contextlib.suppress(Exception):  # the last may have taken a part
+                    set_state_of(things[name], before[name], name)
+            set_random_state(own)
             if isinstance(error, FxgrowError):
                 raise
             raise FileError(f"{done[-1]} does not take its state: {type(error).__name__}: {error}") from error
-        set_random_state(generators)
 
 
 def _owned_parameters(optimizer: Any, model: nn.Module | None) -> tuple[tuple[Any, ...], ...]:

@@ -180,7 +180,8 @@ def _outputs(model: nn.Module, recipe: Recipe, seed: int = 0) -> list[Tensor] | 
 
     With several processes None: code of the model may wait for the others.
     """
-    inputs = None if recipe.example is None else recipe.example.values(model)
+    size = sum(t.nbytes for t in named_tensors(model).values())
+    inputs = None if recipe.example is None else recipe.example.within(size).values(model)
     if inputs is None or (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
         return None
     with own_modes(), random_state_kept(), unchanged(model), without_caches(model):

@@ -130,14 +130,16 @@ class Plan:
 
 def _values(raw: dict[str, Any]) -> Values:
     """Reads the weights, each of which is taken out of the data before the next is made."""
+    placed = schema.array(_NEW)(raw.pop("new"), "the plan.new")
+    updated = schema.array(_DELTA)(raw.pop("delta"), "the plan.delta")
+    copied = schema.array(_COPIES)(raw.pop("copies"), "the plan.copies")
     new: dict[str, dict[tuple[str, int], Tensor]] = {}
-    for name, width, dim, t in schema.array(_NEW)(raw.pop("new"), "the plan.new"):
+    for name, width, dim, t in placed:
         new.setdefault(name, {})[width, dim] = t
-    delta = dict(schema.array(_DELTA)(raw.pop("delta"), "the plan.delta"))
-    copies = {
-        width: CopiedUnits(torch.tensor(origin, dtype=torch.long), shares)
-        for width, origin, shares in schema.array(_COPIES)(raw.pop("copies"), "the plan.copies")
-    }
+    delta = dict(updated)
+    copies = {w: CopiedUnits(torch.tensor(origin, dtype=torch.long), shares) for w, origin, shares in copied}
+    if (sum(map(len, new.values())), len(delta), len(copies)) != (len(placed), len(updated), len(copied)):
+        raise SchemaError("the plan has weights twice")
     return Values(new, delta, schema.boolean(raw["corner"], "the plan.corner"), copies)
 
 
