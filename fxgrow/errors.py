@@ -51,6 +51,10 @@ class FileError(FxgrowError):
     """A file could not be written or read, or is not of the model it is loaded into."""
 
 
+class OptionError(FxgrowError, TypeError):
+    """An option that there is not."""
+
+
 class MissingExtraError(FxgrowError, ImportError):
     """An optional package is not installed."""
 

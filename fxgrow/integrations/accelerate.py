@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from fxgrow.data.argument_checks import shown
 from fxgrow.errors import FileError, FxgrowError
 from fxgrow.graph.graph import unwrap
 from fxgrow.integrations._shared import check_one_process, missing_package, on_device
@@ -79,6 +80,10 @@ class AcceleratedGrower(GrowerInPlace):
         dataloader: Source,
         **options: Any,
     ) -> None:
+        if not isinstance(accelerator, Accelerator):
+            raise FxgrowError(
+                f"accelerator={shown(accelerator)}: give the Accelerator of the training loop."
+            )
         check_one_process(accelerator.num_processes, "This Accelerator")
         if isinstance(dataloader, (DataLoaderShard, DataLoaderDispatcher)):
             raise FxgrowError(

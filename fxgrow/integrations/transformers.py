@@ -21,6 +21,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from fxgrow.checkpoints.model_file import resize
+from fxgrow.data.argument_checks import PATH, read_argument
 from fxgrow.errors import FileError, FxgrowError, MissingExtraError
 from fxgrow.integrations._shared import begun, check_one_process, missing_package, observe, on_device
 from fxgrow.integrations._torchvision import import_torchvision
@@ -130,7 +131,7 @@ def resized(model: M, checkpoint: str | os.PathLike[str]) -> M:
     Raises:
         FileError: the folder contains no growth, or the model does not fit.
     """
-    path = Path(checkpoint) / STATE
+    path = Path(read_argument("checkpoint", checkpoint, PATH, FileError)) / STATE
     try:
         saved = _saved(json.loads(path.read_text(encoding="utf-8"))["stateful_callbacks"])
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict, TypeVar
 import torch
 
 from fxgrow.data.loss import LossFn
+from fxgrow.errors import OptionError
 
 F = TypeVar("F", bound=Callable[..., object])
 
@@ -57,7 +58,7 @@ def with_defaults(options: Mapping[str, Any]) -> GrowOptions:
     """All options: those that are not given have their defaults."""
     unknown = [name for name in options if name not in DEFAULTS]
     if unknown:
-        raise TypeError(f"unexpected keyword argument {unknown[0]!r}; options are {', '.join(DEFAULTS)}")
+        raise OptionError(f"unexpected keyword argument {unknown[0]!r}; options are {', '.join(DEFAULTS)}")
     return typing.cast(GrowOptions, {**DEFAULTS, **options})
 
 

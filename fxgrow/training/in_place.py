@@ -11,7 +11,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from fxgrow.checkpoints.weights import rebuild
-from fxgrow.errors import FileError, FxgrowError
+from fxgrow.data.argument_checks import MODULE, read_argument
+from fxgrow.errors import CaptureError, FileError, FxgrowError
 from fxgrow.graph.graph import unwrap
 from fxgrow.pipeline.growth_record import keep_record
 from fxgrow.rewriting.transplant import transplant
@@ -54,7 +55,7 @@ class GrowerInPlace(Grower):
                 'into="graph" returns a new object, and this trainer keeps the model that it was given: take '
                 'into="module", or grow a submodule where the integration takes the name of one.'
             )
-        self._given = model
+        self._given = read_argument("model", model, MODULE, CaptureError)
         inside, _ = unwrapped(model)
         with without_forward_override(inside):
             super().__init__(model, _inner(optimizer), schedule, **options)

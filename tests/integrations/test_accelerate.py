@@ -117,3 +117,21 @@ def test_a_folder_without_growth(damage, tmp_path) -> None:
     with pytest.raises(fxgrow.FileError):
         loop.accelerator.load_state(str(tmp_path))
     assert all(torch.equal(value, before[name]) for name, value in loop.weights().items())
+
+
+def test_items_that_are_no_batches() -> None:
+    accelerator, net = accelerate.Accelerator(cpu=True), nn.Sequential(nn.Linear(6, 3), nn.ReLU(), nn.Linear(3, 1))
+    net, optimizer = accelerator.prepare(net, torch.optim.Adam(net.parameters()))
+    rows = DataLoader(TensorDataset(X, X.prod(1, keepdim=True), torch.arange(64)), 16)
+    make = lambda *given, **options: growing.AcceleratedGrower(  # noqa: E731
+        *given, optimizer, fxgrow.Every(steps=3), dataloader=rows, neurons=2, **options
+    )
+    with pytest.raises(fxgrow.ProfileError, match="a list of 3 items"):
+        make(accelerator, net).grow_now()
+    assert make(accelerator, net, batch=lambda row: row[:2]).grow_now() and net[0].out_features == 5
+    with pytest.raises(fxgrow.FxgrowError, match="accelerator='cpu'"):
+        make("cpu", net)
+    with pytest.raises(fxgrow.CaptureError, match="the class Linear"):
+        make(accelerator, nn.Linear)
+    with pytest.raises(fxgrow.FxgrowError, match="unexpected keyword argument 'unit'"):
+        make(accelerator, net, unit=2)

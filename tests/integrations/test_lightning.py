@@ -137,3 +137,16 @@ def test_other_growths_than_the_checkpoints(tmp_path) -> None:
     other.net = fxgrow.widen(other.net, (X,), {"0": 1})
     with pytest.raises(fxgrow.FileError, match="other growths"):
         trainer_of(callback(module="net"), max_epochs=3).fit(other, loader(), ckpt_path=tmp_path / "run.ckpt")
+
+
+def test_items_that_are_no_batches() -> None:
+    class Rows(Net):
+        def training_step(self, batch, _):
+            return super().training_step(batch[:2], _)
+
+    rows = DataLoader(TensorDataset(*loader().dataset.tensors, torch.arange(len(loader().dataset))), 32)
+    growth = callback(fxgrow.Every(epochs=1), batch=lambda row: row[:2])
+    trainer_of(growth, max_epochs=2).fit(Rows(), rows)
+    assert growth.grower.history.growths == 1
+    with pytest.raises(fxgrow.ProfileError, match="a list of 3 items"):
+        trainer_of(callback(fxgrow.Every(epochs=1)), max_epochs=2).fit(Rows(), rows)

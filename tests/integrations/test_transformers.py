@@ -98,3 +98,6 @@ def test_folders_without_growth(tmp_path) -> None:
     (tmp_path / growing.STATE).write_text(json.dumps({"stateful_callbacks": {"TrainerControl": {}}}))
     with pytest.raises(fxgrow.FileError, match="without a GrowthCallback"):
         growing.resized(build(), tmp_path)
+    for path in (None, 3, "a\0b"):
+        with pytest.raises(fxgrow.FileError, match="checkpoint="):
+            growing.resized(build(), path)
