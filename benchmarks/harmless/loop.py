@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import time
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -149,7 +150,7 @@ def compare(make: Any, setting: Setting) -> Iterator[dict[str, Any]]:
     try:
         growth = arm.grow()
     except fxgrow.FxgrowError as error:
-        yield {"declined": f"refused: {error}"[:300]}
+        yield {"declined": f"refused: {error}"[:300], "cpu": time.process_time()}
         return
     yield {
         "declined": growth.declined, "units": sum(growth.plan.units.values()), "gamma": growth.plan.scale,
@@ -159,7 +160,7 @@ def compare(make: Any, setting: Setting) -> Iterator[dict[str, Any]]:
     at_growth = _ratio(arm.largest(), old, {})
     grown = arm.train(setting.after, setting.seed + 1000)
     later = _ratio(arm.largest(), old, other.largest())
-    yield {"at_growth": at_growth, "later": later, "grown": grown, "grown_final": _final(arm)}
+    yield {"at_growth": at_growth, "later": later, "grown": grown, "grown_final": _final(arm), "cpu": time.process_time()}
 
 
 def _well_behaved(make: Any, setting: Setting) -> tuple[Arm, Arm, float, list[float], list[float]]:

@@ -56,12 +56,12 @@ def summary(record: Record) -> str:
     jumps = ", ".join(f"{mode} {losses[mode]:.3g} -> {after[mode]:.3g}" for mode in losses)
     ratios = f"worst batch x{worst(record):.2f}, parameter x{record['at_growth'][1]:.2f} x{record['later'][1]:.2f}"
     harmed = "; ".join(harms(record))
-    return f"{state}; {jumps}; {ratios}; {record['wall']:.0f} s" + f"; HARMED: {harmed}" * bool(harmed)
+    return f"{state}; {jumps}; {ratios}; {record['cpu']:.0f} s" + f"; HARMED: {harmed}" * bool(harmed)
 
 
 def kind(reason: str) -> str:
     """A reason without its numbers and names."""
-    return re.sub(r"'[^']*'|[-+]?\d[\d.,e+-]*", "…", reason.split("\n")[0])[:90]
+    return re.sub(r"'[^']*'|[-+]?\d[\d.,e+-]*", "…", re.split(r"[\n;]", reason)[0])[:90]
 
 
 def tables(records: Sequence[Record]) -> str:
@@ -101,7 +101,7 @@ def _row(name: str, records: Sequence[Record]) -> list[str]:
     pairs = [[(r["losses_grown"][m], r["losses"][m]) for r in grew] for m in ("eval", "train")]
     pairs.append([(r["grown_final"]["eval"], r["ungrown_final"]["eval"]) for r in grew])
     ratios = [[a / max(b, FLOOR) if math.isfinite(a) else math.inf for a, b in part] for part in pairs]
-    seconds = sum(r["wall"] for r in records) / max(1, len(records))
+    seconds = sum(r.get("cpu", r["wall"]) for r in records) / max(1, len(records))
     losses = [f"{statistics.median(part):.2f}, {max(part):.2f}" if part else "" for part in ratios]
     return [name, *map(str, counts), *(f"{max(part):.2f}" if part else "" for part in tops), *losses, f"{seconds:.0f}"]
 

@@ -42,6 +42,10 @@ def scaled(factor: float) -> Any:
     return grown_by(lambda grown: [p.mul_(factor) for p in list(grown.parameters())[:2]])
 
 
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def test_an_arm_that_declined_is_the_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loop.fxgrow, "grow", scaled(1.0))
     record = record_of(SMALL["dropout"], SETTING)
@@ -72,11 +76,32 @@ def test_rates_are_lowered_until_training_is_stable() -> None:
     assert record_of(steep, SETTING)["rate"] < 100.0
 
 
-@pytest.mark.parametrize(
-    "family, name", [("gan", "gan"), ("vae", "vae"), pytest.param("hf", "bert", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("family, name", [("gan", "gan"), ("vae", "vae"), slow("hf", "bert")])
 def test_other_steps_run(family: str, name: str) -> None:
     if family == "hf":
         pytest.importorskip("transformers")
     record = record_of(NETS[family][name], Setting("adamw", "cold", 32, after=2))
     assert len(record["grown"]) == len(record["ungrown"]) == 2
+
+
+@pytest.mark.parametrize(
+    "family, name, setting",
+    [
+        ("small", "dropout", Setting("sgd", "cold", 256, after=16)),
+        ("small", "no_norm", Setting("sgd", "cold", 256, after=16)),
+        ("gan", "gan_no_norm", Setting("sgd", "cold", 2000, after=16)),
+        slow("small", "batchnorm", Setting("adamw", "cold", 256, after=16)),
+        slow("small", "groupnorm", Setting("sgd", "warm", 256, after=16)),
+        slow("hf", "llama", Setting("adamw", "cold", 256)),
+        slow("torchvision", "shufflenet_v2_x0_5", Setting("adamw", "cold", 64)),
+        slow("torchvision", "mobilenet_v3_small", Setting("sgd", "warm", 256)),
+        slow("timm", "test_resnet", Setting("sgd", "cold", 512)),
+    ],
+    ids=str,
+)
+def test_growth_does_not_harm(family: str, name: str, setting: Setting) -> None:
+    """Arms that grew beyond the bounds, or trained worse, when nothing bounded what is written."""
+    record = record_of(NETS[family][name], setting)
+    assert not harms(record)
+    # a stock network may decline
+    assert record["units"] or family in ("torchvision", "timm")
