@@ -160,7 +160,13 @@ def compare(make: Any, setting: Setting) -> Iterator[dict[str, Any]]:
     at_growth = _ratio(arm.largest(), old, {})
     grown = arm.train(setting.after, setting.seed + 1000)
     later = _ratio(arm.largest(), old, other.largest())
-    yield {"at_growth": at_growth, "later": later, "grown": grown, "grown_final": _final(arm), "cpu": time.process_time()}
+    yield {
+        "at_growth": at_growth,
+        "later": later,
+        "grown": grown,
+        "grown_final": _final(arm),
+        "cpu": time.process_time(),
+    }
 
 
 def _well_behaved(make: Any, setting: Setting) -> tuple[Arm, Arm, float, list[float], list[float]]:
