@@ -23,6 +23,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from fxgrow.checkpoints.model_file import resize
 from fxgrow.data.argument_checks import PATH, read_argument
 from fxgrow.errors import FileError, FxgrowError, MissingExtraError
+from fxgrow.graph.graph import unwrap
+from fxgrow.graph.node_meta import RECIPE
 from fxgrow.integrations._shared import begun, check_one_process, missing_package, observe, on_device
 from fxgrow.integrations._torchvision import import_torchvision
 from fxgrow.training.data_source import Source
@@ -32,12 +34,14 @@ from fxgrow.training.schedule import Schedule
 with contextlib.suppress(MissingExtraError):
     import_torchvision()  # models of transformers import it where it is installed
 try:
-    from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+    from transformers import PretrainedConfig, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
     from transformers.trainer_callback import ExportableState
 except ImportError as error:
     raise missing_package("transformers", error) from error
 #: file with the states of the Trainer's callbacks
 STATE = "trainer_state.json"
+#: file with a model's configuration
+CONFIG = "config.json"
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -101,6 +105,8 @@ class GrowthCallback(TrainerCallback, ExportableState):
         saved = _saved(state.stateful_callbacks)
         if "grower" in saved:
             self.grower.load_state_dict(saved["grower"])
+        _keep_in_config(kwargs["model"])
+        self.grower.on_growth(lambda *_: _keep_in_config(kwargs["model"]))
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Grows after an optimiser step, before the Trainer logs, evaluates and saves."""
@@ -123,7 +129,7 @@ def resized(model: M, checkpoint: str | os.PathLike[str]) -> M:
 
     Args:
         model: built as the saved one was before it grew; left as it is.
-        checkpoint: folder that a Trainer with a `GrowthCallback` wrote.
+        checkpoint: folder that a Trainer with a `GrowthCallback` wrote, also by `save_model`.
 
     Returns:
         A copy of the model; tensors that changed their size are zero until the weights are loaded.
@@ -131,15 +137,24 @@ def resized(model: M, checkpoint: str | os.PathLike[str]) -> M:
     Raises:
         FileError: the folder contains no growth, or the model does not fit.
     """
-    path = Path(read_argument("checkpoint", checkpoint, PATH, FileError)) / STATE
+    folder = Path(read_argument("checkpoint", checkpoint, PATH, FileError))
+    path = folder / (STATE if (folder / STATE).exists() or not (folder / CONFIG).exists() else CONFIG)
     try:
-        saved = _saved(json.loads(path.read_text(encoding="utf-8"))["stateful_callbacks"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        recipe = found.get(RECIPE) if path.name == CONFIG else _saved(found["stateful_callbacks"]).get("recipe")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise FileError(f"{path} cannot be read ({error!r}): give the folder of a checkpoint of a Trainer.") from error
-    if "recipe" not in saved:
+    if recipe is None:
         raise FileError(f"{path} contains no growth: the checkpoint was written without a GrowthCallback.")
-    out: M = resize(model, json.dumps(saved["recipe"]), into="module")
+    out: M = resize(model, json.dumps(recipe), into="module")
     return out
+
+
+def _keep_in_config(model: nn.Module) -> None:
+    """Enters the recipe into the model's configuration, which `save_model` writes beside the weights."""
+    config, recipe = getattr(unwrap(model), "config", None), recipe_of(model)
+    if recipe.steps and isinstance(config, PretrainedConfig):
+        setattr(config, RECIPE, json.loads(recipe.to_json()))
 
 
 def _saved(states: Any) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+import safetensors.torch
 import torch
 from torch.utils.data import Dataset
 
@@ -58,6 +59,11 @@ def test_grows_saves_and_resumes_bit_for_bit(tmp_path) -> None:
     assert trainer.model is whole and type(whole) is transformers.GPT2LMHeadModel
     assert whole.get_submodule(WIDTH).nf == 8 and [e.step for e in growth.grower.history] == [3, 6]
 
+    trainer.save_model(str(tmp_path / "final"))
+    final = growing.resized(build(seed=1), tmp_path / "final")
+    safetensors.torch.load_model(final, tmp_path / "final" / "model.safetensors")
+    assert all(torch.equal(value, final.state_dict()[name]) for name, value in whole.state_dict().items())
+
     # the checkpoint lies between two growths, within the second epoch of none: 6 steps are one
     model = growing.resized(build(seed=1), tmp_path / "checkpoint-4")
     assert model.get_submodule(WIDTH).nf == 6
@@ -93,6 +99,9 @@ def test_a_metric_that_is_not_there(tmp_path) -> None:
 
 
 def test_folders_without_growth(tmp_path) -> None:
+    build().save_pretrained(tmp_path / "plain")
+    with pytest.raises(fxgrow.FileError, match="config.json contains no growth"):
+        growing.resized(build(), tmp_path / "plain")
     with pytest.raises(fxgrow.FileError, match="cannot be read"):
         growing.resized(build(), tmp_path)
     (tmp_path / growing.STATE).write_text(json.dumps({"stateful_callbacks": {"TrainerControl": {}}}))
