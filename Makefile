@@ -8,7 +8,7 @@ PYTEST_ARGS ?=
 NAME ?= demo_seeds
 ARGS ?=
 
-.PHONY: help install demo test test-all lint format docs-test docs-tables benchmarks benchmark clean
+.PHONY: help install demo test test-all lint audit format docs-test docs-tables benchmarks benchmark clean
 
 help: ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 13
@@ -41,6 +41,10 @@ lint: $(STAMP) ## check with ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+audit: $(STAMP) ## check the library with bandit, and what is installed for known vulnerabilities
+	$(BIN)/bandit -q -r fxgrow
+	$(BIN)/python .ci/audit.py
 
 format: $(STAMP) ## format and fix with ruff
 	$(BIN)/ruff check --fix .

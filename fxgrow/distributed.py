@@ -220,7 +220,7 @@ class DistributedGroup(ProcessGroup):
         data = data.cpu()
         file = io.BytesIO(ctypes.string_at(data.data_ptr(), len(data)))
         # pickle between the processes of one run, as in torch.distributed.broadcast_object_list
-        return torch.load(file, map_location=_to_this_device, weights_only=False)
+        return torch.load(file, map_location=_to_this_device, weights_only=False)  # nosec B614
 
     def assert_same(self, what: str) -> None:
         self._sync_status(what)

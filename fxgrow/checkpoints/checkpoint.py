@@ -11,7 +11,7 @@ import copy
 import os
 import weakref
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -101,7 +101,7 @@ class Checkpoint(Mapping[str, Any]):
         self.path = path
         require_kind(body, "checkpoint", path, "Load it with fxgrow.load.")
         file, self._weights = model_in(body, tensors, path)
-        assert isinstance(file, CheckpointFile)
+        file = cast(CheckpointFile, file)
         self.recipe, self._fingerprint = file.recipe, file.fingerprint
         self._entries, self._random, self._tensors = file.entries, file.random, tensors
         self._model: weakref.ref[nn.Module] | None = None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import operator
-import pickle
+import pickle  # nosec B403
 import random
 import sys
 import threading
