@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fxgrow.checkpoints.fingerprint import Fingerprint
 from fxgrow.checkpoints.module_state import with_quantized, without_quantized
 from fxgrow.checkpoints.weights import Weights, rebuild, weights_of
-from fxgrow.data.argument_checks import NEW_FILE, PATH, checked_arguments, read_argument
+from fxgrow.data.argument_checks import NEW_FILE, checked_arguments
 from fxgrow.errors import FileError
 from fxgrow.graph.code_lines import code_lines
 from fxgrow.graph.graph import unwrap
@@ -136,7 +136,7 @@ def resize(
     if isinstance(recipe, str) and recipe.lstrip().startswith("{"):
         recipe = Recipe.from_json(recipe)
     elif isinstance(recipe, (str, os.PathLike)):
-        file, _ = model_in(*read(read_argument("recipe", recipe, PATH, FileError)), recipe)
+        file, _ = model_in(*read(recipe), recipe)
         recipe = file.recipe
         if strict and file.fingerprint is not None:
             fingerprint = replace(file.fingerprint, outputs=None)

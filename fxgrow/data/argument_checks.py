@@ -196,14 +196,14 @@ PATH = Kind(_path, "give the path of a file")
 NEW_FILE = Kind(_new_file, "give the path of a file")
 MODULE = Kind(_module, "")
 _UNITS = Kind(_units, "give a positive number of units, or units per width such as {'fc': 8}", PlanError)
-_SWITCH = Kind(_flag, "give True or False")
+_SWITCH = Kind(_flag, "give True or False", FxgrowError)
 _KINDS: dict[str, Kind] = {
     **dict.fromkeys(("model", "gm", "module"), MODULE),
     **dict.fromkeys(("neurons", "units"), _UNITS),
     **dict.fromkeys(("progress", "update_existing", "keep_moments", "dynamic_batch", "check", "strict"), _SWITCH),
     **dict.fromkeys(("metric", "value"), Kind(_number, "give a number")),
     "tolerance": Kind(_tolerance, "give a number above 0"),
-    **dict.fromkeys(("callback", "batch"), Kind(_function, "give a function")),
+    **dict.fromkeys(("callback", "batch"), Kind(_function, "give a function", FxgrowError)),
     **dict.fromkeys(("method", "positions"), NAME),
     "cost": Kind(_instance(str), "choose 'parameters', 'multiply-adds' or 'latency'", PlanError),
     "budget": Kind(_budget, "give a number, or a share such as '+10%'", PlanError),
@@ -211,11 +211,11 @@ _KINDS: dict[str, Kind] = {
     "samples": Kind(_positive, "at least one sample is needed to profile, as a whole number", ProfileError),
     "memory_limit": Kind(_bytes, "give a positive number of bytes", ProfileError),
     "opset": Kind(_positive, "give a positive whole number"),
-    "seed": Kind(whole_number, "give a whole number below 2**63"),
+    "seed": Kind(whole_number, "give a whole number below 2**63", PlanError),
     "widths": Kind(_names, "give a list of names of widths", PlanError),
     "loss": Kind(_loss, "give a number or a tensor"),
     "loss_fn": Kind(_function, "give a function of (output, targets), such as nn.CrossEntropyLoss()", ProfileError),
-    "optimizer": Kind(_optimizer, "give a torch.optim.Optimizer"),
+    "optimizer": Kind(_optimizer, "give a torch.optim.Optimizer", FxgrowError),
     "path": PATH,
     "state": Kind(_instance(Mapping), "give what state_dict() returned"),
     "into": Kind(_instance(str), 'take "graph" or "module"', PlanError),

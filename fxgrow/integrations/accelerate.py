@@ -81,9 +81,7 @@ class AcceleratedGrower(GrowerInPlace):
         **options: Any,
     ) -> None:
         if not isinstance(accelerator, Accelerator):
-            raise FxgrowError(
-                f"accelerator={shown(accelerator)}: give the Accelerator of the training loop."
-            )
+            raise FxgrowError(f"accelerator={shown(accelerator)}: give the Accelerator of the training loop.")
         check_one_process(accelerator.num_processes, "This Accelerator")
         if isinstance(dataloader, (DataLoaderShard, DataLoaderDispatcher)):
             raise FxgrowError(

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from fxgrow.data.argument_checks import NEW_FILE, PATH, read_argument
 from fxgrow.errors import FileError, MissingExtraError
 from fxgrow.storage import schema
 from fxgrow.storage.schema import SchemaError, checked
@@ -51,6 +52,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], body: Map
 
     `body` is plain data for the metadata. On any error an existing file is unchanged.
     """
+    read_argument("path", path, NEW_FILE, FileError)
     safetensors = _safetensors()
     layouts: dict[str, Any] = {}
     stored = _stored(tensors, layouts)
@@ -62,8 +64,6 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], body: Map
             f"{path} would need a header of {(len(text) + names) // 1_000_000} MB, more than safetensors allows: "
             "store long lists as tensors."
         )
-    if Path(path).is_dir():
-        raise FileError(f"{path} is a folder. Give the name of a file.")
     target = Path(os.path.realpath(path))  # a link stays one
     try:
         with temporary_folder(target) as temporary:
@@ -82,7 +82,7 @@ def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], body: Map
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Returns the body and the tensors (on the CPU) that `write` wrote."""
-    safetensors, path = _safetensors(), Path(path)
+    safetensors, path = _safetensors(), Path(read_argument("path", path, PATH, FileError))
     _check_kind(path)
     _check_header(path)
     try:

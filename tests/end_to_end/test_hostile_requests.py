@@ -187,17 +187,19 @@ PATHS = ["nodir/x.png", "a\0b.png", "", ".", "x" * 300 + ".png", "\ud800.png", "
 def test_paths_that_cannot_be_written(path: Any, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     growth = fxgrow.grow(world.net, BATCHES, neurons=1, method="random", progress=False).meta["fxgrow"]
+    moments = fxgrow.profile(world.net, BATCHES, method="tiny", keep_moments=True, progress=False).moments
     for write in (
         lambda: fxgrow.save(world.grown, path),
         lambda: fxgrow.save_checkpoint(path, world.grown),
+        lambda: moments.save(path),
         lambda: fxgrow.export_onnx(world.net, path, (X,)),
         lambda: world.profile.plot(path),
         lambda: growth.plot(path),
         lambda: fxgrow.History().plot(path),
     ):
         refused(write)
-    for read in (lambda: fxgrow.load(net(), path), lambda: fxgrow.load_checkpoint(path)):
-        refused(read)
+    for read in (fxgrow.load_checkpoint, fxgrow.Moments.load, lambda path: fxgrow.load(net(), path)):
+        refused(lambda read=read: read(path))
     assert list(tmp_path.iterdir()) == []
 
 
