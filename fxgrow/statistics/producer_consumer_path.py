@@ -75,7 +75,8 @@ def find_paths(width: GrowableWidth, analysed: AnalysedGraph) -> list[ConvPath] 
     # a map and features without positions (a gate of the units) have no common rows
     kinds = {(path.consumer.node, len(path.read_shape)) for path in paths}
     consumers = [node for node, _ in kinds]
-    return paths if {c.node for c in width.consumers} == {*consumers} and len(consumers) == len({*consumers}) else None
+    complete = {c.node for c in width.consumers} == {*consumers} and len(consumers) == len({*consumers})
+    return paths if paths and complete else None  # none where all of it runs in train mode only
 
 
 def _downstream(start: fx.Node, var: UnitVar, structure: Structure) -> dict[fx.Node, list[fx.Node]]:

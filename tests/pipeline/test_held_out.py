@@ -145,7 +145,7 @@ def test_running_statistics_that_lag_are_measured_again() -> None:
     assert new < 0.6 * old and new == pytest.approx(growth.losses["eval"][1], rel=0.3)
     # what is added has the size of what is there
     assert max(float(p.detach().abs().max()) for p in grown.parameters()) < 5 * max(
-        float(p.abs().max()) for p in model.parameters()
+        float(p.detach().abs().max()) for p in model.parameters()
     )
 
 
@@ -196,3 +196,32 @@ def test_losses_of_single_samples_and_of_a_whole_batch_are_compared_by_their_mea
     single = Losses(torch.tensor([1.0, 2.0, 3.0, 4.0]).double(), torch.ones(4).double())
     batch = Losses(torch.tensor([3.0]).double(), torch.tensor([4.0]).double())
     assert held_out.difference(batch, single) == (0.5, 0.0)
+
+
+class WithAuxiliaryHead(nn.Module):
+    """Returns a second output in train mode, as GoogLeNet does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Sequential(nn.Linear(64, 12), nn.ReLU()), nn.Linear(12, 10)
+        self.extra = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 10))
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.body(x)
+        return (self.head(h), self.extra(h)) if self.training else self.head(h)
+
+
+def of_both_heads(output: Any, targets: Tensor) -> Tensor:
+    outputs = output if isinstance(output, tuple) else (output,)
+    return torch.stack([F.cross_entropy(out, targets) for out in outputs]).sum()
+
+
+def test_a_head_of_train_mode_counts_in_train_mode() -> None:
+    torch.manual_seed(0)
+    model, batches = WithAuxiliaryHead(), digits()
+    grown = fxgrow.grow(model, batches, loss_fn=of_both_heads, neurons=2, progress=False)
+    held, train = (grown.meta["fxgrow"].losses[mode] for mode in ("eval", "train"))
+    assert train[0] > 1.5 * held[0] and train[1] < train[0] and held[1] < held[0]
+    # without a loss for it, train mode is eval mode
+    growth = fxgrow.grow(model, batches, loss_fn=F.cross_entropy, neurons=2, progress=False).meta["fxgrow"]
+    assert growth.losses["train"] == growth.losses["eval"] and growth.plan.units
