@@ -118,7 +118,7 @@ class AcceleratedGrower(GrowerInPlace):
         try:
             body = json.loads(path.read_text(encoding="utf-8"))
             recipe, state = Recipe.from_json(json.dumps(body["recipe"])), body["grower"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise FileError(
                 f"{path} cannot be read ({error!r}): the folder was not written by save_state with an "
                 "AcceleratedGrower, or it is damaged."

@@ -11,7 +11,7 @@ import json
 import os
 import reprlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,7 +21,9 @@ from fxgrow.errors import FileError, ProfileError
 from fxgrow.statistics.collect import SAMPLED_RIDGE, Statistics
 from fxgrow.statistics.consumer_moments import GATHERED
 from fxgrow.statistics.width_moments import WidthMoments
+from fxgrow.storage import schema
 from fxgrow.storage.safetensors_file import read, require_kind, write
+from fxgrow.storage.schema import SchemaError, checked
 
 
 @dataclass(frozen=True)
@@ -38,13 +40,13 @@ class Moments:
         tensors: means over the samples, by name.
     """
 
-    samples: int
-    loss: float
-    method: str
-    positions: str
-    widths: tuple[str, ...]
-    weights: str
-    tensors: Mapping[str, Tensor] = field(repr=False)
+    samples: int = checked(schema.integer(1))
+    loss: float = checked(schema.real(finite=False))
+    method: str = checked(schema.name)
+    positions: str = checked(schema.name)
+    widths: tuple[str, ...] = checked(schema.array(schema.name))
+    weights: str = checked(schema.name)
+    tensors: Mapping[str, Tensor] = checked(schema.anything, repr=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a `.safetensors` file, atomically and without pickle.
@@ -67,10 +69,10 @@ class Moments:
         body, tensors = read(path)
         require_kind(body, "moments", path, "Write one with profile.moments.save().")
         try:
-            kinds = {"samples": int, "loss": float, "method": str, "positions": str, "widths": tuple, "weights": str}
-            return cls(tensors=tensors, **{name: kind(body[name]) for name, kind in kinds.items()})
-        except (KeyError, TypeError, ValueError) as error:
-            raise FileError(f"{path} holds no moments of this version of fxgrow: {error!r}.") from error
+            found = {key: value for key, value in body.items() if key != "kind"} | {"tensors": tensors}
+            return schema.read_as(cls)(found, "the file")
+        except SchemaError as error:
+            raise FileError(f"{path} holds no moments of this version of fxgrow: {error}.") from None
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -10,8 +10,15 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
+import fxgrow
 from fxgrow.data.batches import Data
-from fxgrow.data.random_state import random_state, random_state_kept, set_random_state
+from fxgrow.data.random_state import (
+    check_random_state,
+    random_state,
+    random_state_kept,
+    set_random_state,
+    set_state_of,
+)
 
 
 @pytest.fixture
@@ -88,3 +95,18 @@ def test_generators_of_a_loader_and_of_its_samplers() -> None:
     loader = DataLoader(TensorDataset(torch.arange(8)), 2, shuffle=True, generator=own)
     (state,) = random_state(loader)["loader"]  # the sampler holds the same one
     assert torch.equal(state, own.get_state())
+
+
+def test_positions_beyond_the_buffer_of_a_generator_are_refused() -> None:
+    """NumPy takes any position, and reads the memory there."""
+    legacy, philox = np.random.RandomState(0), np.random.Generator(np.random.Philox(0))
+    name, key, _, *rest = legacy.get_state()
+    far = {**philox.bit_generator.state, "buffer_pos": 10**6}
+    for thing, state in ((legacy, (name, key, 10**8, *rest)), (philox, far), (legacy, "MT19937"), (philox, {})):
+        with pytest.raises(fxgrow.FileError, match="not one of this kind of random generator"):
+            set_state_of(thing, state, "generator")
+    whole = random_state()
+    assert isinstance(whole["numpy"], dict)
+    whole["numpy"]["state"]["pos"] = 625
+    with pytest.raises(fxgrow.FileError, match="the random state of numpy/state"):
+        check_random_state(whole)
