@@ -61,7 +61,7 @@ def summary(record: Record) -> str:
 
 def kind(reason: str) -> str:
     """A reason without its numbers and names."""
-    return re.sub(r"'[^']*'|[-+]?\d[\d.,e+-]*", "…", re.split(r"[\n;]", reason)[0])[:90]
+    return re.sub(r"'[^']*'|[-+]?\d[\d.,e+-]*", "…", re.split(r"[\n;]|\. ", reason)[0])[:90]
 
 
 def tables(records: Sequence[Record]) -> str:
