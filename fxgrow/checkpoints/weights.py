@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
 from fxgrow.checkpoints.fingerprint import Fingerprint
 from fxgrow.checkpoints.module_state import copy_with_state, own_entries, set_module_state, with_extra_state
@@ -52,8 +51,6 @@ def weights_of(model: nn.Module, recipe: Recipe) -> Weights:
     names: dict[int, str] = {}
     stored = _stored_tensors(model, recipe)
     for name, tensor in stored.items():
-        if is_lazy(tensor):
-            raise FileError(f"{name!r} has no shape yet. Run the model once on a batch, then save it.")
         first = names.setdefault(id(tensor), name)
         if first == name:
             tensors[name] = tensor

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from fxgrow.distributed import ProcessGroup, process_group_of
@@ -143,6 +144,9 @@ def _module(value: Any) -> Any:
         raise _Unusable(f"make an object of it first, {value.__name__}(...)")
     if not isinstance(value, nn.Module):
         raise _Unusable(f"this needs a torch.nn.Module, not a {type(value).__name__}")
+    for name, tensor in (*value.named_parameters(), *value.named_buffers()):
+        if is_lazy(tensor):
+            raise _Unusable(f"{name} has no shape yet. Run the model once on a batch first")
     return value
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.modules.batchnorm import _NormBase
-from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 from fxgrow.data.argument_checks import checked_arguments
@@ -86,9 +85,6 @@ def capture(model: nn.Module, example_inputs: tuple[Any, ...] | dict[str, Any] |
     model = getattr(model, "_orig_mod", model)  # without torch.compile
     if isinstance(model, torch.jit.ScriptModule):
         raise CaptureError("A TorchScript module has no Python code to trace. Capture the module it was made from.")
-    lazy = [name for name, tensor in [*model.named_parameters(), *model.named_buffers()] if is_lazy(tensor)]
-    if lazy:
-        raise CaptureError(f"{lazy[0]} has no shape yet. Run the model once on a batch, then capture it.")
     example_inputs = as_tensors(example_inputs, dtype_of(model))
     first = first_tensor(example_inputs)
     if first is not None and first.dim() and not len(first):

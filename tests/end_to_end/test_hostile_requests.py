@@ -180,6 +180,20 @@ def test_odd_arguments_are_refused_and_nothing_changes(
             assert world.state() == before, f"{name} of {value!r}"
 
 
+@pytest.mark.parametrize("name", [name for name in TAKES if name.endswith(("model", "export_onnx"))])
+def test_models_without_sizes_are_refused(name: str, world: World) -> None:
+    for lazy in (
+        nn.Sequential(nn.LazyLinear(4), nn.ReLU(), nn.Linear(4, 3)),
+        nn.Sequential(nn.Linear(6, 4), nn.LazyBatchNorm1d(), nn.ReLU(), nn.Linear(4, 3)),
+    ):
+        assert "has no shape yet. Run the model once on a batch first" in refused(
+            lambda m=lazy: TAKES[name][0](world, m)
+        )
+        assert any(isinstance(p, nn.UninitializedParameter) for p in lazy.parameters())
+    optimizer = torch.optim.SGD(lazy.parameters(), 0.1)
+    assert "no shape yet" in refused(lambda: fxgrow.grow(lazy, BATCHES, optimizer=optimizer))
+
+
 PATHS = ["nodir/x.png", "a\0b.png", "", ".", "x" * 300 + ".png", "\ud800.png", "x" * 5000, 3, b"x", Path("nodir/x")]
 
 
