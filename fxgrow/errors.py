@@ -27,6 +27,10 @@ class ProfileError(FxgrowError):
     """The data, the loss or the model's state do not allow a profile."""
 
 
+class InfiniteLossError(ProfileError):
+    """The loss of a batch is infinite or not a number."""
+
+
 class PlanError(FxgrowError):
     """A budget, a width name or a number of units that cannot be met."""
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 from fxgrow.data.batches import Batch
-from fxgrow.errors import LossWarning, ProfileError, first_lines, warn
+from fxgrow.errors import InfiniteLossError, LossWarning, ProfileError, first_lines, warn
 from fxgrow.graph.evaluate import lent_buffers
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -78,10 +78,6 @@ class Loss:
             self.name += ", a sum: divided by the number of samples"
 
 
-class InfiniteLoss(ProfileError):
-    """The loss of a batch is infinite or not a number."""
-
-
 def known_loss(loss_fn: LossFn | None) -> Loss:
     """The same loss, which finds out about itself on the first batch."""
     return loss_fn if isinstance(loss_fn, Loss) else Loss(loss_fn)
@@ -110,7 +106,7 @@ def loss_of(output: Any, batch: Batch, loss_fn: LossFn | None) -> Tensor:
         known.look_at(output, batch)
     loss = loss.mean() if loss.dim() else loss / batch.size if known.summed else loss
     if not math.isfinite(loss.detach()):
-        raise InfiniteLoss(
+        raise InfiniteLossError(
             f"The loss of batch {batch.index} is {loss.item()}: growth needs finite losses. Look for bad samples in "
             "this batch, a learning rate that is too high, or an overflow in half precision."
         )

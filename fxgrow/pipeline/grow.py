@@ -33,7 +33,7 @@ from fxgrow.pipeline.plan import plan as make_plan
 from fxgrow.pipeline.profile import profiled
 from fxgrow.pipeline.profile_record import Profile, ProfileRequest
 from fxgrow.rewriting.batch_norm import RunningStatistics
-from fxgrow.rewriting.bounds import LIMIT
+from fxgrow.rewriting.bounds import LIMIT, bounded
 from fxgrow.rewriting.into_module import check_into, into_module
 from fxgrow.rewriting.memory import memory_errors
 from fxgrow.rewriting.parametrizations import remove_parametrizations, restore_parametrizations
@@ -227,8 +227,9 @@ class _Trial:
 
     def unscaled(self, plan: Plan) -> GrowthResult[fx.GraphModule]:
         """Units that change nothing, whatever gamma is; with dropout they may in train mode."""
-        gm = self.profile.graph
-        change, generator = SizeChange(self.profile.analysed, plan.units), torch.Generator().manual_seed(0)
+        gm, analysed = self.profile.graph, self.profile.analysed
+        plan = bounded(plan, gm, analysed.structure)
+        change, generator = SizeChange(analysed, plan.units), torch.Generator().manual_seed(0)
         widened = WidenedGraph(change, plan.at(plan.scale), generator).check()
         check_function(gm, widened.gm, gm.meta[EXAMPLE_INPUTS])
         before, after = self.losses(gm), self.losses(widened.gm)

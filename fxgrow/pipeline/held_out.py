@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx
 
 from fxgrow.data.batches import Batch, Data, take
-from fxgrow.data.loss import InfiniteLoss, LossFn, known_loss
+from fxgrow.data.loss import LossFn, known_loss
 from fxgrow.data.loss_parts import losses_of_parts
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
+from fxgrow.errors import InfiniteLossError
 from fxgrow.graph.evaluate import eval_mode, lent_buffers
 from fxgrow.rewriting.batch_norm import Moments, RunningStatistics
 from fxgrow.statistics.forward_backward import forward
@@ -81,7 +82,7 @@ class HeldOut:
                         output = forward(graph, graph, batch)
                     try:
                         parts = losses_of_parts(output, batch, self.loss_fn)
-                    except InfiniteLoss:
+                    except InfiniteLossError:
                         if self.finite:
                             raise
                         parts = torch.tensor([math.inf], dtype=torch.float64)

@@ -19,7 +19,6 @@ from fxgrow.pipeline.fill_plan import fill_plan
 from fxgrow.pipeline.profile_record import Profile
 from fxgrow.report.bottleneck import Bottleneck
 from fxgrow.report.table import few
-from fxgrow.rewriting.bounds import bounded
 from fxgrow.rewriting.plan import Plan
 
 #: the budget when none is given
@@ -90,7 +89,6 @@ def plan(
     missing = [f"{units[name]} of {k} units at {name}" for name, k in requested.items() if units[name] < k]
     units = {name: k for name, k in units.items() if k}
     filled = fill_plan(profile, units, update_existing, (count.total({}), count.total(units)))
-    filled = bounded(filled, profile.graph, profile.analysed.structure)
     return replace(filled, reason=f"{', '.join(missing)}: beyond them, {profile.method.nothing}" if missing else left)
 
 

@@ -227,10 +227,11 @@ class _Profiler:
         measured = self._first_pass()
         random = {w.name: self._random_units(measured.proposals[w.name], self.additions[w.name]) for w in self.chosen}
         self._search(measured.proposals)
-        for w in self.chosen:
-            if w.name in measured.proposals:
-                proposal = measured.proposals[w.name]
-                measured.proposals[w.name] = within_bounds(self.analysed.gm, w, proposal)
+        if self.method.needs.refit:  # outgoing weights are fitted to what will be written
+            for w in self.chosen:
+                if w.name in measured.proposals:
+                    proposal = measured.proposals[w.name]
+                    measured.proposals[w.name] = within_bounds(self.analysed.gm, w, proposal)
         calibration = _calibration(self.analysed.gm, self.data, self.method.needs.refit)
         candidates, refit = self._refit(measured, calibration) if self.method.needs.refit else (None, None)
         samples, loss = measured.samples, measured.loss

@@ -105,10 +105,10 @@ def test_parameter_in_a_list() -> None:
 
 
 def test_changed_attributes() -> None:
-    before, after = nn.Linear(2, 3), nn.Linear(2, 4)
-    before.nan = after.nan = float("nan")  # type: ignore[assignment]
-    before.rate, after.rate = None, 0.5  # type: ignore[assignment]
+    before, after = nn.RMSNorm(3), nn.RMSNorm(4, eps=0.5)
+    before.groups = after.groups = float("nan")  # type: ignore[assignment]
     before.table, after.table = {"a": 1}, {"a": 2}  # type: ignore[assignment]
+    before.rate, after.rate = 0.1, 0.5  # type: ignore[assignment]
     after.new = 1  # type: ignore[assignment]
     after.eval()
-    assert list(changed_attributes(before, after)) == [("out_features", 3, 4), ("rate", None, 0.5)]
+    assert list(changed_attributes(before, after)) == [("normalized_shape", (3,), (4,)), ("eps", None, 0.5)]
