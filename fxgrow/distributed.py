@@ -146,7 +146,8 @@ class DistributedGroup(ProcessGroup):
             return
         self._over = True
         reports: list[Any] = [None] * self.size
-        name = None if error is None else next(c.__name__ for c in type(error).__mro__ if hasattr(errors, c.__name__))
+        # a class of the user's, or of Python, arrives as an FxgrowError
+        name = next((c.__name__ for c in type(error).__mro__ if hasattr(errors, c.__name__)), None)
         dist.all_gather_object(reports, (name, error and _message(error), what), group=self.group)
         if error is not None:
             return
