@@ -87,7 +87,8 @@ class Fingerprint:
     def check(self, model: nn.Module, recipe: Recipe, code: Sequence[str] | None) -> None:
         """Raises `FileError` where a loaded model differs; `code` has the lines of the fresh model, or None."""
         same_torch = self.torch_version == torch.__version__
-        self._check_options(model, same_torch, isinstance(model, torch.fx.GraphModule) != ("" not in self.options))
+        found = module_options(model, arguments_only=not same_torch, unread_arguments=recipe.code is None)
+        self._check_options(found, isinstance(model, torch.fx.GraphModule) != ("" not in self.options))
         same_dtype = recipe.example is not None and recipe.example.dtype == weights_dtype(model)
         if same_torch and same_dtype and code is not None and recipe.code is not None:
             if (lines := code_difference(recipe.code, code)) is not None:
@@ -102,9 +103,8 @@ class Fingerprint:
             if self.buffers[name].shape == given[name].shape and self._far(self.buffers[name], given[name], model):
                 raise FileError(f"Buffer {name!r}, which no file holds, is another one in this model. {_ADVICE}")
 
-    def _check_options(self, model: nn.Module, same_torch: bool, other_kind: bool) -> None:
-        """Between a graph and a module, or two versions of PyTorch, less is comparable."""
-        found = module_options(model, arguments_only=not same_torch)
+    def _check_options(self, found: Mapping[str, Mapping[str, str]], other_kind: bool) -> None:
+        """Between a graph and a module less is comparable."""
         for path in dict.fromkeys((*self.options, *found)):
             saved, given = self.options.get(path), found.get(path)
             if saved is None or given is None:

@@ -2,6 +2,7 @@
 
 An option is a plain attribute that a class sets while it is built. What its forward pass writes is a counter or a
 cache, and what only other methods write belongs to whoever calls them, unless it is an argument of the constructor.
+What no code of the forward pass reads, such as a folder for logs or the step that training has reached, is none.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import functools
 import hashlib
 import inspect
 import types
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import is_dataclass
 from typing import Any, NamedTuple
 
@@ -44,18 +45,23 @@ class OptionNames(NamedTuple):
     written_into: frozenset[str]
 
 
-def module_options(model: nn.Module, arguments_only: bool = False) -> dict[str, dict[str, str]]:
+def module_options(
+    model: nn.Module, arguments_only: bool = False, unread_arguments: bool = True
+) -> dict[str, dict[str, str]]:
     """Returns class and options of each module as text, by its path; those in a configuration are `config.heads`.
 
-    A graph has no options itself, and what stands in it for functions is no module of the model.
+    A graph has no options itself, and what stands in it for functions is no module of the model. `unread_arguments`:
+    also those that the forward pass does not read, where nothing else is known of what became of them.
     """
     found = {}
     seen: set[int] = set()
+    read = names_read(frozenset(map(type, model.modules())))
     for path, module in model.named_modules():
         if isinstance(module, fx.GraphModule) or type(module).__module__.startswith("fxgrow."):
             continue
         names = option_names(type(module))  # type: ignore[arg-type]
-        wanted = [*sorted(names.arguments), *([] if arguments_only else sorted(names.others))]
+        arguments = names.arguments if unread_arguments else names.arguments & read
+        wanted = [*sorted(arguments), *([] if arguments_only else sorted(names.others & read))]
         found[path] = {CLASS: _class_name(type(module))}
         for name in filter(vars(module).__contains__, wanted):
             value = vars(module)[name]
@@ -63,7 +69,11 @@ def module_options(model: nn.Module, arguments_only: bool = False) -> dict[str, 
                 found[path][name] = _short(value_text(value))
             elif name not in names.written_into and id(value) not in seen:  # modules share one
                 seen.add(id(value))
-                found[path] |= {f"{name}{key}": _short(value_text(item)) for key, item in _configured(value)}
+                found[path] |= {
+                    f"{name}{key}": _short(value_text(item))
+                    for key, item in _configured(value)
+                    if unread_arguments or not key or key[1:] in read
+                }
     return found
 
 
@@ -96,6 +106,41 @@ def _is_option(value: Any) -> bool:
     return known and not isinstance(value, nn.Module)
 
 
+def names_read(classes: Collection[type]) -> set[str]:
+    """Returns the names in the code that a forward pass of modules of these classes may run.
+
+    That is `forward`, methods of any of the classes that are named in it, and functions that it calls.
+    """
+    methods: dict[str, list[types.FunctionType]] = {}
+    for base in {base for cls in classes for base in cls.__mro__ if base not in (nn.Module, object)}:
+        for name, value in vars(base).items():
+            methods.setdefault(name, []).extend(_functions(value))
+    names = {"forward"}
+    functions = list(methods.get("forward", ()))
+    followed = set(functions)
+    for function in functions:
+        parts = list(_parts(function.__code__))
+        # a string may be the name of an attribute in getattr
+        used = {n for part in parts for n in (*part.co_names, *part.co_consts) if isinstance(n, str)}
+        names |= used
+        called = [f for n in used if n != "__init__" for f in methods.get(n, ())]
+        for f in (*called, *_called_functions(function, used)):
+            if f not in followed:
+                followed.add(f)
+                functions.append(f)
+    return names
+
+
+def _called_functions(function: types.FunctionType, used: Collection[str]) -> Iterator[types.FunctionType]:
+    """Yields functions outside of torch that a function finds by name, in a module, or around it."""
+    found = [function.__globals__[n] for n in used if n in function.__globals__]
+    found += [vars(v)[n] for v in found if isinstance(v, types.ModuleType) for n in used if n in vars(v)]
+    for value in (*found, *(cell.cell_contents for cell in function.__closure__ or () if cell != types.CellType())):
+        f = inspect.unwrap(value) if isinstance(value, types.FunctionType) else None
+        if isinstance(f, types.FunctionType) and not f.__module__.startswith("torch."):
+            yield f
+
+
 @functools.cache
 def option_names(cls: type) -> OptionNames:
     """Returns the names of a module class's options, from the code of its methods."""
@@ -104,7 +149,7 @@ def option_names(cls: type) -> OptionNames:
     arguments: set[str] = set()
     for base in bases:
         for name, value in vars(base).items():
-            methods.setdefault(name, []).extend(_codes(value))
+            methods.setdefault(name, []).extend(f.__code__ for f in _functions(value))
     for code in methods.get("__init__", ()):
         arguments |= set(code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount])
     built, run = _reached(methods, "__init__"), _reached(methods, "forward")
@@ -123,12 +168,12 @@ def _writes_items(code: types.CodeType) -> bool:
     )
 
 
-def _codes(value: Any) -> Iterator[types.CodeType]:
-    """Yields the code of a method, a property or a static method."""
+def _functions(value: Any) -> Iterator[types.FunctionType]:
+    """Yields the functions of a method, a property or a static method."""
     for part in (value.fget, value.fset) if isinstance(value, property) else (getattr(value, "__func__", value),):
-        function = inspect.unwrap(part) if callable(part) and hasattr(part, "__code__") else None
-        if function is not None:
-            yield function.__code__
+        function = inspect.unwrap(part) if isinstance(part, types.FunctionType) else None
+        if isinstance(function, types.FunctionType):
+            yield function
 
 
 def _reached(methods: Mapping[str, list[types.CodeType]], start: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import warnings
 from collections.abc import Callable
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 import fxgrow
 from fxgrow.graph.code_lines import code_difference, code_lines
-from fxgrow.graph.module_options import module_options, option_names
+from fxgrow.graph.module_options import module_options, names_read, option_names
 from fxgrow.storage.safetensors_file import read, write
 from tests.checkpoints.saved import outputs
 
@@ -133,7 +134,10 @@ class Scaled(nn.Module):
         self.seen = x.shape[0]
         self.log.append(2)
         self.counts["n"] += 1
-        return self.activation(self.norm(self.layer(x)) * self.factor)
+        return self.activation(self.norm(self.layer(x)) * self.factor) * self.gain()
+
+    def gain(self) -> float:
+        return float(self.table["gain"])
 
 
 def scaled(**options: Any) -> Scaled:
@@ -173,6 +177,54 @@ def test_models_that_were_never_captured(tmp_path: Path) -> None:
     other.more = nn.Dropout(0.5)
     with pytest.raises(fxgrow.FileError, match="'more' is a Dropout in this model, and there is no such module"):
         fxgrow.load(other, tmp_path / "net")
+
+
+def double(model: Any, x: Tensor) -> Tensor:
+    return model.widened(x) * getattr(model, "gain")  # noqa: B009
+
+
+class Booked(nn.Module):
+    """Keeps books about a run, and is told of things that only training asks for."""
+
+    def __init__(self, number: int = 0, rate: float = 0.1, gain: float = 1.0, slope: float = 0.1) -> None:
+        super().__init__()
+        self.run, self.folder, self.created = f"run {number}", f"runs/{number}", 100.0 + number
+        self.steps, self.best, self.notes = number, float(number), [number]
+        self.rate, self.gain, self.slope = rate, gain, slope
+        self.arguments = argparse.Namespace(rate=rate, slope=slope)
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), self.rate)
+
+    def widened(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(self.a(x), self.arguments.slope)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(double(self, x))
+
+
+@pytest.mark.parametrize("into", ["graph", "module"])
+def test_what_no_forward_pass_reads_may_differ(into: Any, tmp_path: Path) -> None:
+    x = (torch.randn(5, 3),)
+    net = fxgrow.widen(Booked(), x, {"a": 2}, into=into)
+    fxgrow.save(net, tmp_path / "net")
+    fxgrow.save_checkpoint(tmp_path / "run", net)
+    for load in (lambda m: fxgrow.load(m, tmp_path / "net"), fxgrow.load_checkpoint(tmp_path / "run").model):
+        assert torch.equal(outputs(load(Booked(7, rate=0.2)), x), outputs(net, x))
+        for options in ({"gain": 2.0}, {"slope": 0.5}):
+            with pytest.raises(fxgrow.FileError, match="in the file and|has"):
+                load(Booked(**options))  # type: ignore[arg-type]
+    fxgrow.save(Booked(), tmp_path / "plain")  # of its arguments nothing else is known
+    fxgrow.load(Booked(7), tmp_path / "plain")
+    with pytest.raises(fxgrow.FileError, match="The option rate of 'the model' is 0.1 in the file and 0.2"):
+        fxgrow.load(Booked(rate=0.2), tmp_path / "plain")
+
+
+def test_names_that_a_forward_pass_reads() -> None:
+    read = names_read(frozenset((Booked, nn.Conv2d, nn.MultiheadAttention, nn.LSTM)))
+    assert read >= {"gain", "slope", "stride", "padding_mode", "num_heads", "bidirectional", "num_layers"}
+    assert read.isdisjoint({"run", "folder", "created", "steps", "best", "notes", "rate", "configure_optimizers"})
 
 
 def test_names_of_options() -> None:
