@@ -82,12 +82,12 @@ class Fingerprint:
             found = None
         outputs = None if found is None else tuple(Output.of(t) for t in found[:_OUTPUTS])
         buffers = {} if outputs is not None else dict(_unsaved_buffers(model))
-        return cls(torch.__version__, _device(model), module_options(model), outputs, buffers)
+        return cls(torch.__version__, _device(model), module_options(model, _written(recipe)), outputs, buffers)
 
     def check(self, model: nn.Module, recipe: Recipe, code: Sequence[str] | None) -> None:
         """Raises `FileError` where a loaded model differs; `code` has the lines of the fresh model, or None."""
         same_torch = self.torch_version == torch.__version__
-        found = module_options(model, arguments_only=not same_torch, unread_arguments=recipe.code is None)
+        found = module_options(model, _written(recipe), not same_torch, unread_arguments=recipe.code is None)
         self._check_options(found, isinstance(model, torch.fx.GraphModule) != ("" not in self.options))
         same_dtype = recipe.example is not None and recipe.example.dtype == weights_dtype(model)
         if same_torch and same_dtype and code is not None and recipe.code is not None:
@@ -164,6 +164,10 @@ class Fingerprint:
         a, b = (torch.tensor(o.numbers, dtype=torch.float64) for o in (saved, found))
         error, scale = ((float(t.abs().max()) if len(t) else 0.0) for t in (a - b, a))
         return (error, scale) if error > tolerance * max(scale, 1e-3) else None
+
+
+def _written(recipe: Recipe) -> set[str]:
+    return {attribute.name for step in recipe.steps for attribute in step.attributes}
 
 
 def _unsaved_buffers(model: nn.Module) -> Iterator[tuple[str, Output]]:

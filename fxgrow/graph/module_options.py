@@ -46,16 +46,17 @@ class OptionNames(NamedTuple):
 
 
 def module_options(
-    model: nn.Module, arguments_only: bool = False, unread_arguments: bool = True
+    model: nn.Module, written: Collection[str], arguments_only: bool = False, unread_arguments: bool = True
 ) -> dict[str, dict[str, str]]:
     """Returns class and options of each module as text, by its path; those in a configuration are `config.heads`.
 
     A graph has no options itself, and what stands in it for functions is no module of the model. `unread_arguments`:
-    also those that the forward pass does not read, where nothing else is known of what became of them.
+    also those that the forward pass does not read, where nothing else is known of what became of them; `written` are
+    names of attributes that growth has set.
     """
     found = {}
     seen: set[int] = set()
-    read = names_read(frozenset(map(type, model.modules())))
+    read = names_read(frozenset(map(type, model.modules()))) | set(written)
     for path, module in model.named_modules():
         if isinstance(module, fx.GraphModule) or type(module).__module__.startswith("fxgrow."):
             continue

@@ -2,7 +2,8 @@
 
 Tracing looks at shapes, dtypes and Python values only. Masks, tensors of one value and tensors of a few entries keep
 their entries, since the model may fail on others (an attention mask of zeros). The rest is the user's data, which does
-not belong in a file of weights: it is replaced by noise, integers by zeros.
+not belong in a file of weights: it is replaced by noise, integers by others between the least and the largest, which
+tell positions apart.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class TensorSpec:
     shape: tuple[int, ...] = checked(schema.array(schema.integer(), longest=64))
     dtype: str = checked(_dtype)
     entries: str | None = checked(schema.optional(schema.string(longest=1_000_000)), required=False, default=None)
+    #: least and largest of integers that are not kept, the largest first where they descend
+    ends: tuple[int, ...] = checked(schema.array(schema.integer(high=2**52), longest=2), required=False, default=())
 
     @classmethod
     def of(cls, t: Tensor) -> TensorSpec:
@@ -52,7 +55,7 @@ class TensorSpec:
         if bool((entries == entries[0]).all()):
             entries = entries[:1]
         if len(entries) > MAX_ENTRIES and not (len(entries) <= MAX_MASK_ENTRIES and _is_mask(flat)):
-            return cls(shape, dtype)
+            return cls(shape, dtype, ends=_ends(flat))
         return cls(shape, dtype, base64.b64encode(bytes(entries.flatten().tolist())).decode())
 
     @property
@@ -64,6 +67,8 @@ class TensorSpec:
         size = DTYPES[self.dtype].itemsize
         if self.entries is not None and len(self.data) not in (size, self.nbytes):
             raise SchemaError(f"a tensor of shape {list(self.shape)} has {len(self.data)} bytes of entries")
+        if len(self.ends) == 1:
+            raise SchemaError(f"{self.ends[0]} is no range of integers")
 
     @property
     def data(self) -> bytes:
@@ -71,14 +76,25 @@ class TensorSpec:
         return schema.encoded_bytes(self.entries, "entries")
 
     def tensor(self) -> Tensor:
-        """Returns a tensor with these entries, zeros or noise."""
+        """Returns a tensor with these entries, noise or evenly spaced integers."""
         dtype = DTYPES[self.dtype]
         if self.entries is not None:
             entries = torch.frombuffer(bytearray(self.data), dtype=dtype)
             return entries.expand(math.prod(self.shape)).reshape(self.shape).clone()
         if not dtype.is_floating_point:
-            return torch.zeros(self.shape, dtype=dtype)
+            first, last = self.ends or (0, 0)
+            return torch.linspace(first, last, math.prod(self.shape), dtype=torch.float64).to(dtype).reshape(self.shape)
         return torch.randn(self.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+
+
+def _ends(t: Tensor) -> tuple[int, ...]:
+    if t.is_floating_point() or t.dtype is torch.bool:
+        return ()
+    t = t.long()
+    least, largest = int(t.min()), int(t.max())
+    ends = (largest, least) if bool((t.diff() <= 0).all()) else (least, largest)
+    # negative ones are marks, such as of labels that count for nothing
+    return ends if least >= 0 and largest < 2**52 else ()
 
 
 def _is_mask(t: Tensor) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import fxgrow
 from fxgrow.graph.code_lines import code_difference, code_lines
 from fxgrow.graph.module_options import module_options, names_read, option_names
+from fxgrow.storage.example_inputs import TensorSpec
 from fxgrow.storage.safetensors_file import read, write
 from tests.checkpoints.saved import outputs
 
@@ -232,7 +233,7 @@ def test_names_of_options() -> None:
     assert names.arguments >= {"activation", "config", "dims"}
     assert {"factor", "offset"} <= names.others
     assert not {"calls", "seen", "rate", "device"} & (names.others | names.arguments)
-    options = module_options(nn.Sequential(nn.Conv2d(2, 4, 3, stride=2, groups=2), nn.GELU("tanh")))
+    options = module_options(nn.Sequential(nn.Conv2d(2, 4, 3, stride=2, groups=2), nn.GELU("tanh")), ())
     assert options["0"].items() >= {"class": "Conv2d", "stride": "(2, 2)", "groups": "2"}.items()
     assert options["1"] == {"class": "GELU", "approximate": "'tanh'"}
 
@@ -245,6 +246,47 @@ def test_lines_of_code_do_not_depend_on_mode_dtype_and_order() -> None:
             assert code_difference(first, code_lines(fxgrow.capture(model, x))) is None
     assert code_difference(first, code_lines(fxgrow.capture(Encoder(), (X[0][:1],)))) is None
     assert code_difference(first, first[:-1]) == (first[-1][13:], "nothing")
+
+
+class Turned(nn.Module):
+    """Attention of which only the angles depend on an option."""
+
+    def __init__(self, base: float = 10.0) -> None:
+        super().__init__()
+        self.register_buffer("rates", base ** -torch.arange(2.0), persistent=False)
+        self.tokens, self.wide, self.narrow = nn.Embedding(30, 4), nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = self.tokens(tokens)
+        angles = torch.arange(tokens.shape[1])[:, None] * self.rates
+        pairs = torch.view_as_complex(h.unflatten(-1, (2, 2))) * torch.polar(torch.ones_like(angles), angles)
+        turned = torch.view_as_real(pairs).flatten(2)
+        h = (turned @ turned.mT).softmax(-1) @ h
+        return h + self.narrow(F.relu(self.wide(h)))
+
+
+@pytest.mark.parametrize("into", ["graph", "module"])
+def test_tokens_of_a_fingerprint_tell_positions_apart(into: Any, tmp_path: Path) -> None:
+    tokens = (torch.randint(30, (2, 12)),)
+    net = fxgrow.widen(Turned(), tokens, {"wide": 2}, into=into)
+    fxgrow.save(net, tmp_path / "net")
+    assert torch.equal(outputs(fxgrow.load(Turned(), tmp_path / "net"), tokens), outputs(net, tokens))
+    with pytest.raises(fxgrow.FileError, match="computes something else than the saved one: output 0"):
+        fxgrow.load(Turned(20.0), tmp_path / "net")
+
+
+def test_integers_in_the_place_of_those_of_the_example() -> None:
+    for given, expected in [
+        (torch.tensor([[9, 2, 5] * 7, [0, 3, 1] * 7]), torch.arange(42) * 9 // 41),
+        (torch.arange(30, 10, -1), torch.linspace(30, 11, 20).long()),
+        (torch.tensor([-100, 3] * 10), torch.zeros(20)),
+        (torch.tensor([0, 2**60] * 10), torch.zeros(20)),
+        (torch.arange(20, dtype=torch.uint8), torch.arange(20)),
+    ]:
+        found = TensorSpec.of(given).tensor()
+        assert found.shape == given.shape and found.dtype == given.dtype
+        assert (found.flatten().double() - expected.double()).abs().max() <= 1
+        assert given.min().clamp(max=0) <= found.min() and found.max() <= given.max()
 
 
 class Noisy(nn.Module):
