@@ -184,15 +184,16 @@ def _name_of_guess(output: Tensor, targets: Tensor, sigmoid: bool) -> str:
         cross_entropy = "nn.CrossEntropyLoss()", "lambda output, target: -(target * output.log()).sum(1).mean()"
         use = cross_entropy[outputs == "probabilities"]
     elif labels == "between 0 and 1":
-        use = "nn.BCELoss()" if outputs == labels else "nn.BCEWithLogitsLoss()"
+        use = "nn.BCELoss()" if sigmoid else "nn.BCEWithLogitsLoss()"
+        use += ", after a sigmoid nn.BCELoss()" if outputs == labels and not sigmoid else ""
     elif not floating and (outputs == "probabilities" or sigmoid):
         use = "lambda output, target: F.nll_loss(output.log(), target)"
     else:
         return name
-    what = f"the targets are {labels}" if floating else "the targets are integers"
+    what = (labels or "any numbers") if floating else "integers"
     message = (
-        f"loss_fn=None stands for {name} here, but the outputs are {outputs or 'any numbers'} and {what}. Growth must "
-        f"lower the loss that trains the model: pass it, such as loss_fn={use}"
+        f"loss_fn=None stands for {name} here, but the outputs are {outputs or 'any numbers'} and the targets are "
+        f"{what}. Growth must lower the loss that trains the model: pass it, such as loss_fn={use}"
     )
     if floating and ("log-probabilities" == outputs or labels == "probabilities" != outputs):
         raise ProfileError(message + ".")

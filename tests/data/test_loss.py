@@ -44,7 +44,8 @@ WARNED: dict[str, tuple[nn.Module, Tensor, str]] = {
     "binary": (net(1), BINARY, "BCEWithLogitsLoss"),
     "labels of several kinds": (net(3), (X[:, :3] > 0).float(), "BCEWithLogitsLoss"),
     "degrees": (net(3), X[:, :3].sigmoid(), "BCEWithLogitsLoss"),
-    "sigmoid": (net(1, nn.Sigmoid()), BINARY, "BCELoss"),
+    "logits between 0 and 1": (net(1, nn.Hardtanh(0.2, 0.8)), BINARY, "BCEWithLogitsLoss.*after a sigmoid nn.BCELoss"),
+    "sigmoid": (net(1, nn.Sigmoid()), BINARY, r"nn.BCELoss\(\), or loss_fn=nn.MSELoss"),
     "sigmoid, spelled out": (net(1, Sigmoid()), BINARY, "BCELoss"),
     "classes after a sigmoid": (net(2, nn.Sigmoid()), CLASSES, "nll_loss"),
     "classes after a softmax": (net(2, nn.Softmax(1)), CLASSES, "nll_loss"),
@@ -71,7 +72,7 @@ def test_a_default_loss_that_seems_wrong_is_warned_of_with_what_to_pass(case: st
     ids=["one-hot", "soft", "log-softmax", "log-softmax of anything"],
 )
 def test_a_default_loss_that_is_wrong_is_refused(model: nn.Module, targets: Tensor, instead: str) -> None:
-    with pytest.raises(fxgrow.ProfileError, match=f"mean squared error.*loss_fn=.*{instead}"):
+    with pytest.raises(fxgrow.ProfileError, match=f"mean squared error.*targets are [a-z].*loss_fn=.*{instead}"):
         profile(model, targets)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
