@@ -170,7 +170,7 @@ def _ends_in_sigmoid(output: Tensor) -> bool:
     node = output.grad_fn
     while node is not None and node.name().startswith(VIEWS) and node.next_functions:
         node = node.next_functions[0][0]
-    return node is not None and node.name().startswith("Sigmoid")
+    return node is not None and node.name().startswith(("Sigmoid", "Hardsigmoid"))
 
 
 def _name_of_guess(output: Tensor, targets: Tensor, sigmoid: bool) -> str:
@@ -186,6 +186,8 @@ def _name_of_guess(output: Tensor, targets: Tensor, sigmoid: bool) -> str:
     elif labels == "between 0 and 1":
         use = "nn.BCELoss()" if sigmoid else "nn.BCEWithLogitsLoss()"
         use += ", after a sigmoid nn.BCELoss()" if outputs == labels and not sigmoid else ""
+    elif floating and sigmoid:
+        use = "nn.L1Loss()"
     elif not floating and (outputs == "probabilities" or sigmoid):
         use = "lambda output, target: F.nll_loss(output.log(), target)"
     else:
@@ -211,7 +213,9 @@ def _kind(t: Tensor) -> str:
     for kind, positive in (("log-probabilities", t.exp()), ("probabilities", t)):
         if any(bool((positive >= 0).all()) and _sums_to_one(positive, d) for d in dims):
             return kind
-    within = t.numel() >= FEW and bool(t.any()) and bool(((t >= 0) & (t <= 1)).all())
+    # a few numbers say something if each is 0 or 1
+    telling = t.numel() >= FEW or bool(((t == 0) | (t == 1)).all())
+    within = telling and bool(t.any()) and bool(((t >= 0) & (t <= 1)).all())
     return "between 0 and 1" if within else ""
 
 

@@ -88,7 +88,8 @@ def value_text(value: Any, node_text: Callable[[fx.Node], str] = str) -> str:
 
 def _arguments(node: fx.Node, node_text: Callable[[fx.Node], str]) -> str:
     parts = [value_text(value, node_text) for value in node.args]
-    return ", ".join(parts + [f"{key}={value_text(value, node_text)}" for key, value in sorted(node.kwargs.items())])
+    named = sorted((key, value) for key, value in node.kwargs.items() if key != "inplace")  # memory only
+    return ", ".join(parts + [f"{key}={value_text(value, node_text)}" for key, value in named])
 
 
 def _target(gm: fx.GraphModule, node: fx.Node, number: int) -> str:

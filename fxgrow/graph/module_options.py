@@ -25,8 +25,8 @@ from fxgrow.graph.code_lines import value_text
 CLASS = "class"
 #: what has no influence on the function: memory, speed, names
 _SAME_FUNCTION = {
-    "training", "gradient_checkpointing", "grad_checkpointing", "use_checkpoint", "verbose", "name", "device",
-    "dtype", "torch_dtype", "use_cache", "transformers_version", "architectures", "name_or_path",
+    "training", "inplace", "gradient_checkpointing", "grad_checkpointing", "use_checkpoint", "verbose", "name",
+    "device", "dtype", "torch_dtype", "use_cache", "transformers_version", "architectures", "name_or_path",
 }  # fmt: skip
 #: methods that run when an object is read from a pickle
 _READING = {"__setstate__"}

@@ -40,9 +40,10 @@ class Losses(NamedTuple):
 
 
 def alike(losses: Losses, before: Losses) -> Losses:
-    """Losses of the same parts as others: all infinite where one is."""
-    finite = len(losses.values) == len(before.values) and bool(losses.values.isfinite().all())
-    return losses if finite else Losses(torch.full_like(before.values, math.inf), before.sizes)
+    """All infinite where one is, then of the same parts as others."""
+    if bool(losses.values.isfinite().all()):
+        return losses
+    return Losses(torch.full_like(before.values, math.inf), before.sizes)
 
 
 class LossDifference(NamedTuple):

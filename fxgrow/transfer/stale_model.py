@@ -58,8 +58,11 @@ class _Watch:
     def after_step(self, owned: Mapping[int, Tensor]) -> str | None:
         """What a step of an optimiser with these parameters says: a warning, `AS_IT_SHOULD`, or None, nothing yet."""
         old, new = ([p for p in _alive(refs) if owned.get(id(p)) is p] for refs in (self.old, self.new))
-        if any(map(self.new_gradient, new)) or next(_alive(self.old), None) is None:
+        if next(_alive(self.old), None) is None:
             return AS_IT_SHOULD
+        if any(map(self.new_gradient, new)):
+            # another optimiser may have been left with old parameters
+            return AS_IT_SHOULD if all(owned.get(id(p)) is p for p in _alive(self.new) if p.requires_grad) else None
         if new:
             return NOT_TRAINED if any(map(self.new_gradient, _alive(self.old))) else None
         if any(map(self.new_gradient, old)):

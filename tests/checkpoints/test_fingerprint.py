@@ -463,3 +463,23 @@ def test_quantised_tensors_that_fit_nothing(tmp_path: Path) -> None:
         write(tmp_path / "other", {**tensors, "scales": scales}, changed)
         with pytest.raises(fxgrow.FileError, match="quantised tensor|state of its modules"):
             fxgrow.load(quantised(), tmp_path / "other")
+
+
+def test_working_in_place_is_no_other_function(tmp_path: Path) -> None:
+    def net(inplace: bool) -> nn.Module:
+        class Net(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                torch.manual_seed(0)
+                self.a, self.act, self.b = nn.Linear(4, 6), nn.ReLU(inplace), nn.Linear(6, 2)
+
+            def forward(self, x: Tensor) -> Tensor:
+                return F.elu(self.b(self.act(self.a(x))), inplace=inplace)
+
+        return Net()
+
+    x = torch.randn(3, 4)
+    for into in ("graph", "module"):
+        grown = fxgrow.widen(net(False), (x,), {"a": 2}, into=into)
+        fxgrow.save(grown, tmp_path / "net.safetensors")
+        assert fxgrow.load(net(True), tmp_path / "net.safetensors")(x).equal(grown(x))

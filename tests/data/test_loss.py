@@ -48,6 +48,8 @@ WARNED: dict[str, tuple[nn.Module, Tensor, str]] = {
     "sigmoid": (net(1, nn.Sigmoid()), BINARY, r"nn.BCELoss\(\), or loss_fn=nn.MSELoss"),
     "sigmoid, spelled out": (net(1, Sigmoid()), BINARY, "BCELoss"),
     "classes after a sigmoid": (net(2, nn.Sigmoid()), CLASSES, "nll_loss"),
+    "classes after a hard sigmoid": (net(2, nn.Hardsigmoid()), CLASSES, "nll_loss"),
+    "numbers after a sigmoid": (net(2, nn.Sigmoid()), X[:, :2], "L1Loss"),
     "classes after a softmax": (net(2, nn.Softmax(1)), CLASSES, "nll_loss"),
     "classes after a log-softmax": (net(2, nn.LogSoftmax(1)), CLASSES, "NLLLoss"),
 }
@@ -59,6 +61,11 @@ def test_a_default_loss_that_seems_wrong_is_warned_of_with_what_to_pass(case: st
     with pytest.warns(fxgrow.LossWarning, match=f"loss_fn=.*{instead}") as seen:
         profile(model, targets)
     assert [w.filename for w in seen] == [__file__]
+
+
+def test_a_few_targets_of_0_and_1_say_enough() -> None:
+    with pytest.warns(fxgrow.LossWarning, match="BCEWithLogitsLoss"):
+        fxgrow.profile(net(1), list(zip(X.split(4), BINARY.split(4), strict=True)), progress=False)
 
 
 @pytest.mark.parametrize(
@@ -89,7 +96,6 @@ def test_other_defaults_pass_without_a_word() -> None:
             within[2].weight /= 10
             within[2].bias.fill_(0.5)
         assert profile(within, CLASSES).loss_name == "cross-entropy"
-        assert profile(net(2, nn.Sigmoid()), X[:, :2]).loss_name == "mean squared error"
         assert profile(net(2), X.new_zeros(192, 2)).loss_name == "mean squared error"
         assert profile(maps, CLASSES[:, None].expand(-1, 2)).loss_name == "cross-entropy"
 

@@ -70,6 +70,21 @@ def test_parts_add_up_to_the_loss_of_the_batch() -> None:
     assert float(parts.mean()) == pytest.approx(float(F.cross_entropy(output, batch.targets)))
 
 
+def test_a_constant_per_batch_does_not_change_the_growth() -> None:
+    """Losses of parts add up to the batch's at some gammas only: those are compared by their means."""
+    torch.manual_seed(0)
+    true = torch.randn(6, 3)
+    data = [(x, (x @ true).sin()) for x in torch.randn(4, 64, 6)]
+    scales = set()
+    for constant in (0.0, 1.0, 4.0):
+        torch.manual_seed(1)
+        net = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 3))
+        loss = lambda out, y, c=constant: (out - y).square().sum() + c  # noqa: E731
+        grown = fxgrow.grow(net, data, loss_fn=loss, neurons=2, progress=False)
+        scales.add(round(grown.meta["fxgrow"].plan.scale, 4))
+    assert len(scales) == 1
+
+
 def whole_batches_only(output: Tensor, targets: Tensor) -> Tensor:
     if len(output) != 37:
         raise ValueError("37 samples")

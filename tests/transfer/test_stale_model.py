@@ -218,3 +218,14 @@ def test_the_old_model_is_as_it_was() -> None:
     assert grown(X).shape == (64, 1)
     for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.compile(model, backend="eager")):
         assert torch.equal(same(X), model(X))
+
+
+def test_one_of_two_optimizers_was_not_passed() -> None:
+    model = net()
+    first, last = (torch.optim.SGD(layer.parameters(), 0.1) for layer in (model[0], model[2]))
+    grown = grow(model, optimizer=first)
+    with pytest.warns(fxgrow.StaleModelWarning, match="the optimizer holds parameters of a model before growth"):
+        for _ in range(2):
+            backward(grown)
+            first.step()
+            last.step()
