@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -56,7 +55,9 @@ def _growth(entry: Entry) -> Iterator[Findings]:
         return torch.stack([(a - b).abs().square().mean() for a, b in pairs]).mean()
 
     _calibrate(subject.model, given)
-    if cannot := _own_failure(subject.model, data, loss):
+    fresh = entry.subject().model  # layers under hooks, whose weights are computed, cannot be copied
+    fresh.load_state_dict(subject.model.state_dict())
+    if cannot := _own_failure(fresh.eval(), data, loss):
         yield {"not_asked": {"grown": cannot}}
         widths = fxgrow.widths(fxgrow.capture(subject.model, data[0][0]))
         grown = fxgrow.widen(subject.model, data[0][0], {w.name: w.step for w in widths if w.pinned is None})
@@ -79,7 +80,6 @@ def _floating(subject: Subject, output: Any) -> list[Tensor]:
 
 def _own_failure(model: nn.Module, data: list[tuple[Inputs, list[Tensor]]], loss: Callable[..., Tensor]) -> str | None:
     """Why the network itself has no finite losses and gradients in eval mode, in which growth measures; None if so."""
-    model = copy.deepcopy(model).eval()
     for i, (inputs, targets) in enumerate(data):
         try:
             value = loss(call(model, pytree.tree_map_only(Tensor, Tensor.clone, inputs)), targets)
