@@ -10,6 +10,7 @@ from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 from torch import Tensor, fx, nn
+from torch.optim import Optimizer
 
 from fxgrow.distributed import ProcessGroup, checksum
 
@@ -40,14 +41,18 @@ def description(value: Any) -> str:
     if isinstance(value, partial):
         return f"{description(value.func)}{description((*value.args, value.keywords))}"
     if isinstance(value, MethodType):
-        return description(value.__func__)
+        return f"{description(value.__func__)} of {description(value.__self__)}"
+    if isinstance(value, Optimizer):  # the rates of its groups are a schedule's
+        return f"{type(value).__qualname__} {description(value.defaults)}"
     if isinstance(value, FunctionType):
         cells = (cell.cell_contents for cell in value.__closure__ or () if _is_set(cell))
         own = (value.__defaults__, value.__kwdefaults__, [c for c in cells if _is_option(c)])
         return f"{_name(value)} {description(own)} {_code(value.__code__):08x}"
     if callable(value) and hasattr(value, "__qualname__"):
         return _name(value)
-    return ADDRESS.sub("", repr(value))
+    # an object that is called, as a loss may be
+    options = {k: v for k, v in getattr(value, "__dict__", {}).items() if isinstance(v, float) and callable(value)}
+    return ADDRESS.sub("", f"{value!r}{options or ''}")
 
 
 def _name(value: Any) -> str:

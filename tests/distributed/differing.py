@@ -45,6 +45,18 @@ def squared(scale: float) -> Callable[[Tensor, Tensor], Tensor]:
     return lambda output, target: scale * (output - target).square().mean()
 
 
+class Scaled:
+    """A loss that is an object of a class of the user."""
+
+    def __init__(self, scale: float) -> None:
+        self.scale = scale
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return self.scale * (output - target).square().mean()
+
+    __call__ = loss
+
+
 class Loader:
     """Raises in the middle of its second reading, as a broken file does."""
 
@@ -69,7 +81,7 @@ def calls(rank: int, group: Any) -> dict[str, Callable[[], Any]]:
     def grower(run: Callable[[fxgrow.Grower], Any] = lambda g: g, **settings: Any) -> Callable[[], Any]:
         def call() -> Any:
             net = DistributedDataParallel(mlp())
-            optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+            optimizer = settings.pop("kind", torch.optim.SGD)(net.parameters(), lr=0.1)
             options = {"schedule": fxgrow.Every(steps=4), "dataloader": own, "neurons": 1} | settings
             return run(fxgrow.Grower(net, optimizer, options.pop("schedule"), **options))
 
@@ -91,6 +103,8 @@ def calls(rank: int, group: Any) -> dict[str, Callable[[], Any]]:
         "loss lambda": grow(
             loss_fn=(lambda o, y: (o - y).abs().mean()) if last else lambda o, y: (o - y).pow(2).mean()
         ),
+        "loss object": grow(loss_fn=Scaled(2.0 if last else 1.0)),
+        "loss method": grow(loss_fn=Scaled(2.0 if last else 1.0).loss),
         "loss module": grow(loss_fn=nn.HuberLoss(delta=2.0 if last else 1.0)),
         "seed": grow(seed=int(last)),
         "method": grow(method="tiny" if last else "default"),
@@ -98,6 +112,7 @@ def calls(rank: int, group: Any) -> dict[str, Callable[[], Any]]:
         "optimizer": grow(optimizer="adam" if last else None),
         "loader": grow(batches=Loader(own, last)),
         "profile's seed": lambda: fxgrow.profile(mlp(), own, seed=int(last), progress=False, process_group=group),
+        "kind of optimizer": grower(kind=torch.optim.AdamW if last else torch.optim.SGD),
         "schedule": grower(schedule=fxgrow.Every(steps=4 + last)),
         "kind of schedule": grower(schedule=fxgrow.OnPlateau(every=4) if last else fxgrow.Every(steps=4)),
         "Grower's budget": grower(neurons=1 + last),
