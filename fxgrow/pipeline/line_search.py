@@ -57,10 +57,12 @@ class Search:
 
 
 class GammaLine:
-    """A grown graph that moves along gamma within bounds, and the held-out batches it is measured on."""
+    """A grown graph that moves along gamma, within `bounds` where asked, and the batches it is measured on."""
 
-    def __init__(self, analysed: AnalysedGraph, plan: Plan, held_out: HeldOut, follow: bool = True) -> None:
-        self.analysed, self.plan, self.held_out, self.follow = analysed, plan, held_out, follow
+    def __init__(
+        self, analysed: AnalysedGraph, plan: Plan, held_out: HeldOut, follow: bool = True, bounds: bool = True
+    ) -> None:
+        self.analysed, self.plan, self.held_out, self.follow, self.bounds = analysed, plan, held_out, follow, bounds
         # random numbers are those of `apply`: only what depends on gamma differs
         change, generator = SizeChange(analysed, plan.units), torch.Generator().manual_seed(0)
         self.widened = WidenedGraph(change, plan.at(0.0), generator).check()
@@ -72,13 +74,17 @@ class GammaLine:
 
     def move(self, gamma: float) -> fx.GraphModule:
         """The graph with the parameters of this gamma, the same object every time."""
-        plan = bounded(self.plan.scaled(gamma), self.analysed.gm, self.analysed.structure)
+        plan = self._plan_at(gamma)
         with torch.no_grad():
             for name, value in self.widened.parameters(plan.at(gamma)).items():
                 old = lookup(self.graph, name)
                 if isinstance(old, nn.Parameter):  # running statistics follow what is seen
                     old.copy_(value)
         return self.graph
+
+    def _plan_at(self, gamma: float) -> Plan:
+        plan = self.plan.scaled(gamma)
+        return bounded(plan, self.analysed.gm, self.analysed.structure) if self.bounds else plan
 
     def see(self, gamma: float) -> None:
         """Moves there and measures both modes; running statistics follow batch statistics."""
@@ -119,7 +125,7 @@ class GammaLine:
 
     def plan_here(self, gamma: float) -> Plan:
         """The plan within bounds at this gamma, with the running statistics that the graph has now."""
-        plan = bounded(self.plan.scaled(gamma), self.analysed.gm, self.analysed.structure)
+        plan = self._plan_at(gamma)
         new, delta = {n: dict(s) for n, s in plan.values.new.items()}, dict(plan.values.delta)
         for name, (buffer, shift) in self.norms.shifts().items():
             for (width, dim), positions in self.widened.new_indices.get(name, {}).items():

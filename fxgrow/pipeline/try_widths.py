@@ -102,7 +102,8 @@ def try_widths(
                 f"Units by {profile.method.name!r} change nothing at first, so there is nothing to try: profile with "
                 "method='default'."
             )
-        result = search(GammaLine(profile.analysed, decided, held_out))
+        # what `apply` would write, which keeps to the plan
+        result = search(GammaLine(profile.analysed, decided, held_out, bounds=False))
         before, after = decided.parameters
         tried[name] = Tried(k, after - before, result.best, result.losses[0] - min(result.losses))
     return dict(sorted(tried.items(), key=lambda item: -item[1].per_parameter))
