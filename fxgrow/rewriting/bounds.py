@@ -8,6 +8,7 @@ Random rows, and those that outgoing weights are fitted to, are made `within` th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import NamedTuple
@@ -70,8 +71,9 @@ class EntrySize(NamedTuple):
 def _size(t: Tensor) -> EntrySize:
     if not t.numel() or t.is_meta:
         return EntrySize(0.0, 0.0)
-    t = t.abs().double()
-    return EntrySize(float(t.square().mean().sqrt()), float(t.max()))
+    # norms, which make no copy of a large weight
+    norm, largest = (torch.linalg.vector_norm(t if t.dtype.itemsize > 2 else t.float(), ord=p) for p in (2, math.inf))
+    return EntrySize(float(norm) / t.numel() ** 0.5, float(largest))
 
 
 def bounded(plan: Plan, gm: nn.Module, structure: Structure) -> Plan:
