@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from fxgrow.distributed import ProcessGroup, checksum
 
 #: may differ between processes: what is shown, and what each has of its own
-OWN = frozenset({"progress", "example_inputs", "process_group", "optimizer"})
+OWN = frozenset({"progress", "example_inputs", "process_group"})
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 PLAIN = (int, float, str, tuple, type(None))
 

@@ -183,9 +183,10 @@ def _profile(gm: fx.GraphModule, data: Data, loss: Loss, options: GrowOptions) -
     source = data if find_initialiser(method).needs.refit else fitting
     # widths that get no units need no figures
     widths = list(units) if isinstance(units, Mapping) else None
-    request = ProfileRequest(loss, method, widths=widths, units=units, progress=options["progress"])
-    request = replace(request, memory_limit=options["memory_limit"], seed=options["seed"])
-    request = replace(request, budget=options["budget"], cost=options["cost"])
+    request = ProfileRequest(
+        loss, method, widths=widths, units=units, progress=options["progress"], memory_limit=options["memory_limit"],
+        seed=options["seed"], budget=options["budget"], cost=options["cost"],
+    )  # fmt: skip
     return profiled(gm, source, request)
 
 

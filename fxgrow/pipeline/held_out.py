@@ -14,7 +14,7 @@ from fxgrow.data.batches import Batch, Data, take
 from fxgrow.data.loss import LossFn, known_loss
 from fxgrow.data.loss_parts import losses_of_parts
 from fxgrow.distributed import SINGLE_PROCESS, ProcessGroup
-from fxgrow.errors import InfiniteLossError
+from fxgrow.errors import FxgrowError, InfiniteLossError
 from fxgrow.graph.evaluate import eval_mode, lent_buffers
 from fxgrow.rewriting.batch_norm import Moments, RunningStatistics
 from fxgrow.statistics.forward_backward import forward
@@ -25,6 +25,8 @@ SEARCH_SAMPLES = 1024
 MASKED_SAMPLES = 2048
 #: differences that are less than this part of a loss are none
 ROUNDING = 1e-6
+#: losses of one batch on different hardware differ by less, relatively
+SAME_LOSS = 1e-3
 
 
 class Losses(NamedTuple):
@@ -138,3 +140,20 @@ class HeldOut:
             masks = min(8, max(2, math.ceil(MASKED_SAMPLES / max(1.0, samples))))
             self._masks = masks if trains and random else trains
         return self._masks
+
+
+def check_same_loss(data: Data, graph: fx.GraphModule, loss_fn: LossFn | None) -> None:
+    """Raises an `FxgrowError` in every process where they have other losses of the first batch of rank 0.
+
+    Descriptions of settings leave out whole numbers, which may be those of a rank; this sees what they do.
+    """
+    if data.process_group.size == 1:
+        return
+    first = HeldOut([data.process_group.broadcast_from_rank0(data.first)], loss_fn, finite=False)
+    own = first.mean(first.in_eval_mode(graph))
+    losses = data.process_group.all_gather_rows(torch.tensor([[own]], dtype=torch.float64)).flatten()
+    if bool(losses.isfinite().all()) and not torch.allclose(losses, losses[0], rtol=SAME_LOSS, atol=0.0):
+        raise FxgrowError(
+            f"The processes have different losses of one batch: {', '.join(f'{loss:.6g}' for loss in losses.tolist())}. "
+            "Every process needs the same model and the same loss."
+        )

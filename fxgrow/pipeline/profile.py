@@ -37,7 +37,7 @@ from fxgrow.graph.kept_values import collections_kept
 from fxgrow.graph.node_meta import RECORD, is_captured
 from fxgrow.graph.unrolled_rnn import unroll_recurrent_layers
 from fxgrow.initialisers.registry import Initialiser, InitialiserRequest, Proposal, find_initialiser, lists_methods
-from fxgrow.pipeline.held_out import ROUNDING
+from fxgrow.pipeline.held_out import ROUNDING, check_same_loss
 from fxgrow.pipeline.plan import PROPOSED, proposals, ratio_for, with_suggestion
 from fxgrow.pipeline.profile_record import Profile, ProfileRequest
 from fxgrow.pipeline.recalibration import recalibrated
@@ -192,6 +192,7 @@ def profiled(gm: nn.Module, data: Data, request: ProfileRequest) -> Profile:
         gm = capture(gm, first.inputs)
     check_same_settings(data.process_group, {"the model's graph": gm.graph})
     if not request.parts:
+        check_same_loss(data, gm, request.loss_fn)
         data.leave_out_refused(gm)
     return _Profiler(gm, data, request, method).run()
 

@@ -139,7 +139,7 @@ class Grower:
             given = read_arguments({"progress": False, **options, "into": into}, DEFAULTS)
             all_options = with_defaults(given)
             settings = {**all_options, "schedule": schedule, "on_error": on_error, "the model": inside}
-            settings["the optimizer"] = optimizer
+            settings["optimizer"] = optimizer
             check_same_settings(self._process_group, settings)
             self._training_state = TrainingState(optimizers_of(optimizer), ema, lists_of(parameters))
             self._metrics = ModelMetrics(inside, dataloader, all_options, self._process_group)

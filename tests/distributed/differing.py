@@ -57,6 +57,14 @@ class Scaled:
     __call__ = loss
 
 
+def power(n: int) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda output, target: (output - target).pow(n).mean()
+
+
+def power_of(n: int) -> Callable[[Tensor], Tensor]:
+    return lambda x: x**n
+
+
 class Loader:
     """Raises in the middle of its second reading, as a broken file does."""
 
@@ -110,6 +118,9 @@ def calls(rank: int, group: Any) -> dict[str, Callable[[], Any]]:
         "method": grow(method="tiny" if last else "default"),
         "unknown option": grow(**({"buget": 1} if last else {})),
         "optimizer": grow(optimizer="adam" if last else None),
+        "no optimizer": grow(net := mlp(), optimizer=None if last else torch.optim.SGD(net.parameters(), lr=0.1)),
+        "whole number in a loss": grow(loss_fn=power(4 if last else 2)),
+        "whole number in a model": grow(Activation(power_of(3 if last else 2))),
         "loader": grow(batches=Loader(own, last)),
         "profile's seed": lambda: fxgrow.profile(mlp(), own, seed=int(last), progress=False, process_group=group),
         "kind of optimizer": grower(kind=torch.optim.AdamW if last else torch.optim.SGD),
