@@ -153,7 +153,8 @@ def check_same_loss(data: Data, graph: fx.GraphModule, loss_fn: LossFn | None) -
     own = first.mean(first.in_eval_mode(graph))
     losses = data.process_group.all_gather_rows(torch.tensor([[own]], dtype=torch.float64)).flatten()
     if bool(losses.isfinite().all()) and not torch.allclose(losses, losses[0], rtol=SAME_LOSS, atol=0.0):
+        shown = ", ".join(f"{loss:.6g}" for loss in losses.tolist())
         raise FxgrowError(
-            f"The processes have different losses of one batch: {', '.join(f'{loss:.6g}' for loss in losses.tolist())}. "
+            f"The processes have different losses of one batch: {shown}. "
             "Every process needs the same model and the same loss."
         )
