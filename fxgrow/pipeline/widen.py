@@ -28,7 +28,7 @@ M = TypeVar("M", bound=nn.Module)
 @own_modes()
 @memory_errors()
 def apply(gm: nn.Module, plan: Plan, example_inputs: tuple[Any, ...] | dict[str, Any] | None = None) -> fx.GraphModule:
-    """Rewrites alone: adds a plan's units to a copy of the graph.
+    """Rewrites alone: adds a plan's units to a copy of the graph, as large as the plan says (`grow` bounds them).
 
     Args:
         gm: a captured graph, or a fresh copy of the model with `example_inputs`.
